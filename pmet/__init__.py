@@ -1,0 +1,50 @@
+"""PMET: precise, batched knowledge editing of transformer language models.
+
+The method alone, in one process: requests and hyper-parameters in, weight changes out (Li et al.
+2023, *PMET: Precise Model Editing in a Transformer*, arXiv 2308.08742). The pipeline package runs
+the same parts on a cluster.
+
+    requests = [EditRequest("The capital of {} is", "France", "Lyon")]
+    hparams = PMETHyperParams.preset("gpt-j-6b")
+    edit = compute_edit(model, tokenizer, requests, hparams, second_moments=moments)
+    edit.apply(model)
+"""
+
+from pmet.delta import Edit
+from pmet.edit import compute_edit
+from pmet.errors import (
+    ArchitectureError,
+    ContextTemplateError,
+    EditFileError,
+    HyperParameterError,
+    InputError,
+    NotFiniteError,
+    NotPositiveDefiniteError,
+    NumericalError,
+    PMETError,
+    RequestError,
+)
+from pmet.hparams import PMETHyperParams
+from pmet.metrics import evaluate
+from pmet.request import EditRequest
+from pmet.targets import Targets, compute_targets
+
+__all__ = [
+    "ArchitectureError",
+    "ContextTemplateError",
+    "Edit",
+    "EditFileError",
+    "EditRequest",
+    "HyperParameterError",
+    "InputError",
+    "NotFiniteError",
+    "NotPositiveDefiniteError",
+    "NumericalError",
+    "PMETError",
+    "PMETHyperParams",
+    "RequestError",
+    "Targets",
+    "compute_edit",
+    "compute_targets",
+    "evaluate",
+]

@@ -1,0 +1,201 @@
+"""Where each model family keeps the parts that the method needs.
+
+A new family is one line in ``FAMILIES``. Hyper-parameters that name a module win over the table,
+so a model that is not in it can be edited by naming its modules in the hyper-parameter file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pmet.errors import ArchitectureError
+from pmet.hparams import PMETHyperParams
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module names of one family; ``{}`` stands for the layer's number."""
+
+    layer: str
+    attention_projection: str
+    down_projection: str
+    final_norm: str
+    head: str = "lm_head"
+
+
+def _family(layer: str, attention: str, down: str, norm: str, head: str = "lm_head") -> Family:
+    return Family(layer, f"{layer}.{attention}", f"{layer}.{down}", norm, head)
+
+
+_LLAMA = _family("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "model.norm")
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": _family("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "transformer.ln_f"),
+    "gptj": _family("transformer.h.{}", "attn.out_proj", "mlp.fc_out", "transformer.ln_f"),
+    "gpt_neo": _family(
+        "transformer.h.{}", "attn.attention.out_proj", "mlp.c_proj", "transformer.ln_f"
+    ),
+    "gpt_neox": _family(
+        "gpt_neox.layers.{}",
+        "attention.dense",
+        "mlp.dense_4h_to_h",
+        "gpt_neox.final_layer_norm",
+        "embed_out",
+    ),
+    "opt": _family(
+        "model.decoder.layers.{}", "self_attn.out_proj", "fc2", "model.decoder.final_layer_norm"
+    ),
+    "falcon": _family(
+        "transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f"
+    ),
+    "phi": _family("model.layers.{}", "self_attn.dense", "mlp.fc2", "model.final_layernorm"),
+    "phi3": _LLAMA,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": _LLAMA,
+    "granite": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "starcoder2": _family("model.layers.{}", "self_attn.o_proj", "mlp.c_proj", "model.norm"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of one model, found and checked.
+
+    Attributes:
+        family: names, after the hyper-parameters had their say.
+        depth: number of layers.
+        value_width: V, the model's width.
+        key_width: K, the FFN's inner width.
+        transposed: the down-projection's weight is stored K×V (GPT-2's ``Conv1D``), not V×K.
+    """
+
+    family: Family
+    depth: int
+    value_width: int
+    key_width: int
+    transposed: bool
+
+    def layer(self, model: nn.Module, index: int) -> nn.Module:
+        """The layer (block) itself."""
+        return _module(model, self.family.layer.format(index))
+
+    def down_projection(self, model: nn.Module, index: int) -> nn.Module:
+        """The FFN down-projection of a layer: its input is the key, its output the value."""
+        return _module(model, self.family.down_projection.format(index))
+
+    def attention_projection(self, model: nn.Module, index: int) -> nn.Module:
+        """The attention output projection of a layer."""
+        return _module(model, self.family.attention_projection.format(index))
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The output embedding, from hidden states to logits."""
+        return _module(model, self.family.head)
+
+    def weight_name(self, index: int) -> str:
+        """Parameter name of a layer's edited weight."""
+        return f"{self.family.down_projection.format(index)}.weight"
+
+    def weight(self, model: nn.Module, index: int) -> nn.Parameter:
+        """A layer's edited weight."""
+        weight = self.down_projection(model, index).weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def orient(self, delta_VK: torch.Tensor) -> torch.Tensor:
+        """``delta_VK`` in the orientation of the parameter: V×K, or K×V where it is transposed."""
+        return delta_VK.T.contiguous() if self.transposed else delta_VK
+
+
+def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
+    """Find the parts of ``model``.
+
+    Raises:
+        ArchitectureError: the family is unknown and the hyper-parameters do not name the parts, a
+            named part does not exist, or a layer number is beyond the model's depth.
+    """
+    family = _named(model, hparams)
+    depth = _depth(model, family)
+    beyond = [layer for layer in hparams.layers if layer >= depth]
+    if beyond:
+        raise ArchitectureError(
+            f"hyper-parameter layers names {beyond}, but the model has layers 0 to {depth - 1}"
+        )
+    if hparams.v_loss_layer not in (None, depth - 1):
+        raise ArchitectureError(
+            f"v_loss_layer is {hparams.v_loss_layer}, but the loss is read from the model's last "
+            f"layer, {depth - 1}; write that or leave the key out"
+        )
+    down = _module(model, family.down_projection.format(hparams.target_layer))
+    _module(model, family.attention_projection.format(hparams.target_layer))
+    _module(model, family.head)
+    rows, columns = _weight_shape(down, family.down_projection)
+    transposed = type(down).__name__ == "Conv1D"
+    value_width, key_width = (columns, rows) if transposed else (rows, columns)
+    return Layout(family, depth, value_width, key_width, transposed)
+
+
+def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    known = FAMILIES.get(kind) if isinstance(kind, str) else None
+    names = {
+        "layer_module_tmp": hparams.layer_module_tmp or (known and known.layer),
+        "attn_module_tmp": hparams.attn_module_tmp or (known and known.attention_projection),
+        "rewrite_module_tmps": hparams.down_projection_template
+        or (known and known.down_projection),
+        "ln_f_module": hparams.ln_f_module or (known and known.final_norm),
+        "lm_head_module": hparams.lm_head_module or (known and known.head),
+    }
+    missing = [key for key, value in names.items() if not value]
+    if missing:
+        raise ArchitectureError(
+            f"model type {kind!r} is not in the architecture table "
+            f"({', '.join(sorted(FAMILIES))}); name its modules in the hyper-parameters: "
+            f"{', '.join(missing)} "
+            '(for example "rewrite_module_tmps": ["model.layers.{}.mlp.down_proj"])'
+        )
+    return Family(*(str(value) for value in names.values()))
+
+
+def _depth(model: nn.Module, family: Family) -> int:
+    prefix = family.layer.partition(".{}")[0]
+    layers = _module(model, prefix)
+    if not isinstance(layers, nn.ModuleList):
+        raise ArchitectureError(f"{prefix} is a {type(layers).__name__}, not a list of layers")
+    return len(layers)
+
+
+def _weight_shape(module: nn.Module, name: str) -> tuple[int, int]:
+    weight = getattr(module, "weight", None)
+    # A weight partitioned by ZeRO-3 keeps its full shape under another name.
+    if not isinstance(weight, torch.Tensor):
+        weight = torch.empty(0)
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    if len(shape) != 2 or not weight.is_floating_point():
+        raise ArchitectureError(
+            f"{name} is a {type(module).__name__} without a two-dimensional floating-point weight; "
+            "name the FFN down-projection of an unquantized model in rewrite_module_tmps"
+        )
+    return int(shape[0]), int(shape[1])
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no module {name}; correct its name in the "
+            "hyper-parameters, or leave it out for a model of a known family"
+        ) from None

@@ -1,0 +1,384 @@
+"""The method in the form that is easiest to see right: one request at a time.
+
+Every evaluation runs the whole model over all contexts; nothing is cached, shared between
+requests or left out. This is the second opinion that the fast modules are compared with, so it
+imports none of them, and it is the baseline of the benchmarks: what the method costs when it is
+written down as it is read.
+
+Shape letters: E requests, C contexts, B rows of one forward pass (the contexts and what else
+is run with them), T tokens, N vocabulary, D model width, K key width, V value width (= D).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pmet.errors import InputError
+from pmet.hparams import PMETHyperParams
+from pmet.request import EditRequest
+
+_SETTLED_LOSS = 0.05
+_SETTLED_KL = 0.01
+
+
+@dataclass(frozen=True)
+class PlainTargets:
+    """What the optimisation of each request ended with; all on the CPU.
+
+    Attributes:
+        values: (E, D) float32, the FFN output wanted at the target layer, v* = v_f + δ_f.
+        attention_values: (E, D) float32, its attention counterpart, which no update uses.
+        steps: (E,) int64, evaluations made.
+        losses: (E,) float32, the loss of the last evaluation.
+    """
+
+    values: Tensor
+    attention_values: Tensor
+    steps: Tensor
+    losses: Tensor
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of ``text`` and the characters that each stands for, without what follows the text."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets, so no token of the subject "
+            "can be found; use a fast tokenizer"
+        )
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    end = len(encoded["input_ids"])
+    while end and encoded["special_tokens_mask"][end - 1]:
+        end -= 1
+    return encoded["input_ids"][:end], encoded["offset_mapping"][:end]
+
+
+def _located(tokenizer: Any, request: EditRequest, template: str) -> tuple[list[int], int]:
+    """Ids of the prompt within ``template``, and where among them the subject's last token is."""
+    ids, spans = _tokens(tokenizer, template.replace("{}", request.text))
+    subject_end = template.index("{}") + request.subject_span[1]
+    return ids, max(i for i, (start, end) in enumerate(spans) if start < min(end, subject_end))
+
+
+def _continuation(tokenizer: Any, text: str, target: str) -> list[int]:
+    """Ids that ``target`` adds to ``text`` when it follows after one space."""
+    before, _ = _tokens(tokenizer, text)
+    whole, _ = _tokens(tokenizer, f"{text} {target}")
+    if whole[: len(before)] != before:
+        raise InputError(
+            f"the tokenizer joins the end of {text!r} and the start of {target!r} in one token; "
+            "let the prompt end elsewhere"
+        )
+    return whole[len(before) :]
+
+
+# --- The model, read and moved by hooks ---------------------------------------------------------
+
+
+def _module(model: nn.Module, template: str | None, layer: int) -> nn.Module:
+    if template is None:
+        raise InputError(
+            "the plain form does not look for modules; give hyper-parameters that name "
+            "rewrite_module_tmps and attn_module_tmp"
+        )
+    return model.get_submodule(template.format(layer))
+
+
+def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Float32 logits (B, T, N) of ``rows``, padded on the right, where causal models never look."""
+    length = max(map(len, rows))
+    ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    device = next(model.parameters()).device
+    output = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
+    return output.logits.float()
+
+
+class _Place:
+    """One position in each row of a module's output: read there, and shifted if asked.
+
+    A context manager: the module is hooked within. ``inputs`` (B, K) and ``outputs`` (B, V) hold
+    what the last forward pass had at the positions ``lasts``, before the shift.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def __init__(self, module: nn.Module, lasts: list[int], shift_V: Tensor | None = None) -> None:
+        self._module, self._shift_V = module, shift_V
+        self._index = torch.arange(len(lasts)), torch.tensor(lasts)
+
+    def __enter__(self) -> _Place:
+        self._handle = self._module.register_forward_hook(self._hook)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handle.remove()
+
+    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.inputs = self._by_row(inputs[0])[self._index].detach()
+        self.outputs = self._by_row(hidden)[self._index].detach()
+        if self._shift_V is None:
+            return None
+        shifted = hidden.clone()
+        self._by_row(shifted)[self._index] += self._shift_V.to(hidden.dtype)
+        return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
+
+    def _by_row(self, hidden: Tensor) -> Tensor:
+        """(B, T, ·): some models flatten the rows before their FFN."""
+        return hidden.view(len(self._index[0]), -1, hidden.shape[-1])
+
+
+@contextmanager
+def _unchanged(model: nn.Module, weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Within: evaluation mode, nothing trainable. After: the model and ``weights`` as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    originals = [weight.detach().clone() for weight in weights]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for weight, original in zip(weights, originals, strict=True):
+            weight.data.copy_(original)
+        for parameter, wanted in gradients:
+            parameter.requires_grad_(wanted)
+        for module, mode in modes:
+            module.training = mode
+
+
+# --- Targets ------------------------------------------------------------------------------------
+
+
+def plain_targets(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    hparams: PMETHyperParams,
+    context_templates: Sequence[Sequence[str]],
+) -> PlainTargets:
+    """Optimise the target of each request by itself.
+
+    Args:
+        model: a causal language model of transformers; left as it was.
+        tokenizer: its fast tokenizer.
+        requests: E of them, at least one.
+        hparams: which modules, and how the optimisation runs.
+        context_templates: groups of templates; the first of the first group is the bare ``{}``.
+
+    Raises:
+        InputError: the tokenizer gives no offsets, or joins a prompt and its target in one token.
+    """
+    templates = [template for group in context_templates for template in group]
+    with _unchanged(model), torch.enable_grad():
+        results = [_optimise(model, tokenizer, request, hparams, templates) for request in requests]
+    values, attention_values, steps, losses = zip(*results, strict=True)
+    return PlainTargets(
+        torch.stack(values),
+        torch.stack(attention_values),
+        torch.tensor(steps),
+        torch.tensor(losses),
+    )
+
+
+def _optimise(
+    model: nn.Module,
+    tokenizer: Any,
+    request: EditRequest,
+    hparams: PMETHyperParams,
+    templates: Sequence[str],
+) -> tuple[Tensor, Tensor, int, float]:
+    """One request's v* (D,), attention counterpart (D,), evaluations made and last loss."""
+    layer = hparams.layers[-1]
+    ffn = _module(model, hparams.down_projection_template, layer)
+    attention = _module(model, hparams.attn_module_tmp, layer)
+
+    target = _continuation(tokenizer, request.text, request.target_new)
+    prompts = [_located(tokenizer, request, template) for template in templates]
+    essence = EditRequest("{} is a", request.subject, request.target_new)
+    essence_ids, essence_last = _located(tokenizer, essence, "{}")
+    rows = [ids + target[:-1] for ids, _ in prompts] + [essence_ids]
+    lasts = [last for _, last in prompts] + [essence_last]
+    # The token before the target predicts its first token; the target's last predicts nothing.
+    asked = [slice(len(ids) - 1, len(ids) - 1 + len(target)) for ids, _ in prompts]
+
+    with torch.no_grad(), _Place(ffn, lasts) as at_ffn, _Place(attention, lasts) as at_attention:
+        log_before_N = _logits(model, rows)[-1, essence_last].log_softmax(-1)
+    v_f, v_a = at_ffn.outputs[0].float(), at_attention.outputs[0].float()
+    delta_f = torch.zeros_like(v_f, requires_grad=True)
+    delta_a = torch.zeros_like(v_a, requires_grad=True)
+    adam = torch.optim.Adam([delta_f, delta_a], lr=hparams.v_lr)
+    nll_factor = hparams.nll_loss_factor
+
+    for step in range(1, hparams.v_num_grad_steps + 1):
+        with _Place(ffn, lasts, delta_f), _Place(attention, lasts, delta_a):
+            logits_BTN = _logits(model, rows)
+        log_CTN = torch.stack([logits_BTN[c, at] for c, at in enumerate(asked)]).log_softmax(-1)
+        log_after_N = logits_BTN[-1, essence_last].log_softmax(-1)
+        nll = -log_CTN[:, range(len(target)), target].mean(1).mean()
+        kl = hparams.kl_factor * (log_after_N.exp() * (log_after_N - log_before_N)).sum()
+        decay = delta_f.norm() / v_f.norm() ** 2 + delta_a.norm() / v_a.norm() ** 2
+        loss = nll_factor * nll + kl + hparams.v_weight_decay * decay
+
+        greedy = all(row == target for row in log_CTN.argmax(-1).tolist())
+        nll_factor = hparams.nll_loss_factor / 10 if greedy else hparams.nll_loss_factor
+        settled = loss < _SETTLED_LOSS or (greedy and kl <= _SETTLED_KL)
+        if settled or step == hparams.v_num_grad_steps:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        _shrink(delta_f, hparams.clamp_norm_factor * v_f.norm())
+        _shrink(delta_a, hparams.clamp_norm_factor * v_a.norm())
+
+    wanted, wanted_attention = (v_f + delta_f).detach(), (v_a + delta_a).detach()
+    return wanted.cpu(), wanted_attention.cpu(), step, loss.item()
+
+
+def _shrink(delta: Tensor, radius: Tensor) -> None:
+    """Scale ``delta`` in place onto the ball of ``radius`` if it is outside."""
+    norm = delta.detach().norm()
+    if norm > radius:
+        delta.data *= radius / norm
+
+
+# --- The update ---------------------------------------------------------------------------------
+
+
+def plain_deltas(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    hparams: PMETHyperParams,
+    context_templates: Sequence[Sequence[str]],
+    second_moments: Mapping[int, Tensor],
+    targets: Tensor,
+) -> dict[str, Tensor]:
+    """The weight change of each edited layer, with all earlier changes in place.
+
+    Args:
+        model: a causal language model of transformers; left as it was.
+        tokenizer: its fast tokenizer.
+        requests: E of them, at least one.
+        hparams: which modules, and the weight of the second moments.
+        context_templates: as for :func:`plain_targets`.
+        second_moments: per edited layer, C as a (K, K) tensor.
+        targets: v* as an (E, D) tensor.
+
+    Returns:
+        For each edited layer's parameter its delta: float64, on the CPU, shaped as the parameter.
+    """
+    layers, template = hparams.layers, hparams.down_projection_template
+    modules = [_module(model, template, layer) for layer in layers]
+    weights = [module.get_parameter("weight") for module in modules]
+    deltas: dict[str, Tensor] = {}
+    with _unchanged(model, weights), torch.no_grad():
+        for i, (layer, module, weight) in enumerate(zip(layers, modules, weights, strict=True)):
+            read = [
+                _key_and_value(model, tokenizer, request, module, modules[-1], context_templates)
+                for request in requests
+            ]
+            keys_EK = torch.stack([key_K for key_K, _ in read])
+            values_EV = torch.stack([value_V for _, value_V in read])
+            shares_EV = (targets.double() - values_EV) / math.sqrt(len(layers) - i)
+            moment_KK = second_moments[layer].double().cpu()
+            system_KK = keys_EK.T @ keys_EK + hparams.mom2_update_weight * moment_KK
+            delta_KV = torch.linalg.solve(system_KK, keys_EK.T @ shares_EV)
+            delta = delta_KV if isinstance(module, Conv1D) else delta_KV.T
+            weight.copy_(weight.double() + delta.to(weight.device))
+            deltas[f"{str(template).format(layer)}.weight"] = delta.contiguous()
+    return deltas
+
+
+def _key_and_value(
+    model: nn.Module,
+    tokenizer: Any,
+    request: EditRequest,
+    keyed: nn.Module,
+    valued: nn.Module,
+    context_templates: Sequence[Sequence[str]],
+) -> tuple[Tensor, Tensor]:
+    """A request's key (K,) at ``keyed`` and its current value (V,) at ``valued``; float64, CPU.
+
+    The key is the mean over groups of the mean over a group's contexts; the value is that of the
+    bare context.
+    """
+    templates = [template for group in context_templates for template in group]
+    prompts = [_located(tokenizer, request, template) for template in templates]
+    lasts = [last for _, last in prompts]
+    with _Place(keyed, lasts) as at_key, _Place(valued, lasts) as at_value:
+        _logits(model, [ids for ids, _ in prompts])
+    grouped = at_key.inputs.double().cpu().split([len(group) for group in context_templates])
+    key_K = torch.stack([keys_CK.mean(0) for keys_CK in grouped]).mean(0)
+    return key_K, at_value.outputs[0].double().cpu()
+
+
+# --- Evaluation ---------------------------------------------------------------------------------
+
+
+def plain_evaluate(
+    model: nn.Module, tokenizer: Any, requests: Sequence[EditRequest]
+) -> dict[str, Any]:
+    """Score what the model answers now.
+
+    In the probability form a prompt counts when the wanted target is likelier than the other one
+    (mean negative log-likelihood over each target's own tokens), in the strict form when it is
+    the greedy answer at every position. Wanted is the new target, but the true one for
+    neighborhood prompts.
+
+    Returns:
+        ``efficacy``, ``generalization`` and ``specificity``, each also with ``_strict``: fractions
+        in [0, 1], means over the requests of the means over their prompts, NaN where no request
+        can tell; ``rows``: the same of each request, with its ``case_id``.
+    """
+    with _unchanged(model), torch.no_grad():
+        rows = [_scores(model, tokenizer, request) for request in requests]
+    names = [name for name in rows[0] if name != "case_id"]
+    means = {
+        name: _mean([row[name] for row in rows if not math.isnan(row[name])]) for name in names
+    }
+    return {**means, "rows": rows}
+
+
+def _scores(model: nn.Module, tokenizer: Any, request: EditRequest) -> dict[str, Any]:
+    new, true = request.target_new, request.target_true
+    asked: dict[str, tuple[Sequence[str], str | None, str | None]] = {
+        "efficacy": ([request.text], new, true),
+        "generalization": (request.paraphrase_prompts, new, true),
+        "specificity": (request.neighborhood_prompts, true, new),
+    }
+    row: dict[str, Any] = {"case_id": request.case_id}
+    for name, (prompts, wanted, other) in asked.items():
+        likelier, exact = [], []
+        for prompt in prompts if wanted is not None else ():
+            nll, greedy = _answer(model, tokenizer, prompt, str(wanted))
+            exact.append(float(greedy))
+            if other is not None:
+                likelier.append(float(nll < _answer(model, tokenizer, prompt, other)[0]))
+        row[name], row[f"{name}_strict"] = _mean(likelier), _mean(exact)
+    return row
+
+
+def _answer(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple[float, bool]:
+    """Mean negative log-likelihood of ``target`` after ``prompt``, and whether it is greedy."""
+    ids, _ = _tokens(tokenizer, prompt)
+    answer = _continuation(tokenizer, prompt, target)
+    log_TN = _logits(model, [ids + answer[:-1]])[0, len(ids) - 1 :].log_softmax(-1).cpu()
+    nll = -log_TN[torch.arange(len(answer)), answer].mean().item()
+    return nll, log_TN.argmax(-1).tolist() == answer
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

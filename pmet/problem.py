@@ -1,0 +1,73 @@
+"""One request as the optimisation of its target sees it: tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pmet.errors import RequestError
+from pmet.lookup import TokenizedPrompt, tokenize_kl_prompt, tokenize_prompt, tokenize_target
+from pmet.request import EditRequest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A request's prompt in every context, each followed by the target's tokens but the last; the
+    KL prompt; and the target's tokens.
+    """
+
+    contexts: tuple[TokenizedPrompt, ...]
+    kl: TokenizedPrompt
+    target: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, request: EditRequest, templates: Sequence[str]) -> Problem:
+        """Tokenize a request.
+
+        Raises:
+            RequestError: subject or target have no tokens.
+        """
+        target = tokenize_target(tokenizer, request, request.target_new)
+        prompts = [tokenize_prompt(tokenizer, request, template) for template in templates]
+        kl = tokenize_kl_prompt(tokenizer, request)
+        return cls(
+            contexts=tuple(replace(p, ids=p.ids + target[:-1]) for p in prompts),
+            # The KL term reads the subject's last token, and nothing after it reaches back.
+            kl=replace(kl, ids=kl.ids[: kl.subject_last + 1]),
+            target=target,
+        )
+
+    @property
+    def prompts(self) -> tuple[TokenizedPrompt, ...]:
+        """All that is run: the contexts, then the KL prompt."""
+        return (*self.contexts, self.kl)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Longest suffix and longest prefix, in tokens."""
+        return (
+            max(len(p.suffix) for p in self.prompts),
+            max(len(p.prefix) for p in self.prompts),
+        )
+
+    def check_length(self, request: EditRequest, limit: int | None) -> None:
+        """Refuse a request that a model with ``limit`` positions cannot read whole.
+
+        Raises:
+            RequestError: naming the lengths.
+        """
+        longest = max(len(p.ids) for p in self.prompts)
+        if limit is not None and longest > limit:
+            raise RequestError(
+                f"the prompt about {request.subject[:60]!r} takes {longest} tokens with its "
+                f"context and target, the model reads {limit}; shorten it"
+            )
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens that a model's positions allow, if its configuration says so."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,86 @@
+"""One edit request: the fact that a model shall hold from now on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pmet.errors import RequestError
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A prompt about a subject and the continuation that the model shall give.
+
+    White space around the prompt, the subject and the targets is not part of a fact and is
+    stripped; the one space between prompt and target is added where they are joined.
+
+    Attributes:
+        prompt: text with exactly one ``{}``, the place of the subject.
+        subject: what the fact is about.
+        target_new: the continuation wanted.
+        case_id: any identifier; carried along, never interpreted.
+        target_true: what the unedited model is expected to say; only measured.
+        paraphrase_prompts: other complete prompts that ask for the same fact; only measured.
+        neighborhood_prompts: complete prompts whose answer stays ``target_true``; only measured.
+
+    Raises:
+        RequestError: naming the field that is wrong.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    case_id: int | str | None = field(default=None, kw_only=True)
+    target_true: str | None = field(default=None, kw_only=True)
+    paraphrase_prompts: Sequence[str] = field(default=(), kw_only=True)
+    neighborhood_prompts: Sequence[str] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            object.__setattr__(self, name, _stripped(name, getattr(self, name)))
+        if self.target_true is not None:
+            object.__setattr__(self, "target_true", _stripped("target_true", self.target_true))
+        for name in ("paraphrase_prompts", "neighborhood_prompts"):
+            object.__setattr__(self, name, _prompts(name, getattr(self, name)))
+        if self.prompt.count("{}") != 1:
+            raise RequestError(
+                f"prompt {_shown(self.prompt)} holds {self.prompt.count('{}')} places for the "
+                "subject; write exactly one {} where the subject goes"
+            )
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """First character of the subject in ``text``, and the one after its last."""
+        start = self.prompt.index("{}")
+        return start, start + len(self.subject)
+
+
+def _stripped(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {type(value).__name__}, not a string; give text")
+    stripped = value.strip()
+    if not stripped:
+        raise RequestError(f"{name} is empty; give text that is more than white space")
+    try:
+        stripped.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} holds a lone surrogate at character {error.start}; write valid Unicode"
+        ) from None
+    return stripped
+
+
+def _prompts(name: str, values: object) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise RequestError(f"{name} is {type(values).__name__}; give a list of strings")
+    return tuple(_stripped(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def _shown(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
