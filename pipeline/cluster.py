@@ -1,0 +1,237 @@
+"""The Ray cluster: a session on it, its size, the environment of a worker, and what its errors say.
+
+Nothing here knows what the workers do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray import exceptions as ray_exceptions
+from ray._private import ray_constants
+
+from pipeline.errors import WorkerError
+
+LOCAL = "local"
+_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
+_KNOCK_S = 10.0
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Have a Ray cluster for the time of a ``with`` block.
+
+    A Ray that this process has already initialised is used as it is and left running. Otherwise
+    the session joins the cluster at ``address``, or the one that the environment names in
+    ``RAY_ADDRESS`` (as Ray does inside a submitted job), or starts one on this machine that
+    listens on the loopback interface only. What was started or joined here is left on exit.
+
+    Args:
+        address: ``host:port``, ``auto``, ``ray://…`` or ``local``.
+        num_cpus: logical CPUs of a cluster started here; all of the machine's if None.
+
+    Raises:
+        WorkerError: no cluster answers at the address, or none can be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    try:
+        _connect(where, num_cpus)
+    except (OSError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        raise WorkerError(
+            f"Ray cannot be reached at {where!r}: {one_line(str(error))}; name a running cluster "
+            f"as host:port, or {LOCAL!r} to start one on this machine",
+            cause_text=str(error),
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_resources() -> tuple[float, float]:
+    """Logical CPUs and GPUs of the whole cluster."""
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
+    """The number of workers that fills the cluster.
+
+    Args:
+        gpus_per_worker: GPUs of one worker, a fraction allowed; 0 for workers without one.
+        cpus_per_worker: logical CPUs of one worker.
+
+    Raises:
+        WorkerError: the cluster cannot hold a single worker.
+    """
+    cpus, gpus = cluster_resources()
+    # A little slack: 0.1 GPU fits ten times into one, though not in floating point.
+    if gpus_per_worker > 0:
+        count = int(gpus / gpus_per_worker + 1e-6)
+    else:
+        count = int(cpus / cpus_per_worker + 1e-6)
+    if count < 1:
+        raise WorkerError(
+            f"a worker needs {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU, but the cluster "
+            f"has {cpus:g} CPU and {gpus:g} GPU in all; ask for less or use a larger cluster"
+        )
+    return count
+
+
+def worker_environment(factory: type, *, threads: int | None) -> dict[str, str]:
+    """Environment variables of a worker process.
+
+    The number of threads has to be known before any numerical library is imported: it decides
+    how sums are split, and so the last bits of every result.
+
+    Args:
+        factory: the class that the worker will hold; its module is made importable.
+        threads: threads of the numerical libraries; Ray's choice if None.
+    """
+    environment = {
+        "PYTHONPATH": os.pathsep.join([*_import_roots(factory), "${PYTHONPATH}"]),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return environment
+
+
+def limit_threads(threads: int | None) -> int | None:
+    """Set the threads that torch computes with; returns the earlier number.
+
+    Does nothing, and returns None, where ``threads`` is None or torch is not installed.
+    """
+    if threads is None or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return before
+
+
+def root_cause(error: BaseException) -> str:
+    """What really went wrong, in one line: exception type, message and the last traceback line.
+
+    An error that Ray wrapped is unwrapped; the death of a process is told with what Ray knows of
+    it, without Ray's advice.
+    """
+    if isinstance(error, ray_exceptions.RayTaskError):
+        return _told(original(error), _last_frame(str(error)))
+    if isinstance(error, ray_exceptions.RayError):
+        text = full_text(error).partition("Some common causes")[0]
+        return f"{type(error).__name__}: {one_line(text)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return _told(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
+
+
+def original(error: ray_exceptions.RayTaskError) -> BaseException:
+    """The exception that the worker raised, as it was before Ray wrapped it."""
+    cause: BaseException = error
+    while isinstance(cause, ray_exceptions.RayTaskError) and cause.cause is not cause:
+        cause = cause.cause
+    return cause
+
+
+def full_text(error: BaseException) -> str:
+    """All that an error says, the worker's traceback included, without terminal colours."""
+    return _ANSI.sub("", str(error)).strip()
+
+
+def one_line(text: str, *, limit: int = 600) -> str:
+    """The text with white space collapsed, cut to ``limit`` characters."""
+    flat = " ".join(_ANSI.sub("", text).split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def _connect(where: str, num_cpus: int | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if where == LOCAL:
+        with _loopback_only():
+            ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
+    else:
+        _knock(where)
+        ray.init(where, **quiet)
+
+
+def _knock(where: str) -> None:
+    """Raise ConnectionError at once where nobody listens: Ray would try for some minutes."""
+    found = _HOST_AND_PORT.fullmatch(where)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody listens there ({error})") from error
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a cluster started in this block listen on 127.0.0.1 instead of on every interface.
+
+    Ray does so by itself on systems where it supports no cluster of several nodes, and only
+    there: a loopback address given to ``ray.init`` is replaced by the machine's own. The variable
+    says that this is such a system; Ray has read it by now, hence the constant.
+    """
+    before = os.environ.get(_LOOPBACK_VARIABLE)
+    several_nodes = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    os.environ[_LOOPBACK_VARIABLE] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several_nodes
+        if before is None:
+            del os.environ[_LOOPBACK_VARIABLE]
+        else:
+            os.environ[_LOOPBACK_VARIABLE] = before
+
+
+def _import_roots(factory: type) -> list[str]:
+    """Folders from which a worker can import this project and the factory's module.
+
+    Ray hands the driver's script folder and working directory to its workers, but not what else
+    is on the driver's path (a checkout named in PYTHONPATH, say). Installed packages need nothing.
+    """
+    roots = (_import_root(__name__), _import_root(factory.__module__))
+    return list(dict.fromkeys(root for root in roots if root is not None))
+
+
+def _import_root(module_name: str) -> str | None:
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    if file is None or module_name == "__main__":
+        return None
+    path = Path(file).resolve()
+    depth = module_name.count(".") + (path.name == "__init__.py")
+    root = path.parents[depth]
+    return None if root.name in {"site-packages", "dist-packages"} else str(root)
+
+
+def _told(error: BaseException, place: str) -> str:
+    message = one_line(str(error))
+    told = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{told} ({place})" if place else told
+
+
+def _last_frame(text: str) -> str:
+    frames = _FRAME.findall(text)
+    return "{}:{} in {}".format(*frames[-1]) if frames else ""

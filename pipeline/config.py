@@ -1,0 +1,344 @@
+"""Job files: what one run is told, checked completely before anything is started."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from pipeline.errors import JobError, StorageError
+from pipeline.store import read_file
+from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
+
+SIZE_LIMIT = 2**20
+
+
+def _allowed(what: str) -> WrapValidator:
+    """Answer whatever the type refuses with the one sentence ``what`` may stand there."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("not_allowed", "{what}", {"what": what}) from None
+
+    return WrapValidator(check)
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_section(value: Any) -> Any:
+    return {} if value is None else value
+
+
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+_Texts = Annotated[tuple[_Text, ...], Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
+_FromZero = Annotated[float, Field(ge=0)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Text = Annotated[_Text, _allowed("text that is not empty")]
+TextOrNull = Annotated[_Text | None, _allowed("text, or null")]
+Paths = Annotated[_Texts, BeforeValidator(_as_tuple), _allowed("a path or a list of paths")]
+PathsOrNull = Annotated[
+    _Texts | None, BeforeValidator(_as_tuple), _allowed("a path, a list of paths, or null")
+]
+Count = Annotated[_Count, _allowed("a whole number, 1 or more")]
+CountOrAuto = Annotated[_Count | Literal["auto"], _allowed("a whole number, 1 or more, or auto")]
+CountOrNull = Annotated[_Count | None, _allowed("a whole number, 1 or more, or null")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
+GPUs = Annotated[_FromZero, _allowed("a number, 0 or more")]
+Offload = Annotated[Literal["none", "cpu"], _allowed("none or cpu")]
+Minimum = Annotated[_Fraction | None, _allowed("a fraction from 0 to 1, or null")]
+Maximum = Annotated[_FromZero | None, _allowed("a number, 0 or more, or null")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TargetsConfig(_Section):
+    """How the targets are computed."""
+
+    workers: CountOrAuto = Field(
+        default="auto",
+        description="Worker processes, each with a replica of the model; auto: what fits.",
+    )
+    gpus_per_worker: GPUs = Field(
+        default=0.0,
+        description="GPUs for each worker; 0 computes on the CPU, a fraction shares a GPU.",
+    )
+    batch_size: CountOrAuto = Field(
+        default="auto", description="Requests optimised together; auto: what the memory allows."
+    )
+    shard_size: Count = Field(
+        default=256,
+        description="Requests in a shard, the unit that is computed, stored and resumed.",
+    )
+    threads_per_worker: CountOrAuto = Field(
+        default="auto",
+        description="CPU threads for each worker; auto: the machine's cores, shared out.",
+    )
+
+
+class UpdateConfig(_Section):
+    """How the update is solved."""
+
+    ranks: CountOrAuto = Field(
+        default="auto",
+        description="Processes that hold the partitioned model together; auto: what fits.",
+    )
+    gpus_per_rank: GPUs = Field(
+        default=0.0, description="GPUs for each rank; 0 computes on the CPU."
+    )
+    offload: Offload = Field(
+        default="none", description="Where partitioned weights wait: none (on the device) or cpu."
+    )
+    shard_size: Count = Field(
+        default=256, description="Requests whose sums are added up together, in a fixed order."
+    )
+
+
+class EvaluateConfig(_Section):
+    """How the model is measured before and after."""
+
+    sample: CountOrNull = Field(
+        default=None, description="Requests measured, drawn under the seed; null: all of them."
+    )
+    batch_size: Count = Field(default=32, description="Prompts measured in one forward pass.")
+
+
+class GatesConfig(_Section):
+    """What the edited model must reach to be published; null: not asked."""
+
+    efficacy: Minimum = Field(
+        default=None,
+        description="Least fraction of edited prompts where the new target is more probable.",
+    )
+    generalization: Minimum = Field(
+        default=None,
+        description="Least fraction of paraphrases where the new target is more probable.",
+    )
+    specificity: Minimum = Field(
+        default=None,
+        description="Least fraction of neighbors where the true target stays more probable.",
+    )
+    score: Minimum = Field(default=None, description="Least harmonic mean of the three above.")
+    efficacy_strict: Minimum = Field(
+        default=None,
+        description="Least fraction of edited prompts answered greedily with the new target.",
+    )
+    generalization_strict: Minimum = Field(
+        default=None,
+        description="Least fraction of paraphrases answered greedily with the new target.",
+    )
+    specificity_strict: Minimum = Field(
+        default=None,
+        description="Least fraction of neighbors answered greedily with the true target.",
+    )
+    perplexity_increase: Maximum = Field(
+        default=None,
+        description="Most that the perplexity may rise, relative to before: 0.02 is 2 %.",
+    )
+
+    def thresholds(self) -> dict[str, float]:
+        """The gates that are asked for, by metric."""
+        return self.model_dump(exclude_none=True)
+
+
+class JobConfig(_Section):
+    """One run: which facts go into which model, and how.
+
+    Paths may be local or any URL that fsspec reads, and are kept as they were written.
+    """
+
+    model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
+    requests: Paths = Field(description="Parquet files of edit requests: paths, globs or folders.")
+    output: Text = Field(description="The run folder: where everything is kept and published.")
+    hparams: Text = Field(description="Hyper-parameters: the name of a preset, or a file.")
+    second_moments: TextOrNull = Field(
+        default=None,
+        description="Folder of second moments, read if there, else computed and kept; "
+        "null: kept in the run folder.",
+    )
+    corpus: PathsOrNull = Field(
+        default=None,
+        description="Parquet files of ordinary text that second moments are computed from.",
+    )
+    context_templates: TextOrNull = Field(
+        default=None, description="JSON file of context templates; null: generated under the seed."
+    )
+    seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
+    targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
+        default=TargetsConfig(), description="How the targets are computed."
+    )
+    update: Annotated[UpdateConfig, BeforeValidator(_as_section)] = Field(
+        default=UpdateConfig(), description="How the update is solved."
+    )
+    evaluate: Annotated[EvaluateConfig, BeforeValidator(_as_section)] = Field(
+        default=EvaluateConfig(), description="How the model is measured before and after."
+    )
+    gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
+        default=GatesConfig(), description="What the edited model must reach to be published."
+    )
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
+
+        Left out are where results go, what is measured and demanded of them, and which machines
+        compute: the numbers of workers, ranks, threads and GPUs, and offloading. The contents of
+        the files that are named are not read here.
+        """
+        values = self.model_dump(
+            mode="json",
+            include={
+                "model": True,
+                "requests": True,
+                "hparams": True,
+                "second_moments": True,
+                "corpus": True,
+                "context_templates": True,
+                "seed": True,
+                "targets": {"batch_size", "shard_size"},
+                "update": {"shard_size"},
+            },
+        )
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and put overrides in its place.
+
+    Args:
+        source: path or URL of the file: YAML, at most 1 MiB (see ``pipeline.yaml12``).
+        overrides: ``key=value`` or ``section.key=value``, the value a YAML scalar or list.
+
+    Raises:
+        JobError: one line for each problem, naming the file or the override, the key, what was
+            given and what is allowed.
+    """
+    values = _mapping(str(source))
+    origins, problems = _put(overrides, values)
+    try:
+        job = JobConfig.model_validate(values)
+    except ValidationError as error:
+        problems += [_problem(item, str(source), origins) for item in error.errors()]
+    if problems:
+        raise JobError("\n".join(problems))
+    return job
+
+
+def dump_job(job: JobConfig) -> str:
+    """The whole job as YAML, defaults included; ``load_job`` reads it back to an equal job."""
+    values = job.model_dump(mode="json")
+    for key in ("requests", "corpus"):
+        if values[key] and len(values[key]) == 1:
+            values[key] = values[key][0]
+    return dump_yaml(values)
+
+
+def _mapping(source: str) -> dict[str, Any]:
+    try:
+        data = read_file(source, limit=SIZE_LIMIT + 1)
+    except StorageError as error:
+        raise JobError(f"job file: {error}") from None
+    if len(data) > SIZE_LIMIT:
+        raise JobError(f"{source}: a job file has at most 1 MiB; put data into files of their own")
+    try:
+        values = parse_yaml(data.decode())
+    except UnicodeDecodeError as error:
+        raise JobError(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except YAMLTextError as error:
+        raise JobError("\n".join(f"{source}: {problem}" for problem in error.problems)) from None
+    if not isinstance(values, dict):
+        raise JobError(f"{source}: {_shown(values)} is not a job; give keys with values")
+    return values
+
+
+def _put(overrides: Sequence[str], values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Write overrides into ``values``; returns the override behind each key, and the problems."""
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        origin = f"override {override.encode(errors='backslashreplace').decode()}"
+        try:
+            value = parse_yaml(text)
+        except YAMLTextError as error:
+            problems.append(f"{origin}: {error}")
+            continue
+        if not equals:
+            problems.append(f"{origin}: write key=value")
+        elif key not in _known_keys(JobConfig):
+            problems.append(f"{origin}: unknown key {key}; {_suggestion(key)}")
+        elif isinstance(value, dict):
+            problems.append(f"{origin}: a mapping cannot be given here; override its keys")
+        else:
+            _set(values, key, value)
+            origins[key] = origin
+    return origins, problems
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    section, dot, name = key.rpartition(".")
+    holder = values
+    if dot:
+        holder = values[section] = _as_section(values.get(section))
+    # A section that is not a mapping is a problem of the file, and is reported as such.
+    if isinstance(holder, dict):
+        holder[name] = value
+
+
+def _problem(item: ErrorDetails, source: str, origins: dict[str, str]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    where = origins.get(key, source)
+    match item["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key {key}; {_suggestion(key)}"
+        case "missing":
+            return f"{where}: {key} is missing; {JobConfig.model_fields[key].description}"
+        case "not_allowed":
+            what = item["ctx"]["what"]
+        case _:
+            what = f"a section with keys {', '.join(_siblings(f'{key}.'))}"
+    return f"{where}: {key}: {_shown(item['input'])} is not allowed; give {what}"
+
+
+def _known_keys(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from (f"{name}.{key}" for key in _known_keys(field.annotation))
+        else:
+            yield name
+
+
+def _suggestion(key: str) -> str:
+    known = list(_known_keys(JobConfig))
+    if inside := _siblings(f"{key}."):
+        return f"name one of {', '.join(inside)}"
+    same_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    closest = same_name or difflib.get_close_matches(key, known, n=1)
+    if closest:
+        return f"did you mean {' or '.join(closest)}?"
+    return f"known are {', '.join(_siblings(key) or known)}"
+
+
+def _siblings(key: str) -> list[str]:
+    section = key.rpartition(".")[0]
+    return [k for k in _known_keys(JobConfig) if k.rpartition(".")[0] == section]
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,113 @@
+"""Who computes: the Ray session of a run, how many workers and ranks it has, and its pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.cluster import default_workers, ray_session
+from pipeline.errors import WorkerError
+from pipeline.executor import EventKind, Task, WorkerPool
+from pipeline.plan import Plan
+from pipeline.replica import Replica
+
+_MOST_CPU_RANKS = 4
+_SHOWN_SHARDS = 3
+
+
+class Crew:
+    """The workers of one run; use it as a context manager.
+
+    The pool is started when it is first needed and released when others need its GPUs.
+
+    Args:
+        plan: the run's plan.
+        address: Ray cluster to run on; one is started on this machine if None.
+        on_event: told about retries and deaths.
+
+    Attributes:
+        ranks: processes of the update group.
+        threads: threads of each worker and rank.
+    """
+
+    def __init__(
+        self, plan: Plan, address: str | None, on_event: Callable[[EventKind, str], None]
+    ) -> None:
+        self._plan, self._address, self._on_event = plan, address, on_event
+        self._stack = ExitStack()
+        self._pool: WorkerPool | None = None
+        self._workers = 1
+        self.ranks = 1
+        # One thread unless told otherwise: the number of threads decides how sums are split, and a
+        # default that follows the machine would let the machine decide the last bits.
+        threads = plan.job.targets.threads_per_worker
+        self.threads = 1 if threads == "auto" else threads
+
+    def __enter__(self) -> Self:
+        targets, update = self._plan.job.targets, self._plan.job.update
+        cores = os.cpu_count() or 1
+        # Logical CPUs of a cluster started here: room for all that was asked for, so that a small
+        # machine runs what a large one would, only slower, and ranks need not wait for workers.
+        workers = max(1, cores // self.threads) if targets.workers == "auto" else targets.workers
+        ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+        session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
+        self._stack.enter_context(session)
+        self.ranks, self._workers = ranks, workers
+        if update.ranks == "auto" and update.gpus_per_rank:
+            self.ranks = default_workers(update.gpus_per_rank)
+        if targets.workers == "auto" and targets.gpus_per_worker:
+            self._workers = default_workers(targets.gpus_per_worker)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+        self._stack.close()
+
+    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        """Run a stage's tasks on the workers; ``take`` gets each result in this process.
+
+        Raises:
+            WorkerError: a task was given up; the message has its root cause.
+        """
+        failed = self._started_pool().run(method, tasks, take)
+        if not failed:
+            return
+        shown = "; ".join(f"{f.task.key}: {f.reason}" for f in failed[:_SHOWN_SHARDS])
+        raise WorkerError(
+            f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
+            "What was finished is kept: remove the cause and run the same job again",
+            cause_text=failed[0].reason,
+        )
+
+    def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
+        """Run a single task and return its result."""
+        results: list[Any] = []
+        self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
+        return results[0]
+
+    def release(self) -> None:
+        """End the workers; the next stage that needs them starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _started_pool(self) -> WorkerPool:
+        if self._pool is None:
+            self._pool = WorkerPool(
+                Replica,
+                count=min(self._workers, len(self._plan.target_shards)),
+                init_args=(self._plan.base,),
+                num_cpus=self.threads,
+                num_gpus=self._plan.job.targets.gpus_per_worker,
+                threads=self.threads,
+                on_event=self._on_event,
+            )
+        return self._pool

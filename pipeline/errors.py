@@ -1,0 +1,57 @@
+"""The exceptions of the engine.
+
+They extend the tree of ``pmet.errors``:
+
+    PMETError
+    ├── InputError
+    │   ├── JobError            a job file, key or value
+    │   ├── RequestTableError   a request file that cannot be read, or a column that is missing
+    │   ├── RunFolderError      a run folder that does not fit the job
+    │   └── ModelError          a model that cannot be opened
+    ├── StorageError            a file that cannot be read, written or listed
+    └── WorkerError             a worker or a rank failed
+"""
+
+from __future__ import annotations
+
+from pmet.errors import InputError, PMETError
+
+
+class JobError(InputError):
+    """A job file is wrong; the message has one line for each problem."""
+
+
+class RequestTableError(InputError):
+    """The request files cannot be read, or lack a column; the message names file and column."""
+
+
+class RunFolderError(InputError):
+    """A run folder is missing, incomplete, or belongs to another job."""
+
+
+class ModelError(InputError):
+    """A model cannot be opened: missing, incomplete, or in a format that is refused."""
+
+
+class StorageError(PMETError):
+    """A file cannot be read, written or listed; the message names it and the remedy."""
+
+
+class WorkerError(PMETError):
+    """A worker or a rank failed.
+
+    Attributes:
+        cause_text: what the worker itself reported, traceback included; empty where it died
+            without a word.
+    """
+
+    def __init__(self, message: str, *, cause_text: str = "") -> None:
+        super().__init__(message)
+        self.cause_text = cause_text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _worker_error, (str(self), self.cause_text)
+
+
+def _worker_error(message: str, cause_text: str) -> WorkerError:
+    return WorkerError(message, cause_text=cause_text)

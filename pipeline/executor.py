@@ -1,0 +1,480 @@
+"""A supervised pool of workers on Ray, and its serial twin in this process.
+
+A *worker* is an object made by a factory (a class); a stage is one of its methods, called once
+for each *task*. Executors only decide who computes what and when; a result never depends on it.
+
+Ray's own pool loses tasks when an actor dies, and Ray's retries start an actor again without an
+end; so death, time and attempts are counted here, and Ray only starts and watches processes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import ray
+from ray import exceptions as ray_exceptions
+
+from pipeline.cluster import (
+    cluster_resources,
+    full_text,
+    limit_threads,
+    original,
+    root_cause,
+    worker_environment,
+)
+from pipeline.errors import WorkerError
+from pmet.errors import InputError
+
+EventKind = Literal["retry", "death", "timeout", "failed", "start-failure"]
+OnEvent = Callable[[EventKind, str], None]
+OnResult = Callable[["Task", Any], None]
+
+_TICK_S = 0.1
+# After one of these the process still lives, but its memory or its GPU is not to be trusted.
+# Named, not imported: an executor has no need of torch.
+_RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a worker's method.
+
+    Attributes:
+        key: names the task in messages; unique within a stage.
+        args: positional arguments of the call.
+    """
+
+    key: str
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class FailedTask:
+    """A task that was given up.
+
+    Attributes:
+        task: the task.
+        attempts: how often it was tried.
+        reason: root cause of the last attempt: exception type, message, last traceback line.
+    """
+
+    task: Task
+    attempts: int
+    reason: str
+
+
+class Pool(ABC):
+    """Runs tasks on workers made by one factory; use it as a context manager."""
+
+    @abstractmethod
+    def run(self, method: str, tasks: Iterable[Task], on_result: OnResult) -> list[FailedTask]:
+        """Call ``worker.method(*task.args)`` for every task, handed out in their order.
+
+        Results arrive in any order, each exactly once. May be called again, for another stage on
+        the same workers. After an exception the pool is closed.
+
+        Args:
+            method: name of the worker's method.
+            tasks: read lazily.
+            on_result: called in this process with each task and what its call returned.
+
+        Returns:
+            The tasks given up after the allowed attempts, in the order of ``tasks``.
+
+        Raises:
+            InputError: raised by a worker and never retried, because it would only come again.
+            WorkerError: no worker can start, or the pool is closed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers, whatever they do; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class SerialPool(Pool):
+    """One worker in this process: the same results, attempts and errors, without Ray.
+
+    A task that takes too long, or kills its process, cannot be survived here.
+
+    Args:
+        factory: class of the worker.
+        init_args: what the factory is called with.
+        threads: torch threads while the pool is open; as they are if None.
+        max_attempts: how often a task is tried.
+        on_event: told about retries and failures.
+    """
+
+    def __init__(
+        self,
+        factory: type,
+        *,
+        init_args: tuple[Any, ...] = (),
+        threads: int | None = None,
+        max_attempts: int = 3,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self._factory = factory
+        self._init_args = init_args
+        self._max_attempts = max_attempts
+        self._on_event = on_event or _ignore
+        self._worker: Any = None
+        self._closed = False
+        self._threads_before = limit_threads(threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def run(self, method: str, tasks: Iterable[Task], on_result: OnResult) -> list[FailedTask]:
+        """See `Pool.run`."""
+        _refuse_closed(self._closed)
+        queue = _Queue(tasks, self._max_attempts, self._on_event)
+        try:
+            if self._worker is None:
+                self._worker = self._start()
+            while (attempt := queue.take()) is not None:
+                self._try(method, attempt, queue, on_result)
+        except BaseException:
+            self.close()
+            raise
+        return queue.given_up()
+
+    def close(self) -> None:
+        """See `Pool.close`."""
+        self._worker = None
+        self._closed = True
+        limit_threads(self._threads_before)
+        self._threads_before = None
+
+    def _start(self) -> Any:
+        try:
+            return self._factory(*self._init_args)
+        except InputError:
+            raise
+        except Exception as error:
+            raise _cannot_start(root_cause(error), error) from error
+
+    def _try(self, method: str, attempt: _Attempt, queue: _Queue, on_result: OnResult) -> None:
+        try:
+            value = getattr(self._worker, method)(*attempt.task.args)
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  any error of a task counts as an attempt
+            queue.failed(attempt, root_cause(error))
+        else:
+            on_result(attempt.task, value)
+
+
+class WorkerPool(Pool):
+    """Worker processes on a Ray cluster, one task in flight on each.
+
+    A Python error in a task keeps the process; a process that dies, runs out of memory or exceeds
+    the time limit is replaced at once. Each of these counts as an attempt of that task alone.
+    Workers that the cluster has no room for yet stay requested, and the others go on without them.
+
+    Args:
+        factory: class of the worker; called once in each process.
+        count: number of workers.
+        init_args: what the factory is called with.
+        num_cpus: logical CPUs of one worker.
+        num_gpus: GPUs of one worker; a fraction shares one.
+        threads: threads of the numerical libraries in each worker. Fix it where results must be
+            bit-equal on any machine; Ray's choice, one a logical CPU, if None.
+        max_attempts: how often a task is tried, and how often in a row a process is started.
+        task_timeout_s: seconds that one call may take; no limit if None.
+        start_timeout_s: seconds until a first worker must be ready.
+        on_event: told about deaths, time-outs, retries and failures.
+
+    Raises:
+        ValueError: a count, a limit or a number of attempts below one.
+    """
+
+    def __init__(
+        self,
+        factory: type,
+        *,
+        count: int,
+        init_args: tuple[Any, ...] = (),
+        num_cpus: float = 1.0,
+        num_gpus: float = 0.0,
+        threads: int | None = None,
+        max_attempts: int = 3,
+        task_timeout_s: float | None = None,
+        start_timeout_s: float = 900.0,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        if count < 1 or max_attempts < 1:
+            raise ValueError(f"count {count} and max_attempts {max_attempts} must be at least 1")
+        self._max_attempts = max_attempts
+        self._task_timeout_s = task_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._on_event = on_event or _ignore
+        self._needs = f"{num_cpus:g} CPU and {num_gpus:g} GPU"
+        self._start_args = (factory, init_args, threads)
+        self._actor_class = ray.remote(_WorkerProcess).options(
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": worker_environment(factory, threads=threads)},
+        )
+        self._ever_ready = False
+        self._closed = False
+        self._seats = [_Seat(index) for index in range(count)]
+        for seat in self._seats:
+            self._start(seat)
+
+    def run(self, method: str, tasks: Iterable[Task], on_result: OnResult) -> list[FailedTask]:
+        """See `Pool.run`."""
+        _refuse_closed(self._closed)
+        queue = _Queue(tasks, self._max_attempts, self._on_event)
+        try:
+            self._greet()
+            self._supervise(method, queue, on_result)
+        except BaseException:
+            self.close()
+            raise
+        return queue.given_up()
+
+    def close(self) -> None:
+        """See `Pool.close`."""
+        self._closed = True
+        for seat in self._seats:
+            self._dismiss(seat)
+
+    def _supervise(self, method: str, queue: _Queue, on_result: OnResult) -> None:
+        while True:
+            self._hand_out(method, queue)
+            if queue.empty and not any(seat.attempt for seat in self._seats):
+                return
+            awaited = {seat.reply: seat for seat in self._seats if seat.reply is not None}
+            ready, _ = ray.wait(list(awaited), num_returns=1, timeout=_TICK_S)
+            for reply in ready:
+                self._settle(awaited[reply], queue, on_result)
+            self._end_overdue(queue)
+
+    def _hand_out(self, method: str, queue: _Queue) -> None:
+        for seat in self._seats:
+            if seat.idle and (attempt := queue.take()) is not None:
+                seat.attempt = attempt
+                seat.expect(seat.actor.call.remote(method, attempt.task.args))
+
+    def _settle(self, seat: _Seat, queue: _Queue, on_result: OnResult) -> None:
+        reply, attempt = seat.reply, seat.attempt
+        seat.reply = seat.attempt = None
+        try:
+            value = ray.get(reply)
+        except ray_exceptions.RayError as error:
+            _raise_input_error(error)
+            if attempt is None:
+                self._start_failed(seat, error)
+            else:
+                self._attempt_failed(seat, attempt, error, queue)
+            return
+        if attempt is None:
+            self._ever_ready = seat.ready = True
+            seat.failed_starts = 0
+        else:
+            on_result(attempt.task, value)
+
+    def _attempt_failed(
+        self, seat: _Seat, attempt: _Attempt, error: ray_exceptions.RayError, queue: _Queue
+    ) -> None:
+        reason = root_cause(error)
+        if _process_is_lost(error):
+            self._on_event("death", f"worker {seat.index} was lost on {attempt.task.key}: {reason}")
+            self._start(seat)
+        queue.failed(attempt, reason)
+
+    def _start_failed(self, seat: _Seat, error: ray_exceptions.RayError) -> None:
+        reason = root_cause(error)
+        if seat.ready:
+            self._on_event("death", f"worker {seat.index} was lost while idle: {reason}")
+            self._start(seat)
+            return
+        self._dismiss(seat)
+        seat.failed_starts += 1
+        # A factory that raises on every worker's first start will go on to raise.
+        hopeless = isinstance(error, ray_exceptions.RayTaskError) and not self._ever_ready
+        if not hopeless and seat.failed_starts < self._max_attempts:
+            self._on_event("start-failure", f"worker {seat.index} did not start: {reason}")
+            self._start(seat)
+        elif hopeless or not any(seat.actor for seat in self._seats):
+            raise _cannot_start(reason, error)
+        else:
+            self._on_event("start-failure", f"worker {seat.index} is given up: {reason}")
+
+    def _end_overdue(self, queue: _Queue) -> None:
+        now = time.monotonic()
+        for seat in self._seats:
+            waited_s = now - seat.since
+            if seat.attempt is not None:
+                if self._task_timeout_s is not None and waited_s > self._task_timeout_s:
+                    self._time_out(seat, seat.attempt, queue)
+            elif seat.reply is not None and waited_s > self._start_timeout_s:
+                self._refuse_to_wait()
+
+    def _time_out(self, seat: _Seat, attempt: _Attempt, queue: _Queue) -> None:
+        reason = f"TimeoutError: took longer than {self._task_timeout_s:g} s"
+        self._on_event("timeout", f"worker {seat.index} was ended on {attempt.task.key}: {reason}")
+        self._start(seat)
+        queue.failed(attempt, reason)
+
+    def _refuse_to_wait(self) -> None:
+        if any(seat.attempt is not None or seat.idle for seat in self._seats):
+            return
+        cpus, gpus = cluster_resources()
+        raise WorkerError(
+            f"no worker was ready within {self._start_timeout_s:g} s; each needs {self._needs}, "
+            f"the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for less, free the "
+            "cluster, or allow more time if the model is slow to load"
+        )
+
+    def _start(self, seat: _Seat) -> None:
+        self._dismiss(seat)
+        seat.ready = False
+        seat.actor = self._actor_class.remote()
+        seat.expect(seat.actor.start.remote(*self._start_args))
+
+    def _greet(self) -> None:
+        """Find the workers that died while idle, so that no task pays an attempt for them."""
+        for seat in self._seats:
+            if seat.idle:
+                seat.expect(seat.actor.ping.remote())
+
+    def _dismiss(self, seat: _Seat) -> None:
+        if seat.actor is not None and ray.is_initialized():
+            ray.kill(seat.actor, no_restart=True)
+        seat.actor = seat.reply = seat.attempt = None
+
+
+class _WorkerProcess:
+    """What runs in a worker's process: the factory's object behind three calls."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+
+    def start(self, factory: type, init_args: tuple[Any, ...], threads: int | None) -> None:
+        """Make the worker. Not in ``__init__``: Ray would report its errors as mere text."""
+        limit_threads(threads)
+        self._worker = factory(*init_args)
+
+    def ping(self) -> None:
+        """Answer."""
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Run one task."""
+        return getattr(self._worker, method)(*args)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """The ``number``-th try of a task that came ``place``-th in its stage; both from 1."""
+
+    task: Task
+    place: int
+    number: int
+
+
+class _Queue:
+    """The tasks of one stage still to be tried, and those given up."""
+
+    def __init__(self, tasks: Iterable[Task], max_attempts: int, on_event: OnEvent) -> None:
+        self._fresh: Iterator[_Attempt] = (
+            _Attempt(task, place, 1) for place, task in enumerate(tasks, start=1)
+        )
+        self._again: deque[_Attempt] = deque()
+        self._given_up: list[tuple[int, FailedTask]] = []
+        self._max_attempts = max_attempts
+        self._on_event = on_event
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left to take."""
+        if not self._again and (attempt := next(self._fresh, None)) is not None:
+            self._again.append(attempt)
+        return not self._again
+
+    def take(self) -> _Attempt | None:
+        """The next attempt. Failed tasks go first: what ails them is then known early."""
+        return None if self.empty else self._again.popleft()
+
+    def failed(self, attempt: _Attempt, reason: str) -> None:
+        """Have the task tried again, or give it up."""
+        task, number = attempt.task, attempt.number
+        text = f"{task.key}, attempt {number} of {self._max_attempts}: {reason}"
+        if number < self._max_attempts:
+            self._on_event("retry", text)
+            self._again.appendleft(_Attempt(task, attempt.place, number + 1))
+        else:
+            self._on_event("failed", text)
+            self._given_up.append((attempt.place, FailedTask(task, number, reason)))
+
+    def given_up(self) -> list[FailedTask]:
+        """The tasks given up, in the order of the stage."""
+        return [failed for _, failed in sorted(self._given_up, key=lambda item: item[0])]
+
+
+@dataclass
+class _Seat:
+    """The place of one worker: its process, and the reply that it owes.
+
+    Without an attempt the reply is to a start or a ping.
+    """
+
+    index: int
+    actor: Any = None
+    reply: Any = None
+    attempt: _Attempt | None = None
+    since: float = 0.0
+    ready: bool = False
+    failed_starts: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.actor is not None and self.reply is None
+
+    def expect(self, reply: Any) -> None:
+        self.reply = reply
+        self.since = time.monotonic()
+
+
+def _process_is_lost(error: ray_exceptions.RayError) -> bool:
+    if isinstance(error, ray_exceptions.RayTaskError):
+        return type(original(error)).__name__ in _RUINOUS
+    return True
+
+
+def _raise_input_error(error: ray_exceptions.RayError) -> None:
+    if isinstance(error, ray_exceptions.RayTaskError):
+        cause = original(error)
+        if isinstance(cause, InputError):
+            raise cause from None
+
+
+def _cannot_start(reason: str, error: BaseException) -> WorkerError:
+    return WorkerError(f"no worker can start: {reason}", cause_text=full_text(error))
+
+
+def _refuse_closed(closed: bool) -> None:
+    if closed:
+        raise WorkerError("this pool is closed; make a new one to run another stage")
+
+
+def _ignore(kind: EventKind, text: str) -> None:
+    """Take no notice of an event."""

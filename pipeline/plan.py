@@ -1,0 +1,274 @@
+"""What a run is going to do, worked out and checked before any worker starts.
+
+A bad job stops here, in this process, with one clear message. Nothing of the model is loaded but
+its configuration, its tokenizer and the headers of its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
+from pipeline.config import JobConfig
+from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
+from pipeline.replica import ModelSource, open_tokenizer
+from pipeline.schema import Rejection, RequestTable, read_requests
+from pipeline.shards import Shard, plan_shards
+from pipeline.store import expand, read_file, read_parquet
+from pmet import contexts
+from pmet.architecture import Layout, resolve
+from pmet.errors import RequestError
+from pmet.hparams import PMETHyperParams
+from pmet.problem import Problem, context_length
+from pmet.targets import default_batch_size
+
+CORPUS_TOKENS = 1_000_000
+"""About as many tokens of a corpus are read: fewer than the published 100,000 articles have, and
+enough (arXiv 2506.04226)."""
+_CHARACTERS_A_TOKEN = 4
+_CORPUS_SHARD_CHARACTERS = 100_000
+_LARGEST_SHARD = 256
+_SMALLEST_SHARD = 16
+_SHARDS_WANTED = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job, resolved: all that decides the result, and how it is cut into shards.
+
+    Attributes:
+        job: the job as it was given, with overrides.
+        checkpoint: the base model's folder.
+        layout: where the model keeps its parts.
+        stored: the checkpoint's tensor of each edited layer.
+        hparams: the hyper-parameters.
+        templates: context templates, if a file names them.
+        table: the input rows, and which of them can be edited.
+        corpus: texts by shard; empty where the second moments are given.
+        target_shards: shards of the accepted requests whose targets are computed together.
+        update_shards: shards whose sums are added up together.
+        batch_size: requests optimised side by side.
+        digests: what the result depends on, by name.
+    """
+
+    job: JobConfig
+    checkpoint: Checkpoint
+    layout: Layout
+    stored: dict[int, StoredTensor]
+    hparams: PMETHyperParams
+    templates: list[list[str]] | None
+    table: RequestTable
+    corpus: list[list[str]]
+    target_shards: list[Shard]
+    update_shards: list[Shard]
+    batch_size: int
+    digests: dict[str, str]
+
+    @property
+    def base(self) -> ModelSource:
+        """The unedited model, for the workers."""
+        return ModelSource(str(self.checkpoint.folder), self.job.targets.gpus_per_worker > 0)
+
+
+def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
+    """Read and check all that a job names.
+
+    Args:
+        job: the job.
+        cache_dir: where remote models are copied to.
+
+    Raises:
+        InputError: something cannot be used; the message says what, where, and the remedy.
+        StorageError: something cannot be read.
+    """
+    folder = open_model_folder(job.model, cache_dir or default_cache())
+    checkpoint = Checkpoint.open(folder)
+    hparams = load_hparams(job.hparams)
+    skeleton, tokenizer = _skeleton(folder), _tokenizer(folder)
+    layout = resolve(skeleton, hparams)
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
+    templates = _templates(job)
+    table = _fitting(read_requests(job.requests), tokenizer, skeleton.config, templates)
+    count = len(table.requests)
+    if not count:
+        reasons = "; ".join(r.reason for r in table.rejected[:3]) or "the files are empty"
+        raise RequestTableError(f"none of {len(table.table)} requests can be edited: {reasons}")
+    corpus = _corpus(job)
+    device = torch.device("cuda" if job.targets.gpus_per_worker > 0 else "cpu")
+    batch_size = job.targets.batch_size
+    return Plan(
+        job=job,
+        checkpoint=checkpoint,
+        layout=layout,
+        stored=stored,
+        hparams=hparams,
+        templates=templates,
+        table=table,
+        corpus=corpus,
+        target_shards=plan_shards(count, shard_size(count, job.targets.shard_size)),
+        update_shards=plan_shards(count, shard_size(count, job.update.shard_size)),
+        batch_size=default_batch_size(device) if batch_size == "auto" else batch_size,
+        digests={
+            "job": job.digest(),
+            "model": checkpoint.digest(),
+            "hparams": _digest(hparams.model_dump(mode="json")),
+            "requests": _table_digest(table.table),
+            "corpus": _digest(corpus),
+            "context_templates": _digest(templates),
+        },
+    )
+
+
+def shard_size(count: int, wanted: int | str) -> int:
+    """Requests in a shard: as wanted, or enough shards to share out, decided by the count alone."""
+    if isinstance(wanted, int):
+        return wanted
+    return min(_LARGEST_SHARD, max(_SMALLEST_SHARD, math.ceil(count / _SHARDS_WANTED)))
+
+
+def default_cache() -> Path:
+    """Where remote models are copied to on this machine."""
+    return Path(tempfile.gettempdir()) / "pmet-models"
+
+
+def load_hparams(name: str) -> PMETHyperParams:
+    """A preset, or the file at a path or URL.
+
+    Raises:
+        HyperParameterError: it is wrong.
+        JobError: there is neither such a preset nor such a file.
+    """
+    if name in PMETHyperParams.presets():
+        return PMETHyperParams.preset(name)
+    return PMETHyperParams.from_text(_text(name, "hparams"), source=name)
+
+
+def _text(url: str, key: str) -> str:
+    try:
+        return read_file(url).decode()
+    except (StorageError, UnicodeDecodeError) as error:
+        presets = f" or a preset ({', '.join(PMETHyperParams.presets())})"
+        remedy = f"name a file{presets if key == 'hparams' else ''}"
+        raise JobError(f"{key}: {url} cannot be read ({error}); {remedy}") from None
+
+
+def _skeleton(folder: Path) -> Any:
+    """The model without its weights: names and shapes, for a few kilobytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model {folder} is no causal language model that transformers can open ({reason})"
+        ) from None
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        tokenizer = open_tokenizer(str(folder))
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {folder} has no tokenizer that can be opened ({reason})") from None
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model {folder} has only a slow tokenizer, which gives no character offsets; add its "
+            "tokenizer.json"
+        )
+    return tokenizer
+
+
+def _templates(job: JobConfig) -> list[list[str]] | None:
+    if job.context_templates is None:
+        return None
+    text = _text(job.context_templates, "context_templates")
+    return contexts.parse(text, source=job.context_templates)
+
+
+def _fitting(
+    table: RequestTable, tokenizer: Any, config: Any, templates: list[list[str]] | None
+) -> RequestTable:
+    """Set aside the requests that the model cannot read whole, or whose subject has no token."""
+    limit = context_length(config)
+    # Generated prefixes are not known yet: room is left for them.
+    room = 0 if templates else contexts.GENERATED_TOKENS + 4
+    bare = [t for group in templates or [["{}"]] for t in group]
+    requests, rows, rejected = [], [], list(table.rejected)
+    for row, request in zip(table.rows, table.requests, strict=True):
+        try:
+            problem = Problem.of(tokenizer, request, bare)
+            problem.check_length(request, None if limit is None else limit - room)
+        except RequestError as error:
+            rejected.append(Rejection(row, str(error)))
+        else:
+            requests.append(request)
+            rows.append(row)
+    rejected.sort(key=lambda r: r.row)
+    return replace(table, requests=requests, rows=rows, rejected=rejected)
+
+
+def _corpus(job: JobConfig) -> list[list[str]]:
+    """Texts of the corpus up to the budget, in shards that the job alone decides."""
+    if job.corpus is None:
+        if job.second_moments is None:
+            raise JobError(
+                "the job names neither second_moments nor a corpus; give a folder of second "
+                "moments, or Parquet files of ordinary text (column text) to compute them from"
+            )
+        return []
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for text in _texts(expand(job.corpus)):
+        if size >= _CORPUS_SHARD_CHARACTERS:
+            shards.append([])
+            size = 0
+        shards[-1].append(text)
+        size += len(text)
+        total += len(text)
+        if total >= CORPUS_TOKENS * _CHARACTERS_A_TOKEN:
+            break
+    if not total:
+        raise JobError(f"corpus: {', '.join(job.corpus)} holds no text")
+    return shards
+
+
+def _texts(files: Sequence[str]) -> Any:
+    for file in files:
+        try:
+            table = read_parquet(file)
+        except StorageError as error:
+            raise JobError(f"corpus: {error}") from None
+        if "text" not in table.column_names:
+            raise JobError(
+                f"corpus: {file} has no column text; it has {', '.join(table.column_names)}"
+            )
+        for chunk in table.column("text").chunks:
+            yield from (t for t in chunk.to_pylist() if isinstance(t, str) and t.strip())
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _table_digest(table: pa.Table) -> str:
+    sink = hashlib.sha256()
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    sink.update(buffer.getvalue())
+    return sink.hexdigest()

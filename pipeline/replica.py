@@ -1,0 +1,151 @@
+"""A worker: one replica of a model, and the stages that need it.
+
+Each method is a stage's work on one shard: what comes in is decided by the job, what goes out does
+not depend on who computes it. It runs in a Ray actor or in this process alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.schema import targets_table
+from pipeline.store import Store
+from pmet import contexts, metrics, second_moment
+from pmet.contexts import ContextTemplates
+from pmet.hparams import PMETHyperParams
+from pmet.request import EditRequest
+from pmet.second_moment import SecondMoments
+from pmet.targets import compute_targets
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to open, and how.
+
+    Attributes:
+        folder: a local model folder.
+        on_gpu: whether to put it on the GPU that the worker was given.
+    """
+
+    folder: str
+    on_gpu: bool
+
+    def open(self) -> tuple[Any, Any]:
+        """The model, for evaluation, and its tokenizer.
+
+        On a CPU the weights become float32, where 16-bit arithmetic is slow and coarse; on a GPU
+        they stay as they are stored.
+        """
+        model = open_causal_lm(self.folder, dtype="auto" if self.on_gpu else torch.float32)
+        return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(self.folder)
+
+
+def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
+    """A causal language model from a local folder: safetensors only, no code of the model's own."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+    return model.eval()
+
+
+def open_tokenizer(folder: str) -> Any:
+    """The model's tokenizer, the fast one."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    """What became of a shard of targets; the targets themselves are in its file.
+
+    Attributes:
+        sha256: of the file.
+        failures: reason by row of the input, for requests that have no target.
+        early: requests that stopped before the last evaluation.
+    """
+
+    sha256: str
+    failures: dict[int, str]
+    early: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A shard of an evaluation: figures and the greedy answer of each request."""
+
+    rows: list[dict[str, float | None]]
+    answers: list[str]
+
+
+class Replica:
+    """Holds one model at a time, and computes shards with it."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._source: ModelSource | None = None
+        self._use(source)
+
+    def _use(self, source: ModelSource) -> None:
+        if source != self._source:
+            self._model = self._tokenizer = None
+            self._model, self._tokenizer = source.open()
+            self._source = source
+
+    def write_templates(self, seed: int) -> list[list[str]]:
+        """Let the model write its context templates."""
+        return contexts.generate(self._model, self._tokenizer, seed=seed)
+
+    def sum_second_moments(self, texts: Sequence[str], hparams: PMETHyperParams) -> SecondMoments:
+        """Sums of k kᵀ over a shard of the corpus."""
+        return second_moment.measure(self._model, self._tokenizer, texts, hparams)
+
+    def find_targets(
+        self,
+        requests: Sequence[EditRequest],
+        rows: Sequence[int],
+        hparams: PMETHyperParams,
+        templates: ContextTemplates,
+        batch_size: int,
+        output: Store,
+        name: str,
+    ) -> TargetSummary:
+        """Optimise the targets of a shard and write them to ``name`` of ``output``."""
+        found = compute_targets(
+            self._model,
+            self._tokenizer,
+            requests,
+            hparams,
+            context_templates=templates,
+            batch_size=batch_size,
+        )
+        table = targets_table(
+            list(rows), found.values.numpy(), found.steps.numpy(), found.losses.numpy()
+        )
+        output.write_table(name, table)
+        return TargetSummary(
+            sha256=output.sha256(name),
+            failures={rows[i]: reason for i, reason in found.failures.items()},
+            early=int((found.steps < hparams.v_num_grad_steps).sum()),
+        )
+
+    def measure(self, source: ModelSource, requests: Sequence[EditRequest]) -> Measured:
+        """Score a shard of requests on a model, which is opened if it is another one."""
+        self._use(source)
+        scores = metrics.evaluate(self._model, self._tokenizer, requests)
+        said = metrics.answers(self._model, self._tokenizer, [r.text for r in requests])
+        return Measured(scores["rows"], said)
+
+    def sum_perplexity(self, source: ModelSource, texts: Sequence[str]) -> tuple[float, int]:
+        """Sum of −log p over the tokens of ``texts``, and their number."""
+        self._use(source)
+        return metrics.perplexity_sums(self._model, self._tokenizer, texts)

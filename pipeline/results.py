@@ -1,0 +1,86 @@
+"""What a run reports of its requests: a row each, the model's figures, and the gates' verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.schema import RequestTable, with_columns
+from pmet.metrics import METRICS, summarize
+
+Measured = Mapping[int, Mapping[str, Any]]
+
+
+def results_table(
+    table: RequestTable,
+    edited: Sequence[int],
+    targets: Sequence[pa.Table],
+    before: Measured,
+    after: Measured,
+) -> pa.Table:
+    """A row for every edited request: its input columns, its target's course, its figures.
+
+    Args:
+        table: the input.
+        edited: rows of the input whose facts are in the edited model.
+        targets: target shards, with columns ``row``, ``steps`` and ``loss``.
+        before: figures and answer of measured rows on the base model.
+        after: the same on the edited model.
+    """
+    course = {
+        row: (steps, loss)
+        for shard in targets
+        for row, steps, loss in zip(
+            *(shard.column(name).to_pylist() for name in ("row", "steps", "loss")), strict=True
+        )
+    }
+    columns = {
+        "row": pa.array(edited, pa.int64()),
+        "status": pa.array(["edited"] * len(edited), pa.string()),
+        "steps": pa.array([course[row][0] for row in edited], pa.int32()),
+        "loss": pa.array([course[row][1] for row in edited], pa.float32()),
+    }
+    for when, measured in (("before", before), ("after", after)):
+        for metric in METRICS:
+            values = [measured.get(row, {}).get(metric) for row in edited]
+            columns[f"{when}_{metric}"] = pa.array(values, pa.float64())
+        answers = [measured.get(row, {}).get("answer") for row in edited]
+        columns[f"{when}_answer"] = pa.array(answers, pa.string())
+    return with_columns(table.table.take(pa.array(edited, pa.int64())), columns)
+
+
+def model_metrics(
+    rows: Sequence[Mapping[str, Any]], perplexity: float | None
+) -> dict[str, float | None]:
+    """A model's figures over its measured requests, and its perplexity where it was measured."""
+    return {**summarize(rows), "perplexity": perplexity}
+
+
+def gate_outcomes(
+    thresholds: Mapping[str, float], metrics: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Each gate with the value it saw and whether it lets the edited model pass.
+
+    A value that could not be measured does not pass: nobody knows that it is good enough.
+    """
+    outcomes = []
+    for metric, threshold in thresholds.items():
+        if metric == "perplexity_increase":
+            value = _increase(metrics["before"]["perplexity"], metrics["after"]["perplexity"])
+            passed = value is not None and value <= threshold
+        else:
+            value = metrics["after"].get(metric)
+            passed = value is not None and value >= threshold
+        outcomes.append(
+            {"metric": metric, "threshold": threshold, "value": value, "passed": passed}
+        )
+    return outcomes
+
+
+def _increase(before: float | None, after: float | None) -> float | None:
+    if before is None or after is None or not math.isfinite(after):
+        return None
+    return after / before - 1

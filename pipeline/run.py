@@ -1,0 +1,136 @@
+"""A run from beginning to end: plan, stages, gates, results."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.card import model_card
+from pipeline.config import JobConfig, dump_job
+from pipeline.crew import Crew
+from pipeline.folder import RunFolder
+from pipeline.plan import make_plan
+from pipeline.progress import Progress
+from pipeline.report import write_report
+from pipeline.results import gate_outcomes, model_metrics, results_table
+from pipeline.schema import Rejection
+from pipeline.stages import (
+    Context,
+    Measurement,
+    collect_moments,
+    find_targets,
+    measure,
+    publish_model,
+    published_model,
+    target_file,
+    update,
+    write_templates,
+)
+from pipeline.store import Store
+from pmet.errors import PMETError
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        status: ``complete``, or ``held`` where a gate held the edited model back.
+        folder: the run folder.
+        metrics: what ``metrics.json`` holds.
+    """
+
+    status: str
+    folder: Store
+    metrics: dict[str, Any]
+
+
+def run_job(
+    job: JobConfig,
+    *,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    address: str | None = None,
+) -> RunResult:
+    """Edit a model as a job says, and publish, measure and report the result.
+
+    Args:
+        job: the job.
+        progress: shows the stages; silent if None.
+        fresh: start over where the run folder holds earlier work.
+        address: Ray cluster to run on; one is started on this machine if None.
+
+    Raises:
+        InputError: the job cannot be run as it is; no worker has been started.
+        PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
+    """
+    progress = progress or Progress()
+    with progress.stage("plan"):
+        plan = make_plan(job)
+    folder = RunFolder(job.output)
+    folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+    folder.store.write_bytes("job.yaml", dump_job(job).encode())
+
+    def on_event(kind: str, text: str) -> None:
+        folder.event(kind, text)
+        progress.event(f"{kind}: {text}")
+
+    try:
+        with Crew(plan, address, on_event) as crew:
+            return _run_stages(Context(plan, folder, crew, progress))
+    except KeyboardInterrupt:
+        folder.finish("failed", "interrupted")
+        raise
+    except PMETError as error:
+        folder.finish("failed", str(error))
+        raise
+
+
+def _run_stages(run: Context) -> RunResult:
+    templates = write_templates(run)
+    collect_moments(run)
+    before = measure(run, "before", run.plan.base)
+    failures = find_targets(run, templates)
+    reports = update(run, templates, failures)
+    publish_model(run, reports)
+    after = measure(run, "after", published_model(run))
+    return _conclude(run, failures, before, after)
+
+
+def _conclude(
+    run: Context, failures: dict[int, str], before: Measurement, after: Measurement
+) -> RunResult:
+    """Write results, metrics, model card and report; ask the gates."""
+    plan, store = run.plan, run.store
+    late = [Rejection(row, f"no target: {reason}") for row, reason in failures.items()]
+    rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
+    table = dataclasses.replace(plan.table, rejected=rejected)
+    edited = [row for row in table.rows if row not in failures]
+    metrics: dict[str, Any] = {
+        name: model_metrics([m.rows[row] for row in edited if row in m.rows], m.perplexity)
+        for name, m in (("before", before), ("after", after))
+    }
+    metrics["counts"] = {
+        "requested": len(table.table),
+        "rejected": len(rejected),
+        "edited": len(edited),
+    }
+    metrics["gates"] = gate_outcomes(plan.job.gates.thresholds(), metrics)
+    held = any(not gate["passed"] for gate in metrics["gates"])
+    targets = [
+        store.read_table(target_file(shard), columns=["row", "steps", "loss"])
+        for shard in plan.target_shards
+    ]
+    store.write_table(
+        "results.parquet", results_table(table, edited, targets, before.rows, after.rows)
+    )
+    store.write_table("rejected.parquet", table.rejected_table())
+    store.write_json("metrics.json", metrics)
+    run.folder.status["counts"] = metrics["counts"]
+    status = "held" if held else "complete"
+    card = model_card(dump_job(plan.job), run.folder.status, metrics)
+    store.write_bytes("model/README.md", card.encode())
+    run.folder.finish(status)
+    write_report(store)
+    return RunResult(status, store, metrics)

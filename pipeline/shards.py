@@ -1,0 +1,45 @@
+"""Shards: the contiguous runs of rows that are computed together.
+
+They follow from the job alone, so that who computes a shard never changes what is in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows ``start`` (included) to ``stop`` (excluded) of the accepted requests.
+
+    Attributes:
+        index: place among the shards, from 0.
+        start: first row.
+        stop: the row after the last.
+    """
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The stem of the shard's file, for example ``00007``."""
+        return f"{self.index:05d}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def plan_shards(count: int, shard_size: int) -> list[Shard]:
+    """Cut ``count`` rows into shards of ``shard_size`` rows; the last one may be short.
+
+    Raises:
+        ValueError: ``count`` is negative or ``shard_size`` is not positive.
+    """
+    if count < 0 or shard_size < 1:
+        raise ValueError(f"cannot cut {count} rows into shards of {shard_size}")
+    starts = range(0, count, shard_size)
+    return [
+        Shard(index, start, min(start + shard_size, count)) for index, start in enumerate(starts)
+    ]

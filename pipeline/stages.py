@@ -1,0 +1,358 @@
+"""The stages of a run. Each finds what the run folder already has, and does only the rest.
+
+    templates ─▶ second moments ─▶ measure before ─▶ targets ─▶ update ─▶ publish ─▶ measure after
+
+What is computed together is decided by the plan, never by who computes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import publish
+from pipeline.crew import Crew
+from pipeline.errors import WorkerError
+from pipeline.executor import Task
+from pipeline.folder import RunFolder
+from pipeline.moments import read_moments, write_moments
+from pipeline.plan import Plan, default_cache
+from pipeline.progress import Progress, Stage
+from pipeline.rank_group import RankGroup
+from pipeline.replica import Measured, ModelSource, TargetSummary
+from pipeline.shards import Shard
+from pipeline.store import Store, localized
+from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
+from pmet.delta import Edit, changed
+from pmet.second_moment import SecondMoments
+
+PERPLEXITY_TEXTS = 256
+MEASURED_TOGETHER = 32
+UPDATE_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage works with."""
+
+    plan: Plan
+    folder: RunFolder
+    crew: Crew
+    progress: Progress
+
+    @property
+    def store(self) -> Store:
+        """The run folder's files."""
+        return self.folder.store
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
+        """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
+        with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
+            yield bar, detail
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model was found to say.
+
+    Attributes:
+        rows: figures and greedy answer by input row, for the measured requests.
+        perplexity: on a sample of the corpus; None without one.
+    """
+
+    rows: dict[int, dict[str, Any]]
+    perplexity: float | None
+
+
+def write_templates(run: Context) -> list[list[str]]:
+    """Context templates: those of the job, or what the model writes under the seed."""
+    templates = run.plan.templates
+    if templates is None:
+        if record := run.folder.recorded("context_templates"):
+            return list(record["templates"])
+        with run.stage("templates", 1) as (bar, _):
+            templates = run.crew.one("write_templates", "context templates", (run.plan.job.seed,))
+            bar.advance()
+    run.store.write_json("context_templates.json", templates)
+    run.folder.record("context_templates", {"templates": templates})
+    return templates
+
+
+def moments_url(run: Context) -> str:
+    """Where this run's second moments are, or will be."""
+    return run.plan.job.second_moments or run.store.join("second_moments")
+
+
+def collect_moments(run: Context) -> None:
+    """Second moments of all edited layers, in one pass over the corpus; kept if already there."""
+    plan, url = run.plan, moments_url(run)
+    if read_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]) is not None:
+        return
+    tasks = [
+        Task(f"corpus shard {i}", (texts, plan.hparams)) for i, texts in enumerate(plan.corpus)
+    ]
+    total = SecondMoments({})
+    waiting: dict[str, SecondMoments] = {}
+    order = [task.key for task in tasks]
+    with run.stage("second moments", len(tasks)) as (bar, detail):
+
+        def take(task: Task, part: SecondMoments) -> None:
+            waiting[task.key] = part
+            # In the order of the shards, so that the sum does not depend on who was faster.
+            while order and order[0] in waiting:
+                total.merge(waiting.pop(order.pop(0)))
+            bar.advance()
+            bar.note(f"{total.tokens:,} tokens")
+
+        run.crew.map("sum_second_moments", tasks, take)
+        provenance = {
+            "model": plan.digests["model"],
+            "corpus": plan.digests["corpus"],
+            "texts": sum(map(len, plan.corpus)),
+        }
+        write_moments(Store(url), total, plan.layout, provenance)
+        detail |= {"shards": len(tasks), "tokens": total.tokens}
+
+
+def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
+    """Targets of all requests, a file a shard; returns the reason by row for those without."""
+    plan, failures, todo = run.plan, {}, []
+    for shard in plan.target_shards:
+        if record := run.folder.recorded(f"targets-{shard.name}"):
+            failures |= _failures(record)
+        else:
+            todo.append(shard)
+    with run.stage("targets", len(plan.table.requests)) as (bar, detail):
+        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
+        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo), "early": 0}
+
+        def take(task: Task, summary: TargetSummary) -> None:
+            file = task.args[-1]
+            record = {
+                "file": file,
+                "sha256": summary.sha256,
+                "failures": {str(row): reason for row, reason in summary.failures.items()},
+            }
+            run.folder.record(f"targets-{PurePosixPath(file).stem}", record)
+            failures.update(_failures(record))
+            detail["early"] += summary.early
+            bar.advance(len(task.args[0]))
+            bar.note(f"{detail['early']} stopped early")
+
+        if todo:
+            run.crew.map("find_targets", [_target_task(run, s, templates) for s in todo], take)
+    return failures
+
+
+def update(run: Context, templates: list[list[str]], failures: dict[int, str]) -> list[LayerReport]:
+    """One batched update of all layers on partitioned weights; a lost group is made anew."""
+    layers = run.plan.hparams.layers
+    done: list[LayerReport] = []
+    while len(done) < len(layers):
+        record = run.folder.recorded(f"layer-{layers[len(done)]}")
+        if record is None:
+            break
+        names = [field.name for field in dataclasses.fields(LayerReport)]
+        done.append(LayerReport(**{name: record[name] for name in names}))
+    if len(done) < len(layers):
+        if run.plan.job.update.gpus_per_rank:
+            # The ranks need the GPUs that the workers hold.
+            run.crew.release()
+        with run.stage("update", len(layers)) as (bar, detail):
+            bar.advance(len(done))
+            detail |= {"ranks": run.crew.ranks, "reused": len(done)}
+            _edit_layers_with_retries(run, templates, failures, done, bar)
+    run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
+    run.folder.write()
+    return done
+
+
+def publish_model(run: Context, reports: list[LayerReport]) -> None:
+    """Write the edited checkpoint to ``model/``: the base's files with the edited tensors."""
+    plan = run.plan
+    if run.folder.recorded("published"):
+        return
+    by_tensor = {
+        plan.stored[layer].name: report
+        for layer, report in zip(plan.hparams.layers, reports, strict=True)
+    }
+
+    def edited(name: str, base: torch.Tensor) -> torch.Tensor:
+        report = by_tensor[name]
+        with run.store.local_copy(report.file) as path:
+            return changed(base, Edit.load(path).deltas[report.parameter])
+
+    files = plan.checkpoint.files()
+    with run.stage("publish", len(files)) as (bar, _):
+        publish(
+            plan.checkpoint,
+            by_tensor,
+            edited,
+            run.store,
+            "model",
+            on_file=lambda _name: bar.advance(),
+        )
+    run.folder.record("published", {"files": files})
+
+
+def published_model(run: Context) -> ModelSource:
+    """The edited checkpoint, for the workers."""
+    folder = localized(run.store.join("model"), default_cache())
+    return ModelSource(folder, run.plan.base.on_gpu)
+
+
+def measure(run: Context, name: str, source: ModelSource) -> Measurement:
+    """Score the sampled requests on a model, and its perplexity where there is a corpus."""
+    if record := run.folder.recorded(f"measured-{name}"):
+        return Measurement({int(r): v for r, v in record["rows"].items()}, record["perplexity"])
+    table, chosen = run.plan.table, _sample(run.plan)
+    parts = [chosen[i : i + MEASURED_TOGETHER] for i in range(0, len(chosen), MEASURED_TOGETHER)]
+    tasks = {f"measure {name} {number}": part for number, part in enumerate(parts)}
+    rows: dict[int, dict[str, Any]] = {}
+    with run.stage(f"measure {name}", len(chosen)) as (bar, _):
+
+        def take(task: Task, measured: Measured) -> None:
+            part = tasks[task.key]
+            for i, figures, answer in zip(part, measured.rows, measured.answers, strict=True):
+                rows[table.rows[i]] = {**figures, "answer": answer}
+            bar.advance(len(part))
+
+        run.crew.map(
+            "measure",
+            [Task(key, (source, [table.requests[i] for i in part])) for key, part in tasks.items()],
+            take,
+        )
+        perplexity = _perplexity(run, source)
+    run.folder.record(f"measured-{name}", {"rows": rows, "perplexity": perplexity})
+    return Measurement(rows, perplexity)
+
+
+def _target_task(run: Context, shard: Shard, templates: list[list[str]]) -> Task:
+    plan, part = run.plan, slice(shard.start, shard.stop)
+    return Task(
+        f"shard {shard.name} (requests {shard.start} to {shard.stop - 1})",
+        (
+            plan.table.requests[part],
+            plan.table.rows[part],
+            plan.hparams,
+            templates,
+            plan.batch_size,
+            run.store,
+            target_file(shard),
+        ),
+    )
+
+
+def target_file(shard: Shard) -> str:
+    """Where a shard's targets are in the run folder."""
+    return f"targets/{shard.name}.parquet"
+
+
+def _failures(record: dict[str, Any]) -> dict[int, str]:
+    return {int(row): reason for row, reason in record["failures"].items()}
+
+
+def _edit_layers_with_retries(
+    run: Context,
+    templates: list[list[str]],
+    failures: dict[int, str],
+    done: list[LayerReport],
+    bar: Stage,
+) -> None:
+    for attempt in range(1, UPDATE_ATTEMPTS + 1):
+        try:
+            _edit_layers(run, templates, failures, done, bar)
+        except WorkerError as error:
+            if attempt == UPDATE_ATTEMPTS:
+                raise
+            run.folder.event("retry", f"update group, attempt {attempt}: {error}")
+            run.progress.event(f"the update group is started again: {error}")
+        else:
+            return
+
+
+def _edit_layers(
+    run: Context,
+    templates: list[list[str]],
+    failures: dict[int, str],
+    done: list[LayerReport],
+    bar: Stage,
+) -> None:
+    """Update the layers that are not done yet, with a new group of ranks."""
+    plan, ranks = run.plan, run.crew.ranks
+    job = UpdateJob(
+        model=str(plan.checkpoint.folder),
+        model_digest=plan.digests["model"],
+        hparams=plan.hparams,
+        templates=templates,
+        second_moments=moments_url(run),
+        run=run.store,
+        device="cuda" if plan.job.update.gpus_per_rank else "cpu",
+        dtype=_rank_dtype(plan),
+        offload=plan.job.update.offload,
+    )
+    with RankGroup(
+        UpdateRank,
+        ranks=ranks,
+        init_args=(job,),
+        num_gpus=plan.job.update.gpus_per_rank,
+        threads=run.crew.threads,
+    ) as group:
+        shards = [_update_shard(plan, shard, failures) for shard in plan.update_shards]
+        group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
+        for index, report in enumerate(done):
+            group.call_all("redo_layer", index, report.file)
+        for index, layer in enumerate(plan.hparams.layers[len(done) :], start=len(done)):
+            report = group.call_all("edit_layer", index)[0]
+            run.folder.record(f"layer-{layer}", dataclasses.asdict(report))
+            done.append(report)
+            bar.advance()
+
+
+def _rank_dtype(plan: Plan) -> torch.dtype:
+    """As stored on a GPU; float32 on a CPU, where 16-bit arithmetic is slow and coarse."""
+    if not plan.job.update.gpus_per_rank:
+        return torch.float32
+    return plan.stored[plan.hparams.target_layer].dtype
+
+
+def _update_shard(plan: Plan, shard: Shard, failures: dict[int, str]) -> UpdateShard:
+    table = plan.table
+    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] not in failures]
+    overlapping = [
+        other
+        for other in plan.target_shards
+        if other.start < shard.stop and other.stop > shard.start
+    ]
+    return UpdateShard(
+        name=shard.name,
+        requests=[table.requests[i] for i in kept],
+        rows=[table.rows[i] for i in kept],
+        files=[target_file(other) for other in overlapping],
+    )
+
+
+def _sample(plan: Plan) -> list[int]:
+    """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
+    count, wanted = len(plan.table.requests), plan.job.evaluate.sample
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    return sorted(random.Random(plan.job.seed).sample(range(count), wanted))
+
+
+def _perplexity(run: Context, source: ModelSource) -> float | None:
+    texts = [text for shard in run.plan.corpus for text in shard]
+    if not texts:
+        return None
+    sample = texts[:: max(1, len(texts) // PERPLEXITY_TEXTS)][:PERPLEXITY_TEXTS]
+    total, count = run.crew.one("sum_perplexity", "perplexity", (source, sample))
+    return math.exp(total / count) if count else None

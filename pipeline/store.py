@@ -1,0 +1,392 @@
+"""Files in a folder that may be anywhere fsspec reaches, written whole or not at all.
+
+On the local disk a file is written under a name of its own in the same folder, flushed to the
+disk and renamed. On an object store it is put in one operation, which either completes or leaves
+what was there before. Large files are spooled to a local temporary file first, so that an
+exception half-way uploads nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ModelError, RequestTableError, StorageError
+
+CHUNK_BYTES = 4 * 2**20
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class Store:
+    """A folder, local or remote; names inside it are relative, with ``/`` between their parts.
+
+    A store can be pickled and sent to another process. Every method raises ``StorageError``,
+    naming the file and the remedy, where the storage fails.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        """Open the folder ``url``; it need not exist, the first write makes it."""
+        self.fs, root = _opened(str(url))
+        self.root = root.rstrip("/") or root
+        self.is_local = _is_local(self.fs)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        """The folder itself: an absolute path on the local disk, else a URL."""
+        return _url(self.fs, self.root)
+
+    def join(self, *parts: str) -> str:
+        """The full path or URL of a name in this folder."""
+        return _url(self.fs, self._path("/".join(parts)))
+
+    def local_path(self, name: str = "") -> Path | None:
+        """Where a name is on the local disk; None where the store is remote."""
+        if not self.is_local:
+            return None
+        return Path(self._path(name) if name else self.root)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or a folder of this name."""
+        with _failures("look for", self.join(name)):
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(self._path(name)))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Names of all files whose name starts with the folder ``prefix``, sorted.
+
+        Files that are still being written, or were when their writer died, are left out.
+        """
+        folder = self._path(prefix) if prefix else self.root
+        with _failures("list", _url(self.fs, folder)):
+            self.fs.invalidate_cache()
+            found = self.fs.find(folder)
+        names = (path.removeprefix(self.root).lstrip("/") for path in found)
+        return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a file."""
+        with _failures("read", self.join(name)):
+            return bytes(self.fs.cat_file(self._path(name)))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all; what was there is replaced."""
+        with _failures("write", self.join(name)):
+            if self.is_local:
+                with self.write_stream(name) as stream:
+                    stream.write(data)
+            else:
+                self.fs.pipe_file(self._path(name), data)
+
+    def read_json(self, name: str) -> Any:
+        """The value that a JSON file holds."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StorageError(
+                f"{self.join(name)} is not JSON ({error}); it is damaged, delete it and run again"
+            ) from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON: UTF-8, indented, keys in the order given.
+
+        Raises:
+            ValueError: the value holds NaN or infinity, which JSON does not have.
+        """
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(name, (text + "\n").encode())
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A Parquet file, or the columns of it that are named."""
+        return read_parquet(self.join(name), columns)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file, compressed with zstd."""
+        with _failures("write", self.join(name)), self.write_stream(name) as stream:
+            pq.write_table(table, stream, compression="zstd")
+
+    @contextmanager
+    def write_stream(self, name: str) -> Iterator[BinaryIO]:
+        """A seekable file to write to; it appears under its name when the block has ended well.
+
+        An exception in the block leaves whatever had this name before. For a remote store the
+        local temporary folder needs room for the file.
+        """
+        if self.is_local:
+            with self._renamed_into_place(Path(self._path(name))) as stream:
+                yield stream
+        else:
+            with self._uploaded(name) as stream:
+                yield stream
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A file on the local disk, for libraries that need a path; a copy if it is remote."""
+        local = self.local_path(name)
+        if local is not None:
+            yield local
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / PurePosixPath(name).name
+            with _failures("read", self.join(name)):
+                self.fs.get_file(self._path(name), str(copy))
+            yield copy
+
+    @contextmanager
+    def local_target(self, name: str) -> Iterator[Path]:
+        """A path on the local disk to write to; it appears as ``name`` when the block ends well."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / PurePosixPath(name).name
+            yield path
+            with path.open("rb") as source, self.write_stream(name) as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder with all that is in it; nothing happens where there is none."""
+        with _failures("delete", self.join(name)):
+            self.fs.invalidate_cache()
+            if self.fs.exists(self._path(name)):
+                self.fs.rm(self._path(name), recursive=True)
+
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of a file's bytes, in hexadecimal."""
+        digest = hashlib.sha256()
+        with _failures("read", self.join(name)), self.fs.open(self._path(name), "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _path(self, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts:
+            raise StorageError(
+                f"{name!r} is not a name inside {self.url}; give a relative path without '..'"
+            )
+        return "/".join((self.root.rstrip("/"), *parts))
+
+    @contextmanager
+    def _renamed_into_place(self, path: Path) -> Iterator[BinaryIO]:
+        with _failures("write", str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
+            stream = temporary.open("xb")
+        try:
+            with _closed_with(stream):
+                yield stream
+                with _failures("write", str(path)):
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            with _failures("write", str(path)):
+                temporary.replace(path)
+                _flush_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def _uploaded(self, name: str) -> Iterator[BinaryIO]:
+        with tempfile.NamedTemporaryFile() as spool:
+            yield spool  # type: ignore[misc]
+            with _failures("write", self.join(name)):
+                spool.flush()
+                self.fs.put_file(spool.name, self._path(name))
+
+
+def read_file(url: str, *, limit: int | None = None) -> bytes:
+    """The bytes of any file, or the first ``limit`` of them.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    fs, path = _opened(url)
+    with _failures("read", url), fs.open(path, "rb") as file:
+        return bytes(file.read(-1 if limit is None else limit))
+
+
+def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file anywhere, or the columns of it that are named.
+
+    Raises:
+        StorageError: it cannot be read, is damaged, or has no such column.
+    """
+    fs, path = _opened(url)
+    with _failures("read", url), fs.open(path, "rb") as stream:
+        file = pq.ParquetFile(stream)
+        for name in columns or ():
+            if name not in file.schema_arrow.names:
+                raise StorageError(f"{url} has no column {name!r}; write the file again")
+        return file.read(columns=None if columns is None else list(columns))
+
+
+def expand(patterns: str | Sequence[str]) -> list[str]:
+    """The files that paths, URLs, globs and folders stand for.
+
+    A folder stands for every ``*.parquet`` directly in it. Patterns keep their order, the files
+    of each are sorted by name, and a file that several patterns reach is listed once.
+
+    Returns:
+        Absolute local paths and URLs.
+
+    Raises:
+        RequestTableError: a pattern reaches no file.
+        StorageError: the storage cannot be listed.
+    """
+    given = [patterns] if isinstance(patterns, str) else patterns
+    return list(dict.fromkeys(file for pattern in given for file in _matches(pattern)))
+
+
+def localized(url: str, cache_dir: str | Path) -> str:
+    """Where a model can be opened from: remote folders are copied to ``cache_dir`` once.
+
+    Local paths and hub ids such as ``org/name`` are returned as they are. A copy is kept under
+    a name that changes with the remote files, and is visible only when complete.
+
+    Raises:
+        ModelError: there are no files at a remote ``url``.
+        StorageError: they cannot be copied.
+    """
+    if "://" not in url:
+        return url
+    fs, root = _opened(url)
+    if _is_local(fs):
+        return str(root)
+    with _failures("list", url):
+        fs.invalidate_cache()
+        files: dict[str, dict] = fs.find(root, detail=True)
+    if not files:
+        raise ModelError(f"there is no model at {url}: no files there; check the URL")
+    state = repr([url, *((name, sorted(info.items())) for name, info in sorted(files.items()))])
+    target = Path(cache_dir) / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if not target.is_dir():
+        _download(fs, root, sorted(files), target)
+    return str(target)
+
+
+def _download(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str], target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        for file in files:
+            name = file.removeprefix(root).lstrip("/") or PurePosixPath(file).name
+            if ".." in PurePosixPath(name).parts:
+                raise StorageError(f"{file} would be copied outside its folder; rename it")
+            with _failures("copy", file):
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(file, str(partial / name))
+        with _failures("write", str(target)):
+            _rename_unless_there(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename_unless_there(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        # Another process may have finished the same copy first; then this one is dropped.
+        if not target.is_dir():
+            raise
+
+
+def _matches(pattern: str) -> list[str]:
+    fs, path = _opened(pattern)
+    with _failures("look for", pattern):
+        fs.invalidate_cache()
+        kind = _kind(fs, path)
+        if kind == "directory":
+            found = [p for p in fs.ls(path, detail=False) if _is_visible_parquet(p)]
+        elif kind is not None:
+            found = [path]
+        else:
+            matches: dict[str, dict] = fs.glob(path, detail=True)
+            found = [p for p, info in matches.items() if info["type"] != "directory"]
+    if not found:
+        raise RequestTableError(
+            f"{pattern} matches no file; give a Parquet file, a folder of *.parquet or a glob"
+        )
+    return [_url(fs, p) for p in sorted(found)]
+
+
+def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """``file``, ``directory`` or None; unlike ``fs.isfile`` it does not hide a refused access."""
+    try:
+        return str(fs.info(path)["type"])
+    except FileNotFoundError:
+        return None
+
+
+def _is_visible_parquet(path: str) -> bool:
+    name = PurePosixPath(path).name
+    return name.endswith(".parquet") and not name.startswith(".")
+
+
+def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system and the path in it that a URL names; local paths become absolute."""
+    with _failures("open", url):
+        fs, path = fsspec.core.url_to_fs(url)
+    return fs, path
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+
+
+def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    return path if _is_local(fs) else str(fs.unstrip_protocol(path))
+
+
+@contextmanager
+def _closed_with(stream: BinaryIO) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        stream.close()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut, where folders can be flushed."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _failures(action: str, where: str) -> Iterator[None]:
+    """Rewrite what the storage libraries raise: each back end has exceptions of its own."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(
+            f"cannot {action} {where} ({reason}); {_remedy(action, error)}"
+        ) from error
+
+
+def _remedy(action: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "check the path"
+    if action == "read" and isinstance(error, pa.ArrowInvalid):
+        return "the file is damaged or not Parquet, write it again"
+    if isinstance(error, ImportError):
+        return "install the package it names"
+    if isinstance(error, PermissionError) or "redential" in type(error).__name__:
+        return "check the credentials and the permissions"
+    return "check that the storage can be reached and has room"

@@ -1,0 +1,237 @@
+"""The update on partitioned weights: what each rank of the group does, layer by layer.
+
+Every rank holds its slice of all weights and reads the keys and residuals of its own shards. The
+sums are added over ranks; each rank solves for its rows of Δ, which do not depend on each other;
+the rows are put together, one layer at a time, and each rank adds its own slice to its own part of
+the weight. So no rank ever holds more than its partition, the sums, and one edited weight.
+
+Shape letters: E requests, K key width, V value width, R rows of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import partition
+from pipeline.moments import read_moments
+from pipeline.rank_group import Rendezvous
+from pipeline.replica import open_tokenizer
+from pipeline.schema import read_targets
+from pipeline.store import Store
+from pmet.architecture import resolve
+from pmet.contexts import ContextTemplates
+from pmet.delta import Edit
+from pmet.errors import NotFiniteError
+from pmet.hparams import PMETHyperParams
+from pmet.keys import Lookups, read_keys_and_values
+from pmet.request import EditRequest
+from pmet.solve import factor, normal_matrix, solve_rows
+from pmet.spread import square_root_spread
+from pmet.sums import KeyResidualSums
+
+KEY_BATCH = 64
+"""Requests whose keys are read in one forward pass."""
+
+
+@dataclass(frozen=True)
+class UpdateShard:
+    """Requests whose sums are added up together, and their targets' rows.
+
+    Attributes:
+        name: of the shard.
+        requests: those that have a target.
+        rows: their rows in the input.
+        files: target files that hold the targets, in the run folder.
+    """
+
+    name: str
+    requests: Sequence[EditRequest]
+    rows: Sequence[int]
+    files: Sequence[str]
+
+
+@dataclass(frozen=True)
+class UpdateJob:
+    """What every rank is told.
+
+    Attributes:
+        model: local model folder.
+        model_digest: of that folder, which the second moments must agree with.
+        hparams: the method's hyper-parameters.
+        templates: context templates.
+        second_moments: where they are.
+        run: the run folder.
+        device: ``cpu`` or ``cuda``.
+        dtype: of the weights.
+        offload: where partitioned weights wait: ``none`` (on the device) or ``cpu``.
+    """
+
+    model: str
+    model_digest: str
+    hparams: PMETHyperParams
+    templates: ContextTemplates
+    second_moments: str
+    run: Store
+    device: partition.Device
+    dtype: torch.dtype
+    offload: partition.Offload
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What the update did to one weight.
+
+    Attributes:
+        parameter: its name.
+        file: saved edit of this layer, in the run folder.
+        sha256: of that file.
+        delta_norm: Frobenius norm of Δ.
+        weight_norm: Frobenius norm of the weight before.
+        requests: how many the sums cover.
+    """
+
+    parameter: str
+    file: str
+    sha256: str
+    delta_norm: float
+    weight_norm: float
+    requests: int
+
+
+class UpdateRank:
+    """One rank of the update group."""
+
+    def __init__(self, meeting: Rendezvous, job: UpdateJob) -> None:
+        self._rank, self._ranks, self._job = meeting.rank, meeting.world_size, job
+        self._device = torch.device(job.device)
+        partition.init_rank(*meeting, device=job.device)
+        self._tokenizer = open_tokenizer(job.model)
+        self._model, self._engine = partition.load_partitioned(
+            job.model, dtype=job.dtype, offload=job.offload
+        )
+        self._layout = resolve(self._model, job.hparams)
+        self._batches: list[tuple[Lookups, torch.Tensor]] = []
+
+    def take_shards(self, shards: Sequence[UpdateShard]) -> int:
+        """Read the targets of this rank's shards; returns how many requests they hold."""
+        hparams, run = self._job.hparams, self._job.run
+        for shard in shards:
+            targets_EV = self._targets(shard, run)
+            for start in range(0, len(shard.requests), KEY_BATCH):
+                part = slice(start, start + KEY_BATCH)
+                lookups = Lookups.of(
+                    self._tokenizer, shard.requests[part], self._job.templates, self._device
+                )
+                self._batches.append((lookups, targets_EV[part].to(self._device)))
+        self._moments = read_moments(
+            self._job.second_moments, self._layout, hparams.layers, self._job.model_digest
+        )
+        return sum(len(shard.requests) for shard in shards)
+
+    def edit_layer(self, index: int) -> LayerReport | None:
+        """Update the ``index``-th edited layer; rank 0 saves it and reports.
+
+        Raises:
+            NumericalError: the solve failed; all ranks raise it alike.
+        """
+        hparams, layout = self._job.hparams, self._layout
+        layer = hparams.layers[index]
+        sums = self._sums(layer)
+        assert self._moments is not None
+        matrix_KK = normal_matrix(sums.gram_KK, self._moments[layer], hparams.mom2_update_weight)
+        factor_KK = factor(matrix_KK)
+        del matrix_KK
+        share = square_root_spread(index, len(hparams.layers))
+        rows = self._own_rows(layout.value_width)
+        delta_RK = solve_rows(factor_KK, share * sums.cross_VK[rows])
+        del factor_KK
+        delta = layout.orient(self._all_rows(delta_RK))
+        parameter = layout.weight(self._model, layer)
+        with partition.gathered(parameter) as weight:
+            original = weight.detach().cpu().clone() if self._rank == 0 else None
+        partition.add_to_slice(self._engine, parameter, delta)
+        if original is None:
+            return None
+        return self._save(layout.weight_name(layer), delta.cpu(), original, sums.count)
+
+    def redo_layer(self, index: int, file: str) -> None:
+        """Apply a layer that an earlier group has finished and saved."""
+        layer = self._job.hparams.layers[index]
+        name = self._layout.weight_name(layer)
+        with self._job.run.local_copy(file) as path:
+            delta = Edit.load(path).deltas[name]
+        parameter = self._layout.weight(self._model, layer)
+        partition.add_to_slice(self._engine, parameter, delta.to(self._device))
+
+    def _sums(self, layer: int) -> KeyResidualSums:
+        layout = self._layout
+        sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
+        # Ranks gather weights together: a forward pass that one of them left out would hang the
+        # others, so one that has no batch left runs along on a single token.
+        for (lookups, targets_EV), counts in partition.in_lockstep(self._batches, self._filler()):
+            keys_EK, values_EV = read_keys_and_values(
+                self._model,
+                layout,
+                lookups,
+                layer,
+                self._job.hparams.target_layer,
+                forward=self._forward,
+            )
+            if counts:
+                sums.add(keys_EK, targets_EV - values_EV)
+        counted = torch.tensor(sums.count, device=self._device)
+        for tensor in (sums.gram_KK, sums.cross_VK, counted):
+            dist.all_reduce(tensor)
+        sums.count = int(counted)
+        return sums
+
+    def _forward(self, **inputs: Any) -> Any:
+        return partition.run_forward(self._engine, **inputs)
+
+    def _filler(self) -> tuple[Lookups, torch.Tensor]:
+        one = torch.ones((1, 1), dtype=torch.int64, device=self._device)
+        return Lookups(one * 0, one, (1,)), torch.zeros(1, device=self._device)
+
+    def _own_rows(self, count: int) -> slice:
+        each = -(-count // self._ranks)
+        return slice(min(count, self._rank * each), min(count, (self._rank + 1) * each))
+
+    def _all_rows(self, own_RK: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, in order: Δ (V×K), float64."""
+        count, width = self._layout.value_width, own_RK.shape[1]
+        each = -(-count // self._ranks)
+        padded = own_RK.new_zeros(each, width)
+        padded[: len(own_RK)] = own_RK
+        delta_VK = own_RK.new_empty(each * self._ranks, width)
+        dist.all_gather_into_tensor(delta_VK, padded)
+        return delta_VK[:count]
+
+    def _save(
+        self, name: str, delta: torch.Tensor, original: torch.Tensor, count: int
+    ) -> LayerReport:
+        file = f"delta/{name}.safetensors"
+        with self._job.run.local_target(file) as path:
+            Edit({name: delta}, {name: original}).save(path)
+        return LayerReport(
+            parameter=name,
+            file=file,
+            sha256=self._job.run.sha256(file),
+            delta_norm=delta.norm().item(),
+            weight_norm=original.double().norm().item(),
+            requests=count,
+        )
+
+    def _targets(self, shard: UpdateShard, run: Store) -> torch.Tensor:
+        by_row: dict[int, torch.Tensor] = {}
+        for file in shard.files:
+            arrays = read_targets(run.read_table(file))
+            by_row |= dict(zip(arrays.rows.tolist(), torch.from_numpy(arrays.values), strict=True))
+        values = torch.stack([by_row[row] for row in shard.rows]).double()
+        if not torch.isfinite(values).all():
+            raise NotFiniteError(f"targets of shard {shard.name} hold NaN or infinity")
+        return values
