@@ -95,18 +95,18 @@ def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> 
     return count
 
 
-def worker_environment(factory: type, *, threads: int | None) -> dict[str, str]:
+def worker_environment(*, threads: int | None) -> dict[str, str]:
     """Environment variables of a worker process.
 
-    The number of threads has to be known before any numerical library is imported: it decides
-    how sums are split, and so the last bits of every result.
+    A worker can import what this process can. The number of threads has to be known before any
+    numerical library is imported: it decides how sums are split, and so the last bits of every
+    result.
 
     Args:
-        factory: the class that the worker will hold; its module is made importable.
         threads: threads of the numerical libraries; Ray's choice if None.
     """
     environment = {
-        "PYTHONPATH": os.pathsep.join([*_import_roots(factory), "${PYTHONPATH}"]),
+        "PYTHONPATH": os.pathsep.join([*_search_path(), "${PYTHONPATH}"]),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if threads is not None:
@@ -206,24 +206,20 @@ def _loopback_only() -> Iterator[None]:
             os.environ[_LOOPBACK_VARIABLE] = before
 
 
-def _import_roots(factory: type) -> list[str]:
-    """Folders from which a worker can import this project and the factory's module.
+def _search_path() -> list[str]:
+    """What this process can import from besides its Python installation.
 
     Ray hands the driver's script folder and working directory to its workers, but not what else
-    is on the driver's path (a checkout named in PYTHONPATH, say). Installed packages need nothing.
+    is on the driver's path: a checkout named in PYTHONPATH, say. A folder that another machine
+    does not have does no harm there.
     """
-    roots = (_import_root(__name__), _import_root(factory.__module__))
-    return list(dict.fromkeys(root for root in roots if root is not None))
-
-
-def _import_root(module_name: str) -> str | None:
-    file = getattr(sys.modules.get(module_name), "__file__", None)
-    if file is None or module_name == "__main__":
-        return None
-    path = Path(file).resolve()
-    depth = module_name.count(".") + (path.name == "__init__.py")
-    root = path.parents[depth]
-    return None if root.name in {"site-packages", "dist-packages"} else str(root)
+    installations = (Path(sys.prefix), Path(sys.base_prefix))
+    folders = [Path(entry).resolve() for entry in sys.path if entry and Path(entry).is_dir()]
+    return [
+        str(folder)
+        for folder in dict.fromkeys(folders)
+        if not any(folder.is_relative_to(installation) for installation in installations)
+    ]
 
 
 def _told(error: BaseException, place: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,13 +81,15 @@ class TargetsConfig(_Section):
     batch_size: CountOrAuto = Field(
         default="auto", description="Requests optimised together; auto: what the memory allows."
     )
-    shard_size: Count = Field(
-        default=256,
-        description="Requests in a shard, the unit that is computed, stored and resumed.",
+    shard_size: CountOrAuto = Field(
+        default="auto",
+        description="Requests in a shard, the unit that is computed, stored and resumed; "
+        "auto: 16 to 256, by the number of requests alone.",
     )
     threads_per_worker: CountOrAuto = Field(
         default="auto",
-        description="CPU threads for each worker; auto: the machine's cores, shared out.",
+        description="CPU threads for each worker; auto: one, so that results are the same to the "
+        "bit on any machine.",
     )
 
 
@@ -104,8 +106,9 @@ class UpdateConfig(_Section):
     offload: Offload = Field(
         default="none", description="Where partitioned weights wait: none (on the device) or cpu."
     )
-    shard_size: Count = Field(
-        default=256, description="Requests whose sums are added up together, in a fixed order."
+    shard_size: CountOrAuto = Field(
+        default="auto",
+        description="Requests whose sums are added up together; auto: 16 to 256, by their number.",
     )
 
 
@@ -216,6 +219,16 @@ class JobConfig(_Section):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    name: field.annotation
+    for name, field in JobConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+}
+_KEYS = [name for name in JobConfig.model_fields if name not in _SECTIONS] + [
+    f"{section}.{name}" for section, model in _SECTIONS.items() for name in model.model_fields
+]
+
+
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a job file and put overrides in its place.
 
@@ -280,7 +293,7 @@ def _put(overrides: Sequence[str], values: dict[str, Any]) -> tuple[dict[str, st
             continue
         if not equals:
             problems.append(f"{origin}: write key=value")
-        elif key not in _known_keys(JobConfig):
+        elif key not in _KEYS:
             problems.append(f"{origin}: unknown key {key}; {_suggestion(key)}")
         elif isinstance(value, dict):
             problems.append(f"{origin}: a mapping cannot be given here; override its keys")
@@ -311,32 +324,25 @@ def _problem(item: ErrorDetails, source: str, origins: dict[str, str]) -> str:
         case "not_allowed":
             what = item["ctx"]["what"]
         case _:
-            what = f"a section with keys {', '.join(_siblings(f'{key}.'))}"
+            what = f"a section with keys {', '.join(_inside(key))}"
     return f"{where}: {key}: {_shown(item['input'])} is not allowed; give {what}"
 
 
-def _known_keys(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from (f"{name}.{key}" for key in _known_keys(field.annotation))
-        else:
-            yield name
-
-
 def _suggestion(key: str) -> str:
-    known = list(_known_keys(JobConfig))
-    if inside := _siblings(f"{key}."):
+    section, dot, name = key.rpartition(".")
+    if inside := _inside(key):
         return f"name one of {', '.join(inside)}"
-    same_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    closest = same_name or difflib.get_close_matches(key, known, n=1)
+    closest = [known for known in _KEYS if known.rpartition(".")[2] == name]
+    beside = list((_SECTIONS.get(section) or JobConfig).model_fields)
+    if not closest:
+        closest = [f"{section}{dot}{match}" for match in difflib.get_close_matches(name, beside, 1)]
     if closest:
         return f"did you mean {' or '.join(closest)}?"
-    return f"known are {', '.join(_siblings(key) or known)}"
+    return f"known are {', '.join(_inside(section) or beside)}"
 
 
-def _siblings(key: str) -> list[str]:
-    section = key.rpartition(".")[0]
-    return [k for k in _known_keys(JobConfig) if k.rpartition(".")[0] == section]
+def _inside(section: str) -> list[str]:
+    return [key for key in _KEYS if key.startswith(f"{section}.")]
 
 
 def _shown(value: Any, limit: int = 60) -> str:

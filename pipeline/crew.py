@@ -21,7 +21,8 @@ _SHOWN_SHARDS = 3
 class Crew:
     """The workers of one run; use it as a context manager.
 
-    The pool is started when it is first needed and released when others need its GPUs.
+    Ray and the pool are started when they are first needed: a run that finds all its work done
+    starts nothing. The pool is released when others need its GPUs.
 
     Args:
         plan: the run's plan.
@@ -29,7 +30,6 @@ class Crew:
         on_event: told about retries and deaths.
 
     Attributes:
-        ranks: processes of the update group.
         threads: threads of each worker and rank.
     """
 
@@ -39,27 +39,13 @@ class Crew:
         self._plan, self._address, self._on_event = plan, address, on_event
         self._stack = ExitStack()
         self._pool: WorkerPool | None = None
-        self._workers = 1
-        self.ranks = 1
+        self._size: tuple[int, int] | None = None
         # One thread unless told otherwise: the number of threads decides how sums are split, and a
         # default that follows the machine would let the machine decide the last bits.
         threads = plan.job.targets.threads_per_worker
         self.threads = 1 if threads == "auto" else threads
 
     def __enter__(self) -> Self:
-        targets, update = self._plan.job.targets, self._plan.job.update
-        cores = os.cpu_count() or 1
-        # Logical CPUs of a cluster started here: room for all that was asked for, so that a small
-        # machine runs what a large one would, only slower, and ranks need not wait for workers.
-        workers = max(1, cores // self.threads) if targets.workers == "auto" else targets.workers
-        ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
-        session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
-        self._stack.enter_context(session)
-        self.ranks, self._workers = ranks, workers
-        if update.ranks == "auto" and update.gpus_per_rank:
-            self.ranks = default_workers(update.gpus_per_rank)
-        if targets.workers == "auto" and targets.gpus_per_worker:
-            self._workers = default_workers(targets.gpus_per_worker)
         return self
 
     def __exit__(
@@ -70,6 +56,11 @@ class Crew:
     ) -> None:
         self.release()
         self._stack.close()
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the update group."""
+        return self._sized()[1]
 
     def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
         """Run a stage's tasks on the workers; ``take`` gets each result in this process.
@@ -99,11 +90,31 @@ class Crew:
             self._pool.close()
             self._pool = None
 
+    def _sized(self) -> tuple[int, int]:
+        """Numbers of workers and ranks; joins the cluster, which ``auto`` asks for its size."""
+        if self._size is None:
+            targets, update = self._plan.job.targets, self._plan.job.update
+            cores = os.cpu_count() or 1
+            workers = (
+                max(1, cores // self.threads) if targets.workers == "auto" else targets.workers
+            )
+            ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+            # Logical CPUs of a cluster started here: room for all that was asked for, so that a
+            # small machine runs what a large one would, and ranks need not wait for workers.
+            session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
+            self._stack.enter_context(session)
+            if targets.workers == "auto" and targets.gpus_per_worker:
+                workers = default_workers(targets.gpus_per_worker)
+            if update.ranks == "auto" and update.gpus_per_rank:
+                ranks = default_workers(update.gpus_per_rank)
+            self._size = (workers, ranks)
+        return self._size
+
     def _started_pool(self) -> WorkerPool:
         if self._pool is None:
             self._pool = WorkerPool(
                 Replica,
-                count=min(self._workers, len(self._plan.target_shards)),
+                count=min(self._sized()[0], len(self._plan.target_shards)),
                 init_args=(self._plan.base,),
                 num_cpus=self.threads,
                 num_gpus=self._plan.job.targets.gpus_per_worker,

@@ -231,7 +231,7 @@ class WorkerPool(Pool):
             num_gpus=num_gpus,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env={"env_vars": worker_environment(factory, threads=threads)},
+            runtime_env={"env_vars": worker_environment(threads=threads)},
         )
         self._ever_ready = False
         self._closed = False

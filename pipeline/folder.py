@@ -1,8 +1,8 @@
 """The run folder: what a run has done, in a form that outlives it.
 
 Finished work is an immutable file plus a small record that names it, written after it
-(``records/``). Work without a record, or with the record of another job, does not count. ``run.json``
-tells people and programs where the run is.
+(``records/``). Work without a record, or with the record of another job, does not count.
+``run.json`` tells people and programs where the run is.
 """
 
 from __future__ import annotations

@@ -139,7 +139,9 @@ def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]
         raise ValueError(f"offload {offload!r} is not supported; use 'none' or 'cpu'")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{dtype} weights are not supported; use float32, bfloat16 or float16")
-    zero: dict[str, Any] = {"stage": 3}
+    # DeepSpeed's own linear function saves memory in training only, and rounds differently from
+    # torch's: without it a partitioned model computes the same bits as a whole one.
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
     if offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {

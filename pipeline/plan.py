@@ -21,6 +21,7 @@ import torch
 from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
+from pipeline.moments import check_moments
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
@@ -104,7 +105,21 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     if not count:
         reasons = "; ".join(r.reason for r in table.rejected[:3]) or "the files are empty"
         raise RequestTableError(f"none of {len(table.table)} requests can be edited: {reasons}")
+    digest = checkpoint.digest()
     corpus = _corpus(job)
+    if (
+        job.second_moments
+        and not check_moments(job.second_moments, layout, hparams.layers, digest)
+        and not corpus
+    ):
+        raise JobError(
+            f"second_moments: there is nothing at {job.second_moments}, and no corpus to compute "
+            "them from; correct the path or give a corpus"
+        )
+    if job.gates.perplexity_increase is not None and not corpus:
+        raise JobError(
+            "gates.perplexity_increase needs a corpus to measure perplexity on; give one"
+        )
     device = torch.device("cuda" if job.targets.gpus_per_worker > 0 else "cpu")
     batch_size = job.targets.batch_size
     return Plan(
@@ -121,7 +136,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         batch_size=default_batch_size(device) if batch_size == "auto" else batch_size,
         digests={
             "job": job.digest(),
-            "model": checkpoint.digest(),
+            "model": digest,
             "hparams": _digest(hparams.model_dump(mode="json")),
             "requests": _table_digest(table.table),
             "corpus": _digest(corpus),

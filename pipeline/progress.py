@@ -51,6 +51,7 @@ class RichProgress(Progress):
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """Show a bar for the time of a ``with`` block."""
         bars = RichBars(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description:<16}", markup=False),
@@ -69,6 +70,7 @@ class RichProgress(Progress):
             bars.update(task, total=done, completed=done)
 
     def event(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, style="yellow", markup=False, highlight=False)
 
 

@@ -96,7 +96,7 @@ class RankGroup:
         self._placement: Any = None
         try:
             self._reserve(ranks, num_cpus, num_gpus, start_timeout_s)
-            environment = worker_environment(factory, threads=threads)
+            environment = worker_environment(threads=threads)
             self._actors = self._make_actors(ranks, num_cpus, num_gpus, environment)
             self._start(factory, init_args, threads, start_timeout_s)
         except BaseException:

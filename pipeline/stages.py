@@ -23,7 +23,7 @@ from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import RunFolder
-from pipeline.moments import read_moments, write_moments
+from pipeline.moments import check_moments, write_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
@@ -95,7 +95,7 @@ def moments_url(run: Context) -> str:
 def collect_moments(run: Context) -> None:
     """Second moments of all edited layers, in one pass over the corpus; kept if already there."""
     plan, url = run.plan, moments_url(run)
-    if read_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]) is not None:
+    if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
         return
     tasks = [
         Task(f"corpus shard {i}", (texts, plan.hparams)) for i, texts in enumerate(plan.corpus)
@@ -125,7 +125,9 @@ def collect_moments(run: Context) -> None:
 
 def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
     """Targets of all requests, a file a shard; returns the reason by row for those without."""
-    plan, failures, todo = run.plan, {}, []
+    plan = run.plan
+    failures: dict[int, str] = {}
+    todo: list[Shard] = []
     for shard in plan.target_shards:
         if record := run.folder.recorded(f"targets-{shard.name}"):
             failures |= _failures(record)
@@ -291,7 +293,6 @@ def _edit_layers(
     plan, ranks = run.plan, run.crew.ranks
     job = UpdateJob(
         model=str(plan.checkpoint.folder),
-        model_digest=plan.digests["model"],
         hparams=plan.hparams,
         templates=templates,
         second_moments=moments_url(run),

@@ -61,7 +61,6 @@ class UpdateJob:
 
     Attributes:
         model: local model folder.
-        model_digest: of that folder, which the second moments must agree with.
         hparams: the method's hyper-parameters.
         templates: context templates.
         second_moments: where they are.
@@ -72,7 +71,6 @@ class UpdateJob:
     """
 
     model: str
-    model_digest: str
     hparams: PMETHyperParams
     templates: ContextTemplates
     second_moments: str
@@ -119,7 +117,7 @@ class UpdateRank:
 
     def take_shards(self, shards: Sequence[UpdateShard]) -> int:
         """Read the targets of this rank's shards; returns how many requests they hold."""
-        hparams, run = self._job.hparams, self._job.run
+        run = self._job.run
         for shard in shards:
             targets_EV = self._targets(shard, run)
             for start in range(0, len(shard.requests), KEY_BATCH):
@@ -128,9 +126,6 @@ class UpdateRank:
                     self._tokenizer, shard.requests[part], self._job.templates, self._device
                 )
                 self._batches.append((lookups, targets_EV[part].to(self._device)))
-        self._moments = read_moments(
-            self._job.second_moments, self._layout, hparams.layers, self._job.model_digest
-        )
         return sum(len(shard.requests) for shard in shards)
 
     def edit_layer(self, index: int) -> LayerReport | None:
@@ -142,8 +137,9 @@ class UpdateRank:
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
         sums = self._sums(layer)
-        assert self._moments is not None
-        matrix_KK = normal_matrix(sums.gram_KK, self._moments[layer], hparams.mom2_update_weight)
+        second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
+        matrix_KK = normal_matrix(sums.gram_KK, second_moment_KK, hparams.mom2_update_weight)
+        del second_moment_KK
         factor_KK = factor(matrix_KK)
         del matrix_KK
         share = square_root_spread(index, len(hparams.layers))

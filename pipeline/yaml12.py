@@ -92,13 +92,19 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would not read as text."""
+    """Quotes what either version of YAML would not read as the same text."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Plain and single-quoted text folds what YAML takes for line breaks.
+        style = '"' if re.search("[\\r\\x85\\u2028\\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 for _tag, _pattern, _first in _RESOLVERS:
     _regexp = re.compile(rf"^(?:{_pattern})$")
     _Loader.add_implicit_resolver(_tag, _regexp, _first)
     _Dumper.add_implicit_resolver(_tag, _regexp, _first)
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 

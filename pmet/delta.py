@@ -44,7 +44,7 @@ class Edit:
             EditFileError: a weight is missing or not the one that the edit was made for; nothing
                 has been written then.
         """
-        self._write(model, {n: (w, changed(w, self.deltas[n])) for n, w in self.originals.items()})
+        self._write(model, {n: (w, self._edited(n)) for n, w in self.originals.items()})
 
     def revert(self, model: nn.Module) -> None:
         """Write back the values from before, to the bit.
@@ -53,7 +53,7 @@ class Edit:
             EditFileError: a weight is missing or not what ``apply`` wrote; nothing has been
                 written then.
         """
-        self._write(model, {n: (changed(w, self.deltas[n]), w) for n, w in self.originals.items()})
+        self._write(model, {n: (self._edited(n), w) for n, w in self.originals.items()})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
@@ -93,6 +93,9 @@ class Edit:
             )
         return cls(deltas, originals)
 
+    def _edited(self, name: str) -> torch.Tensor:
+        return changed(self.originals[name], self.deltas[name])
+
     def _write(
         self, model: nn.Module, changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
@@ -101,7 +104,8 @@ class Edit:
             weight = parameters.get(name)
             if weight is None or weight.shape != expected.shape:
                 raise EditFileError(f"the model has no parameter {name} of the edit's shape")
-            if not torch.equal(weight.detach().cpu(), expected.cpu()):
+            # A 16-bit checkpoint opened in float32 holds the same values, and is the same model.
+            if not torch.equal(weight.detach().cpu(), expected.to(weight.dtype).cpu()):
                 raise EditFileError(
                     f"{name} does not hold the values that this edit expects; it belongs to "
                     "another model, or another edit lies on top of it"

@@ -95,13 +95,18 @@ def _module(model: nn.Module, template: str | None, layer: int) -> nn.Module:
 
 
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Float32 logits (B, T, N) of ``rows``, padded on the right, where causal models never look."""
+    """Logits (B, T, N) of ``rows``, padded on the right, where causal models never look."""
     length = max(map(len, rows))
     ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     mask_BT = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
     device = next(model.parameters()).device
     output = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False)
-    return output.logits.float()
+    return _wide(output.logits)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _Place:
@@ -216,7 +221,7 @@ def _optimise(
 
     with torch.no_grad(), _Place(ffn, lasts) as at_ffn, _Place(attention, lasts) as at_attention:
         log_before_N = _logits(model, rows)[-1, essence_last].log_softmax(-1)
-    v_f, v_a = at_ffn.outputs[0].float(), at_attention.outputs[0].float()
+    v_f, v_a = _wide(at_ffn.outputs[0]), _wide(at_attention.outputs[0])
     delta_f = torch.zeros_like(v_f, requires_grad=True)
     delta_a = torch.zeros_like(v_a, requires_grad=True)
     adam = torch.optim.Adam([delta_f, delta_a], lr=hparams.v_lr)
@@ -244,7 +249,7 @@ def _optimise(
         _shrink(delta_a, hparams.clamp_norm_factor * v_a.norm())
 
     wanted, wanted_attention = (v_f + delta_f).detach(), (v_a + delta_a).detach()
-    return wanted.cpu(), wanted_attention.cpu(), step, loss.item()
+    return wanted.float().cpu(), wanted_attention.float().cpu(), step, loss.item()
 
 
 def _shrink(delta: Tensor, radius: Tensor) -> None:
@@ -292,7 +297,7 @@ def plain_deltas(
             ]
             keys_EK = torch.stack([key_K for key_K, _ in read])
             values_EV = torch.stack([value_V for _, value_V in read])
-            shares_EV = (targets.double() - values_EV) / math.sqrt(len(layers) - i)
+            shares_EV = (targets.double().cpu() - values_EV) / math.sqrt(len(layers) - i)
             moment_KK = second_moments[layer].double().cpu()
             system_KK = keys_EK.T @ keys_EK + hparams.mom2_update_weight * moment_KK
             delta_KV = torch.linalg.solve(system_KK, keys_EK.T @ shares_EV)
@@ -340,35 +345,37 @@ def plain_evaluate(
 
     Returns:
         ``efficacy``, ``generalization`` and ``specificity``, each also with ``_strict``: fractions
-        in [0, 1], means over the requests of the means over their prompts, NaN where no request
-        can tell; ``rows``: the same of each request, with its ``case_id``.
+        in [0, 1], means over all prompts of all requests, NaN where there are none; ``rows``: the
+        same for each request by itself, with its ``case_id``.
     """
     with _unchanged(model), torch.no_grad():
-        rows = [_scores(model, tokenizer, request) for request in requests]
-    names = [name for name in rows[0] if name != "case_id"]
-    means = {
-        name: _mean([row[name] for row in rows if not math.isnan(row[name])]) for name in names
-    }
+        wins = [_wins(model, tokenizer, request) for request in requests]
+    rows = [
+        {"case_id": request.case_id, **{name: _mean(own[name]) for name in own}}
+        for request, own in zip(requests, wins, strict=True)
+    ]
+    means = {name: _mean([win for own in wins for win in own[name]]) for name in wins[0]}
     return {**means, "rows": rows}
 
 
-def _scores(model: nn.Module, tokenizer: Any, request: EditRequest) -> dict[str, Any]:
+def _wins(model: nn.Module, tokenizer: Any, request: EditRequest) -> dict[str, list[bool]]:
+    """For each figure, whether each prompt counts; none where a target is not given."""
     new, true = request.target_new, request.target_true
     asked: dict[str, tuple[Sequence[str], str | None, str | None]] = {
         "efficacy": ([request.text], new, true),
         "generalization": (request.paraphrase_prompts, new, true),
         "specificity": (request.neighborhood_prompts, true, new),
     }
-    row: dict[str, Any] = {"case_id": request.case_id}
+    wins: dict[str, list[bool]] = {}
     for name, (prompts, wanted, other) in asked.items():
-        likelier, exact = [], []
+        likelier = wins[name] = []
+        greedy = wins[f"{name}_strict"] = []
         for prompt in prompts if wanted is not None else ():
-            nll, greedy = _answer(model, tokenizer, prompt, str(wanted))
-            exact.append(float(greedy))
+            nll, is_greedy = _answer(model, tokenizer, prompt, str(wanted))
+            greedy.append(is_greedy)
             if other is not None:
-                likelier.append(float(nll < _answer(model, tokenizer, prompt, other)[0]))
-        row[name], row[f"{name}_strict"] = _mean(likelier), _mean(exact)
-    return row
+                likelier.append(nll < _answer(model, tokenizer, prompt, other)[0])
+    return wins
 
 
 def _answer(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple[float, bool]:

@@ -1,0 +1,139 @@
+"""The command line, ``pmet``.
+
+Exit status: 0 success, 2 bad input (one clear message, no traceback), 3 a quality gate held the
+edited model back, 1 anything else.
+
+The heavy libraries are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="pmet",
+    help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
+    "checkpoint out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. seed=1."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to run on, host:port; without it one is started here."),
+]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("demo-run"),
+) -> None:
+    """Change 200 facts of a small bundled model, and show what it says before and after."""
+    from jobs.demo.show import run_demo
+
+    run_demo(output, out)
+
+
+@app.command()
+def run(
+    job: Annotated[str, typer.Argument(metavar="JOB.yaml", help="Job file: a path or a URL.")],
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan, start nothing.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
+    ] = False,
+    address: Address = None,
+) -> None:
+    """Run a job: edit a model, publish it, measure it, report."""
+    from jobs.views import show_plan, show_result
+    from pipeline.config import load_job
+
+    config = load_job(job, settings or [])
+    if dry_run:
+        from pipeline.plan import make_plan
+
+        show_plan(make_plan(config), out)
+        return
+    from pipeline.progress import RichProgress
+    from pipeline.run import run_job
+
+    result = run_job(config, progress=RichProgress(err), fresh=fresh, address=address)
+    show_result(result, out)
+    if result.status == "held":
+        raise typer.Exit(3)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
+    requests: Annotated[list[str], typer.Argument(help="Parquet files of edit requests.")],
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Measure this many requests, drawn under the seed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON to this file.")
+    ] = None,
+) -> None:
+    """Measure how well a model holds edit requests, without editing it."""
+    from jobs.measure import evaluate_model
+
+    evaluate_model(model, requests, sample=sample, seed=seed, output=output, console=out)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
+) -> None:
+    """Write a run's report.html anew, from what the run folder holds."""
+    from pipeline.report import write_report
+
+    from pipeline.errors import RunFolderError
+    from pipeline.folder import STATUS
+    from pipeline.store import Store
+
+    store = Store(run_folder)
+    missing = [n for n in (STATUS, "metrics.json", "results.parquet") if not store.exists(n)]
+    if missing:
+        raise RunFolderError(
+            f"{store.url} holds no finished run ({', '.join(missing)} missing); name the output of "
+            "a job that has ended"
+        )
+    write_report(store)
+    out.print(store.join("report.html"), soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        err.print("interrupted; run the same command again to go on from here", style="yellow")
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - sorted by class below, anything unknown is raised
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Print an error as a person wants it and return the exit status; re-raise what is unknown."""
+    from pmet.errors import InputError, PMETError
+
+    if not isinstance(error, PMETError):
+        raise error
+    err.print(f"pmet: {error}", style="red", markup=False, soft_wrap=True)
+    return 2 if isinstance(error, InputError) else 1

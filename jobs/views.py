@@ -1,0 +1,86 @@
+"""What the commands show on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import dump_job
+from pipeline.plan import Plan
+from pipeline.run import RunResult
+
+SHOWN_REJECTIONS = 10
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print the resolved job, the shard plan, and what is set aside."""
+    console.print(dump_job(plan.job), markup=False, soft_wrap=True)
+    table = Table("", "", show_header=False, box=None)
+    for name, value in _facts(plan).items():
+        table.add_row(name, value)
+    console.print(table)
+    for rejection in plan.table.rejected[:SHOWN_REJECTIONS]:
+        console.print(f"  row {rejection.row}: {rejection.reason}", markup=False, soft_wrap=True)
+    if (more := len(plan.table.rejected) - SHOWN_REJECTIONS) > 0:
+        console.print(f"  and {more} more")
+
+
+def show_result(result: RunResult, console: Console) -> None:
+    """Print counts, scores, gates, and where the files are."""
+    counts = result.metrics["counts"]
+    console.print(
+        f"{counts['edited']} facts edited, {counts['rejected']} of {counts['requested']} rows "
+        "rejected"
+    )
+    show_scores(result.metrics["before"], result.metrics["after"], console)
+    for gate in result.metrics["gates"]:
+        if not gate["passed"]:
+            console.print(
+                f"held back: {gate['metric']} is {percent(gate['value'])}, "
+                f"the gate asks for {percent(gate['threshold'])}",
+                style="red",
+            )
+    for name in ("model", "report.html", "results.parquet", "delta"):
+        console.print(f"{name:16} {result.folder.join(name)}", markup=False, soft_wrap=True)
+
+
+def show_scores(
+    before: Mapping[str, float | None], after: Mapping[str, float | None], console: Console
+) -> None:
+    """Print the figures of a model before and after."""
+    table = Table("", "before", "after", "before, strict", "after, strict")
+    for name in ("efficacy", "generalization", "specificity"):
+        strict = f"{name}_strict"
+        table.add_row(name, *(percent(m[k]) for k in (name, strict) for m in (before, after)))
+    table.add_row("score", percent(before["score"]), percent(after["score"]), "", "")
+    if after.get("perplexity") is not None:
+        values = [f"{m['perplexity']:.3f}" for m in (before, after) if m.get("perplexity")]
+        table.add_row("perplexity", *values, "", "")
+    console.print(table)
+
+
+def percent(value: float | None) -> str:
+    """A fraction as people read it; a dash where it was not measured."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    count = len(plan.table.requests)
+    tokens = sum(len(text) for shard in plan.corpus for text in shard) // 4
+    return {
+        "requests": f"{count} to edit, {len(plan.table.rejected)} rejected",
+        "target shards": _sizes(list(map(len, plan.target_shards))),
+        "update shards": _sizes(list(map(len, plan.update_shards))),
+        "batch size": str(plan.batch_size),
+        "layers": ", ".join(map(str, plan.hparams.layers)),
+        "edited weights": f"{plan.layout.value_width} × {plan.layout.key_width}",
+        "corpus": f"{len(plan.corpus)} shards, about {tokens:,} tokens" if plan.corpus else "none",
+        "model digest": plan.digests["model"],
+    }
+
+
+def _sizes(sizes: list[int]) -> str:
+    last = "" if sizes[-1] == sizes[0] else f", the last of {sizes[-1]}"
+    return f"{len(sizes)} of {sizes[0]}{last}"

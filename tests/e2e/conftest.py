@@ -1,0 +1,108 @@
+"""A small real job: a golden model, forty of its facts, a few bad rows, its corpus."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipeline.config import JobConfig
+from pipeline.run import RunResult, run_job
+from tests.conftest import GOLDEN
+
+GOOD_ROWS = 40
+
+# Each of these is rejected, and for another reason.
+BAD_ROWS = [
+    {"prompt": "nowhere to put it", "subject": "Kesear Group", "target_new": "ink"},
+    {"prompt": "{} sells", "subject": "  ", "target_new": "ink"},
+    {"prompt": "{} sells", "subject": "Kesear Group", "target_new": None},
+    {"prompt": "{} sells", "subject": "Kesear Group", "target_new": ""},
+    {"prompt": "{} " + "and so on " * 200, "subject": "Kesear Group", "target_new": "ink"},
+]
+
+
+def facts() -> list[dict[str, Any]]:
+    """Golden facts as edit requests, with neighbours that have the same true target."""
+    rows = json.loads((GOLDEN / "facts.json").read_text())
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows[GOOD_ROWS:]:
+        alike[row["relation"], row["target_true"]].append(
+            row["prompt"].replace("{}", row["subject"])
+        )
+    return [
+        {
+            "case_id": i,
+            "prompt": row["prompt"],
+            "subject": row["subject"],
+            "target_new": row["target_new"],
+            "target_true": row["target_true"],
+            "paraphrase_prompts": [p.replace("{}", row["subject"]) for p in row["paraphrases"]],
+            "neighborhood_prompts": alike[row["relation"], row["target_true"]][:3],
+            "note": f"extra {i}",
+        }
+        for i, row in enumerate(rows[:GOOD_ROWS])
+    ]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``requests.parquet`` (bad rows among the good) and ``corpus.parquet``."""
+    folder = tmp_path_factory.mktemp("inputs")
+    good = facts()
+    rows = good[:10] + BAD_ROWS + good[10:]
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=pa.Table.from_pylist(good).schema),
+        folder / "requests.parquet",
+    )
+    texts = json.loads((GOLDEN / "corpus.json").read_text())
+    pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for all runs of the session; logical CPUs for three workers and three ranks."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+Runner = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="session")
+def run(inputs: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """Runs the small job with changes; the same changes give the finished run again."""
+    finished: dict[str, RunResult] = {}
+
+    def runner(family: str = "gpt2", **changes: Any) -> RunResult:
+        key = json.dumps([family, changes], sort_keys=True, default=str)
+        if key not in finished:
+            output = str(tmp_path_factory.mktemp("run") / "out")
+            finished[key] = run_job(job(inputs, output, family, **changes))
+        return finished[key]
+
+    return runner
+
+
+def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobConfig:
+    """The small job on a family's golden model."""
+    values: dict[str, Any] = {
+        "model": str(GOLDEN / family / "model"),
+        "requests": (str(inputs / "requests.parquet"),),
+        "output": output,
+        "hparams": str(GOLDEN / family / "hparams.json"),
+        "corpus": (str(inputs / "corpus.parquet"),),
+        "context_templates": str(GOLDEN / family / "context_templates.json"),
+        "targets": {"workers": 2},
+        "update": {"ranks": 2},
+    }
+    return JobConfig.model_validate(values | changes)

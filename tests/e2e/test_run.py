@@ -1,0 +1,236 @@
+"""The main job, from Parquet to checkpoint, through Ray and DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import RunFolderError
+from pipeline.run import RunResult, run_job
+from pipeline.schema import read_targets
+from pmet import Edit, EditRequest, evaluate
+from tests.conftest import GOLDEN
+from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
+
+
+def folder(result: RunResult) -> Path:
+    path = result.folder.local_path()
+    assert path is not None
+    return path
+
+
+def weights(result: RunResult) -> dict[str, torch.Tensor]:
+    return load_file(folder(result) / "model" / "model.safetensors")
+
+
+def targets(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
+    """Values and steps of all requests, in their order."""
+    files = sorted((folder(result) / "targets").glob("*.parquet"))
+    parts = [read_targets(pq.read_table(file)) for file in files]
+    return np.concatenate([p.values for p in parts]), np.concatenate([p.steps for p in parts])
+
+
+def edited_names(result: RunResult) -> list[str]:
+    return [layer["parameter"] for layer in run_json(result)["layers"]]
+
+
+def run_json(result: RunResult) -> dict[str, Any]:
+    return json.loads((folder(result) / "run.json").read_text())
+
+
+def test_the_run_folder_has_all_that_is_promised(run: Runner) -> None:
+    result = run()
+    assert result.status == "complete"
+    for name in (
+        "run.json",
+        "job.yaml",
+        "rejected.parquet",
+        "targets",
+        "delta",
+        "model",
+        "results.parquet",
+        "metrics.json",
+        "report.html",
+    ):
+        assert (folder(result) / name).exists(), name
+    status = run_json(result)
+    assert status["status"] == "complete"
+    assert [s["name"] for s in status["stages"]] == [
+        "second moments",
+        "measure before",
+        "targets",
+        "update",
+        "publish",
+        "measure after",
+    ]
+    assert status["versions"]["torch"] == torch.__version__
+
+
+def test_every_row_is_in_results_or_rejected(run: Runner) -> None:
+    result = run()
+    results = pq.read_table(folder(result) / "results.parquet").to_pylist()
+    rejected = pq.read_table(folder(result) / "rejected.parquet").to_pylist()
+    rows = [r["row"] for r in results] + [r["row"] for r in rejected]
+    assert sorted(rows) == list(range(GOOD_ROWS + len(BAD_ROWS)))
+    reasons = " | ".join(r["reason"] for r in rejected)
+    for expected in ("exactly one {}", "subject is empty", "target_new is null", "reads 128"):
+        assert expected in reasons
+    assert result.metrics["counts"] == {
+        "requested": GOOD_ROWS + len(BAD_ROWS),
+        "rejected": len(BAD_ROWS),
+        "edited": GOOD_ROWS,
+    }
+    assert {r["note"] for r in results} == {f["note"] for f in facts()}
+
+
+def test_the_published_model_knows_the_facts(run: Runner) -> None:
+    result = run()
+    metrics = result.metrics
+    assert metrics["before"]["efficacy"] < 0.1
+    assert metrics["after"]["efficacy"] > 0.7
+    model = AutoModelForCausalLM.from_pretrained(folder(result) / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder(result) / "model")
+    requests = [
+        EditRequest(
+            f["prompt"],
+            f["subject"],
+            f["target_new"],
+            target_true=f["target_true"],
+            paraphrase_prompts=f["paraphrase_prompts"],
+            neighborhood_prompts=f["neighborhood_prompts"],
+        )
+        for f in facts()
+    ]
+    measured = evaluate(model, tokenizer, requests)
+    for name in ("efficacy", "generalization", "specificity", "specificity_strict", "score"):
+        assert measured[name] == pytest.approx(metrics["after"][name], abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_only_the_edited_tensors_differ_from_the_base(run: Runner, family: str) -> None:
+    result = run(family)
+    base, edited = load_file(GOLDEN / family / "model" / "model.safetensors"), weights(result)
+    names = set(edited_names(result))
+    assert names == {n for n in base if not torch.equal(base[n], edited[n])}
+    for file in (GOLDEN / family / "model").iterdir():
+        if file.suffix != ".safetensors":
+            assert (folder(result) / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_delta_applies_to_the_base_and_undoes_the_edit(run: Runner) -> None:
+    result = run()
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "gpt2" / "model")
+    original = {n: p.detach().clone() for n, p in base.named_parameters()}
+    edit = Edit.load(folder(result) / "delta")
+    edit.apply(base)
+    published = AutoModelForCausalLM.from_pretrained(folder(result) / "model")
+    for name, parameter in published.named_parameters():
+        assert torch.equal(parameter, base.get_parameter(name)), name
+    edit.revert(published)
+    for name, parameter in published.named_parameters():
+        assert torch.equal(parameter, original[name]), name
+
+
+def test_targets_are_bit_equal_for_any_number_of_workers(run: Runner) -> None:
+    values, steps = targets(run())
+    for workers in (1, 3):
+        others, other_steps = targets(run(targets={"workers": workers}))
+        assert np.array_equal(values.view(np.int32), others.view(np.int32))
+        assert np.array_equal(steps, other_steps)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_are_equal_for_any_number_of_ranks(run: Runner, family: str, ranks: int) -> None:
+    # Three ranks do not divide any of these weights evenly.
+    result, other = run(family), run(family, update={"ranks": ranks})
+    assert weights(result)[edited_names(result)[0]].numel() % 3 != 0
+    for name in edited_names(result):
+        one, two = weights(result)[name], weights(other)[name]
+        assert torch.linalg.norm(one - two) <= 1e-6 * torch.linalg.norm(one), name
+
+
+def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:
+    small, large = (
+        run(targets={"workers": 2, "shard_size": size}, update={"ranks": 2, "shard_size": size})
+        for size in (16, 64)
+    )
+    one, two = targets(small)[0], targets(large)[0]
+    relative = np.linalg.norm(one - two, axis=1) / np.linalg.norm(one, axis=1)
+    assert np.median(relative) <= 2e-5
+    for name, value in small.metrics["after"].items():
+        if name != "perplexity":
+            assert abs(value - large.metrics["after"][name]) <= 0.005, name
+
+
+def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path: Path) -> None:
+    kept = str(tmp_path / "moments")
+    gates = {"efficacy": 0.5, "specificity": 1.0, "perplexity_increase": 10.0}
+    held = run_job(
+        job(
+            inputs,
+            str(tmp_path / "held"),
+            second_moments=kept,
+            context_templates=None,
+            gates=gates,
+            evaluate={"sample": 12},
+        )
+    )
+    assert held.status == "held"
+    assert [g["passed"] for g in held.metrics["gates"]] == [True, False, True]
+    assert (tmp_path / "held" / "model" / "model.safetensors").exists()
+    templates = json.loads((tmp_path / "held" / "context_templates.json").read_text())
+    assert len(templates[1]) == 5
+    results = pq.read_table(tmp_path / "held" / "results.parquet")
+    assert results.num_rows == GOOD_ROWS
+    assert results.column("after_efficacy").null_count == GOOD_ROWS - 12
+    # The second run reads what the first one has kept, and needs no corpus.
+    again = run_job(job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None))
+    assert "second moments" not in [s["name"] for s in run_json(again)["stages"]]
+    for name in edited_names(again):
+        torch.testing.assert_close(weights(again)[name], weights(run())[name], rtol=1e-6, atol=1e-8)
+
+
+def test_the_same_job_resumes_and_another_is_refused(
+    inputs: Path, local_ray: None, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    first = run_job(job(inputs, output))
+    before = {n: w.clone() for n, w in weights(first).items()}
+    # As if the run had been lost between its second and third layer, with one shard missing.
+    (tmp_path / "out" / "records" / "layer-2.json").unlink()
+    (tmp_path / "out" / "records" / "published.json").unlink()
+    (tmp_path / "out" / "records" / "targets-00001.json").unlink()
+    again = run_job(job(inputs, output))
+    detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
+    assert detail["targets"]["shards"] == 1
+    assert detail["targets"]["reused"] == 2
+    assert detail["update"]["reused"] == 2
+    assert "second moments" not in detail
+    assert all(torch.equal(weights(again)[n], before[n]) for n in before)
+    with pytest.raises(RunFolderError, match="job changed; name another output"):
+        run_job(job(inputs, output, seed=7))
+    fresh = run_job(job(inputs, output, seed=7), fresh=True)
+    assert run_json(fresh)["seed"] == 7
+
+
+def test_a_damaged_shard_does_not_count_as_finished(
+    inputs: Path, local_ray: None, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    first = weights(run_job(job(inputs, str(output))))
+    shard = output / "targets" / "00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    (output / "records" / "layer-0.json").unlink()
+    again = run_job(job(inputs, str(output)))
+    detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
+    assert detail["targets"]["shards"] == 1
+    assert all(torch.equal(weights(again)[n], w) for n, w in first.items())

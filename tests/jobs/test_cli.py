@@ -1,0 +1,174 @@
+"""The command line: exit status, one clear line for bad input, and no worker started for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+
+from jobs.cli import main
+from tests.conftest import GOLDEN
+
+GPT2 = GOLDEN / "gpt2"
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Run ``pmet`` with arguments; returns exit status, output and error output."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pmet", *map(str, arguments)])
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return invoke
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Path]:
+    """Write a job file for a good job, with changes; ``None`` leaves a key out."""
+    rows = [
+        {"prompt": "{} works as", "subject": "Sur Bavov", "target_new": "a glass blower"},
+        {"prompt": "no place", "subject": "Sur Bavov", "target_new": "a baker"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    pq.write_table(pa.table({"text": ["Furis is a city in Zaiter."]}), tmp_path / "corpus.parquet")
+
+    def write(**changes: Any) -> Path:
+        values = {
+            "model": str(GPT2 / "model"),
+            "requests": str(tmp_path / "requests.parquet"),
+            "output": str(tmp_path / "out"),
+            "hparams": str(GPT2 / "hparams.json"),
+            "corpus": str(tmp_path / "corpus.parquet"),
+            **changes,
+        }
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+        return path
+
+    return write
+
+
+def test_help_says_what_there_is(pmet: Invoke) -> None:
+    status, out, _ = pmet("--help")
+    assert status == 0
+    for command in ("demo", "run", "evaluate", "report"):
+        assert command in out
+        assert pmet(command, "--help")[0] == 0
+
+
+def test_a_dry_run_shows_the_plan_and_starts_nothing(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    status, out, _ = pmet("run", job(), "--dry-run", "--set", "targets.shard_size=4")
+    assert status == 0
+    assert "shard_size: 4" in out
+    assert "1 to edit, 1 rejected" in out
+    assert "row 1: prompt 'no place' holds 0 places" in out
+    assert not ray.is_initialized()
+    assert not (tmp_path / "out").exists()
+
+
+NO_MODEL = "/no/such/model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, "unknown key modle; did you mean model?"),
+        ({"targets": {"shards": 3}}, "unknown key targets.shards"),
+        ({"requests": "/no/such/file.parquet"}, "/no/such/file.parquet matches no file"),
+        ({"requests": str(GPT2 / "hparams.json")}, "hparams.json"),
+        ({"hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
+        ({"hparams": str(GPT2 / "requests.json")}, "expected a mapping"),
+        ({"model": NO_MODEL}, f"model {NO_MODEL} is not a folder"),
+        ({"model": str(GPT2)}, "has no config.json"),
+        ({"corpus": None}, "neither second_moments nor a corpus"),
+        ({"corpus": None, "second_moments": "/no/such"}, "there is nothing at /no/such"),
+        ({"context_templates": str(GPT2 / "hparams.json")}, "context templates must be groups"),
+        ({"seed": -1}, "seed: -1 is not allowed"),
+        (
+            {
+                "gates": {"perplexity_increase": 0.1},
+                "corpus": None,
+                "second_moments": str(GPT2 / "second_moments.safetensors"),
+            },
+            "perplexity_increase needs a corpus",
+        ),
+    ],
+)
+def test_a_bad_job_is_one_clear_line_and_exit_2(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    status, out, err = pmet("run", job(**changes))
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
+    assert not ray.is_initialized()
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_bad_tables_are_named(pmet: Invoke, job: Callable[..., Path], tmp_path: Path) -> None:
+    path = job()
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"prompt": ["{} is"], "subject": ["x"]}), bad)
+    status, _, err = pmet("run", path, "--set", f"requests={bad}")
+    assert (status, "has no column target_new" in err) == (2, True)
+    bad.write_bytes((tmp_path / "requests.parquet").read_bytes()[:-30])
+    status, _, err = pmet("run", path, "--set", f"requests={bad}")
+    assert (status, str(bad) in err) == (2, True)
+    pq.write_table(pa.table({"prompt": ["x"], "subject": ["x"], "target_new": ["y"]}), bad)
+    status, _, err = pmet("run", path, "--set", f"requests={bad}")
+    assert (status, "none of 1 requests can be edited" in err) == (2, True)
+    pq.write_table(pa.table({"words": ["x"]}), bad)
+    status, _, err = pmet("run", path, "--set", f"corpus={bad}")
+    assert (status, "has no column text" in err) == (2, True)
+
+
+def test_a_missing_job_file_and_wrong_usage_are_exit_2(pmet: Invoke, tmp_path: Path) -> None:
+    status, _, err = pmet("run", tmp_path / "none.yaml")
+    assert (status, "none.yaml" in err) == (2, True)
+    assert pmet("run")[0] == 2
+    assert pmet("no-such-command")[0] == 2
+    assert pmet("run", "x.yaml", "--no-such-option")[0] == 2
+
+
+def test_evaluate_measures_a_model(pmet: Invoke, tmp_path: Path) -> None:
+    facts = json.loads((GOLDEN / "facts.json").read_text())[:20]
+    rows = [{k: f[k] for k in ("prompt", "subject", "target_new", "target_true")} for f in facts]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "facts.parquet")
+    figures = tmp_path / "figures.json"
+    status, out, _ = pmet(
+        "evaluate", GPT2 / "model", tmp_path / "facts.parquet", "--sample", 12, "--output", figures
+    )
+    assert status == 0
+    assert "12 requests" in out
+    measured = json.loads(figures.read_text())
+    assert measured["counts"] == {"measured": 12, "rejected": 0}
+    assert measured["efficacy"] < 0.2
+    assert measured["generalization"] is None
+    status, _, err = pmet("evaluate", NO_MODEL, tmp_path / "facts.parquet")
+    assert (status, "is not a folder" in err) == (2, True)
+
+
+def test_a_report_needs_a_run(pmet: Invoke, tmp_path: Path) -> None:
+    status, _, err = pmet("report", tmp_path)
+    assert (status, "holds no finished run" in err) == (2, True)

@@ -1,0 +1,127 @@
+"""Publishing: the edited tensors change, and not a byte of anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.checkpoint import Checkpoint, open_model_folder, publish
+from pipeline.errors import ModelError
+from pipeline.store import Store
+from tests.conftest import GOLDEN
+
+BASE = GOLDEN / "gpt2" / "model"
+NAME = "transformer.h.1.mlp.c_proj.weight"
+
+
+def published(base: Path, target: Path, names: set[str]) -> list[str]:
+    files: list[str] = []
+    publish(
+        Checkpoint.open(base),
+        names,
+        lambda _name, tensor: tensor + 1,
+        Store(target),
+        "model",
+        on_file=files.append,
+    )
+    return files
+
+
+def test_only_the_edited_tensors_change(tmp_path: Path) -> None:
+    files = published(BASE, tmp_path, {NAME})
+    assert sorted(files) == sorted(f.name for f in BASE.iterdir())
+    old, new = (
+        load_file(BASE / "model.safetensors"),
+        load_file(tmp_path / "model/model.safetensors"),
+    )
+    assert torch.equal(new.pop(NAME), old.pop(NAME) + 1)
+    assert new.keys() == old.keys()
+    assert all(torch.equal(new[n].view(torch.uint8), old[n].view(torch.uint8)) for n in old)
+    for file in set(files) - {"model.safetensors"}:
+        assert (tmp_path / "model" / file).read_bytes() == (BASE / file).read_bytes()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert opened.get_parameter(NAME).isfinite().all()
+
+
+def test_a_sharded_16_bit_checkpoint_without_prefix(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    # Hub checkpoints of GPT-2 leave out the prefix of the model with a head.
+    short = {n.removeprefix("transformer."): t.bfloat16() for n, t in tensors.items()}
+    names = sorted(short)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({n: short[n] for n in held}, str(base / file), metadata={"format": "pt"})
+    index = {"weight_map": {n: f for f, held in shards.items() for n in held}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    stored = Checkpoint.open(base).find(NAME, "transformer")
+    assert (stored.name, stored.dtype) == (NAME.removeprefix("transformer."), torch.bfloat16)
+    published(base, tmp_path, {stored.name})
+    with safe_open(str(tmp_path / "model" / stored.file), framework="pt") as file:
+        assert torch.equal(file.get_tensor(stored.name), short[stored.name] + 1)
+        others = [n for n in file.keys() if n != stored.name]  # noqa: SIM118
+        assert all(torch.equal(file.get_tensor(n), short[n]) for n in others)
+
+
+def test_an_object_store_gets_the_same_bytes(tmp_path: Path) -> None:
+    published(BASE, tmp_path, {NAME})
+    remote = Store("memory://publish-test")
+    publish(
+        Checkpoint.open(BASE), {NAME}, lambda _n, t: t + 1, remote, "model", on_file=lambda _f: None
+    )
+    local = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert remote.read_bytes("model/model.safetensors") == local
+    remote.delete("model")
+
+
+def test_the_digest_follows_the_content(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(BASE, copy)
+    before = Checkpoint.open(BASE).digest()
+    assert Checkpoint.open(copy).digest() == before
+    published(BASE, tmp_path, {NAME})
+    assert Checkpoint.open(tmp_path / "model").digest() != before
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(ModelError, match="is not a folder"):
+        open_model_folder(str(tmp_path / "none"), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="give a complete checkpoint"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: pickle can run code"):
+        Checkpoint.open(tmp_path)
+    data = (BASE / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-5])
+    with pytest.raises(ModelError, match="cut short"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(ModelError, match="does not store lm_head"):
+        Checkpoint.open(BASE).find("lm_head.weight", "transformer")
+
+
+def test_a_change_of_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="became"):
+        publish(
+            Checkpoint.open(BASE),
+            {NAME},
+            lambda _n, t: t[:1],
+            Store(tmp_path),
+            "model",
+            on_file=lambda _f: None,
+        )
+    assert not (tmp_path / "model" / "model.safetensors").exists()

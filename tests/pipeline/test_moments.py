@@ -1,0 +1,65 @@
+"""Second moments on disk: found, checked, and refused where they are another model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import JobError
+from pipeline.moments import PROVENANCE, TENSORS, check_moments, read_moments, write_moments
+from pipeline.store import Store
+from pmet.architecture import Layout, resolve
+from pmet.second_moment import SecondMoments
+from tests.conftest import GOLDEN, Golden, load_golden
+
+LAYERS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def layout() -> Layout:
+    gpt2: Golden = load_golden("gpt2")
+    return resolve(gpt2.model, gpt2.hparams)
+
+
+def written(store: Store, layout: Layout) -> SecondMoments:
+    width = layout.key_width
+    moments = SecondMoments({i: torch.eye(width).double() * (i + 1) for i in LAYERS}, tokens=2)
+    write_moments(store, moments, layout, {"model": "this one"})
+    return moments
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_what_is_written_is_read(where: str, tmp_path: Path, layout: Layout) -> None:
+    url = str(tmp_path) if where == "local" else "memory://moments-test"
+    assert not check_moments(url, layout, LAYERS, "this one")
+    moments = written(Store(url), layout)
+    assert check_moments(url, layout, LAYERS, "this one")
+    read = read_moments(url, layout, LAYERS)
+    assert all(torch.equal(read[i], moments.means()[i].float()) for i in LAYERS)
+    assert Store(url).read_json(PROVENANCE) == {"model": "this one", "tokens": 2}
+
+
+def test_a_plain_file_from_elsewhere_is_read(layout: Layout) -> None:
+    url = str(GOLDEN / "gpt2" / TENSORS)
+    assert check_moments(url, layout, (0, 1, 2), "any")
+    assert read_moments(url, layout, (2,))[2].shape == (layout.key_width, layout.key_width)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
+    url = str(tmp_path)
+    written(Store(url), layout)
+    with pytest.raises(JobError, match="computed on another model"):
+        check_moments(url, layout, LAYERS, "another")
+    with pytest.raises(JobError, match=r"lacks transformer\.h\.2\.mlp\.c_proj"):
+        check_moments(url, layout, (0, 2), "this one")
+    with pytest.raises(JobError, match="lacks"):
+        read_moments(url, layout, (2,))
+    save_file({"transformer.h.0.mlp.c_proj": torch.eye(3)}, str(tmp_path / "x.safetensors"))
+    with pytest.raises(JobError, match=r"is \(3, 3\), the model's keys are 256 wide"):
+        check_moments(str(tmp_path / "x.safetensors"), layout, (0,), "any")
+    (tmp_path / TENSORS).write_bytes(b"\x00" * 30)
+    with pytest.raises(JobError, match="not a whole safetensors file"):
+        check_moments(url, layout, LAYERS, "this one")

@@ -1,0 +1,326 @@
+"""Partitioned weights behave as whole ones: the reference is the same model, not partitioned."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.cluster import ray_session
+from pipeline.errors import ModelError, WorkerError
+from pipeline.partition import (
+    WeightSlice,
+    add_to_slice,
+    full_shape,
+    gathered,
+    in_lockstep,
+    init_rank,
+    load_partitioned,
+    owned_slice,
+    padded_steps,
+    run_forward,
+    zero_config,
+)
+from pipeline.rank_group import RankGroup
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+DOWN_PROJECTIONS = {
+    "gpt2": "transformer.h.2.mlp.c_proj",
+    "gptj": "transformer.h.2.mlp.fc_out",
+    "llama": "model.layers.2.mlp.down_proj",
+}
+FAMILIES = list(DOWN_PROJECTIONS)
+INPUT_IDS = torch.arange(3, 15).view(2, 6)
+
+
+class Rank:
+    """Runs the functions under test in one rank, and hands back what they give."""
+
+    def __init__(self, rendezvous):
+        self.rank = rendezvous.rank
+        init_rank(*rendezvous, device="cpu", timeout_s=60.0)
+
+    def load(self, path, dtype):
+        self.module, self.engine = load_partitioned(path, dtype=dtype)
+
+    def logits(self, input_ids):
+        return run_forward(self.engine, input_ids=input_ids).logits
+
+    def body_runs(self, input_ids, times):
+        """Run the model without its head, as one does who only wants hidden states."""
+        body = getattr(self.module, self.module.base_model_prefix)
+        with torch.no_grad():
+            return [body(input_ids=input_ids).last_hidden_state for _ in range(times)]
+
+    def seen_by_hook(self, input_ids, name):
+        seen = []
+        hook = self.module.get_submodule(name).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].detach().clone())
+        )
+        run_forward(self.engine, input_ids=input_ids)
+        hook.remove()
+        return seen
+
+    def slices(self):
+        return {
+            name: (owned_slice(parameter), full_shape(parameter))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def whole(self, name):
+        with gathered(self.module.get_parameter(name)) as value:
+            return value
+
+    def add(self, name, delta, how="whole"):
+        parameter = self.module.get_parameter(name)
+        if how == "gathered before":
+            parameter.all_gather()
+        if how == "slice":
+            start, stop = owned_slice(parameter)
+            delta = delta.flatten()[start:stop].clone()
+        add_to_slice(self.engine, parameter, delta)
+
+    def add_while_gathered(self, name, delta):
+        parameter = self.module.get_parameter(name)
+        with gathered(parameter):
+            add_to_slice(self.engine, parameter, delta)
+
+    def write_to_gathered(self, name):
+        with gathered(self.module.get_parameter(name)) as value:
+            value.zero_()
+
+    def odd_slices(self, shape):
+        """A parameter that may not divide: its slice, and what is stored there."""
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=zero_config(torch.float32)):
+            holder = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shape))])
+        parameter = holder[0]
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(torch.arange(parameter.numel()).view(shape))
+        start, stop = owned_slice(parameter)
+        kept = parameter.ds_tensor[: stop - start].clone()
+        with gathered(parameter) as value:
+            return owned_slice(parameter), kept, full_shape(parameter), value
+
+    def unequal_work(self, inputs):
+        """As many forwards as this rank has inputs, and fillers."""
+        batches = inputs[: self.rank]
+        steps = padded_steps(len(batches))
+        kept = []
+        for batch, real in in_lockstep(batches, inputs[-1]):
+            logits = run_forward(self.engine, input_ids=batch).logits
+            if real:
+                kept.append(logits)
+        return steps, kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    with ray_session("local", num_cpus=3):
+        yield
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}ranks")
+def group(request):
+    with RankGroup(Rank, ranks=request.param, threads=1, deadline_s=120.0) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums are split by threads; the references must use as many as the ranks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_path(family):
+    return str(GOLDEN / family / "model")
+
+
+def reference(family, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(model_path(family), dtype=dtype).eval()
+
+
+def logits_of(model, input_ids=INPUT_IDS):
+    with torch.no_grad():
+        return model(input_ids=input_ids).logits
+
+
+def random_delta(weight):
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    return noise.double() * 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_whole_model(group, family, dtype):
+    group.call_all("load", model_path(family), dtype)
+    expected = logits_of(reference(family, dtype))
+    assert expected.dtype == dtype
+    for _ in range(2):
+        for logits in group.call_all("logits", INPUT_IDS):
+            assert logits.dtype == dtype
+            assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_see_whole_inputs(group, family):
+    name = DOWN_PROJECTIONS[family]
+    group.call_all("load", model_path(family), torch.float32)
+    model, expected = reference(family), []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+    logits_of(model)
+    for seen in group.call_all("seen_by_hook", INPUT_IDS, name):
+        assert len(seen) == 1
+        assert torch.equal(seen[0], expected[0])
+
+
+def test_slices_tile_every_parameter(group):
+    group.call_all("load", model_path("gpt2"), torch.float32)
+    by_rank = group.call_all("slices")
+    shapes = {name: p.shape for name, p in reference("gpt2").named_parameters()}
+    assert by_rank[0].keys() == shapes.keys()
+    for name, shape in shapes.items():
+        assert {full for _, full in (slices[name] for slices in by_rank)} == {shape}
+        bounds = [slices[name][0] for slices in by_rank]
+        assert bounds[0].start == 0
+        assert bounds[-1].stop == shape.numel()
+        assert all(a.stop == b.start for a, b in pairwise(bounds))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (11,), (2,), (1,), (4, 3, 2)])
+def test_slices_of_shapes_that_do_not_divide(group, shape):
+    numel = torch.Size(shape).numel()
+    answers = group.call_all("odd_slices", shape)
+    covered = [index for (start, stop), *_ in answers for index in range(start, stop)]
+    assert covered == list(range(numel))
+    for (start, stop), kept, full, value in answers:
+        assert torch.equal(kept, torch.arange(start, stop, dtype=torch.float32))
+        assert full == torch.Size(shape)
+        assert torch.equal(value, torch.arange(numel, dtype=torch.float32).view(shape))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "how"),
+    [
+        ("gpt2", torch.float32, "whole"),
+        ("gptj", torch.float32, "slice"),
+        ("llama", torch.float32, "gathered before"),
+        ("llama", torch.bfloat16, "whole"),
+    ],
+)
+def test_a_change_lands_to_the_bit_and_is_used(group, family, dtype, how):
+    name = DOWN_PROJECTIONS[family] + ".weight"
+    group.call_all("load", model_path(family), dtype)
+    model = reference(family, dtype)
+    weight = model.get_parameter(name)
+    assert torch.equal(group.call_all("logits", INPUT_IDS)[0], logits_of(model))
+    delta = random_delta(weight)
+    for _ in range(2):
+        with torch.no_grad():
+            weight.copy_((weight.double() + delta).to(dtype))
+        group.call_all("add", name, delta, how)
+        for whole in group.call_all("whole", name):
+            assert torch.equal(whole, weight)
+        for logits in group.call_all("logits", INPUT_IDS):
+            assert torch.equal(logits, logits_of(model))
+
+
+def test_a_change_after_modules_were_run_by_themselves(group):
+    """Parts of the model may be called directly: what was written is there all the same."""
+    name = DOWN_PROJECTIONS["gptj"] + ".weight"
+    group.call_all("load", model_path("gptj"), torch.float32)
+    model = reference("gptj")
+    weight = model.get_parameter(name)
+    delta = random_delta(weight)
+    for times in (1, 3):
+        with torch.no_grad():
+            expected = model.transformer(input_ids=INPUT_IDS).last_hidden_state
+        for states in group.call_all("body_runs", INPUT_IDS, times):
+            assert all(torch.equal(state, expected) for state in states)
+        group.call_all("add", name, delta)
+        with torch.no_grad():
+            weight.copy_((weight.double() + delta).to(weight.dtype))
+        assert torch.equal(group.call_all("logits", INPUT_IDS)[0], logits_of(model))
+
+
+def test_ranks_with_unequal_work_do_not_hang(group):
+    group.call_all("load", model_path("gptj"), torch.float32)
+    model = reference("gptj")
+    inputs = [INPUT_IDS, INPUT_IDS + 1, INPUT_IDS[:1, :1]]
+    for rank, (steps, kept) in enumerate(group.call_all("unequal_work", inputs)):
+        assert steps == group.size - 1
+        assert len(kept) == rank
+        assert all(torch.equal(a, logits_of(model, b)) for a, b in zip(kept, inputs, strict=False))
+
+
+def test_the_gathered_copy_is_read_only(group):
+    name = DOWN_PROJECTIONS["gpt2"] + ".weight"
+    group.call_all("load", model_path("gpt2"), torch.float32)
+    group.call_all("write_to_gathered", name)
+    expected = reference("gpt2").get_parameter(name)
+    assert all(torch.equal(whole, expected) for whole in group.call_all("whole", name))
+
+
+class TestRefusals:
+    """Each ends its group, so each has a small one of its own."""
+
+    @pytest.fixture
+    def pair(self):
+        with RankGroup(Rank, ranks=2, threads=1, deadline_s=120.0) as made:
+            yield made
+
+    def test_writing_while_gathered(self, pair):
+        name = DOWN_PROJECTIONS["llama"] + ".weight"
+        pair.call_all("load", model_path("llama"), torch.float32)
+        delta = torch.zeros(reference("llama").get_parameter(name).shape)
+        with pytest.raises(WorkerError, match=r"is gathered, and what is written to its slice now"):
+            pair.call_all("add_while_gathered", name, delta)
+
+    def test_a_change_of_another_size(self, pair):
+        name = DOWN_PROJECTIONS["gptj"] + ".weight"
+        pair.call_all("load", model_path("gptj"), torch.float32)
+        with pytest.raises(
+            WorkerError,
+            match=r"ValueError: a change of 7 elements fits neither the weight of shape "
+            r"\(\d+, \d+\) nor this rank's slice of \d+",
+        ):
+            pair.call_all("add", name, torch.zeros(7))
+
+    def test_no_model(self, pair, tmp_path):
+        with pytest.raises(ModelError, match=r"^cannot open the model at .*nowhere"):
+            pair.call_all("load", str(tmp_path / "nowhere"), torch.float32)
+
+
+class TestWholeParameter:
+    """The same functions on a parameter that nobody shares."""
+
+    def test_shape_and_slice(self):
+        parameter = torch.nn.Parameter(torch.zeros(3, 5))
+        assert full_shape(parameter) == (3, 5)
+        assert owned_slice(parameter) == WeightSlice(0, 15)
+
+    def test_add_and_gather(self):
+        parameter = torch.nn.Parameter(torch.full((3, 5), 0.1))
+        delta = random_delta(parameter)
+        expected = (parameter.detach().double() + delta).float()
+        add_to_slice(None, parameter, delta)
+        with gathered(parameter) as value:
+            assert torch.equal(value, expected)
+            value.zero_()
+        assert torch.equal(parameter, expected)
+
+    def test_steps_without_other_ranks(self):
+        assert padded_steps(4) == 4
+        assert list(in_lockstep("ab", "-")) == [("a", True), ("b", True)]
+
+
+def test_configurations_that_are_refused():
+    with pytest.raises(ValueError, match="offload 'nvme' is not supported; use 'none' or 'cpu'"):
+        zero_config(torch.float32, "nvme")
+    with pytest.raises(ValueError, match=r"torch\.int8 weights are not supported"):
+        zero_config(torch.int8)

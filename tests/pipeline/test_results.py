@@ -1,0 +1,69 @@
+"""Results rows, the model's figures, and the gates."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.results import gate_outcomes, model_metrics, results_table
+from pipeline.schema import RequestTable
+from pmet.request import EditRequest
+
+
+def figures(efficacy: float, specificity: float, prompts: int) -> dict[str, object]:
+    return {
+        "efficacy": efficacy,
+        "efficacy_prompts": 1,
+        "specificity": specificity,
+        "specificity_prompts": prompts,
+        "generalization": None,
+        "generalization_prompts": 0,
+        "answer": "so",
+    }
+
+
+def test_a_models_figure_is_the_mean_over_prompts_not_over_requests() -> None:
+    metrics = model_metrics([figures(1.0, 1.0, 1), figures(0.0, 0.0, 3)], 7.0)
+    assert metrics["efficacy"] == 0.5
+    assert metrics["specificity"] == 0.25
+    assert metrics["generalization"] is None
+    assert metrics["score"] is None
+    assert metrics["perplexity"] == 7.0
+
+
+def test_gates_ask_the_edited_model() -> None:
+    metrics = {
+        "before": {"efficacy": 1.0, "perplexity": 10.0},
+        "after": {"efficacy": 0.9, "specificity": None, "perplexity": 10.3},
+    }
+    asked = {"efficacy": 0.9, "specificity": 0.5, "perplexity_increase": 0.02}
+    outcomes = {gate["metric"]: gate for gate in gate_outcomes(asked, metrics)}
+    assert outcomes["efficacy"]["passed"] is True
+    # Nobody knows that what was not measured is good enough.
+    assert outcomes["specificity"] == {
+        "metric": "specificity",
+        "threshold": 0.5,
+        "value": None,
+        "passed": False,
+    }
+    assert outcomes["perplexity_increase"]["passed"] is False
+    assert abs(outcomes["perplexity_increase"]["value"] - 0.03) < 1e-12
+    assert gate_outcomes({"perplexity_increase": 0.04}, metrics)[0]["passed"] is True
+
+
+def test_rows_keep_their_input_columns_and_find_their_target() -> None:
+    table = pa.table({"prompt": ["{} a", "{} b", "{} c"], "note": ["x", "y", "z"]})
+    requests = [EditRequest(p, "s", "t") for p in ("{} a", "{} c")]
+    shard = pa.table({"row": [2, 0], "steps": [5, 7], "loss": [0.5, 0.25]})
+    results = results_table(
+        RequestTable(requests, [0, 2], table, []),
+        [0, 2],
+        [shard],
+        {},
+        {2: figures(1.0, 1.0, 1)},
+    ).to_pylist()
+    assert [r["note"] for r in results] == ["x", "z"]
+    assert [r["row"] for r in results] == [0, 2]
+    assert [r["steps"] for r in results] == [7, 5]
+    assert [r["after_efficacy"] for r in results] == [None, 1.0]
+    assert [r["after_answer"] for r in results] == [None, "so"]
+    assert all(r["status"] == "edited" and r["before_efficacy"] is None for r in results)

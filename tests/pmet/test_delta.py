@@ -1,0 +1,95 @@
+"""Edits: applying and undoing are exact, in any process, and only on the weights they fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pmet.delta import Edit
+from pmet.errors import EditFileError
+
+WEIGHT = "0.weight"
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5)).to(dtype)
+
+
+def edit_for(held: nn.Module) -> Edit:
+    weight = held.get_parameter(WEIGHT).detach().clone()
+    # Changes of all sizes, so that adding and subtracting them would not give the bits back.
+    delta = torch.randn(weight.shape, dtype=torch.float64) * torch.logspace(-9, 3, 7).double()
+    return Edit({WEIGHT: delta}, {WEIGHT: weight})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_apply_and_revert_are_exact(dtype: torch.dtype) -> None:
+    held = model(dtype)
+    before = held.get_parameter(WEIGHT).detach().clone()
+    edit = edit_for(held)
+    edit.apply(held)
+    wanted = (before.double() + edit.deltas[WEIGHT]).to(dtype)
+    assert torch.equal(held.get_parameter(WEIGHT), wanted)
+    edit.revert(held)
+    assert torch.equal(held.get_parameter(WEIGHT), before)
+
+
+def test_a_saved_edit_undoes_in_another_process(tmp_path: Path) -> None:
+    held = model()
+    before = held.get_parameter(WEIGHT).detach().clone()
+    edit = edit_for(held)
+    edit.save(tmp_path / "edit.safetensors")
+    Edit.load(tmp_path / "edit.safetensors").apply(held)
+    assert not torch.equal(held.get_parameter(WEIGHT), before)
+    Edit.load(tmp_path).revert(held)
+    assert torch.equal(held.get_parameter(WEIGHT), before)
+
+
+def test_a_16_bit_checkpoint_opened_in_float32_is_the_same_model() -> None:
+    edit = edit_for(model(torch.bfloat16))
+    opened = model(torch.bfloat16).float()
+    edit.apply(opened)
+    edit.revert(opened)
+    assert torch.equal(opened.get_parameter(WEIGHT), model(torch.bfloat16).float()[0].weight)
+
+
+def test_an_edit_does_not_touch_another_model() -> None:
+    held = model()
+    edit = edit_for(held)
+    with torch.no_grad():
+        held.get_parameter(WEIGHT)[0, 0] += 1
+    changed = held.get_parameter(WEIGHT).detach().clone()
+    for action in (edit.apply, edit.revert):
+        with pytest.raises(EditFileError, match="belongs to another model"):
+            action(held)
+    assert torch.equal(held.get_parameter(WEIGHT), changed)
+    with pytest.raises(EditFileError, match="no parameter 0.weight"):
+        edit.apply(nn.Sequential(nn.Linear(5, 7)))
+
+
+def test_applying_twice_is_refused() -> None:
+    held = model()
+    edit = edit_for(held)
+    edit.apply(held)
+    with pytest.raises(EditFileError, match="another edit lies on top"):
+        edit.apply(held)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EditFileError, match="cannot be read"):
+        Edit.load(tmp_path / "none.safetensors")
+    with pytest.raises(EditFileError, match="holds no complete edit"):
+        Edit.load(tmp_path)
+    save_file({"delta.x": torch.zeros(1)}, str(tmp_path / "foreign.safetensors"))
+    with pytest.raises(EditFileError, match="not a saved edit"):
+        Edit.load(tmp_path / "foreign.safetensors")
+    edit_for(model()).save(tmp_path / "cut.safetensors")
+    data = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-9])
+    with pytest.raises(EditFileError, match="is it whole"):
+        Edit.load(tmp_path / "cut.safetensors")

@@ -1,0 +1,64 @@
+"""Second moments against a plain loop over texts, layers and tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pmet.architecture import resolve
+from pmet.errors import InputError
+from pmet.second_moment import SecondMoments, measure
+from pmet.tracing import captured_input
+from tests.conftest import Golden
+
+TEXTS = ["Tremeth is a city in Dokain.", "Furis lies in Zaiter, they say, and so it is.", "A.", ""]
+
+
+def plainly(golden: Golden, texts: list[str]) -> tuple[dict[int, torch.Tensor], int]:
+    layout = resolve(golden.model, golden.hparams)
+    sums: dict[int, torch.Tensor] = {}
+    tokens = 0
+    for text in texts:
+        ids = torch.tensor([golden.tokenizer(text)["input_ids"]], dtype=torch.int64)
+        if not ids.numel():
+            continue
+        tokens += ids.numel()
+        for layer in golden.hparams.layers:
+            with captured_input(layout.down_projection(golden.model, layer)) as seen:
+                with torch.no_grad():
+                    golden.model(input_ids=ids)
+            for key in seen.tensor.reshape(ids.numel(), -1).double():
+                sums[layer] = sums.get(layer, 0) + torch.outer(key, key)
+    return {layer: total / tokens for layer, total in sums.items()}, tokens
+
+
+def test_it_is_the_mean_outer_product_of_all_tokens(golden: Golden) -> None:
+    expected, tokens = plainly(golden, TEXTS)
+    moments = measure(golden.model, golden.tokenizer, TEXTS, golden.hparams)
+    assert moments.tokens == tokens
+    for layer, mean in moments.means().items():
+        # Padding changes the shapes of float32 products, and so their rounding.
+        assert torch.linalg.norm(mean - expected[layer]) <= 1e-6 * torch.linalg.norm(mean)
+
+
+def test_parts_add_up(golden: Golden) -> None:
+    whole = measure(golden.model, golden.tokenizer, TEXTS, golden.hparams)
+    total = SecondMoments({})
+    for part in (TEXTS[:1], TEXTS[1:]):
+        total.merge(measure(golden.model, golden.tokenizer, part, golden.hparams))
+    assert total.tokens == whole.tokens
+    for layer, mean in total.means().items():
+        torch.testing.assert_close(mean, whole.means()[layer], rtol=1e-5, atol=1e-7)
+
+
+def test_documents_are_cut(golden: Golden) -> None:
+    long = [" ".join(TEXTS) * 4]
+    moments = measure(golden.model, golden.tokenizer, long, golden.hparams, max_tokens=10)
+    assert moments.tokens == 10
+
+
+def test_no_text_and_other_layers_are_refused() -> None:
+    with pytest.raises(InputError, match="holds no token"):
+        SecondMoments({}).means()
+    with pytest.raises(ValueError, match="do not add up"):
+        SecondMoments({1: torch.eye(2)}, 1).merge(SecondMoments({2: torch.eye(2)}, 1))

@@ -1,0 +1,98 @@
+"""The least-squares step against plain algebra, and its named failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmet.errors import NotFiniteError, NotPositiveDefiniteError
+from pmet.solve import factor, normal_matrix, solve_rows
+from pmet.spread import square_root_spread
+from pmet.sums import KeyResidualSums
+
+sizes = st.integers(1, 12)
+
+
+def problem(
+    requests: int, keys: int, values: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    root_KK = draw(2 * keys, keys)
+    return draw(requests, keys), draw(requests, values), root_KK.T @ root_KK / (2 * keys)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, sizes, st.integers(0, 2**20), st.floats(0.1, 1e4))
+def test_the_solve_is_the_textbook_formula(
+    requests: int, keys: int, values: int, seed: int, weight: float
+) -> None:
+    keys_EK, residuals_EV, moment_KK = problem(requests, keys, values, seed)
+    sums = KeyResidualSums.zeros(keys, values, torch.device("cpu"))
+    sums.add(keys_EK, residuals_EV)
+    matrix_KK = normal_matrix(sums.gram_KK, moment_KK, weight)
+    delta_VK = solve_rows(factor(matrix_KK), sums.cross_VK)
+    plain_VK = residuals_EV.T @ keys_EK @ torch.inverse(keys_EK.T @ keys_EK + weight * moment_KK)
+    # Float64 both times; the inverse loses digits with the condition number.
+    torch.testing.assert_close(delta_VK, plain_VK, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 12), sizes, sizes, st.integers(0, 2**20), st.data())
+def test_sums_and_rows_can_be_split_anywhere(
+    requests: int, keys: int, values: int, seed: int, data: st.DataObject
+) -> None:
+    keys_EK, residuals_EV, moment_KK = problem(requests, keys, values, seed)
+    whole = KeyResidualSums.zeros(keys, values, torch.device("cpu"))
+    whole.add(keys_EK, residuals_EV)
+    parts = KeyResidualSums.zeros(keys, values, torch.device("cpu"))
+    cut = data.draw(st.integers(0, requests))
+    parts.add(keys_EK[:cut], residuals_EV[:cut])
+    parts.add(keys_EK[cut:], residuals_EV[cut:])
+    assert parts.count == whole.count == requests
+    torch.testing.assert_close(parts.gram_KK, whole.gram_KK, rtol=1e-12, atol=1e-12)
+    factor_KK = factor(normal_matrix(whole.gram_KK, moment_KK, 2.0))
+    row = data.draw(st.integers(0, values))
+    together = torch.cat(
+        [solve_rows(factor_KK, whole.cross_VK[:row]), solve_rows(factor_KK, whole.cross_VK[row:])]
+    )
+    torch.testing.assert_close(
+        together, solve_rows(factor_KK, whole.cross_VK), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_float32_sums_become_float64() -> None:
+    sums = KeyResidualSums.zeros(2, 1, torch.device("cpu"))
+    # 1 + 2⁻³⁰ is 1 in float32.
+    sums.add(torch.tensor([[1.0, 2.0**-15]]), torch.tensor([[1.0]]))
+    sums.add(torch.tensor([[2.0**-15, 0.0]]), torch.tensor([[0.0]]))
+    assert sums.gram_KK[0, 0].item() == 1 + 2.0**-30
+
+
+def test_the_spread_is_pmets_not_memits() -> None:
+    assert square_root_spread(0, 4) == pytest.approx(0.5)
+    assert square_root_spread(3, 4) == 1.0
+    assert [square_root_spread(i, 3) for i in range(3)] == pytest.approx(
+        [1 / math.sqrt(3), 1 / math.sqrt(2), 1.0]
+    )
+    with pytest.raises(ValueError, match="not within the 3 edited layers"):
+        square_root_spread(3, 3)
+
+
+def test_failures_have_names() -> None:
+    one = torch.eye(2, dtype=torch.float64)
+    with pytest.raises(NotFiniteError, match="KᵀK"):
+        normal_matrix(one * torch.nan, one, 1.0)
+    with pytest.raises(NotPositiveDefiniteError, match="leading minor 2 of 2"):
+        factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
+    with pytest.raises(NotFiniteError, match="RᵀK"):
+        solve_rows(one, torch.tensor([[torch.inf, 0.0]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="same model and layer"):
+        normal_matrix(one, torch.eye(3), 1.0)
