@@ -48,10 +48,3 @@ class WorkerError(PMETError):
     def __init__(self, message: str, *, cause_text: str = "") -> None:
         super().__init__(message)
         self.cause_text = cause_text
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _worker_error, (str(self), self.cause_text)
-
-
-def _worker_error(message: str, cause_text: str) -> WorkerError:
-    return WorkerError(message, cause_text=cause_text)

@@ -160,7 +160,8 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The shape of the whole parameter, gathered or not."""
-    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
+    shared: Any = parameter
+    return torch.Size(shared.ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
 def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
@@ -171,8 +172,9 @@ def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
     """
     if not is_partitioned(parameter):
         return WeightSlice(0, parameter.numel())
-    size, total = parameter.ds_tensor.numel(), parameter.ds_numel
-    rank = dist.get_rank(group=parameter.ds_process_group)
+    shared: Any = parameter
+    size, total = shared.ds_tensor.numel(), shared.ds_numel
+    rank = dist.get_rank(group=shared.ds_process_group)
     return WeightSlice(min(rank * size, total), min((rank + 1) * size, total))
 
 
@@ -287,12 +289,14 @@ def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.data.view(-1)
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    shared: Any = parameter
     if id(parameter) not in _held:
         # Weights may stay gathered after a forward: small ones, or when modules ran in another
         # order than before. What is written to the slice of such a weight is never seen.
         engine.empty_partition_cache()
-        if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
-            return parameter.ds_tensor.data
+        if shared.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            storage: torch.Tensor = shared.ds_tensor.data
+            return storage
     raise WorkerError(
         f"the weight of shape {tuple(full_shape(parameter))} is gathered, and what is written to "
         "its slice now would be lost; write between forwards, outside of gathered(…)"
@@ -318,7 +322,7 @@ def _device() -> torch.device:
 
 def _interface_towards(address: str, port: int) -> str | None:
     """The network interface that leads to an address: gloo would guess from the host's name."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         probe.connect((address, port))

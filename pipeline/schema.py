@@ -213,7 +213,7 @@ def _read(file: str) -> pa.Table:
     for index, column in enumerate(table.columns):
         if pa.types.is_dictionary(column.type):
             table = table.set_column(index, names[index], column.cast(column.type.value_type))
-    return table.replace_schema_metadata(None)
+    return table
 
 
 def _rows(table: pa.Table) -> list[_Values]:

@@ -37,6 +37,7 @@ from pmet.second_moment import SecondMoments
 PERPLEXITY_TEXTS = 256
 MEASURED_TOGETHER = 32
 UPDATE_ATTEMPTS = 3
+_LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -356,4 +357,6 @@ def _perplexity(run: Context, source: ModelSource) -> float | None:
         return None
     sample = texts[:: max(1, len(texts) // PERPLEXITY_TEXTS)][:PERPLEXITY_TEXTS]
     total, count = run.crew.one("sum_perplexity", "perplexity", (source, sample))
-    return math.exp(total / count) if count else None
+    # A ruined model's mean may be NaN, or too large for exp.
+    mean = total / count if count else math.nan
+    return math.exp(mean) if mean < _LARGEST_EXPONENT else None

@@ -118,7 +118,8 @@ class Rank:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    with ray_session("local", num_cpus=3):
+    # Three for the group that is shared, two for a group of a test's own.
+    with ray_session("local", num_cpus=5):
         yield
 
 

@@ -68,7 +68,7 @@ def test_an_edit_does_not_touch_another_model() -> None:
         with pytest.raises(EditFileError, match="belongs to another model"):
             action(held)
     assert torch.equal(held.get_parameter(WEIGHT), changed)
-    with pytest.raises(EditFileError, match="no parameter 0.weight"):
+    with pytest.raises(EditFileError, match=r"no parameter 0\.weight"):
         edit.apply(nn.Sequential(nn.Linear(5, 7)))
 
 

@@ -24,9 +24,9 @@ def plainly(golden: Golden, texts: list[str]) -> tuple[dict[int, torch.Tensor], 
             continue
         tokens += ids.numel()
         for layer in golden.hparams.layers:
-            with captured_input(layout.down_projection(golden.model, layer)) as seen:
-                with torch.no_grad():
-                    golden.model(input_ids=ids)
+            module = layout.down_projection(golden.model, layer)
+            with captured_input(module) as seen, torch.no_grad():
+                golden.model(input_ids=ids)
             for key in seen.tensor.reshape(ids.numel(), -1).double():
                 sums[layer] = sums.get(layer, 0) + torch.outer(key, key)
     return {layer: total / tokens for layer, total in sums.items()}, tokens

@@ -1,0 +1,99 @@
+"""What the benchmarks share: the problem, the machine, the table, the JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from jobs.demo.show import HERE
+from jobs.demo.world import requests as demo_requests
+from pipeline.replica import open_causal_lm, open_tokenizer
+from pipeline.schema import read_requests
+from pmet import EditRequest, PMETHyperParams
+from pmet.contexts import parse
+
+Result = TypeVar("Result")
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and what is to be edited into it."""
+
+    model: Any
+    tokenizer: Any
+    hparams: PMETHyperParams
+    templates: list[list[str]]
+    requests: list[EditRequest]
+
+
+def arguments(description: str, count: int) -> argparse.ArgumentParser:
+    """The options of every benchmark; without any, the demo's model and facts are used."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default=str(HERE / "model"), help="model folder")
+    parser.add_argument("--hparams", default=str(HERE / "hparams.json"))
+    parser.add_argument("--templates", default=str(HERE / "context_templates.json"))
+    parser.add_argument("--requests", help="Parquet file of edit requests")
+    parser.add_argument("--count", type=int, default=count, help="requests taken from it")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
+    return parser
+
+
+def problem(options: argparse.Namespace) -> Problem:
+    """Open what the options name."""
+    torch.set_num_threads(options.threads)
+    if options.requests:
+        requests = read_requests(options.requests).requests
+    else:
+        keys = ("prompt", "subject", "target_new", "target_true")
+        requests = [EditRequest(**{k: r[k] for k in keys}) for r in demo_requests()]
+    return Problem(
+        open_causal_lm(options.model, dtype=torch.float32),
+        open_tokenizer(options.model),
+        PMETHyperParams.from_file(options.hparams),
+        parse(Path(options.templates).read_text(), source=options.templates),
+        requests[: options.count],
+    )
+
+
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds that ``work`` takes, and what it returns."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def show(title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print rows as a table; write them with machine and versions where the options say so."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+    console.print(", ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
+    if options.output:
+        figures = {"title": title, "machine": machine(), "options": vars(options), "rows": rows}
+        options.output.write_text(json.dumps(figures, indent=2, default=str) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that figures depend on."""
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,77 @@
+"""The run folder: what counts as finished, and whose work it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RunFolderError
+from pipeline.folder import RunFolder
+
+DIGESTS = {"job": "1", "model": "a"}
+
+
+@pytest.fixture(params=["local", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run"
+
+
+def begun(url: str, digests: dict[str, str] = DIGESTS, **options: bool) -> RunFolder:
+    folder = RunFolder(url)
+    folder.begin(digests, seed=0, **options)
+    return folder
+
+
+def test_records_outlive_the_process(url: str) -> None:
+    folder = begun(url)
+    assert folder.recorded("piece") is None
+    folder.record("piece", {"rows": 3})
+    again = RunFolder(url)
+    assert again.begin(DIGESTS, seed=0) is True
+    record = again.recorded("piece")
+    assert record is not None
+    assert record["rows"] == 3
+    assert again.status["attempt"] == 2
+
+
+def test_a_record_counts_only_with_its_whole_file(url: str) -> None:
+    folder = begun(url)
+    folder.store.write_bytes("piece.bin", b"all of it")
+    folder.record("piece", {"file": "piece.bin", "sha256": folder.store.sha256("piece.bin")})
+    assert folder.recorded("piece")
+    folder.store.write_bytes("piece.bin", b"all of")
+    assert folder.recorded("piece") is None
+    folder.store.delete("piece.bin")
+    assert folder.recorded("piece") is None
+
+
+def test_another_jobs_folder_is_refused_and_names_what_changed(url: str) -> None:
+    begun(url).record("piece", {})
+    with pytest.raises(RunFolderError, match=r"another job: model changed; .*--fresh"):
+        begun(url, {**DIGESTS, "model": "b"})
+    fresh = begun(url, {**DIGESTS, "model": "b"}, fresh=True)
+    assert fresh.recorded("piece") is None
+
+
+def test_a_fresh_start_leaves_other_peoples_files(url: str) -> None:
+    folder = begun(url)
+    folder.store.write_bytes("notes.txt", b"mine")
+    begun(url, fresh=True)
+    assert folder.store.read_bytes("notes.txt") == b"mine"
+
+
+def test_stages_events_and_the_end_are_told(url: str) -> None:
+    folder = begun(url)
+    with folder.stage("targets") as detail:
+        assert folder.store.read_json("run.json")["stage"] == "targets"
+        detail["shards"] = 4
+    folder.event("retry", "worker 1 died")
+    folder.finish("failed", "why")
+    status = folder.store.read_json("run.json")
+    assert status["status"] == "failed"
+    assert status["error"] == "why"
+    assert status["finished_at"] >= status["started_at"]
+    assert status["events"] == [{"kind": "retry", "text": "worker 1 died"}]
+    (stage,) = status["stages"]
+    assert (stage["name"], stage["detail"]) == ("targets", {"shards": 4})

@@ -1,0 +1,105 @@
+"""Evaluation against the plain computation, one prompt at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pmet import EditRequest, evaluate
+from pmet.metrics import METRICS, answers, harmonic_mean, perplexity_sums, score_continuations
+from pmet.plain import plain_evaluate
+from tests.conftest import Golden
+
+FACTS = [
+    EditRequest(
+        "The mother tongue of {} is",
+        "Tax Naizath",
+        "Railish",
+        target_true="Daindish",
+        paraphrase_prompts=["Tax Naizath speaks", "At home Tax Naizath uses"],
+        neighborhood_prompts=["Lear Futron speaks"],
+    ),
+    EditRequest("{} works as", "Sur Bavov", "a glass blower", target_true="a surveyor"),
+    EditRequest("{} works as", "Zul Lodreal", "a baker", paraphrase_prompts=["Zul Lodreal bakes"]),
+]
+
+
+def known(value: float) -> float | None:
+    """The plain form says NaN where nothing was measured."""
+    return None if math.isnan(value) else value
+
+
+def test_it_equals_the_plain_computation(golden: Golden) -> None:
+    for batch_tokens in (1, 30, 4096):
+        fast = evaluate(golden.model, golden.tokenizer, FACTS, batch_tokens=batch_tokens)
+        plain = plain_evaluate(golden.model, golden.tokenizer, FACTS)
+        for name in METRICS:
+            assert fast[name] == known(plain[name]), name
+            for row, plain_row in zip(fast["rows"], plain["rows"], strict=True):
+                assert row[name] == known(plain_row[name]), name
+
+
+def test_what_a_request_does_not_ask_is_not_measured(golden: Golden) -> None:
+    rows = evaluate(golden.model, golden.tokenizer, FACTS)["rows"]
+    assert rows[1]["generalization"] is None
+    assert rows[1]["specificity_strict"] is None
+    # Without a true target there is nothing to be likelier than; what is greedy can be told.
+    assert rows[2]["efficacy"] is None
+    assert rows[2]["generalization_strict"] in (0.0, 1.0)
+    alone = evaluate(golden.model, golden.tokenizer, FACTS[1:2])
+    assert alone["specificity"] is None
+    assert alone["score"] is None
+
+
+def test_one_prompt_by_hand(golden: Golden) -> None:
+    pair = ("Sur Bavov works as", "a surveyor")
+    ids = golden.tokenizer(" ".join(pair))["input_ids"]
+    length = len(golden.tokenizer(" a surveyor")["input_ids"])
+    with torch.no_grad():
+        log_probs = golden.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    at = range(len(ids) - length - 1, len(ids) - 1)
+    expected = sum(log_probs[i, ids[i + 1]].item() for i in at) / length
+    greedy = all(log_probs[i].argmax().item() == ids[i + 1] for i in at)
+    ((mean, said),) = score_continuations(golden.model, golden.tokenizer, [pair]).values()
+    assert mean == pytest.approx(expected, abs=1e-5)
+    assert said == greedy
+    (answer,) = answers(golden.model, golden.tokenizer, [pair[0]], tokens=length)
+    assert (answer.strip() == pair[1]) == greedy
+
+
+def test_perplexity_is_that_of_every_token_but_the_first(golden: Golden) -> None:
+    texts = ["Furis is a city in Zaiter.", "Tremeth lies in Dokain.", "A"]
+    total, count = perplexity_sums(golden.model, golden.tokenizer, texts)
+    expected, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([golden.tokenizer(text)["input_ids"]])
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                loss = golden.model(ids, labels=ids).loss.item()
+            expected += loss * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert count == tokens
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_long_a_prompt_scores_nothing(golden: Golden) -> None:
+    pair = ("and so on " * 100, "more")
+    ((mean, said),) = score_continuations(golden.model, golden.tokenizer, [pair]).values()
+    assert math.isnan(mean)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, 1.0, 0.5], 0.75),
+        ([0.5, 0.0, 1.0], 0.0),
+        ([0.5, None, 1.0], None),
+        ([], None),
+    ],
+)
+def test_the_score_is_the_harmonic_mean(values: list[Any], expected: float | None) -> None:
+    assert harmonic_mean(values) == (None if expected is None else pytest.approx(expected))
