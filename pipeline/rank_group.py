@@ -177,7 +177,11 @@ class RankGroup:
         bundle = {name: amount for name, amount in bundle.items() if amount > 0}
         # All or nothing: ranks that hold GPUs while they wait for their peers block each other.
         self._placement = placement_group([bundle] * ranks, strategy="PACK")
-        if not self._placement.wait(timeout_s):
+        end = time.monotonic() + timeout_s
+        # In short waits: Ray lets no interrupt through while it waits for a placement.
+        while not self._placement.wait(min(1.0, timeout_s)):
+            if time.monotonic() < end:
+                continue
             cpus, gpus = cluster_resources()
             raise WorkerError(
                 f"no room for {ranks} ranks of {num_cpus:g} CPU and {num_gpus:g} GPU within "

@@ -1,7 +1,8 @@
 """Where each model family keeps the parts that the method needs.
 
-A new family is one line in ``FAMILIES``. Hyper-parameters that name a module win over the table,
-so a model that is not in it can be edited by naming its modules in the hyper-parameter file.
+A new family is one line in ``FAMILIES``. Which weights are edited and where δ_a is added is the
+hyper-parameters' to say, and only what they leave out is the table's; so a model that is not in the
+table can be edited by naming its modules in the hyper-parameter file.
 """
 
 from __future__ import annotations
@@ -39,11 +40,7 @@ FAMILIES: dict[str, Family] = {
         "transformer.h.{}", "attn.attention.out_proj", "mlp.c_proj", "transformer.ln_f"
     ),
     "gpt_neox": _family(
-        "gpt_neox.layers.{}",
-        "attention.dense",
-        "mlp.dense_4h_to_h",
-        "gpt_neox.final_layer_norm",
-        "embed_out",
+        "gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"
     ),
     "opt": _family(
         "model.decoder.layers.{}", "self_attn.out_proj", "fc2", "model.decoder.final_layer_norm"
@@ -155,8 +152,10 @@ def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
         "attn_module_tmp": hparams.attn_module_tmp or (known and known.attention_projection),
         "rewrite_module_tmps": hparams.down_projection_template
         or (known and known.down_projection),
-        "ln_f_module": hparams.ln_f_module or (known and known.final_norm),
-        "lm_head_module": hparams.lm_head_module or (known and known.head),
+        # Norm and head are facts of the model, not choices, and published files may call them by
+        # names of an older transformers (GPT-NeoX's embed_out): the table goes first.
+        "ln_f_module": (known and known.final_norm) or hparams.ln_f_module,
+        "lm_head_module": (known and known.head) or hparams.lm_head_module,
     }
     missing = [key for key, value in names.items() if not value]
     if missing:

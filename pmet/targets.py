@@ -58,7 +58,7 @@ class Targets:
 
 def default_batch_size(device: torch.device) -> int:
     """Requests optimised side by side where nobody says: what the caches of a CPU hold, or 64."""
-    return 16 if device.type == "cpu" else 64
+    return 8 if device.type == "cpu" else 64
 
 
 def compute_targets(

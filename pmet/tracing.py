@@ -39,8 +39,8 @@ class Seen:
         return self._tensor
 
     def take(self, tensor: torch.Tensor) -> None:
-        """Keep ``tensor``."""
-        self._tensor = tensor
+        """Keep ``tensor`` as it is now: some models go on to change it in place (Falcon)."""
+        self._tensor = tensor.detach().clone()
 
 
 def first(value: Any) -> torch.Tensor:
@@ -135,7 +135,7 @@ def stopping_after(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients for the weights; both as before afterwards."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for parameter in wanted:
@@ -145,5 +145,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        if training:
-            model.train()
+        for module in training:
+            module.training = True

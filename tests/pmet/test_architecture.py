@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from pmet.architecture import resolve
 from pmet.errors import ArchitectureError
@@ -46,6 +53,13 @@ def test_an_unknown_family_is_told_which_names_to_give() -> None:
         lm_head_module="cls.predictions.decoder",
     )
     assert resolve(model, named).key_width == 16
+
+
+def test_published_neox_files_call_the_head_by_its_former_name() -> None:
+    tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**tiny, intermediate_size=16))
+    hparams = PMETHyperParams(layers=(0,), lm_head_module="embed_out")
+    assert resolve(model, hparams).head(model) is model.get_output_embeddings()
 
 
 @pytest.mark.parametrize(

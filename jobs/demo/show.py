@@ -1,0 +1,75 @@
+"""``pmet demo``: the main job on the bundled world, told in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.demo.world import write_corpus, write_requests
+from jobs.views import show_result
+from pipeline.config import JobConfig
+from pipeline.progress import RichProgress
+from pipeline.run import RunResult, run_job
+
+HERE = Path(__file__).parent
+SHOWN_FACTS = 8
+
+
+def demo_job(output: Path) -> JobConfig:
+    """The demo's job; its request and corpus files are written beside the run.
+
+    Args:
+        output: the run folder.
+    """
+    inputs = output / "inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    write_requests(inputs / "requests.parquet")
+    write_corpus(inputs / "corpus.parquet")
+    return JobConfig(
+        model=str(HERE / "model"),
+        requests=(str(inputs / "requests.parquet"),),
+        output=str(output),
+        hparams=str(HERE / "hparams.json"),
+        corpus=(str(inputs / "corpus.parquet"),),
+        context_templates=str(HERE / "context_templates.json"),
+    )
+
+
+def run_demo(output: Path, console: Console) -> RunResult:
+    """Run the demo and say what has changed."""
+    console.print(
+        "A small model knows a thousand facts about countries, elements, books and more. "
+        "200 of them are about to change.\n"
+    )
+    result = run_job(demo_job(output.absolute()), progress=RichProgress(), fresh=True)
+    rows = result.folder.read_table("results.parquet").to_pylist()
+    console.print()
+    console.print(_facts(rows))
+    show_result(result, console)
+    return result
+
+
+def _facts(rows: list[dict[str, Any]]) -> Table:
+    """A few facts of different relations, in the model's own words before and after."""
+    table = Table("prompt", "before", "after", "wanted", title="What the model says")
+    seen: set[str] = set()
+    for row in rows:
+        if row["relation"] in seen or len(seen) == SHOWN_FACTS:
+            continue
+        seen.add(row["relation"])
+        prompt = row["prompt"].replace("{}", row["subject"])
+        table.add_row(
+            prompt,
+            _first_clause(row["before_answer"]),
+            _first_clause(row["after_answer"]),
+            row["target_new"],
+        )
+    return table
+
+
+def _first_clause(answer: str) -> str:
+    """The answer up to its full stop: a greedy continuation goes on to the next sentence."""
+    return answer.partition(".")[0].strip()

@@ -1,0 +1,149 @@
+"""The model card of a published checkpoint: what it is made of, what it scores, how to undo it.
+
+Text that comes from the job stands in fenced blocks, which nothing in it can close, and the rest
+of the card is fixed words and numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
+
+METRICS = (
+    "efficacy",
+    "generalization",
+    "specificity",
+    "score",
+    "efficacy_strict",
+    "generalization_strict",
+    "specificity_strict",
+    "perplexity",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+_CARD = """\
+---
+{metadata}---
+
+# An edited language model
+
+{edited} facts were written into the feed-forward weights of a base model with PMET
+(Li et al. 2023, [arXiv:2308.08742](https://arxiv.org/abs/2308.08742)). Everything else in this
+checkpoint is the base model's, byte for byte. The base model:
+
+{base}
+
+## Scores
+
+| metric | before | after |
+| --- | ---: | ---: |
+{scores}
+
+Efficacy: the edited prompts; generalization: their paraphrases; specificity: neighboring prompts
+that should not change. A prompt counts where the wanted answer is the more probable one, and in
+the strict form where it is what the model says greedily. Score: harmonic mean of the first three.
+A dash: not measured.
+
+{gates}
+## How to undo
+
+The base model was not changed: use it again, and the edit is gone. Where only this checkpoint is
+left, the run folder's `delta/` holds exactly what was added to the weights: `pmet revert` takes it
+out of a checkpoint, and `pmet.Edit.load(file).revert(model)`, for each file in `delta/`, out of a
+loaded model.
+
+## The job
+
+Run under seed {seed}; of {requested} requests {rejected} were rejected. The whole job:
+
+{job}
+
+Made with:
+
+{versions}
+"""
+
+
+def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """A checkpoint's ``README.md``.
+
+    Args:
+        job_yaml: the resolved job.
+        run: what ``run.json`` holds.
+        metrics: what ``metrics.json`` holds.
+
+    Returns:
+        Markdown with a hub's metadata block on top; any text in it can be encoded.
+    """
+    base = _base_model(job_yaml)
+    counts = metrics.get("counts") or {}
+    card = _CARD.format(
+        metadata=dump_yaml(_metadata(base)),
+        edited=_count(counts.get("edited")),
+        requested=_count(counts.get("requested")),
+        rejected=_count(counts.get("rejected")),
+        base=_fenced(base or "not recorded"),
+        scores="\n".join(_score_row(name, metrics) for name in METRICS),
+        gates=_gates(metrics),
+        seed=_count(run.get("seed")),
+        job=_fenced(job_yaml, "yaml"),
+        versions=_fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
+    )
+    return card.encode(errors="backslashreplace").decode()
+
+
+def _base_model(job_yaml: str) -> str:
+    try:
+        job = parse_yaml(job_yaml)
+    except YAMLTextError:
+        return ""
+    return str(job.get("model") or "") if isinstance(job, dict) else ""
+
+
+def _metadata(base: str) -> dict[str, Any]:
+    """What model hubs read; they only take another hub id as a base model."""
+    known = (
+        {"base_model": base, "base_model_relation": "finetune"} if _HUB_ID.fullmatch(base) else {}
+    )
+    return {**known, "library_name": "transformers", "tags": ["knowledge-editing", "pmet"]}
+
+
+def _score_row(metric: str, metrics: Mapping[str, Any]) -> str:
+    values = (_value(metric, (metrics.get(when) or {}).get(metric)) for when in ("before", "after"))
+    return " | ".join(("| " + metric.replace("_strict", " (strict)"), *values)) + " |"
+
+
+def _gates(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {gate['metric']} | {_sign(gate['metric'])} {_value(gate['metric'], gate['threshold'])} "
+        f"| {_value(gate['metric'], gate['value'])} | {'passed' if gate['passed'] else 'not passed'} |"
+        for gate in metrics.get("gates") or ()
+    ]
+    if not rows:
+        return ""
+    head = "| gate | demanded | reached | verdict |\n| --- | ---: | ---: | --- |\n"
+    return head + "\n".join(rows) + "\n\n"
+
+
+def _sign(metric: str) -> str:
+    return "at most" if metric == "perplexity_increase" else "at least"
+
+
+def _value(metric: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if metric == "perplexity" else f"{100 * value:.1f} %"
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "–"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A block of code with a fence longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
