@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
@@ -105,9 +106,8 @@ def _base_model(job_yaml: str) -> str:
 
 def _metadata(base: str) -> dict[str, Any]:
     """What model hubs read; they only take another hub id as a base model."""
-    known = (
-        {"base_model": base, "base_model_relation": "finetune"} if _HUB_ID.fullmatch(base) else {}
-    )
+    on_hub = _HUB_ID.fullmatch(base) and not Path(base).exists()
+    known = {"base_model": base, "base_model_relation": "finetune"} if on_hub else {}
     return {**known, "library_name": "transformers", "tags": ["knowledge-editing", "pmet"]}
 
 
@@ -117,19 +117,17 @@ def _score_row(metric: str, metrics: Mapping[str, Any]) -> str:
 
 
 def _gates(metrics: Mapping[str, Any]) -> str:
-    rows = [
-        f"| {gate['metric']} | {_sign(gate['metric'])} {_value(gate['metric'], gate['threshold'])} "
-        f"| {_value(gate['metric'], gate['value'])} | {'passed' if gate['passed'] else 'not passed'} |"
-        for gate in metrics.get("gates") or ()
-    ]
-    if not rows:
-        return ""
-    head = "| gate | demanded | reached | verdict |\n| --- | ---: | ---: | --- |\n"
-    return head + "\n".join(rows) + "\n\n"
+    rows = [_gate_row(gate) for gate in metrics.get("gates") or ()]
+    head = ["| gate | demanded | reached | verdict |", "| --- | ---: | ---: | --- |"]
+    return "\n".join([*head, *rows, ""]) if rows else ""
 
 
-def _sign(metric: str) -> str:
-    return "at most" if metric == "perplexity_increase" else "at least"
+def _gate_row(gate: Mapping[str, Any]) -> str:
+    metric = gate["metric"]
+    sign = "at most" if metric == "perplexity_increase" else "at least"
+    demanded = f"{sign} {_value(metric, gate['threshold'])}"
+    verdict = "passed" if gate["passed"] else "not passed"
+    return f"| {metric} | {demanded} | {_value(metric, gate['value'])} | {verdict} |"
 
 
 def _value(metric: str, value: Any) -> str:

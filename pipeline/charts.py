@@ -84,9 +84,9 @@ def _clear_of(gate: float | None, end: float, room: float = 0.09) -> float:
 def histogram(values: Sequence[float], name: str, label: str, *, whole: bool = False) -> Markup:
     """How many requests have which value; ``whole`` values have a bar each where they are few."""
     data = np.asarray(values, dtype=np.float64)
-    bins: int | np.ndarray = _BINS
+    bins: int | list[float] = _BINS
     if whole and np.ptp(data) < 2 * _BINS:
-        bins = np.arange(data.min(), data.max() + 2) - 0.5
+        bins = (np.arange(data.min(), data.max() + 2) - 0.5).tolist()
 
     def draw(axes: Axes) -> None:
         axes.hist(data, bins=bins, color=AFTER, rwidth=0.88)

@@ -199,6 +199,9 @@ def _tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {folder} has no tokenizer that can be opened ({reason})") from None
+    # Without its files some tokenizers open all the same, and know no word.
+    if not tokenizer("word")["input_ids"]:
+        raise ModelError(f"model {folder} has no tokenizer files; add its tokenizer.json")
     if not tokenizer.is_fast:
         raise ModelError(
             f"model {folder} has only a slow tokenizer, which gives no character offsets; add its "

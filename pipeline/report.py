@@ -147,13 +147,13 @@ def _layers(run: Mapping[str, Any]) -> list[_Record]:
 
 def _worst(results: Iterable[_Record]) -> list[_Record]:
     """The measured requests that the edit served least, worst first."""
-
-    def served(record: _Record) -> tuple[float, float]:
+    served = []
+    for record in results:
         figures = [v for k, v in record.items() if k.startswith("after_") and _is_number(v)]
-        return sum(figures) / len(figures), -(record["loss"] or 0.0)
-
-    measured = [r for r in results if _is_number(r["after_efficacy"] or r["after_efficacy_strict"])]
-    return sorted(measured, key=served)[:EXAMPLE_ROWS]
+        if figures:
+            served.append((sum(figures) / len(figures), -(record["loss"] or 0.0), record))
+    served.sort(key=lambda item: item[:2])
+    return [record for *_, record in served[:EXAMPLE_ROWS]]
 
 
 def _spread(records: Iterable[_Record]) -> list[_Record]:
@@ -172,8 +172,11 @@ def _charts(
     drawn = [n for n in FRACTIONS if _is_number(before.get(n)) or _is_number(after.get(n))]
     if drawn:
         gates = {gate["metric"]: gate["threshold"] for gate in metrics.get("gates", [])}
-        pair = ({name: values.get(name) for name in drawn} for values in (before, after))
-        charts["scores"] = score_chart(*pair, gates=gates)
+        charts["scores"] = score_chart(
+            {name: before.get(name) for name in drawn},
+            {name: after.get(name) for name in drawn},
+            gates,
+        )
     if steps := [r["steps"] for r in results if _is_number(r["steps"])]:
         charts["steps"] = histogram(steps, "steps", "evaluations of the loss", whole=True)
     if losses := [r["loss"] for r in results if _is_number(r["loss"])]:

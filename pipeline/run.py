@@ -28,7 +28,6 @@ from pipeline.stages import (
     write_templates,
 )
 from pipeline.store import Store
-from pmet.errors import PMETError
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,8 @@ def run_job(
     try:
         with Crew(plan, address, on_event) as crew:
             return _run_stages(Context(plan, folder, crew, progress))
-    except KeyboardInterrupt:
-        folder.finish("failed", "interrupted")
-        raise
-    except PMETError as error:
-        folder.finish("failed", str(error))
+    except BaseException as error:
+        folder.finish("failed", str(error) or type(error).__name__)
         raise
 
 

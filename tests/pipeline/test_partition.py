@@ -87,8 +87,10 @@ class Rank:
             add_to_slice(self.engine, parameter, delta)
 
     def write_to_gathered(self, name):
-        with gathered(self.module.get_parameter(name)) as value:
+        parameter = self.module.get_parameter(name)
+        with gathered(parameter) as value:
             value.zero_()
+            return parameter.detach().clone()
 
     def odd_slices(self, shape):
         """A parameter that may not divide: its slice, and what is stored there."""
@@ -262,8 +264,10 @@ def test_ranks_with_unequal_work_do_not_hang(group):
 def test_the_gathered_copy_is_read_only(group):
     name = DOWN_PROJECTIONS["gpt2"] + ".weight"
     group.call_all("load", model_path("gpt2"), torch.float32)
-    group.call_all("write_to_gathered", name)
     expected = reference("gpt2").get_parameter(name)
+    assert all(
+        torch.equal(within, expected) for within in group.call_all("write_to_gathered", name)
+    )
     assert all(torch.equal(whole, expected) for whole in group.call_all("whole", name))
 
 

@@ -1,0 +1,97 @@
+import re
+
+import pytest
+import yaml
+
+from pipeline.card import model_card
+
+RUN = {"seed": 17, "versions": {"torch": "2.13.0", "ray": "2.60.0"}, "status": "running"}
+METRICS = {
+    "before": {"efficacy": 0.1, "score": None, "perplexity": 20.5},
+    "after": {"efficacy": 0.987, "score": 0.9, "perplexity": 21.25, "efficacy_strict": 0.5},
+    "counts": {"requested": 1234, "rejected": 34, "edited": 1200},
+    "gates": [
+        {"metric": "efficacy", "threshold": 0.95, "value": 0.987, "passed": True},
+        {"metric": "perplexity_increase", "threshold": 0.02, "value": None, "passed": False},
+    ],
+}
+JOB = "model: EleutherAI/gpt-j-6b\nrequests: facts/*.parquet\nseed: 17\n"
+
+
+def metadata(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_card_holds_job_scores_and_the_way_back():
+    card = model_card(JOB, RUN, METRICS)
+    assert metadata(card) == {
+        "base_model": "EleutherAI/gpt-j-6b",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "tags": ["knowledge-editing", "pmet"],
+    }
+    for wanted in (
+        "1,200 facts were written",
+        "\n```\nEleutherAI/gpt-j-6b\n```\n",
+        "| efficacy | 10.0 % | 98.7 % |\n",
+        "| efficacy (strict) | – | 50.0 % |\n",
+        "| score | – | 90.0 % |\n",
+        "| specificity | – | – |\n",
+        "| perplexity | 20.5 | 21.25 |\n",
+        "| efficacy | at least 95.0 % | 98.7 % | passed |\n",
+        "| perplexity_increase | at most 2.0 % | – | not passed |\n",
+        "## How to undo\n",
+        "`pmet revert`",
+        "of 1,234 requests 34 were rejected",
+        "seed 17",
+        f"```yaml\n{JOB}```\n",
+        "torch 2.13.0\nray 2.60.0\n",
+    ):
+        assert wanted in card, wanted
+
+
+def test_a_job_without_gates_has_no_table_of_them():
+    assert "demanded" not in model_card(JOB, RUN, METRICS | {"gates": []})
+
+
+@pytest.mark.parametrize("model", ["/models/gpt2", "s3://bucket/gpt2", "a/b/c", "gpt2", "../x/y"])
+def test_only_hub_ids_are_named_to_the_hub(model):
+    card = model_card(f"model: {model}\n", RUN, METRICS)
+    assert "base_model" not in metadata(card)
+    assert f"\n```\n{model}\n```\n" in card
+
+
+def test_a_local_folder_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert "base_model" not in metadata(model_card("model: models/mine\n", RUN, METRICS))
+
+
+@pytest.mark.parametrize(
+    ("evil", "harm"),
+    [
+        ("```\n# Not a heading\n<script>alert(1)</script>", "<script>alert(1)</script>"),
+        ("`````\n[x](javascript:alert(1))", "[x](javascript:alert(1))"),
+        ("---\nlicense: stolen\n---", "license: stolen"),
+        ("{job} {0} {", "{job}"),
+        ("| a | b |\n\n<img src=x onerror=alert(1)>", "<img src=x onerror=alert(1)>"),
+    ],
+)
+def test_text_of_the_job_stays_inside_its_fence(evil, harm):
+    job = yaml.safe_dump({"model": evil, "output": "x"}, default_style="|")
+    card = model_card(job, RUN | {"versions": {evil: evil}}, METRICS)
+    outside = re.sub(r"^(`{3,})[a-z]*\n.*?\n\1$", "", card, flags=re.DOTALL | re.MULTILINE)
+    assert harm in card
+    assert harm not in outside
+    assert set(metadata(card)) == {"library_name", "tags"}
+
+
+def test_a_job_that_cannot_be_read_still_has_a_card():
+    card = model_card("a: [", {}, {})
+    assert "\n```\nnot recorded\n```\n" in card
+    assert "– facts were written" in card
+
+
+def test_any_text_can_be_encoded():
+    assert model_card("model: \ud800\n", RUN, METRICS).encode()

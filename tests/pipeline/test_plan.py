@@ -1,0 +1,135 @@
+"""The plan: decided by the job alone, and following everything that the result depends on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import plan as planning
+from pipeline.config import JobConfig
+from pipeline.errors import JobError, ModelError
+from pipeline.plan import make_plan, shard_size
+from pipeline.shards import plan_shards
+from tests.conftest import GOLDEN
+
+GPT2 = GOLDEN / "gpt2"
+ROWS = [
+    {"prompt": "{} works as", "subject": "Sur Bavov", "target_new": "a glass blower"},
+    {"prompt": "{} works as", "subject": "Zul Lodreal", "target_new": "a baker"},
+    {"prompt": "{} " + "and so on " * 40, "subject": "Zul Lodreal", "target_new": "a baker"},
+]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Any:
+    """Makes the small job with changes."""
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "requests.parquet")
+    texts = json.loads((GOLDEN / "corpus.json").read_text())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
+
+    def make(**changes: Any) -> JobConfig:
+        values = {
+            "model": str(GPT2 / "model"),
+            "requests": (str(tmp_path / "requests.parquet"),),
+            "output": str(tmp_path / "out"),
+            "hparams": str(GPT2 / "hparams.json"),
+            "corpus": (str(tmp_path / "corpus.parquet"),),
+        }
+        return JobConfig.model_validate(values | changes)
+
+    return make
+
+
+@given(st.integers(1, 200_000))
+def test_auto_shards_follow_the_number_of_requests(count: int) -> None:
+    size = shard_size(count, "auto")
+    assert 16 <= size <= 256
+    assert len(plan_shards(count, size)) <= max(64, -(-count // 256))
+    assert shard_size(count, 7) == 7
+
+
+def test_a_request_longer_than_the_context_is_set_aside(job: Any) -> None:
+    plan = make_plan(job())
+    assert plan.table.rows == [0, 1]
+    ((row, reason),) = [(r.row, r.reason) for r in plan.table.rejected]
+    assert row == 2
+    assert "the model reads 1" in reason
+
+
+def test_nothing_of_the_weights_is_loaded(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    assert make_plan(job()).layout.key_width == 256
+
+
+def test_digests_follow_what_the_result_depends_on(job: Any, tmp_path: Path) -> None:
+    base = make_plan(job()).digests
+    assert make_plan(job(targets={"workers": 7}, update={"ranks": 3})).digests == base
+    assert make_plan(job(output=str(tmp_path / "other"))).digests == base
+    edited = tmp_path / "model"
+    shutil.copytree(GPT2 / "model", edited)
+    data = bytearray((edited / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (edited / "model.safetensors").write_bytes(data)
+    hparams = json.loads((GPT2 / "hparams.json").read_text()) | {"v_lr": 0.1}
+    (tmp_path / "hparams.json").write_text(json.dumps(hparams))
+    changes = {
+        "model": str(edited),
+        "hparams": str(tmp_path / "hparams.json"),
+        "context_templates": str(GPT2 / "context_templates.json"),
+    }
+    for name, value in changes.items():
+        digests = make_plan(job(**{name: value})).digests
+        assert digests[name] != base[name], name
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]), tmp_path / "requests.parquet")
+    changed = make_plan(job()).digests
+    assert {k for k in base if base[k] != changed[k]} == {"requests"}
+
+
+def test_a_corpus_is_cut_into_shards_and_at_its_budget(
+    job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = json.loads((GOLDEN / "corpus.json").read_text())
+    monkeypatch.setattr(planning, "_CORPUS_SHARD_CHARACTERS", 2000)
+    plan = make_plan(job())
+    assert [t for shard in plan.corpus for t in shard] == texts
+    assert len(plan.corpus) > 5
+    monkeypatch.setattr(planning, "CORPUS_TOKENS", 1000)
+    cut = [t for shard in make_plan(job()).corpus for t in shard]
+    assert cut == texts[: len(cut)]
+    assert 4000 <= sum(map(len, cut)) < 4100
+
+
+def test_pickled_weights_and_odd_models_are_refused(job: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(GPT2 / "model", model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickle can run code and is refused"):
+        make_plan(job(model=str(model)))
+    (model / "pytorch_model.bin").rename(model / "model.safetensors")
+    (model / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ModelError, match="no causal language model that transformers can open"):
+        make_plan(job(model=str(model)))
+    shutil.copy(GPT2 / "model" / "config.json", model / "config.json")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        make_plan(job(model=str(model)))
+
+
+def test_perplexity_needs_text(job: Any) -> None:
+    moments = str(GPT2 / "second_moments.safetensors")
+    make_plan(job(corpus=None, second_moments=moments))
+    with pytest.raises(JobError, match="needs a corpus"):
+        make_plan(job(corpus=None, second_moments=moments, gates={"perplexity_increase": 1.0}))
