@@ -1,4 +1,4 @@
 """The engine: stages on Ray, weights on DeepSpeed, data through Arrow and fsspec.
 
-    result = run_job(load_job("job.yaml"))
+result = run_job(load_job("job.yaml"))
 """

@@ -106,7 +106,7 @@ def layer_chart(names: Sequence[str], shares: Sequence[float]) -> Markup:
         places = np.arange(len(names))
         bars = axes.barh(places, np.asarray(shares) * 100, 0.6, color=AFTER)
         axes.bar_label(bars, [f"{share:.3%}" for share in shares], padding=3, fontsize=8)
-        axes.set_yticks(places, [f"layer {name}" for name in names], parse_math=False)
+        axes.set_yticks(places, [f"layer {name}" for name in names])
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_xlabel("‖Δ‖ / ‖W‖ (%)")
@@ -123,7 +123,7 @@ def _chart(
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True)
     return Markup(_inline(file.getvalue(), title))  # noqa: S704 (matplotlib escapes its text)
 
 

@@ -119,7 +119,10 @@ def load_partitioned(
     config = zero_config(dtype, offload)
     switch = HfDeepSpeedConfig(config)
     try:
-        module = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
+        # Safetensors only, as everywhere: pickle can run code.
+        module = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, use_safetensors=True, local_files_only=True
+        ).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot open the model at {model_path}: {error}") from error
     engine = deepspeed.initialize(model=module, config=config)[0]

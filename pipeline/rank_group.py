@@ -29,12 +29,13 @@ from pipeline.cluster import (
     worker_environment,
 )
 from pipeline.errors import WorkerError
-from pmet.errors import InputError
+from pmet.errors import InputError, NumericalError
 
 _TICK_S = 0.1
 # When a rank is lost, its peers soon fail with a broken connection. Waiting this long for all of
 # them to speak lets the message name the one that failed first of its own accord.
 _GRACE_S = 1.0
+_PLAIN = (InputError, NumericalError)
 _ECHO = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -72,7 +73,7 @@ class RankGroup:
             made.
 
     Raises:
-        InputError: raised by a rank's factory, as it was raised there.
+        InputError, NumericalError: raised by a rank's factory, as it was raised there.
         WorkerError: the cluster has no room, or a rank cannot be made.
         ValueError: less than one rank.
     """
@@ -130,7 +131,8 @@ class RankGroup:
             What the ranks returned, in their order.
 
         Raises:
-            InputError: raised by a rank, as it was raised there. The group is closed.
+            InputError, NumericalError: raised by a rank, as it was raised there: another group would
+                only meet it again. The group is closed.
             WorkerError: a rank failed or died, or the deadline passed, and the group was closed;
                 or it was closed before.
             ValueError: not one tuple a rank.
@@ -243,7 +245,7 @@ class RankGroup:
         rank, error = min(errors, key=lambda item: _guilt(item[1]))
         if isinstance(error, ray_exceptions.RayTaskError):
             cause = original(error)
-            if isinstance(cause, InputError):
+            if isinstance(cause, _PLAIN):
                 raise cause from None
         raise WorkerError(
             f"rank {rank} of {self.size} failed in {doing}: {root_cause(error)}",
@@ -298,4 +300,4 @@ def _guilt(error: ray_exceptions.RayError) -> int:
     if not isinstance(error, ray_exceptions.RayTaskError):
         return 0
     cause = original(error)
-    return 1 if isinstance(cause, InputError) or not _ECHO.search(f"{cause!r}") else 2
+    return 1 if isinstance(cause, _PLAIN) or not _ECHO.search(f"{cause!r}") else 2

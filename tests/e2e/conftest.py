@@ -67,9 +67,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray for all runs of the session; logical CPUs for three workers and three ranks."""
+    """One Ray for all runs of a module; logical CPUs for three workers and three ranks."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -78,7 +78,7 @@ def local_ray() -> Iterator[None]:
 Runner = Callable[..., RunResult]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(inputs: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """Runs the small job with changes; the same changes give the finished run again."""
     finished: dict[str, RunResult] = {}

@@ -11,7 +11,7 @@ import ray
 from pipeline.cluster import ray_session
 from pipeline.errors import WorkerError
 from pipeline.rank_group import RankGroup, Rendezvous
-from pmet.errors import InputError
+from pmet.errors import InputError, NotPositiveDefiniteError
 
 
 class Member:
@@ -141,11 +141,12 @@ def test_a_deadline():
         assert time.monotonic() - start < 5
 
 
-def test_bad_input_is_raised_as_it_is():
+@pytest.mark.parametrize("kind", [InputError, NotPositiveDefiniteError])
+def test_what_another_group_would_meet_again_is_raised_as_it_is(kind):
     with RankGroup(Member, ranks=2) as group:
-        with pytest.raises(InputError, match=r"^not a fact$") as raised:
-            group.call_all("fall", 1, InputError("not a fact"))
-        assert type(raised.value) is InputError
+        with pytest.raises(kind, match=r"^not a fact$") as raised:
+            group.call_all("fall", 1, kind("not a fact"))
+        assert type(raised.value) is kind
 
 
 def test_a_rank_that_cannot_be_made():

@@ -178,6 +178,7 @@ def test_the_page_needs_nothing_but_itself(store):
         if not name.startswith("xmlns"):
             assert "//" not in (value or ""), (name, value)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
+    assert ("http-equiv", "Content-Security-Policy") in page.attributes
     assert ("content", policy) in page.attributes
     assert "@import" not in report(store)
 
@@ -289,7 +290,14 @@ def test_a_figure_measured_only_after_is_drawn_alone(store):
     change(store, "metrics.json", before=dict.fromkeys(figures(0)))
     text = Page(report(store)).text
     assert "efficacy – 90.0 % –" in text
-    assert "Scores before and after" in report(store)
+    assert ">90.0%<" in report(store)
+    assert ">0.0%<" not in report(store)
+
+
+def test_only_gates_that_were_asked_for_are_drawn(store):
+    assert ">gate<" in report(store)
+    change(store, "metrics.json", gates=[])
+    assert ">gate<" not in report(store)
 
 
 def test_the_weakest_requests_come_first(store):
@@ -309,6 +317,16 @@ def test_requests_that_were_not_measured_are_not_shown_as_weak(store):
     text = Page(report(store)).text
     assert "Weakest requests" not in text
     assert "Before and after" not in text
+
+
+@pytest.mark.parametrize("count", [1, 24, 25, 26, 49, 51, 1000])
+def test_a_few_examples_are_spread_over_the_input(store, count):
+    store.write_table("results.parquet", results_of(count))
+    examples = Page(report(store)).text.split("Before and after A few")[1].split("Rejected rows")[0]
+    rows = [int(row) for row in re.findall(r"The capital of Land (\d+) is", examples)]
+    assert min(count, 13) <= len(rows) <= 25
+    assert rows[0] == 0
+    assert rows[-1] >= 0.9 * (count - 1)
 
 
 def test_failed_requests_are_listed(store):
