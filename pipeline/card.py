@@ -52,9 +52,8 @@ A dash: not measured.
 ## How to undo
 
 The base model was not changed: use it again, and the edit is gone. Where only this checkpoint is
-left, the run folder's `delta/` holds exactly what was added to the weights: `pmet revert` takes it
-out of a checkpoint, and `pmet.Edit.load(file).revert(model)`, for each file in `delta/`, out of a
-loaded model.
+left, the run folder's `delta/` holds what was added to the weights and what was there before:
+`pmet.Edit.load("delta").revert(model)` gives a loaded model every bit back.
 
 ## The job
 

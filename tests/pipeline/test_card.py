@@ -57,7 +57,7 @@ def test_the_card_holds_job_scores_and_the_way_back():
         "| efficacy | at least 95.0 % | 98.7 % | passed |\n",
         "| perplexity_increase | at most 2.0 % | – | not passed |\n",
         "## How to undo\n",
-        "`pmet revert`",
+        '`pmet.Edit.load("delta").revert(model)`',
         "of 1,234 requests 34 were rejected",
         "seed 17",
         f"```yaml\n{JOB}```\n",

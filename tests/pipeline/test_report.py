@@ -163,7 +163,7 @@ def test_the_page_tells_the_whole_run(store):
         "versions torch 2.13.0, ray 2.60.0",
         "digest of model def456",
         "How to undo The base model was not changed",
-        "pmet revert",
+        'pmet.Edit.load("delta").revert(model)',
         "model: gpt2",
         "The capital of Land 0 is City 0 Old 0 City 0",
     ):
