@@ -6,10 +6,10 @@ A byte-level BPE tokenizer and a GPT-2-shaped model, both from nothing but the s
 - a row always starts with a statement, so a bare prompt at position 0 is familiar;
 - most statements are joined by a space, so a prompt behind other sentences is familiar too;
 - strong weight decay keeps the norms of the layers comparable;
-- the vocabulary holds nearly every word whole and the attention of the edited layers is kept
-  small, so a subject has nearly the same key in every phrasing, and what the method's attention
-  vector, which is thrown away in the end, could soak up is little;
-- dropout and wide feed-forward layers leave room for many changes at once.
+- states of subjects are exchanged behind the edited layers (:mod:`jobs.demo.interchange`), so facts
+  are read at the subject's last token, as in large models;
+- the attention of the last edited layer is kept small, so that the method's attention vector, which
+  is thrown away in the end, has little to soak up.
 
 Letters: B rows of a batch, T tokens of a row.
 """
@@ -20,6 +20,7 @@ import argparse
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,30 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from jobs.demo import world
+from jobs.demo.interchange import Interchange
 
 END = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One pass of the optimiser, with a schedule of its own.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: highest of a schedule that warms up and then falls along a cosine.
+        weight_decay: of the matrices; gains, offsets and embeddings are left alone.
+        quiet_weight: weight of the squared norm of the attention's output at layer z.
+        pairs: pairs of facts whose states are exchanged in a step.
+        exchange_from: first step in which they are.
+    """
+
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    quiet_weight: float
+    pairs: int
+    exchange_from: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,35 +64,36 @@ class Recipe:
     Attributes:
         vocabulary: tokens of the tokenizer.
         width: of the residual stream.
-        inner_width: of the feed-forward layers, also the width of a key.
         layers: number of blocks.
-        quiet_layers: how many of them, from the first, have their attention kept small.
-        quiet_weight: weight of the penalty on the squared norm of their attention's output.
         heads: attention heads of a block.
         row_tokens: T, also the longest text that the model takes.
         batch_rows: B.
-        steps: optimiser steps.
-        learning_rate: highest of a schedule that warms up and then falls along a cosine.
-        dropout: behind attention and feed-forward layers, in training only.
-        weight_decay: of the matrices; gains, offsets and embeddings are left alone.
+        phases: what the optimiser does, one after the other, each time from a fresh start.
         space_share: how often statements are joined by a space rather than by the end token.
-        seed: of initial weights and of the order of statements.
+        target_layer: z, the block behind which states are exchanged, to be edited in the end.
+        seed: of initial weights, of the order of statements and of the pairs.
     """
 
-    vocabulary: int = 4000
-    width: int = 160
-    inner_width: int = 1408
-    layers: int = 4
-    quiet_layers: int = 2
-    quiet_weight: float = 0.05
+    vocabulary: int = 1800
+    width: int = 192
+    layers: int = 5
     heads: int = 4
     row_tokens: int = 128
     batch_rows: int = 16
-    steps: int = 1300
-    learning_rate: float = 2e-3
-    dropout: float = 0.15
-    weight_decay: float = 0.3
+    phases: tuple[Phase, ...] = (
+        Phase(
+            steps=1300,
+            learning_rate=2e-3,
+            weight_decay=0.4,
+            quiet_weight=0.02,
+            pairs=32,
+            exchange_from=250,
+        ),
+        Phase(steps=500, learning_rate=1.5e-3, weight_decay=0.3, quiet_weight=0.1, pairs=48),
+        Phase(steps=700, learning_rate=1.5e-3, weight_decay=0.3, quiet_weight=0.1, pairs=48),
+    )
     space_share: float = 0.8
+    target_layer: int = 1
     seed: int = 0
 
 
@@ -100,8 +124,7 @@ def build_model(recipe: Recipe) -> GPT2LMHeadModel:
         n_embd=recipe.width,
         n_layer=recipe.layers,
         n_head=recipe.heads,
-        n_inner=recipe.inner_width,
-        resid_pdrop=recipe.dropout,
+        resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=0,
@@ -141,77 +164,71 @@ def _epoch_rows(
             row = []
 
 
-class QuietAttention:
-    """A penalty on the attention outputs of the first layers, gathered while the model runs."""
-
-    def __init__(self, model: GPT2LMHeadModel, recipe: Recipe) -> None:
-        self._weight = recipe.quiet_weight
-        self._terms: list[torch.Tensor] = []
-        self._handles = [
-            block.attn.c_proj.register_forward_hook(self._note)
-            for block in model.transformer.h[: recipe.quiet_layers]
-        ]
-
-    def take(self) -> torch.Tensor:
-        """The penalty of the last forward pass."""
-        total = self._weight * torch.stack(self._terms).sum()
-        self._terms.clear()
-        return total
-
-    def remove(self) -> None:
-        """Leave the model without a trace."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _note(self, module: torch.nn.Module, inputs: object, output_BTD: torch.Tensor) -> None:
-        self._terms.append(output_BTD.float().square().sum(dim=-1).mean())
-
-
 def train(
     model: GPT2LMHeadModel,
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
+    phase: Phase,
 ) -> float:
     """Fit the model to the statements; returns the mean loss of the last tenth of the steps."""
-    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(_parameter_groups(model, phase), betas=(0.9, 0.98))
     stream = batches(texts, tokenizer, recipe)
+    interchange = Interchange(
+        model, tokenizer, texts, layer=recipe.target_layer, pairs=phase.pairs, seed=recipe.seed
+    )
+    attention = model.transformer.h[recipe.target_layer].attn.c_proj
     losses: list[float] = []
-    penalty = QuietAttention(model, recipe)
     model.train()
-    for step in track(range(recipe.steps), description="training"):
+    for step in track(range(phase.steps), description="training"):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = learning_rate(step, phase)
         ids_BT = next(stream)
         # Half the time of float32; weights, gradients and the optimizer stay float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
+            with _outputs_of(attention) as outputs:
+                loss = model(input_ids=ids_BT, labels=ids_BT).loss
+            loudness = outputs[0].float().square().sum(dim=-1).mean()
+            total = loss + phase.quiet_weight * loudness
+            # There is nothing to exchange before the model knows some facts.
+            if step >= phase.exchange_from:
+                total = total + interchange.loss()
         optimizer.zero_grad()
-        (loss + penalty.take()).backward()
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    penalty.remove()
     model.eval()
-    tail = losses[-max(1, recipe.steps // 10) :]
+    tail = losses[-max(1, phase.steps // 10) :]
     return sum(tail) / len(tail)
 
 
-def learning_rate(step: int, recipe: Recipe, warm_up: int = 50) -> float:
+@contextmanager
+def _outputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what ``module`` puts out."""
+    outputs: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def learning_rate(step: int, phase: Phase, warm_up: int = 50) -> float:
     """A linear rise over ``warm_up`` steps, then half a cosine down to a fiftieth."""
     if step < warm_up:
-        return recipe.learning_rate * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, recipe.steps - warm_up)
-    return recipe.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        return phase.learning_rate * (step + 1) / warm_up
+    done = (step - warm_up) / max(1, phase.steps - warm_up)
+    return phase.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _parameter_groups(model: GPT2LMHeadModel, recipe: Recipe) -> list[dict[str, object]]:
+def _parameter_groups(model: GPT2LMHeadModel, phase: Phase) -> list[dict[str, object]]:
     """Weight decay for the blocks' matrices only."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     decayed = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in decayed]
     return [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": matrices, "weight_decay": phase.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
 
@@ -239,7 +256,6 @@ def greedy_accuracy(
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write a checkpoint that ``from_pretrained`` opens, weights as safetensors."""
-    model.config.resid_pdrop = 0.0
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
@@ -248,16 +264,17 @@ def main() -> None:
     """Train, report how many facts the model knows, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
     options = parser.parse_args()
     console = Console()
-    recipe = Recipe(steps=options.steps)
+    recipe = Recipe()
     texts = world.statements()
     tokenizer = train_tokenizer(texts, recipe)
     model = build_model(recipe)
     console.log(f"{len(world.facts())} facts, {len(texts)} statements")
     console.log(f"{model.num_parameters():,} parameters")
-    console.log(f"loss at the end {train(model, texts, tokenizer, recipe):.3f}")
+    for phase in recipe.phases:
+        loss = train(model, texts, tokenizer, recipe, phase)
+        console.log(f"loss at the end {loss:.3f}")
     pairs = [(prompt, fact.object) for fact in world.facts() for prompt in fact.prompts()]
     console.log(f"answers {greedy_accuracy(model, tokenizer, pairs):.2%} of the prompts greedily")
     save(model, tokenizer, options.output)

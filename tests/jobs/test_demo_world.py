@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.demo import train, world
+from jobs.demo.interchange import Interchange
 from pmet import EditRequest, PMETHyperParams, contexts
 
 DEMO = Path(world.__file__).parent
@@ -179,8 +180,8 @@ def test_batches_repeat_under_a_seed_and_their_rows_begin_with_a_statement(token
 
 
 def test_learning_rate_rises_then_falls():
-    recipe = train.Recipe(steps=100, learning_rate=1.0)
-    rates = [train.learning_rate(step, recipe, warm_up=10) for step in range(100)]
+    phase = train.Phase(steps=100, learning_rate=1.0, weight_decay=0, quiet_weight=0, pairs=1)
+    rates = [train.learning_rate(step, phase, warm_up=10) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == 1.0
@@ -229,9 +230,23 @@ def test_greedy_accuracy_counts_wrong_answers(model, tokenizer):
     assert train.greedy_accuracy(model, tokenizer, pairs) == 0.5
 
 
-def test_hyper_parameters_and_templates_are_valid(model):
+@torch.no_grad()
+def test_the_model_reads_facts_at_the_subjects_last_token(model, tokenizer):
+    def loss(layer):
+        exchanging = Interchange(
+            model, tokenizer, world.statements(), layer=layer, pairs=48, seed=1
+        )
+        return exchanging.loss().item()
+
+    # Behind layer z the state of another subject brings that subject's fact along; behind the last
+    # layer it comes too late to be read.
+    assert loss(train.Recipe().target_layer) < 0.2
+    assert loss(model.config.n_layer - 1) > 1
+
+
+def test_hyper_parameters_and_templates_are_valid():
     hparams = PMETHyperParams.from_file(DEMO / "hparams.json")
-    assert hparams.target_layer < model.config.n_layer
+    assert hparams.target_layer == train.Recipe().target_layer
     templates = json.loads((DEMO / "context_templates.json").read_text(encoding="utf-8"))
     assert contexts.check(templates)[0] == ["{}"]
 

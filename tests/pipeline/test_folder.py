@@ -54,6 +54,13 @@ def test_another_jobs_folder_is_refused_and_names_what_changed(url: str) -> None
     assert fresh.recorded("piece") is None
 
 
+def test_a_record_of_another_job_does_not_count_even_without_its_status(url: str) -> None:
+    folder = begun(url)
+    folder.record("piece", {})
+    folder.store.delete("run.json")
+    assert begun(url, {**DIGESTS, "model": "b"}).recorded("piece") is None
+
+
 def test_a_fresh_start_leaves_other_peoples_files(url: str) -> None:
     folder = begun(url)
     folder.store.write_bytes("notes.txt", b"mine")
