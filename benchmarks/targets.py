@@ -11,7 +11,7 @@ from benchmarks.harness import arguments, problem, show, timed
 from pmet.plain import plain_targets
 from pmet.targets import compute_targets
 
-BATCH_SIZES = (1, 4, 16, 64)
+BATCH_SIZES = (1, 8, 64)
 
 
 def main() -> None:
