@@ -90,7 +90,6 @@ class Recipe:
             exchange_from=250,
         ),
         Phase(steps=500, learning_rate=1.5e-3, weight_decay=0.3, quiet_weight=0.1, pairs=48),
-        Phase(steps=700, learning_rate=1.5e-3, weight_decay=0.3, quiet_weight=0.1, pairs=48),
     )
     space_share: float = 0.8
     target_layer: int = 1
