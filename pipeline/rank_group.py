@@ -131,8 +131,8 @@ class RankGroup:
             What the ranks returned, in their order.
 
         Raises:
-            InputError, NumericalError: raised by a rank, as it was raised there: another group would
-                only meet it again. The group is closed.
+            InputError, NumericalError: raised by a rank, as it was raised there: another group
+                would only meet it again. The group is closed.
             WorkerError: a rank failed or died, or the deadline passed, and the group was closed;
                 or it was closed before.
             ValueError: not one tuple a rank.
