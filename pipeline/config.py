@@ -53,7 +53,6 @@ Paths = Annotated[_Texts, BeforeValidator(_as_tuple), _allowed("a path or a list
 PathsOrNull = Annotated[
     _Texts | None, BeforeValidator(_as_tuple), _allowed("a path, a list of paths, or null")
 ]
-Count = Annotated[_Count, _allowed("a whole number, 1 or more")]
 CountOrAuto = Annotated[_Count | Literal["auto"], _allowed("a whole number, 1 or more, or auto")]
 CountOrNull = Annotated[_Count | None, _allowed("a whole number, 1 or more, or null")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
@@ -118,7 +117,6 @@ class EvaluateConfig(_Section):
     sample: CountOrNull = Field(
         default=None, description="Requests measured, drawn under the seed; null: all of them."
     )
-    batch_size: Count = Field(default=32, description="Prompts measured in one forward pass.")
 
 
 class GatesConfig(_Section):

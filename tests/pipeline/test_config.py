@@ -38,7 +38,7 @@ seed: 7
 targets:
   {workers: 8, gpus_per_worker: 0.5, batch_size: auto, shard_size: 128, threads_per_worker: 2}
 update: {ranks: 4, gpus_per_rank: 1, offload: cpu, shard_size: 64}
-evaluate: {sample: 2000, batch_size: 8}
+evaluate: {sample: 2000}
 gates: {efficacy: 0.95, specificity: 0.70, perplexity_increase: 2e-2}
 """
 
@@ -75,7 +75,7 @@ def test_every_key_of_the_contract_is_read(job_file):
         workers=8, gpus_per_worker=0.5, batch_size="auto", shard_size=128, threads_per_worker=2
     )
     assert job.update == UpdateConfig(ranks=4, gpus_per_rank=1, offload="cpu", shard_size=64)
-    assert job.evaluate == EvaluateConfig(sample=2000, batch_size=8)
+    assert job.evaluate == EvaluateConfig(sample=2000)
     assert job.gates.thresholds() == {
         "efficacy": 0.95,
         "specificity": 0.7,
@@ -135,7 +135,7 @@ corpus: []
 second_moments: [a]
 targets: {wokers: 4, workers: 0, gpus_per_worker: true, batch_size: many, shard_size: 1.5}
 update: {offload: disk, ranks: auto}
-evaluate: {sample: all, batch_size: auto}
+evaluate: {sample: all}
 gates: {efficacy: 95, perplexity_increase: .nan}
 """
     )
@@ -154,7 +154,6 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         "FILE: unknown key targets.wokers; did you mean targets.workers?",
         'FILE: update.offload: "disk" is not allowed; give none or cpu',
         'FILE: evaluate.sample: "all" is not allowed; give a whole number, 1 or more, or null',
-        'FILE: evaluate.batch_size: "auto" is not allowed; give a whole number, 1 or more',
         "FILE: gates.efficacy: 95 is not allowed; give a fraction from 0 to 1, or null",
         "FILE: gates.perplexity_increase: NaN is not allowed; give a number, 0 or more, or null",
         "FILE: unknown key request; did you mean requests?",
@@ -180,8 +179,7 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         ("qqqq: 1", "unknown key qqqq; known are model, requests, output, hparams, second"),
         (
             "evaluate: 5",
-            "evaluate: 5 is not allowed; give a section with keys evaluate.sample, "
-            "evaluate.batch_size",
+            "evaluate: 5 is not allowed; give a section with keys evaluate.sample",
         ),
         ("seed: 1\nseed: 2", "line 6: key 'seed' is already given on line 5"),
         ("seed: &a 1\nother: *a", "line 6: aliases (*name) are not read; write the value out"),
@@ -276,8 +274,7 @@ def test_overrides_make_missing_keys_and_sections(job_file):
         ("model.x=1", "override model.x=1: unknown key model.x; known are model, requests, "),
         (
             "evaluate=5",
-            "override evaluate=5: unknown key evaluate; name one of evaluate.sample, "
-            "evaluate.batch_size",
+            "override evaluate=5: unknown key evaluate; name one of evaluate.sample",
         ),
         ("seed", "override seed: write key=value"),
         ("=5", "override =5: unknown key ; known are model, requests, "),
@@ -346,7 +343,7 @@ RESULT = [
 PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),
     *("targets.threads_per_worker=3", "update.ranks=3", "update.gpus_per_rank=1"),
-    *("update.offload=cpu", "evaluate.sample=3", "evaluate.batch_size=3", "gates.efficacy=0.5"),
+    *("update.offload=cpu", "evaluate.sample=3", "gates.efficacy=0.5"),
 ]
 
 
