@@ -101,10 +101,9 @@ def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
 ) -> None:
     """Write a run's report.html anew, from what the run folder holds."""
-    from pipeline.report import write_report
-
     from pipeline.errors import RunFolderError
     from pipeline.folder import STATUS
+    from pipeline.report import write_report
     from pipeline.store import Store
 
     store = Store(run_folder)
