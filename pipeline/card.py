@@ -11,18 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.results import FRACTIONS
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
 
-METRICS = (
-    "efficacy",
-    "generalization",
-    "specificity",
-    "score",
-    "efficacy_strict",
-    "generalization_strict",
-    "specificity_strict",
-    "perplexity",
-)
+METRICS = (*FRACTIONS, "perplexity")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _CARD = """\

@@ -18,17 +18,9 @@ import pyarrow as pa
 
 from pipeline.charts import histogram, layer_chart, score_chart
 from pipeline.errors import RunFolderError
+from pipeline.results import FRACTIONS
 from pipeline.store import Store
 
-FRACTIONS = (
-    "efficacy",
-    "generalization",
-    "specificity",
-    "score",
-    "efficacy_strict",
-    "generalization_strict",
-    "specificity_strict",
-)
 TABLE_ROWS = 200
 EXAMPLE_ROWS = 25
 TEXT_LENGTH = 300

@@ -11,6 +11,17 @@ import pyarrow as pa
 from pipeline.schema import RequestTable, with_columns
 from pmet.metrics import METRICS, summarize
 
+# The figures of metrics.json that are fractions, in the order that people read them.
+FRACTIONS = (
+    "efficacy",
+    "generalization",
+    "specificity",
+    "score",
+    "efficacy_strict",
+    "generalization_strict",
+    "specificity_strict",
+)
+
 Measured = Mapping[int, Mapping[str, Any]]
 
 

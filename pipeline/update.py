@@ -28,14 +28,11 @@ from pmet.contexts import ContextTemplates
 from pmet.delta import Edit
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
-from pmet.keys import Lookups, read_keys_and_values
+from pmet.keys import KEY_BATCH, Lookups, read_keys_and_values
 from pmet.request import EditRequest
 from pmet.solve import factor, normal_matrix, solve_rows
 from pmet.spread import square_root_spread
 from pmet.sums import KeyResidualSums
-
-KEY_BATCH = 64
-"""Requests whose keys are read in one forward pass."""
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,13 @@ from pmet.contexts import ContextTemplates
 from pmet.delta import Edit, changed
 from pmet.errors import InputError, NotFiniteError
 from pmet.hparams import PMETHyperParams
-from pmet.keys import Lookups, read_keys_and_values
+from pmet.keys import KEY_BATCH, Lookups, read_keys_and_values
 from pmet.request import EditRequest
 from pmet.solve import factor, normal_matrix, solve_rows
 from pmet.spread import square_root_spread
 from pmet.sums import KeyResidualSums
 from pmet.targets import Targets, compute_targets
 from pmet.tracing import frozen
-
-KEY_BATCH = 64
-"""Requests whose keys are read in one forward pass."""
 
 _SELF_WRITTEN_TEXTS = 256
 

@@ -28,6 +28,9 @@ from pmet.tracing import captured_input, captured_output, stopping_after
 
 Forward = Callable[..., Any]
 
+KEY_BATCH = 64
+"""Requests whose keys are read in one forward pass."""
+
 
 @dataclass(frozen=True)
 class Lookups:
