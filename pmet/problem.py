@@ -39,9 +39,25 @@ class Problem:
         )
 
     @property
+    def kl_shared(self) -> bool:
+        """Whether the bare prompt begins with the KL prompt up to the subject's last token."""
+        bare = self.contexts[0]
+        return bare.ids[: bare.subject_last + 1] == self.kl.ids
+
+    @property
+    def kl_row(self) -> int:
+        """Which of the prompts the KL term reads, at the subject's last token."""
+        return 0 if self.kl_shared else len(self.contexts)
+
+    @property
     def prompts(self) -> tuple[TokenizedPrompt, ...]:
-        """All that is run: the contexts, then the KL prompt."""
-        return (*self.contexts, self.kl)
+        """All that is run: the contexts, then the KL prompt if none of them stands for it."""
+        return self.contexts if self.kl_shared else (*self.contexts, self.kl)
+
+    @property
+    def numbers(self) -> range:
+        """For each prompt the number of its context; the KL prompt's follows the others."""
+        return range(len(self.prompts))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,31 +1,39 @@
 """Running only what the free vectors of a target can change.
 
-Nothing below layer z, and no token before the subject's last one, depends on δ. So the prefixes
-(all tokens before the subject's last) go through the model once and leave their attention keys and
-values in a cache; the suffixes go through the layers below z once and leave their hidden states;
-and every step of the optimisation runs the suffixes through layer z and those above it.
+Nothing below layer z, no token before the subject's last one, and at layer z no other token than
+that one depends on δ. So
 
-One mechanism serves all families: prefixes are padded on the left, so that every suffix starts in
-the same column; layers below z are replaced by stand-ins that pass their input on, and layer z is
-handed the stored hidden states. The model's own code still builds positions and masks.
+- the prefixes' attention keys and values are computed once (:mod:`pmet.prefix`);
+- the suffixes go through the layers up to z once, which leaves layer z's input and attention at
+  the subject's last token, and its output at all others;
+- a step runs layer z behind its attention on one token a row, the layers above on the suffixes,
+  and the last layer behind its attention, and the head, only where the loss reads.
+
+One mechanism serves all families: prefixes end in the same column, so every suffix starts in the
+next; layers and modules that need not run are replaced by stand-ins that return what is stored; and
+the model's own code builds positions and masks.
 
 Shape letters: B rows, P prefix columns, S suffix columns, D model width, N places, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from torch.nn.functional import pad as padded
+from transformers.pytorch_utils import Conv1D
 
 from pmet.architecture import Layout
+from pmet.errors import ArchitectureError
+from pmet.kernels import put, take
 from pmet.lookup import TokenizedPrompt
-from pmet.padding import pad, positions
+from pmet.padding import pad
+from pmet.prefix import PrefixFiller, Prefixes, forward
 from pmet.tracing import (
     captured_input,
     captured_output,
@@ -33,115 +41,149 @@ from pmet.tracing import (
     changed_output,
     first,
     stopping_after,
+    with_first,
 )
 
 
-class _PrefixLayer(DynamicLayer):
-    """Attention keys and values of the prefixes in one layer.
+@dataclass(frozen=True)
+class _Rows:
+    """What is stored of B prompts.
 
-    The first update fills it; later ones see prefix ++ new and leave nothing behind, so a step
-    can be repeated. It is as long as the prefixes are also when its tensors have been dropped.
+    Attributes:
+        prefixes: keys and values of the layers above z.
+        ids_BS: the suffixes' tokens.
+        mask_BS: 1 where there is one.
+        hidden_BD: layer z's input at the subject's last token.
+        attention_BD: its attention's output there, without δ_a.
+        ffn_BD: its FFN's output there, without δ_f.
+        output_BSD: its own output; only the columns after the first are ever used.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
-        self.filled = False
+    prefixes: Prefixes
+    ids_BS: torch.Tensor
+    mask_BS: torch.Tensor
+    hidden_BD: torch.Tensor
+    attention_BD: torch.Tensor
+    ffn_BD: torch.Tensor
+    output_BSD: torch.Tensor
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.filled:
-            self.keys, self.values = key_states, value_states
-            self.is_initialized = True
-            return key_states, value_states
-        if self.keys is None:
-            return key_states, value_states
-        return (
-            torch.cat([self.keys, key_states], dim=-2),
-            torch.cat([self.values, value_states], dim=-2),
+    def kept(self, rows: torch.Tensor) -> _Rows:
+        """Some rows; columns in which only padding is left go away."""
+        columns = int(self.mask_BS[rows].sum(1).max())
+        return _Rows(
+            self.prefixes.kept(rows),
+            self.ids_BS[rows, :columns],
+            self.mask_BS[rows, :columns],
+            self.hidden_BD[rows],
+            self.attention_BD[rows],
+            self.ffn_BD[rows],
+            self.output_BSD[rows, :columns],
         )
 
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def close(self, length: int, padding_BP: torch.Tensor) -> None:
-        """End the filling; padding is zeroed, so that no NaN of a row without a prefix spreads."""
-        self.length, self.filled = length, True
-        if self.keys is not None:
-            self.keys = self.keys.masked_fill(padding_BP[:, None, :, None], 0)
-            self.values = self.values.masked_fill(padding_BP[:, None, :, None], 0)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep some rows of the batch."""
-        if self.keys is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-
-    def drop(self) -> None:
-        """Free the tensors of a layer that will not run again."""
-        self.keys = self.values = None  # type: ignore[assignment]
+    def joined(self, others: _Rows) -> _Rows:
+        """These rows, then others."""
+        columns = max(self.ids_BS.shape[1], others.ids_BS.shape[1])
+        both = (self, others)
+        return _Rows(
+            self.prefixes.joined(others.prefixes),
+            torch.cat([padded(r.ids_BS, (0, columns - r.ids_BS.shape[1])) for r in both]),
+            torch.cat([padded(r.mask_BS, (0, columns - r.ids_BS.shape[1])) for r in both]),
+            torch.cat([r.hidden_BD for r in both]),
+            torch.cat([r.attention_BD for r in both]),
+            torch.cat([r.ffn_BD for r in both]),
+            torch.cat([padded(r.output_BSD, (0, 0, 0, columns - r.ids_BS.shape[1])) for r in both]),
+        )
 
 
 class SuffixRun:
-    """A batch of prompts, ready to be run from layer z on as often as needed.
+    """Prompts, ready to be run from layer z on as often as needed.
 
-    Attributes:
-        clean_attention_BD: attention projection's output at layer z and the subject's last token.
-        clean_ffn_BD: the down-projection's output there.
+    Args:
+        model: a causal language model in evaluation mode, its weights frozen.
+        layout: where its parts are.
+        layer: z.
+        filler: computes the prefixes.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, layer: int, prompts: Sequence[TokenizedPrompt]
+        self, model: nn.Module, layout: Layout, layer: int, filler: PrefixFiller
     ) -> None:
         self._model, self._layout, self._layer = model, layout, layer
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        device = layout.weight(model, layer).device
-        prefixes, self._prefix_mask = pad([p.prefix for p in prompts], device, left=True)
-        self._suffixes, suffix_mask = pad([p.suffix for p in prompts], device)
-        self._mask = torch.cat([self._prefix_mask, suffix_mask], dim=1)
-        self._cache = Cache(layers=[_PrefixLayer() for _ in range(layout.depth)])
-        with torch.no_grad():
-            self._fill(prefixes)
-            self._run_below()
+        self._filler = filler
+        self._attention = _child(layout.layer(model, layer), layout.attention_projection(model, layer))
+        self._rows: _Rows | None = None
+        # The outputs of the stand-ins, but for their hidden states: what the families return there.
+        self._below: list[Any] = []
+        self._attended: Any = None
+
+    @property
+    def clean_attention_BD(self) -> torch.Tensor:
+        """The attention's output at layer z and the subject's last token."""
+        return self._held.attention_BD
+
+    @property
+    def clean_ffn_BD(self) -> torch.Tensor:
+        """The down-projection's output there."""
+        return self._held.ffn_BD
+
+    @property
+    def _held(self) -> _Rows:
+        assert self._rows is not None, "no prompts have been added"
+        return self._rows
+
+    def add(self, prompts: Sequence[TokenizedPrompt], contexts: Sequence[int]) -> None:
+        """Take further prompts in, behind those that are there.
+
+        Args:
+            prompts: one a row.
+            contexts: in which of the filler's contexts each stands.
+        """
+        prefixes = self._filler.fill([p.prefix for p in prompts], contexts)
+        rows = self._read([p.suffix for p in prompts], prefixes)
+        self._rows = rows if self._rows is None else self._rows.joined(rows)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep some rows (ascending indices)."""
+        self._rows = self._held.kept(rows) if len(rows) else None
 
     @torch.no_grad()
-    def _fill(self, prefixes_BP: torch.Tensor) -> None:
-        length = prefixes_BP.shape[1]
-        if length:
-            top = self._layout.layer(self._model, self._layout.depth - 1)
-            with stopping_after(top):
-                self._forward(prefixes_BP, self._prefix_mask, length)
-        for cached in self._cache.layers:
-            cached.close(length, self._prefix_mask == 0)
-
-    @torch.no_grad()
-    def _run_below(self) -> None:
-        model, layout = self._model, self._layout
-        self._below = [layout.layer(model, i) for i in range(self._layer)]
-        wrapped = []
+    def _read(self, suffixes: Sequence[Sequence[int]], prefixes: Prefixes) -> _Rows:
+        """Run suffixes through the layers up to z, and store what the steps need."""
+        model, layout, z = self._model, self._layout, self._layer
+        layer = layout.layer(model, z)
+        projection = layout.attention_projection(model, z)
+        ids_BS, mask_BS = pad(suffixes, prefixes.mask_BP.device)
+        below: list[Any] = []
+        attended: list[Any] = []
         with ExitStack() as stack:
-            hidden = stack.enter_context(captured_input(layout.layer(model, self._layer)))
-            attention = stack.enter_context(
-                captured_output(layout.attention_projection(model, self._layer))
+            hidden = stack.enter_context(captured_input(layer))
+            projected = stack.enter_context(captured_output(projection))
+            attention = stack.enter_context(captured_output(self._attention))
+            ffn = stack.enter_context(captured_output(layout.down_projection(model, z)))
+            output = stack.enter_context(captured_output(layer))
+            for module in (layout.layer(model, i) for i in range(z)):
+                stack.callback(_shape_noted(module, below))
+            stack.callback(_shape_noted(self._attention, attended))
+            stack.enter_context(stopping_after(layer))
+            forward(model, ids_BS, torch.cat([prefixes.mask_BP, mask_BS], 1), prefixes.cache())
+        self._below, self._attended = below, attended[0]
+        if not torch.equal(projected.tensor.flatten(), attention.tensor.flatten()):
+            raise ArchitectureError(
+                f"layer {z} changes the output of {layout.family.attention_projection} before it "
+                "adds it to its hidden states, so that δ_a cannot be put there; name the module "
+                "whose output is added in attn_module_tmp"
             )
-            ffn = stack.enter_context(captured_output(layout.down_projection(model, self._layer)))
-            for below in self._below:
-                handle = below.register_forward_hook(
-                    lambda _m, _a, output: wrapped.append(
-                        len(output) if isinstance(output, tuple) else 0
-                    )
-                )
-                stack.callback(handle.remove)
-            stack.enter_context(stopping_after(layout.layer(model, self._layer)))
-            self._forward(self._suffixes, self._mask, self._suffixes.shape[1])
-        self._wrapped = wrapped
-        self._hidden_BSD = hidden.tensor
-        rows, columns = self._suffixes.shape
         # Some models flatten rows and columns inside the FFN (OPT).
-        self.clean_attention_BD = attention.tensor.reshape(rows, columns, -1)[:, 0]
-        self.clean_ffn_BD = ffn.tensor.reshape(rows, columns, -1)[:, 0]
-        for cached in self._cache.layers[: self._layer]:
-            cached.drop()
+        shape = (*ids_BS.shape, -1)
+        return _Rows(
+            prefixes.above(z),
+            ids_BS,
+            mask_BS,
+            hidden.tensor[:, 0],
+            attention.tensor.reshape(shape)[:, 0],
+            ffn.tensor.reshape(shape)[:, 0],
+            output.tensor,
+        )
 
     def logits(
         self,
@@ -152,69 +194,144 @@ class SuffixRun:
     ) -> torch.Tensor:
         """Next-token logits (N, V) at places of the suffixes, with both deltas added at layer z.
 
-        The head reads only the places asked for. Gradients flow to the deltas.
+        No place may be named twice. Gradients flow to the deltas.
         """
-        model, layout, z = self._model, self._layout, self._layer
+        model, layout, rows = self._model, self._layout, self._held
+        places_N = rows_N * rows.ids_BS.shape[1] + columns_N
         with (
             self._passing_below(),
-            changed_input(layout.layer(model, z), lambda _: self._hidden_BSD),
-            changed_output(
-                layout.attention_projection(model, z),
-                lambda output: self._added(output, attention_delta_BD),
+            self._target_layer_on_one_token(attention_delta_BD, ffn_delta_BD),
+            self._last_layer_on_places(places_N),
+            changed_input(
+                layout.head(model), lambda hidden: take(hidden.flatten(0, 1), places_N)[None]
             ),
-            changed_output(
-                layout.down_projection(model, z), lambda output: self._added(output, ffn_delta_BD)
-            ),
-            changed_input(layout.head(model), lambda hidden: hidden[rows_N, columns_N][None]),
         ):
-            output = self._forward(self._suffixes, self._mask, self._suffixes.shape[1])
-        return output.logits[0]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep some rows (ascending indices); columns that only padding is left in go away."""
-        columns = int(self._mask[rows, self._cache.get_seq_length() :].sum(1).max())
-        length = self._cache.get_seq_length()
-        self._suffixes = self._suffixes[rows, :columns]
-        self._mask = self._mask[rows, : length + columns]
-        self._hidden_BSD = self._hidden_BSD[rows, :columns]
-        self.clean_attention_BD = self.clean_attention_BD[rows]
-        self.clean_ffn_BD = self.clean_ffn_BD[rows]
-        for cached in self._cache.layers[self._layer :]:
-            cached.keep(rows)
-
-    def _added(self, output: torch.Tensor, delta_BD: torch.Tensor) -> torch.Tensor:
-        rows, columns = self._suffixes.shape
-        hidden_BSD = output.reshape(rows, columns, -1)
-        padding = hidden_BSD.new_zeros(rows, columns - 1, hidden_BSD.shape[-1])
-        change_BSD = torch.cat([delta_BD.to(hidden_BSD.dtype)[:, None], padding], dim=1)
-        return (hidden_BSD + change_BSD).reshape(output.shape)
-
-    def _forward(self, ids_BT: torch.Tensor, mask_BU: torch.Tensor, columns: int) -> Any:
-        inputs: dict[str, Any] = {
-            "input_ids": ids_BT,
-            "attention_mask": mask_BU,
-            "past_key_values": self._cache,
-            "use_cache": True,
-        }
-        if self._takes_positions:
-            inputs["position_ids"] = positions(mask_BU)[:, -columns:]
-        return self._model(**inputs)
+            mask = torch.cat([rows.prefixes.mask_BP, rows.mask_BS], dim=1)
+            output = forward(model, rows.ids_BS, mask, rows.prefixes.cache())
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     @contextmanager
     def _passing_below(self) -> Iterator[None]:
-        """Replace the layers below z by stand-ins that keep the family's output convention."""
-        try:
-            for layer, size in zip(self._below, self._wrapped, strict=True):
-                layer.forward = _stand_in(size)
+        """The layers below z pass their input on, in the family's form of an output."""
+        with ExitStack() as stack:
+            for i, output in enumerate(self._below):
+                stack.enter_context(
+                    _replaced(
+                        self._layout.layer(self._model, i),
+                        lambda hidden, _args, _kwargs, output=output: with_first(output, hidden),
+                    )
+                )
             yield
-        finally:
-            for layer in self._below:
-                layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def _target_layer_on_one_token(
+        self, attention_delta_BD: torch.Tensor, ffn_delta_BD: torch.Tensor
+    ) -> Iterator[None]:
+        """Layer z computes the subject's last token; its other outputs are the stored ones."""
+        model, layout, z, rows = self._model, self._layout, self._layer, self._held
+        layer = layout.layer(model, z)
+        original = layer.forward
+        attended = _added(rows.attention_BD, attention_delta_BD)[:, None]
+
+        def on_one_token(
+            _hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            output = _called(original, rows.hidden_BD[:, None], args, kwargs)
+            return with_first(output, torch.cat([first(output), rows.output_BSD[:, 1:]], dim=1))
+
+        with (
+            _replaced(layer, on_one_token),
+            _replaced(self._attention, lambda *_: with_first(self._attended, attended)),
+            changed_output(
+                layout.down_projection(model, z),
+                lambda output: _added(output, ffn_delta_BD.reshape(output.shape)),
+            ),
+        ):
+            yield
+
+    @contextmanager
+    def _last_layer_on_places(self, places_N: torch.Tensor) -> Iterator[None]:
+        """What follows the attention in the last layer runs only at places that are read."""
+        model, layout, last = self._model, self._layout, self._layout.depth - 1
+        if last == self._layer:
+            yield
+            return
+        layer = layout.layer(model, last)
+        projection = layout.attention_projection(model, last)
+        attention = _child(layer, projection)
+        ffn = [m for m in layer.children() if m is not attention and _has_matrix(m)]
+        with ExitStack() as stack:
+            for module in (projection, *ffn):
+                stack.enter_context(_replaced(module, _on_places(module.forward, places_N)))
+            yield
 
 
-def _stand_in(size: int) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = first(args[0] if args else kwargs["hidden_states"])
-        return (hidden, *[None] * (size - 1)) if size else hidden
+Stored = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
-    return forward
+
+@contextmanager
+def _replaced(module: nn.Module, run: Stored) -> Iterator[None]:
+    """``module`` computes ``run`` of its hidden states, its other arguments and its keywords."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return run(args[0], args[1:], kwargs)
+        return run(kwargs["hidden_states"], (), kwargs)
+
+    before = module.__dict__.get("forward")
+    module.forward = stand_in
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop("forward")
+        else:
+            module.forward = before
+
+
+def _called(
+    original: Callable[..., Any],
+    hidden: torch.Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a module's code with other hidden states than it was given."""
+    if "hidden_states" in kwargs:
+        return original(*args, **{**kwargs, "hidden_states": hidden})
+    return original(hidden, *args, **kwargs)
+
+
+def _on_places(original: Callable[..., Any], places_N: torch.Tensor) -> Stored:
+    """A module that treats tokens one by one, on some of them; the others come out as zeros."""
+
+    def run(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        output = _called(original, take(rows, places_N)[None], args, kwargs)
+        full = put(first(output).flatten(0, -2), places_N, len(rows))
+        return with_first(output, full.reshape(*hidden.shape[:-1], full.shape[-1]))
+
+    return run
+
+
+def _child(layer: nn.Module, module: nn.Module) -> nn.Module:
+    """The part of ``layer`` that ``module`` is, or is in."""
+    return next(child for child in layer.children() if any(m is module for m in child.modules()))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
+
+
+def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:
+    """Note the form of a module's output, without its tensors; returns how to stop."""
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        notes.append((None,) * len(output) if isinstance(output, tuple) else None)
+
+    return module.register_forward_hook(note).remove
+
+
+def _added(output: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Sum in the wider of both types, so that a small δ is not rounded before it is added."""
+    return (output.to(torch.promote_types(output.dtype, delta.dtype)) + delta).to(output.dtype)

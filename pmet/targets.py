@@ -7,15 +7,19 @@ section "PMET method").
 
     loss = φ · NLL + κ · KL(after ‖ before) + w · (‖δ_f‖/‖v_f‖² + ‖δ_a‖/‖v_a‖²)
 
-Requests do not interact, so they are optimised side by side and leave the batch when they stop.
+Requests do not interact, so they are optimised side by side; one that stops leaves the batch, and
+the next takes its place.
 
-Shape letters: E requests, C contexts, D model width, N places where the loss reads, V vocabulary.
+Shape letters: E requests, B rows (the prompts of a request), D model width, M places where the loss
+reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ from torch import nn
 from pmet.architecture import Layout, resolve
 from pmet.contexts import ContextTemplates, check
 from pmet.hparams import PMETHyperParams
+from pmet.kernels import tuned
+from pmet.prefix import PrefixFiller
 from pmet.problem import Problem, context_length
 from pmet.request import EditRequest
 from pmet.suffix import SuffixRun
@@ -57,8 +63,11 @@ class Targets:
 
 
 def default_batch_size(device: torch.device) -> int:
-    """Requests optimised side by side where nobody says: what the caches of a CPU hold, or 64."""
-    return 8 if device.type == "cpu" else 64
+    """Requests optimised side by side where nobody says, if memory allows.
+
+    On a CPU what its caches hold; on a GPU as many as fill it at the size of GPT-2 and above.
+    """
+    return 16 if device.type == "cpu" else 256
 
 
 def compute_targets(
@@ -93,22 +102,17 @@ def compute_targets(
     for request, problem in zip(requests, problems, strict=True):
         problem.check_length(request, limit)
     device = layout.weight(model, hparams.target_layer).device
-    values = torch.full((len(requests), layout.value_width), torch.nan)
-    steps = torch.zeros(len(requests), dtype=torch.int32)
-    losses = torch.full((len(requests),), torch.nan)
-    failures: dict[int, str] = {}
+    outcomes: list[_Outcome | None] = [None] * len(requests)
     # Neighbours of like length share little padding.
     order = sorted(range(len(requests)), key=lambda e: (problems[e].shape, e))
-    with frozen(model):
-        size = batch_size or default_batch_size(device)
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            optimisation = _Optimisation(model, layout, hparams, [problems[e] for e in chunk])
-            for e, outcome in zip(chunk, optimisation.run(on_progress), strict=True):
-                values[e], steps[e], losses[e] = outcome.value, outcome.steps, outcome.loss
-                if outcome.failure:
-                    failures[e] = outcome.failure
-    return Targets(values, steps, losses, failures)
+    size = batch_size or default_batch_size(device)
+    with frozen(model), tuned(model):
+        optimisation = _Optimisation(model, layout, hparams, problems, order, size)
+        for index, outcome in optimisation.run():
+            outcomes[index] = outcome
+            if on_progress:
+                on_progress(1)
+    return _targets([o for o in outcomes if o is not None], layout.value_width)
 
 
 @dataclass(frozen=True)
@@ -119,47 +123,132 @@ class _Outcome:
     failure: str | None
 
 
+def _targets(outcomes: Sequence[_Outcome], width: int) -> Targets:
+    return Targets(
+        torch.stack([o.value for o in outcomes]) if outcomes else torch.empty(0, width),
+        torch.tensor([o.steps for o in outcomes], dtype=torch.int32),
+        torch.tensor([o.loss for o in outcomes]),
+        {e: o.failure for e, o in enumerate(outcomes) if o.failure},
+    )
+
+
 @dataclass(frozen=True)
 class _Places:
-    """Where the loss of a batch reads: N target places, then one KL place per request."""
+    """Where the loss of a batch reads.
 
-    rows: torch.Tensor
-    columns: torch.Tensor
-    labels: torch.Tensor
-    owners: torch.Tensor
-    shares: torch.Tensor
+    Attributes:
+        owners_B: the request that a row belongs to.
+        rows_M: row of every place; the last E places are the KL term's, by request.
+        columns_M: its column.
+        read_N: the place that each target token of each context is predicted at.
+        labels_N: the token.
+        owners_N: its request.
+        shares_N: its part in the mean over tokens and contexts.
+    """
+
+    owners_B: torch.Tensor
+    rows_M: torch.Tensor
+    columns_M: torch.Tensor
+    read_N: torch.Tensor
+    labels_N: torch.Tensor
+    owners_N: torch.Tensor
+    shares_N: torch.Tensor
 
     @classmethod
     def of(cls, problems: Sequence[Problem], device: torch.device) -> _Places:
-        rows: list[int] = []
-        columns: list[int] = []
-        labels: list[int] = []
         owners: list[int] = []
+        at_kl: list[tuple[int, int]] = []
+        wanted: list[tuple[int, int]] = []
+        labels: list[int] = []
         shares: list[float] = []
-        kl_rows: list[int] = []
-        row = 0
+        owners_of_labels: list[int] = []
         for owner, problem in enumerate(problems):
+            row = len(owners)
             length = len(problem.target)
-            for prompt in problem.contexts:
-                rows += [row] * length
-                columns += range(len(prompt.suffix) - length, len(prompt.suffix))
+            for c, prompt in enumerate(problem.contexts):
+                start = len(prompt.suffix) - length
+                wanted += [(row + c, start + i) for i in range(length)]
                 labels += problem.target
-                row += 1
-            owners += [owner] * (length * len(problem.contexts))
-            shares += [1 / (length * len(problem.contexts))] * (length * len(problem.contexts))
-            kl_rows.append(row)
-            row += 1
+            count = length * len(problem.contexts)
+            shares += [1 / count] * count
+            owners_of_labels += [owner] * count
+            at_kl.append((row + problem.kl_row, 0))
+            owners += [owner] * len(problem.prompts)
+        # Only a KL place can coincide with another.
+        apart = set(at_kl)
+        places = [place for place in wanted if place not in apart] + at_kl
+        number = {place: i for i, place in enumerate(places)}
+        whole = [owners, *zip(*places, strict=True), [number[p] for p in wanted]]
         return cls(
-            torch.tensor(rows + kl_rows, device=device),
-            torch.tensor(columns + [0] * len(kl_rows), device=device),
+            *(torch.tensor(part, device=device) for part in whole),
             torch.tensor(labels, device=device),
-            torch.tensor(owners, device=device),
+            torch.tensor(owners_of_labels, device=device),
             torch.tensor(shares, device=device),
         )
 
 
+@dataclass
+class _State:
+    """Where the optimisation of E requests stands; every tensor by request.
+
+    Attributes:
+        clean_EPD: the vectors that the free ones are added to, attention first.
+        deltas_EPD: the free vectors.
+        mean_EPD: Adam's first moment.
+        square_EPD: Adam's second moment.
+        nll_factor_E: φ of the next evaluation.
+        before_EV: log p before, on the KL prompt; known from the first evaluation on.
+    """
+
+    clean_EPD: torch.Tensor
+    deltas_EPD: torch.Tensor
+    mean_EPD: torch.Tensor
+    square_EPD: torch.Tensor
+    nll_factor_E: torch.Tensor
+    before_EV: torch.Tensor
+
+    @classmethod
+    def start(cls, clean_EPD: torch.Tensor, nll_factor: float, vocabulary: int) -> _State:
+        zeros = torch.zeros_like(clean_EPD)
+        count = len(clean_EPD)
+        return cls(
+            clean_EPD,
+            zeros,
+            zeros.clone(),
+            zeros.clone(),
+            zeros.new_full((count,), nll_factor),
+            zeros.new_zeros(count, vocabulary),
+        )
+
+    def kept(self, keep: torch.Tensor) -> _State:
+        return _State(*(getattr(self, f.name)[keep] for f in fields(self)))
+
+    def joined(self, other: _State) -> _State:
+        return _State(
+            *(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self))
+        )
+
+
+@dataclass
+class _Member:
+    """A request in the batch, or waiting to come in."""
+
+    index: int
+    problem: Problem
+    evaluations: int = 0
+
+
 class _Optimisation:
-    """Adam on the free vectors of a batch of requests."""
+    """Adam on the free vectors of a batch of requests that others follow.
+
+    Args:
+        model: frozen, in evaluation mode.
+        layout: where its parts are.
+        hparams: of the method.
+        problems: of all requests.
+        order: in which they come in.
+        size: the most that are in the batch at a time.
+    """
 
     def __init__(
         self,
@@ -167,77 +256,103 @@ class _Optimisation:
         layout: Layout,
         hparams: PMETHyperParams,
         problems: Sequence[Problem],
+        order: Sequence[int],
+        size: int,
     ) -> None:
-        self._hparams = hparams
-        self._problems = list(problems)
-        self._rows_each = len(problems[0].contexts) + 1
+        self._hparams, self._size = hparams, size
+        self._queue = deque(_Member(index, problems[index]) for index in order)
+        self._vocabulary = _vocabulary(layout.head(model))
+        rows = [zip(problem.prompts, problem.numbers, strict=True) for problem in problems]
+        by_context: list[list[tuple[int, ...]]] = [[] for _ in range(len(problems[0].contexts) + 1)]
+        for prompt, number in (pair for pairs in rows for pair in pairs):
+            by_context[number].append(prompt.prefix)
         self._run = SuffixRun(
-            model,
-            layout,
-            hparams.target_layer,
-            [prompt for problem in problems for prompt in problem.prompts],
+            model, layout, hparams.target_layer, PrefixFiller(model, layout, by_context)
         )
-        # The bare context comes first; its clean outputs are the vectors that δ is added to.
-        clean = self._run.clean_attention_BD[:: self._rows_each]
-        self._device = clean.device
-        self._dtype = torch.promote_types(clean.dtype, torch.float32)
-        self._clean_EPD = torch.stack(
-            [clean, self._run.clean_ffn_BD[:: self._rows_each]], dim=1
-        ).to(self._dtype)
-        # Both free vectors of a request, attention first: P = 2.
-        self._deltas_EPD = torch.zeros_like(self._clean_EPD)
-        self._moments = (torch.zeros_like(self._clean_EPD), torch.zeros_like(self._clean_EPD))
-        self._nll_factor = torch.full(
-            (len(problems),), hparams.nll_loss_factor, device=self._device
-        )
-        self._active = list(range(len(problems)))
-        self._outcomes: list[_Outcome | None] = [None] * len(problems)
-        self._places = _Places.of(self._problems, self._device)
-        self._before_EV: torch.Tensor | None = None
+        self._members: list[_Member] = []
+        self._state: _State | None = None
+        self._places: _Places | None = None
 
-    def run(self, on_progress: Callable[[int], None] | None) -> list[_Outcome]:
-        """Evaluate, stop, step, shrink; until every request has stopped."""
-        last = self._hparams.v_num_grad_steps
-        for evaluation in range(1, last + 1):
-            deltas_EPD = self._deltas_EPD.detach().requires_grad_()
-            with torch.enable_grad():
-                losses_E, kl_E, greedy_E = self._evaluate(deltas_EPD)
-            stopped_E = self._stopped(losses_E.detach(), kl_E, greedy_E)
-            if evaluation == last:
-                stopped_E = torch.ones_like(stopped_E)
-            stopped = stopped_E.tolist()
-            if any(stopped):
-                self._record(stopped, evaluation, losses_E.detach())
-                if on_progress:
-                    on_progress(sum(stopped))
-            if all(stopped):
-                break
-            (gradient_EPD,) = torch.autograd.grad(losses_E[~stopped_E].sum(), deltas_EPD)
-            self._step(gradient_EPD, evaluation)
+    def run(self) -> Iterator[tuple[int, _Outcome]]:
+        """Evaluate, stop, step, shrink, refill; until every request has stopped."""
+        while self._queue or self._members:
+            self._admit()
+            yield from self._advance()
+
+    def _admit(self) -> None:
+        """Fill the places that have become free, once they are worth a pass over the prefixes."""
+        free = self._size - len(self._members)
+        if not self._queue or (self._members and 4 * free < self._size):
+            return
+        new = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+        first = len(self._held.clean_EPD) if self._state else 0
+        rows = [pair for m in new for pair in zip(m.problem.prompts, m.problem.numbers, strict=True)]
+        first_row = 0 if self._places is None else len(self._places.owners_B)
+        self._run.add([prompt for prompt, _ in rows], [number for _, number in rows])
+        # The bare context comes first; its clean outputs are the vectors that δ is added to.
+        starts = [first_row]
+        for member in new[:-1]:
+            starts.append(starts[-1] + len(member.problem.prompts))
+        bare = [self._run.clean_attention_BD[starts], self._run.clean_ffn_BD[starts]]
+        clean_EPD = torch.stack(bare, dim=1)
+        clean_EPD = clean_EPD.to(torch.promote_types(clean_EPD.dtype, torch.float32))
+        fresh = _State.start(clean_EPD, self._hparams.nll_loss_factor, self._vocabulary)
+        self._state = self._state.joined(fresh) if self._state else fresh
+        self._members += new
+        self._places = _Places.of([m.problem for m in self._members], clean_EPD.device)
+        assert first + len(new) == len(self._members)
+
+    @property
+    def _held(self) -> _State:
+        assert self._state is not None, "no request has come in"
+        return self._state
+
+    def _advance(self) -> list[tuple[int, _Outcome]]:
+        """One evaluation of all that are in the batch, and a step of those that go on."""
+        state, limit = self._held, self._hparams.v_num_grad_steps
+        for member in self._members:
+            member.evaluations += 1
+        last = [member.evaluations == limit for member in self._members]
+        deltas_EPD = state.deltas_EPD.detach().requires_grad_()
+        with torch.enable_grad():
+            losses_E, kl_E, greedy_E = self._evaluate(deltas_EPD)
+        stopped_E = self._stopped(losses_E.detach(), kl_E, greedy_E)
+        if not all(last):
+            (gradient_EPD,) = torch.autograd.grad(losses_E.sum(), deltas_EPD)
+        # Asked for after the backward pass is on its way: a GPU does not wait for the answer.
+        stopped = [a or b for a, b in zip(stopped_E.tolist(), last, strict=True)]
+        outcomes = self._outcomes(stopped, losses_E.detach()) if any(stopped) else []
+        if not all(stopped):
+            self._step(gradient_EPD)
             self._shrink()
-            if any(stopped):
-                self._leave(stopped)
-        return [outcome for outcome in self._outcomes if outcome is not None]
+        if any(stopped):
+            self._leave(stopped)
+        return outcomes
 
     def _evaluate(
         self, deltas_EPD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, κ·KL and whether the target is the greedy answer everywhere; each (E,)."""
-        hparams, places = self._hparams, self._places
-        deltas_BPD = deltas_EPD.repeat_interleave(self._rows_each, dim=0)
-        logits = self._run.logits(deltas_BPD[:, 0], deltas_BPD[:, 1], places.rows, places.columns)
-        log_probs = logits.to(self._dtype).log_softmax(dim=-1)
-        on_target_NV, after_EV = log_probs.split([len(places.labels), len(deltas_EPD)])
-        if self._before_EV is None:
-            self._before_EV = after_EV.detach()
-        nll_N = -on_target_NV.gather(1, places.labels[:, None])[:, 0]
+        hparams, places, state = self._hparams, self._places, self._held
+        assert places is not None
+        deltas_BPD = deltas_EPD.index_select(0, places.owners_B)
+        logits_MV = self._run.logits(
+            deltas_BPD[:, 0], deltas_BPD[:, 1], places.rows_M, places.columns_M
+        )
+        log_probs_MV = logits_MV.to(deltas_EPD.dtype).log_softmax(dim=-1)
+        after_EV = log_probs_MV[-len(deltas_EPD) :]
+        new = [m.evaluations == 1 for m in self._members]
+        if any(new):
+            state.before_EV[new] = after_EV.detach()[new]
+        nll_N = -log_probs_MV[places.read_N, places.labels_N]
         zeros = nll_N.new_zeros(len(deltas_EPD))
-        nll_E = zeros.index_add(0, places.owners, nll_N * places.shares)
-        wrong_N = (on_target_NV.detach().argmax(1) != places.labels).to(nll_N.dtype)
-        greedy_E = zeros.index_add(0, places.owners, wrong_N) == 0
-        kl_E = hparams.kl_factor * (after_EV.exp() * (after_EV - self._before_EV)).sum(-1)
-        size_EP = deltas_EPD.norm(dim=-1) / self._clean_EPD.norm(dim=-1).square()
-        losses_E = self._nll_factor * nll_E + kl_E + hparams.v_weight_decay * size_EP.sum(-1)
+        nll_E = zeros.index_add(0, places.owners_N, nll_N * places.shares_N)
+        answers_N = log_probs_MV.detach().argmax(1)[places.read_N]
+        wrong_N = (answers_N != places.labels_N).to(zeros.dtype)
+        greedy_E = zeros.index_add(0, places.owners_N, wrong_N) == 0
+        kl_E = hparams.kl_factor * (after_EV.exp() * (after_EV - state.before_EV)).sum(-1)
+        size_EP = deltas_EPD.norm(dim=-1) / state.clean_EPD.norm(dim=-1).square()
+        losses_E = state.nll_factor_E * nll_E + kl_E + hparams.v_weight_decay * size_EP.sum(-1)
         return losses_E, kl_E.detach(), greedy_E
 
     def _stopped(
@@ -245,49 +360,72 @@ class _Optimisation:
     ) -> torch.Tensor:
         """Who stops at this evaluation; sets φ for the next one."""
         full = self._hparams.nll_loss_factor
-        self._nll_factor = torch.where(greedy_E, NLL_RELIEF * full, full).to(self._dtype)
+        state = self._held
+        state.nll_factor_E = torch.where(greedy_E, NLL_RELIEF * full, full).to(losses_E.dtype)
         return (
             (losses_E < LOSS_ENOUGH) | (greedy_E & (kl_E <= KL_ENOUGH)) | ~torch.isfinite(losses_E)
         )
 
-    def _record(self, stopped: list[bool], evaluation: int, losses_E: torch.Tensor) -> None:
-        values_ED = (self._clean_EPD[:, 1] + self._deltas_EPD[:, 1]).float().cpu()
-        finite = (torch.isfinite(values_ED).all(1) & torch.isfinite(losses_E).cpu()).tolist()
-        for e, loss in enumerate(losses_E.tolist()):
-            if stopped[e]:
-                failure = None if finite[e] else f"the loss is {loss} at evaluation {evaluation}"
-                value = values_ED[e] if finite[e] else torch.full_like(values_ED[e], torch.nan)
-                self._outcomes[self._active[e]] = _Outcome(value, evaluation, loss, failure)
+    def _outcomes(
+        self, stopped: Sequence[bool], losses_E: torch.Tensor
+    ) -> list[tuple[int, _Outcome]]:
+        state = self._held
+        values_ED = (state.clean_EPD[:, 1] + state.deltas_EPD[:, 1]).float().cpu()
+        losses = losses_E.tolist()
+        outcomes = []
+        for e, member in enumerate(self._members):
+            if not stopped[e]:
+                continue
+            value, failure = values_ED[e].clone(), None
+            if not (math.isfinite(losses[e]) and bool(torch.isfinite(value).all())):
+                failure = f"the loss is {losses[e]} at evaluation {member.evaluations}"
+                value.fill_(torch.nan)
+            outcome = _Outcome(value, member.evaluations, losses[e], failure)
+            outcomes.append((member.index, outcome))
+        return outcomes
 
-    def _step(self, gradient_EPD: torch.Tensor, step: int, epsilon: float = 1e-8) -> None:
+    def _step(self, gradient_EPD: torch.Tensor, epsilon: float = 1e-8) -> None:
         """One step of Adam (Kingma & Ba 2015, algorithm 1), β = (0.9, 0.999)."""
-        mean, square = self._moments
-        mean.lerp_(gradient_EPD, 1 - 0.9)
-        square.mul_(0.999).addcmul_(gradient_EPD, gradient_EPD, value=1 - 0.999)
-        denominator = (square.sqrt() / (1 - 0.999**step) ** 0.5).add_(epsilon)
-        self._deltas_EPD = self._deltas_EPD.addcdiv(
-            mean, denominator, value=-self._hparams.v_lr / (1 - 0.9**step)
-        )
+        state = self._held
+        corrections = [
+            (self._hparams.v_lr / (1 - 0.9**m.evaluations), (1 - 0.999**m.evaluations) ** 0.5)
+            for m in self._members
+        ]
+        rate_E, root_E = gradient_EPD.new_tensor(corrections)[:, :, None, None].unbind(1)
+        state.mean_EPD.lerp_(gradient_EPD, 1 - 0.9)
+        state.square_EPD.mul_(0.999).addcmul_(gradient_EPD, gradient_EPD, value=1 - 0.999)
+        denominator = (state.square_EPD.sqrt() / root_E).add_(epsilon)
+        state.deltas_EPD = state.deltas_EPD.addcdiv(rate_E * state.mean_EPD, denominator, value=-1)
 
     def _shrink(self) -> None:
         """Bring each δ back onto the ball of radius clamp · ‖v‖."""
-        norm = self._deltas_EPD.norm(dim=-1, keepdim=True)
-        radius = self._hparams.clamp_norm_factor * self._clean_EPD.norm(dim=-1, keepdim=True)
-        self._deltas_EPD = torch.where(
-            norm > radius, self._deltas_EPD * radius / norm, self._deltas_EPD
+        state = self._held
+        norm = state.deltas_EPD.norm(dim=-1, keepdim=True)
+        radius = self._hparams.clamp_norm_factor * state.clean_EPD.norm(dim=-1, keepdim=True)
+        state.deltas_EPD = torch.where(
+            norm > radius, state.deltas_EPD * radius / norm, state.deltas_EPD
         )
 
-    def _leave(self, stopped: list[bool]) -> None:
+    def _leave(self, stopped: Sequence[bool]) -> None:
         """Drop the requests that have stopped from all that the next steps compute."""
+        assert self._places is not None
+        device = self._places.owners_B.device
         staying = [e for e, gone in enumerate(stopped) if not gone]
-        keep = torch.tensor(staying, device=self._device)
-        rows = keep[:, None] * self._rows_each + torch.arange(self._rows_each, device=self._device)
-        self._run.keep(rows.flatten())
-        self._problems = [self._problems[e] for e in staying]
-        self._active = [self._active[e] for e in staying]
-        self._clean_EPD, self._deltas_EPD = self._clean_EPD[keep], self._deltas_EPD[keep]
-        self._moments = (self._moments[0][keep], self._moments[1][keep])
-        self._nll_factor = self._nll_factor[keep]
-        assert self._before_EV is not None
-        self._before_EV = self._before_EV[keep]
-        self._places = _Places.of(self._problems, self._device)
+        rows, row = [], 0
+        for member, gone in zip(self._members, stopped, strict=True):
+            count = len(member.problem.prompts)
+            rows += [] if gone else range(row, row + count)
+            row += count
+        self._run.keep(torch.tensor(rows, dtype=torch.int64, device=device))
+        self._members = [self._members[e] for e in staying]
+        if not staying:
+            self._state = self._places = None
+            return
+        self._state = self._held.kept(torch.tensor(staying, device=device))
+        self._places = _Places.of([m.problem for m in self._members], device)
+
+
+def _vocabulary(head: nn.Module) -> int:
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    return len(weight)

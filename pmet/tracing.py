@@ -8,9 +8,11 @@ Every context manager here takes its hooks off again, also when the body raises.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,3 +149,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@cache
+def _parameters(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model wants to be told positions, or counts them itself (ALiBi)."""
+    return "position_ids" in _parameters(type(model))

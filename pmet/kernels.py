@@ -1,0 +1,251 @@
+"""Elementwise work and attention for many short rows, where the stock kernels cost too much.
+
+Matrix products bound the optimisation of targets only if nothing else does. On a CPU two things
+did: the tanh form of GELU, and attention between a handful of queries and a few dozen keys, whose
+stock backward pass takes four times its forward pass. Both are replaced while targets are computed,
+by the same formulas in fewer passes; and memory that a step frees is kept for the next one.
+
+Shape letters: B rows, H heads, S queries, T keys, d head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
+
+# Modules of transformers that compute GELU's tanh form, some of them in eight separate operations.
+_TANH_GELU = frozenset({"NewGELUActivation", "GELUTanh", "FastGELUActivation"})
+_SLOPE = 2 * math.sqrt(2 / math.pi)
+_CUBIC = _SLOPE * 0.044715
+
+_SHORT_ROWS = "pmet_short_rows"
+
+
+class _TanhGelu(torch.autograd.Function):
+    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))) (Hendrycks & Gimpel 2016, section 2).
+
+    Written as x·σ(2u), which is the same: σ costs a quarter of tanh. The derivative is computed on
+    the way, so that the backward pass is one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        cubic = (x * x).mul_(_CUBIC)
+        gate = (cubic + _SLOPE).mul_(x).sigmoid_()
+        value = x * gate
+        if ctx.needs_input_grad[0]:
+            # σ + y·(1 − σ)·(a + 3bx²)
+            slope = cubic.mul_(3).add_(_SLOPE).mul_(value)
+            ctx.save_for_backward(slope.addcmul_(slope, gate, value=-1).add_(gate))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU's tanh form, in whichever kernel is fastest on the tensor's device."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        result: torch.Tensor = _TanhGelu.apply(x)
+        return result
+    return functional.gelu(x, approximate="tanh")
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale·QKᵀ + mask) V for (B·H, S, d) queries and (B·H, T, d) keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        shares = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale).softmax(-1)
+        ctx.save_for_backward(query, key, value, shares)
+        ctx.scale = scale
+        return torch.bmm(shares, value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        query, key, value, shares = ctx.saved_tensors
+        to_value = torch.bmm(shares.transpose(1, 2), gradient)
+        to_shares = torch.bmm(gradient, value.transpose(1, 2))
+        to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
+        to_scores = to_scores.mul_(ctx.scale)
+        to_query = torch.bmm(to_scores, key)
+        to_key = torch.bmm(to_scores.transpose(1, 2), query)
+        return to_query, to_key, to_value, None, None
+
+
+def short_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers' interface wants it, for few queries a row.
+
+    Args:
+        module: the attention module that asks.
+        query: (B, H, S, d).
+        key: (B, heads of keys, T, d); the heads of queries are a multiple of them.
+        value: as ``key``.
+        attention_mask: added to the scores, (B or 1, 1 or H, S, T).
+        scaling: of the scores; 1/√d if there is none.
+        others: what the stock implementation takes besides.
+
+    Returns:
+        (B, S, H, d), and no weights.
+    """
+    if attention_mask is None or others.get("position_bias") is not None:
+        stock = AttentionInterface()["sdpa"]
+        result: tuple[torch.Tensor, None] = stock(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
+        return result
+    rows, heads, columns, width = query.shape
+    groups, length = key.shape[1], key.shape[2]
+    # Heads that share their keys are further queries of one head.
+    shape = (rows * groups, heads // groups * columns)
+    out = _ShortAttention.apply(
+        query.reshape(*shape, width),
+        key.reshape(rows * groups, length, width),
+        value.reshape(rows * groups, length, value.shape[-1]),
+        attention_mask.expand(rows, heads, columns, length).reshape(*shape, length),
+        width**-0.5 if scaling is None else scaling,
+    )
+    return out.reshape(rows, heads, columns, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(_SHORT_ROWS, short_attention)
+AttentionMaskInterface.register(_SHORT_ROWS, eager_mask)
+
+
+class _Take(torch.autograd.Function):
+    """Rows of a matrix, each at most once; the way back writes instead of adding."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return _placed(gradient, ctx.saved_tensors[0], ctx.count), None
+
+
+class _Put(torch.autograd.Function):
+    """The transpose of taking: rows into a matrix of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        return _placed(rows, index, count)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _placed(rows: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, index, rows)
+
+
+def take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``rows[index]`` for an index without repetitions."""
+    result: torch.Tensor = _Take.apply(rows, index)
+    return result
+
+
+def put(rows: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` rows, zero but for ``rows`` at ``index``, which has no repetitions."""
+    result: torch.Tensor = _Put.apply(rows, index, count)
+    return result
+
+
+@contextmanager
+def tuned(model: nn.Module) -> Iterator[None]:
+    """Within: the model computes with the kernels above where they apply."""
+    with _fused_activations(model), _short_rows(model), _keeping_freed_memory(model):
+        yield
+
+
+@contextmanager
+def _fused_activations(model: nn.Module) -> Iterator[None]:
+    found = [m for m in model.modules() if type(m).__name__ in _TANH_GELU]
+    for module in found:
+        module.forward = tanh_gelu
+    try:
+        yield
+    finally:
+        for module in found:
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _short_rows(model: nn.Module) -> Iterator[None]:
+    config = getattr(model, "config", None)
+    applies = (
+        getattr(model, "_supports_attention_backend", False)
+        and getattr(config, "_attn_implementation", None) == "sdpa"
+        and next(model.parameters()).device.type == "cpu"
+    )
+    if not applies:
+        yield
+        return
+    chooser: Any = model
+    chooser.set_attn_implementation(_SHORT_ROWS)
+    try:
+        yield
+    finally:
+        chooser.set_attn_implementation("sdpa")
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
+_MIB = 1 << 20
+
+
+@contextmanager
+def _keeping_freed_memory(model: nn.Module) -> Iterator[None]:
+    """Keep glibc from giving freed blocks back after every operation only to fault them in again.
+
+    Half of a step's time went there. Afterwards the thresholds are what glibc's own adaptation
+    ends with in a program that has freed large blocks.
+    """
+    libc = _glibc() if next(model.parameters()).device.type == "cpu" else None
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, 32 * _MIB)
+    libc.mallopt(_TRIM_THRESHOLD, 2047 * _MIB)
+    try:
+        yield
+    finally:
+        libc.mallopt(_TRIM_THRESHOLD, 64 * _MIB)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -1,0 +1,226 @@
+"""Attention keys and values of what stands before the subject's last token, computed once.
+
+A prefix has two parts. The first tokens that a context gives to every request's prompt (the
+template's own words, a BOS token) are the same for all of them, and go through the model once. The
+rest is the request's, and goes through once per request, with the first part's keys and values in
+place. Both ways the model's own code runs; only the cache that it is handed is ours.
+
+Shape letters: B rows, C contexts, H heads of keys, P prefix columns, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from pmet.architecture import Layout
+from pmet.padding import pad, positions
+from pmet.tracing import StopForward, takes_positions
+
+
+class PrefixLayer(DynamicLayer):
+    """Keys and values of one layer, (B, H, P, d) each, in front of whatever is computed next.
+
+    New ones are joined to them for the attention that asks, and forgotten: a step can be repeated.
+    While ``recording``, what was joined replaces what was held.
+    """
+
+    def __init__(
+        self,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        *,
+        length: int = 0,
+        recording: bool = False,
+        last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values  # type: ignore[assignment]
+        self.is_initialized = keys is not None
+        self.length, self.recording, self.last = length, recording, last
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.keys is not None:
+            key_states = torch.cat([self.keys, key_states], dim=-2)
+            value_states = torch.cat([self.values, value_states], dim=-2)
+        if self.recording:
+            self.keys, self.values = key_states, value_states
+            self.is_initialized = True
+            if self.last:
+                # Nothing reads what the last layer makes of a prefix.
+                raise StopForward
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns held; also those whose tensors a run does not need and never got."""
+        return self.length
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Keys and values of B prefixes in every layer, the last token of each in the last column.
+
+    Attributes:
+        layers: keys and values, (B, H, P, d) each, by layer; None where P is 0.
+        mask_BP: 1 where there is a token, int64.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor] | None]
+    mask_BP: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.mask_BP.shape[1]
+
+    def cache(self, **how: bool) -> Cache:
+        """A cache that holds them for the model."""
+        last = len(self.layers) - 1
+        return Cache(
+            layers=[
+                PrefixLayer(*(held or ()), length=self.length, last=i == last, **how)
+                for i, held in enumerate(self.layers)
+            ]
+        )
+
+    def kept(self, rows: torch.Tensor) -> Prefixes:
+        """Some rows; columns in which only padding is left go away."""
+        mask_BP = self.mask_BP[rows]
+        length = int(mask_BP.sum(1).max()) if mask_BP.numel() else 0
+        front = self.length - length
+        layers = [
+            held and (held[0][rows, :, front:], held[1][rows, :, front:]) for held in self.layers
+        ]
+        return Prefixes(layers if length else [None] * len(layers), mask_BP[:, front:])
+
+    def joined(self, others: Prefixes) -> Prefixes:
+        """These rows, then others."""
+        length = max(self.length, others.length)
+        layers = []
+        for mine, theirs in zip(self.layers, others.layers, strict=True):
+            shape = mine or theirs
+            if shape is None:
+                layers.append(None)
+                continue
+            both = [
+                torch.cat(
+                    [
+                        _widened(part, len(prefixes.mask_BP), length, shape[i])
+                        for part, prefixes in (
+                            (mine and mine[i], self),
+                            (theirs and theirs[i], others),
+                        )
+                    ]
+                )
+                for i in (0, 1)
+            ]
+            layers.append((both[0], both[1]))
+        masks = [
+            torch.nn.functional.pad(p.mask_BP, (length - p.length, 0)) for p in (self, others)
+        ]
+        return Prefixes(layers, torch.cat(masks))
+
+    def above(self, layer: int) -> Prefixes:
+        """Without the tensors of the layers up to ``layer``, which will not run again."""
+        layers = [None if i <= layer else held for i, held in enumerate(self.layers)]
+        return Prefixes(layers, self.mask_BP)
+
+
+def _widened(
+    part: torch.Tensor | None, rows: int, length: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Keys or values with columns of zeros in front, ``length`` in all."""
+    if part is None:
+        return like.new_zeros(rows, like.shape[1], length, like.shape[3])
+    return torch.nn.functional.pad(part, (0, 0, length - part.shape[2], 0))
+
+
+class PrefixFiller:
+    """Runs prefixes through a model.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        layout: where its parts are.
+        prefixes: for each context, the prefixes that all requests have there. What they have in
+            common is run once, here.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, prefixes: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        self._model, self._depth = model, layout.depth
+        self._device = layout.weight(model, layout.depth - 1).device
+        self._shared = [tuple(commonprefix([list(p) for p in group])) for group in prefixes]
+        nothing = Prefixes(
+            [None] * self._depth,
+            torch.zeros(len(prefixes), 0, dtype=torch.int64, device=self._device),
+        )
+        self._prefixes = self._continued(nothing, self._shared)
+
+    def fill(self, prefixes: Sequence[Sequence[int]], contexts: Sequence[int]) -> Prefixes:
+        """Keys and values of B prefixes, each of which stands in one of the contexts."""
+        own = [p[len(self._shared[c]) :] for p, c in zip(prefixes, contexts, strict=True)]
+        rows = torch.tensor(contexts, device=self._device)
+        return self._continued(self._prefixes.kept(rows), own)
+
+    @torch.no_grad()
+    def _continued(self, before: Prefixes, tokens: Sequence[Sequence[int]]) -> Prefixes:
+        """Rows of ``before``, each with its own tokens behind it."""
+        ids, own_mask = pad(tokens, self._device)
+        columns = ids.shape[1]
+        if not columns:
+            return before
+        mask_BT = torch.cat([before.mask_BP, own_mask], dim=1)
+        cache = before.cache(recording=True)
+        try:
+            forward(self._model, ids, mask_BT, cache)
+        except StopForward:
+            pass
+        # Every row's tokens are in adjacent columns; move them to the right-hand side.
+        length = int(mask_BT.sum(1).max())
+        ends_B = before.length + own_mask.sum(1)
+        index_BP = ends_B[:, None] - length + torch.arange(length, device=self._device)
+        index_BP = index_BP.clamp_min(0)
+        moved_BP = mask_BT.gather(1, index_BP)
+        # A row shorter than the others reads columns that are not its own in front.
+        lengths_B = mask_BT.sum(1)
+        moved_BP = moved_BP * (
+            torch.arange(length, device=self._device) >= length - lengths_B[:, None]
+        )
+        layers: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        for held in cache.layers:
+            layers.append(
+                (
+                    _moved(held.keys, index_BP, moved_BP),  # type: ignore[arg-type]
+                    _moved(held.values, index_BP, moved_BP),  # type: ignore[arg-type]
+                )
+            )
+            held.keys = held.values = None
+        return Prefixes(layers, moved_BP)
+
+
+def _moved(part: torch.Tensor, index_BP: torch.Tensor, mask_BP: torch.Tensor) -> torch.Tensor:
+    """Columns of keys or values by row; padding is zeroed, so that no NaN spreads from it."""
+    index = index_BP[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+    return part.gather(2, index).masked_fill_((mask_BP == 0)[:, None, :, None], 0)
+
+
+def forward(model: nn.Module, ids_BT: torch.Tensor, mask_BU: torch.Tensor, cache: Cache) -> Any:
+    """Run the model on T new columns, the last of U; the cache holds the others."""
+    inputs: dict[str, Any] = {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BU,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if takes_positions(model):
+        inputs["position_ids"] = positions(mask_BU)[:, -ids_BT.shape[1] :]
+    return model(**inputs)
