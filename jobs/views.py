@@ -73,7 +73,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "requests": f"{count} to edit, {len(plan.table.rejected)} rejected",
         "target shards": _sizes(list(map(len, plan.target_shards))),
         "update shards": _sizes(list(map(len, plan.update_shards))),
-        "batch size": str(plan.batch_size),
+        "batch size": str(plan.batch_size or "auto"),
         "layers": ", ".join(map(str, plan.hparams.layers)),
         "edited weights": f"{plan.layout.value_width} × {plan.layout.key_width}",
         "corpus": f"{len(plan.corpus)} shards, about {tokens:,} tokens" if plan.corpus else "none",

@@ -58,6 +58,7 @@ CountOrNull = Annotated[_Count | None, _allowed("a whole number, 1 or more, or n
 Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
 GPUs = Annotated[_FromZero, _allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], _allowed("none or cpu")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], _allowed("auto, float32 or bfloat16")]
 Minimum = Annotated[_Fraction | None, _allowed("a fraction from 0 to 1, or null")]
 Maximum = Annotated[_FromZero | None, _allowed("a number, 0 or more, or null")]
 
@@ -78,7 +79,14 @@ class TargetsConfig(_Section):
         description="GPUs for each worker; 0 computes on the CPU, a fraction shares a GPU.",
     )
     batch_size: CountOrAuto = Field(
-        default="auto", description="Requests optimised together; auto: what the memory allows."
+        default="auto",
+        description="Requests optimised side by side; auto: 16 on a CPU, 256 on a GPU, or as many "
+        "as the free memory holds.",
+    )
+    dtype: Dtype = Field(
+        default="auto",
+        description="Of weights and activations while targets are computed; auto: float32 on a "
+        "CPU, as stored on a GPU. Free vectors, losses and optimiser are float32 in any case.",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
@@ -210,7 +218,7 @@ class JobConfig(_Section):
                 "corpus": True,
                 "context_templates": True,
                 "seed": True,
-                "targets": {"batch_size", "shard_size"},
+                "targets": {"batch_size", "dtype", "shard_size"},
                 "update": {"shard_size"},
             },
         )

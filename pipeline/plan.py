@@ -31,7 +31,6 @@ from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
-from pmet.targets import default_batch_size
 
 CORPUS_TOKENS = 1_000_000
 """About as many tokens of a corpus are read: fewer than the published 100,000 articles have, and
@@ -58,7 +57,7 @@ class Plan:
         corpus: texts by shard; empty where the second moments are given.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
-        batch_size: requests optimised side by side.
+        batch_size: requests optimised side by side; None: what the workers' memory holds.
         digests: what the result depends on, by name.
     """
 
@@ -72,13 +71,18 @@ class Plan:
     corpus: list[list[str]]
     target_shards: list[Shard]
     update_shards: list[Shard]
-    batch_size: int
+    batch_size: int | None
     digests: dict[str, str]
 
     @property
     def base(self) -> ModelSource:
         """The unedited model, for the workers."""
         return ModelSource(str(self.checkpoint.folder), self.job.targets.gpus_per_worker > 0)
+
+    @property
+    def target_source(self) -> ModelSource:
+        """The same in the type that targets are computed in."""
+        return replace(self.base, dtype=self.job.targets.dtype)
 
 
 def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
@@ -120,7 +124,6 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         raise JobError(
             "gates.perplexity_increase needs a corpus to measure perplexity on; give one"
         )
-    device = torch.device("cuda" if job.targets.gpus_per_worker > 0 else "cpu")
     batch_size = job.targets.batch_size
     return Plan(
         job=job,
@@ -133,7 +136,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         corpus=corpus,
         target_shards=plan_shards(count, shard_size(count, job.targets.shard_size)),
         update_shards=plan_shards(count, shard_size(count, job.update.shard_size)),
-        batch_size=default_batch_size(device) if batch_size == "auto" else batch_size,
+        batch_size=None if batch_size == "auto" else batch_size,
         digests={
             "job": job.digest(),
             "model": digest,

@@ -15,6 +15,7 @@ import torch
 from pipeline.schema import targets_table
 from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
+from pmet.budget import free_memory
 from pmet.contexts import ContextTemplates
 from pmet.hparams import PMETHyperParams
 from pmet.request import EditRequest
@@ -29,18 +30,18 @@ class ModelSource:
     Attributes:
         folder: a local model folder.
         on_gpu: whether to put it on the GPU that the worker was given.
+        dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By default float32 on a CPU,
+            where 16-bit arithmetic is slow and coarse, and as stored on a GPU.
     """
 
     folder: str
     on_gpu: bool
+    dtype: str = "auto"
 
     def open(self) -> tuple[Any, Any]:
-        """The model, for evaluation, and its tokenizer.
-
-        On a CPU the weights become float32, where 16-bit arithmetic is slow and coarse; on a GPU
-        they stay as they are stored.
-        """
-        model = open_causal_lm(self.folder, dtype="auto" if self.on_gpu else torch.float32)
+        """The model, for evaluation, and its tokenizer."""
+        dtype = "float32" if self.dtype == "auto" and not self.on_gpu else self.dtype
+        model = open_causal_lm(self.folder, dtype=dtype)
         return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(self.folder)
 
 
@@ -71,11 +72,13 @@ class TargetSummary:
         sha256: of the file.
         failures: reason by row of the input, for requests that have no target.
         early: requests that stopped before the last evaluation.
+        count: requests in the shard.
     """
 
     sha256: str
     failures: dict[int, str]
     early: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,21 @@ class Replica:
 
     def find_targets(
         self,
+        source: ModelSource,
         requests: Sequence[EditRequest],
         rows: Sequence[int],
         hparams: PMETHyperParams,
         templates: ContextTemplates,
-        batch_size: int,
+        batch_size: int | None,
+        share: float,
         output: Store,
         name: str,
     ) -> TargetSummary:
-        """Optimise the targets of a shard and write them to ``name`` of ``output``."""
+        """Optimise the targets of a shard and write them to ``name`` of ``output``.
+
+        Without a ``batch_size`` it follows from the worker's ``share`` of the free memory.
+        """
+        self._use(source)
         found = compute_targets(
             self._model,
             self._tokenizer,
@@ -127,6 +136,7 @@ class Replica:
             hparams,
             context_templates=templates,
             batch_size=batch_size,
+            memory=int(free_memory(self._model.device) * share),
         )
         table = targets_table(
             list(rows), found.values.numpy(), found.steps.numpy(), found.losses.numpy()
@@ -136,6 +146,7 @@ class Replica:
             sha256=output.sha256(name),
             failures={rows[i]: reason for i, reason in found.failures.items()},
             early=int((found.steps < hparams.v_num_grad_steps).sum()),
+            count=len(found),
         )
 
     def measure(self, source: ModelSource, requests: Sequence[EditRequest]) -> Measured:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
     with run.stage("targets", len(plan.table.requests)) as (bar, detail):
         bar.advance(len(plan.table.requests) - sum(map(len, todo)))
         detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo), "early": 0}
+        detail["found"] = 0
+        start = time.monotonic()
 
         def take(task: Task, summary: TargetSummary) -> None:
             file = task.args[-1]
@@ -148,8 +151,10 @@ def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
             run.folder.record(f"targets-{PurePosixPath(file).stem}", record)
             failures.update(_failures(record))
             detail["early"] += summary.early
-            bar.advance(len(task.args[0]))
-            bar.note(f"{detail['early']} stopped early")
+            detail["found"] += summary.count
+            bar.advance(summary.count)
+            rate = detail["found"] / (time.monotonic() - start)
+            bar.note(f"{rate:.3g} targets/s, {detail['early']} stopped early")
 
         if todo:
             run.crew.map("find_targets", [_target_task(run, s, templates) for s in todo], take)
@@ -244,11 +249,13 @@ def _target_task(run: Context, shard: Shard, templates: list[list[str]]) -> Task
     return Task(
         f"shard {shard.name} (requests {shard.start} to {shard.stop - 1})",
         (
+            plan.target_source,
             plan.table.requests[part],
             plan.table.rows[part],
             plan.hparams,
             templates,
             plan.batch_size,
+            min(1.0, plan.job.targets.gpus_per_worker or 1.0),
             run.store,
             target_file(shard),
         ),

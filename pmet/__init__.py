@@ -21,6 +21,7 @@ from pmet.errors import (
     NotFiniteError,
     NotPositiveDefiniteError,
     NumericalError,
+    OutOfMemoryError,
     PMETError,
     RequestError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "NotFiniteError",
     "NotPositiveDefiniteError",
     "NumericalError",
+    "OutOfMemoryError",
     "PMETError",
     "PMETHyperParams",
     "RequestError",

@@ -40,7 +40,7 @@ def compute_edit(
     second_moments: Mapping[int, torch.Tensor] | None = None,
     targets: Targets | torch.Tensor | None = None,
     seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Edit:
     """Compute the weight changes that make ``model`` hold ``requests``.
 

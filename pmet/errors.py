@@ -9,9 +9,10 @@ Every message says what is wrong, where, and what to do about it. The tree is sm
     │   ├── ContextTemplateError    a list of context templates
     │   ├── ArchitectureError       a model whose parts cannot be named
     │   └── EditFileError           a saved edit that does not fit
-    └── NumericalError          the arithmetic failed
-        ├── NotFiniteError          NaN or infinity
-        └── NotPositiveDefiniteError  KᵀK + λC has no Cholesky factor
+    ├── NumericalError          the arithmetic failed
+    │   ├── NotFiniteError          NaN or infinity
+    │   └── NotPositiveDefiniteError  KᵀK + λC has no Cholesky factor
+    └── OutOfMemoryError        not even one request fits into memory
 """
 
 
@@ -53,3 +54,7 @@ class NotFiniteError(NumericalError):
 
 class NotPositiveDefiniteError(NumericalError):
     """A matrix that must be positive definite is not."""
+
+
+class OutOfMemoryError(PMETError):
+    """Memory does not hold a single request; the message names its lengths."""

@@ -183,10 +183,37 @@ def put(rows: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def tuned(model: nn.Module) -> Iterator[None]:
-    """Within: the model computes with the kernels above where they apply."""
-    with _fused_activations(model), _short_rows(model), _keeping_freed_memory(model):
+def tuned(model: nn.Module, longest: int) -> Iterator[None]:
+    """Within: the model computes with the kernels above where they apply.
+
+    Args:
+        model: the model, which is as before afterwards.
+        longest: the most tokens that it will read in a row.
+    """
+    with (
+        _fused_activations(model),
+        _short_rows(model),
+        _short_position_tables(model, longest),
+        _keeping_freed_memory(model),
+    ):
         yield
+
+
+@contextmanager
+def _short_position_tables(model: nn.Module, longest: int) -> Iterator[None]:
+    """Cut the tables that GPT-J copies for every row, in every layer, at every step."""
+    found = [
+        (module, table)
+        for module in model.modules()
+        if isinstance(table := module._buffers.get("embed_positions"), torch.Tensor)
+    ]
+    for module, table in found:
+        module._buffers["embed_positions"] = table[:longest]
+    try:
+        yield
+    finally:
+        for module, table in found:
+            module._buffers["embed_positions"] = table
 
 
 @contextmanager

@@ -10,10 +10,10 @@ Shape letters: B rows, C contexts, H heads of keys, P prefix columns, d head wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from os.path import commonprefix
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -24,11 +24,26 @@ from pmet.padding import pad, positions
 from pmet.tracing import StopForward, takes_positions
 
 
+class _Behind(torch.autograd.Function):
+    """Keys or values written behind a prefix's, in place: nothing in front of them is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
+        ctx.length = length
+        held[:, :, length:] = new
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, None, gradient[:, :, ctx.length :]
+
+
 class PrefixLayer(DynamicLayer):
     """Keys and values of one layer, (B, H, P, d) each, in front of whatever is computed next.
 
-    New ones are joined to them for the attention that asks, and forgotten: a step can be repeated.
-    While ``recording``, what was joined replaces what was held.
+    New ones are joined to them for the attention that asks, and not counted: a step can be
+    repeated. Where the tensors held have room behind P, the new ones are written there, over those
+    of the step before. While ``recording``, what was joined replaces what was held.
     """
 
     def __init__(
@@ -41,14 +56,18 @@ class PrefixLayer(DynamicLayer):
         last: bool = False,
     ) -> None:
         super().__init__()
-        self.keys, self.values = keys, values  # type: ignore[assignment]
+        self.keys, self.values = keys, values
         self.is_initialized = keys is not None
         self.length, self.recording, self.last = length, recording, last
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.keys is not None:
+        """Keys and values that the attention reads: those held, then the new ones."""
+        if self.keys is not None and self.keys.shape[2] > self.length:
+            key_states = _Behind.apply(self.keys, self.length, key_states)
+            value_states = _Behind.apply(self.values, self.length, value_states)
+        elif self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
         if self.recording:
@@ -64,16 +83,21 @@ class PrefixLayer(DynamicLayer):
         return self.length
 
 
+# Keys and values of one layer, or nothing.
+Held: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """Keys and values of B prefixes in every layer, the last token of each in the last column.
 
     Attributes:
-        layers: keys and values, (B, H, P, d) each, by layer; None where P is 0.
+        layers: keys and values, (B, H, P, d) each, by layer; None where there is nothing to hold.
+            Columns behind P, if there are any, are room for what is computed next.
         mask_BP: 1 where there is a token, int64.
     """
 
-    layers: list[tuple[torch.Tensor, torch.Tensor] | None]
+    layers: list[Held]
     mask_BP: torch.Tensor
 
     @property
@@ -81,30 +105,32 @@ class Prefixes:
         """P."""
         return self.mask_BP.shape[1]
 
-    def cache(self, **how: bool) -> Cache:
+    def cache(self, *, recording: bool = False) -> Cache:
         """A cache that holds them for the model."""
         last = len(self.layers) - 1
-        return Cache(
-            layers=[
-                PrefixLayer(*(held or ()), length=self.length, last=i == last, **how)
-                for i, held in enumerate(self.layers)
-            ]
-        )
+        layers = []
+        for i, held in enumerate(self.layers):
+            keys, values = held or (None, None)
+            layers.append(
+                PrefixLayer(keys, values, length=self.length, recording=recording, last=i == last)
+            )
+        return Cache(layers=layers)
 
     def kept(self, rows: torch.Tensor) -> Prefixes:
         """Some rows; columns in which only padding is left go away."""
         mask_BP = self.mask_BP[rows]
         length = int(mask_BP.sum(1).max()) if mask_BP.numel() else 0
         front = self.length - length
+        columns = slice(front, self.length)
         layers = [
-            held and (held[0][rows, :, front:], held[1][rows, :, front:]) for held in self.layers
+            held and (held[0][rows, :, columns], held[1][rows, :, columns]) for held in self.layers
         ]
         return Prefixes(layers if length else [None] * len(layers), mask_BP[:, front:])
 
     def joined(self, others: Prefixes) -> Prefixes:
         """These rows, then others."""
         length = max(self.length, others.length)
-        layers = []
+        layers: list[Held] = []
         for mine, theirs in zip(self.layers, others.layers, strict=True):
             shape = mine or theirs
             if shape is None:
@@ -113,7 +139,7 @@ class Prefixes:
             both = [
                 torch.cat(
                     [
-                        _widened(part, len(prefixes.mask_BP), length, shape[i])
+                        _widened(part, prefixes, length, shape[i])
                         for part, prefixes in (
                             (mine and mine[i], self),
                             (theirs and theirs[i], others),
@@ -123,9 +149,7 @@ class Prefixes:
                 for i in (0, 1)
             ]
             layers.append((both[0], both[1]))
-        masks = [
-            torch.nn.functional.pad(p.mask_BP, (length - p.length, 0)) for p in (self, others)
-        ]
+        masks = [torch.nn.functional.pad(p.mask_BP, (length - p.length, 0)) for p in (self, others)]
         return Prefixes(layers, torch.cat(masks))
 
     def above(self, layer: int) -> Prefixes:
@@ -133,14 +157,33 @@ class Prefixes:
         layers = [None if i <= layer else held for i, held in enumerate(self.layers)]
         return Prefixes(layers, self.mask_BP)
 
+    @property
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All keys and values."""
+        for held in self.layers:
+            yield from held or ()
+
+    def with_room(self, columns: int) -> Prefixes:
+        """The same with room for that many columns behind."""
+
+        def widened(part: torch.Tensor) -> torch.Tensor:
+            rows, heads, _, width = part.shape
+            wide = part.new_empty(rows, heads, self.length + columns, width)
+            wide[:, :, : self.length] = part[:, :, : self.length]
+            return wide
+
+        layers: list[Held] = [held and (widened(held[0]), widened(held[1])) for held in self.layers]
+        return Prefixes(layers, self.mask_BP)
+
 
 def _widened(
-    part: torch.Tensor | None, rows: int, length: int, like: torch.Tensor
+    part: torch.Tensor | None, prefixes: Prefixes, length: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """Keys or values with columns of zeros in front, ``length`` in all."""
+    """Keys or values with columns of zeros in front, ``length`` in all, and no room behind."""
     if part is None:
-        return like.new_zeros(rows, like.shape[1], length, like.shape[3])
-    return torch.nn.functional.pad(part, (0, 0, length - part.shape[2], 0))
+        return like.new_zeros(len(prefixes.mask_BP), like.shape[1], length, like.shape[3])
+    part = part[:, :, : prefixes.length]
+    return torch.nn.functional.pad(part, (0, 0, length - prefixes.length, 0))
 
 
 class PrefixFiller:
@@ -158,7 +201,7 @@ class PrefixFiller:
     ) -> None:
         self._model, self._depth = model, layout.depth
         self._device = layout.weight(model, layout.depth - 1).device
-        self._shared = [tuple(commonprefix([list(p) for p in group])) for group in prefixes]
+        self._shared = [_common(group) for group in prefixes]
         nothing = Prefixes(
             [None] * self._depth,
             torch.zeros(len(prefixes), 0, dtype=torch.int64, device=self._device),
@@ -180,10 +223,8 @@ class PrefixFiller:
             return before
         mask_BT = torch.cat([before.mask_BP, own_mask], dim=1)
         cache = before.cache(recording=True)
-        try:
+        with suppress(StopForward):
             forward(self._model, ids, mask_BT, cache)
-        except StopForward:
-            pass
         # Every row's tokens are in adjacent columns; move them to the right-hand side.
         length = int(mask_BT.sum(1).max())
         ends_B = before.length + own_mask.sum(1)
@@ -195,16 +236,26 @@ class PrefixFiller:
         moved_BP = moved_BP * (
             torch.arange(length, device=self._device) >= length - lengths_B[:, None]
         )
-        layers: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        layers: list[Held] = []
         for held in cache.layers:
             layers.append(
                 (
-                    _moved(held.keys, index_BP, moved_BP),  # type: ignore[arg-type]
-                    _moved(held.values, index_BP, moved_BP),  # type: ignore[arg-type]
+                    _moved(held.keys, index_BP, moved_BP),
+                    _moved(held.values, index_BP, moved_BP),
                 )
             )
             held.keys = held.values = None
         return Prefixes(layers, moved_BP)
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that all sequences begin with."""
+    if not sequences:
+        return ()
+    # What the smallest and the largest have in common, all between them have too.
+    low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
+    same = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+    return low[: next(same, min(len(low), len(high)))]
 
 
 def _moved(part: torch.Tensor, index_BP: torch.Tensor, mask_BP: torch.Tensor) -> torch.Tensor:

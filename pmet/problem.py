@@ -55,9 +55,9 @@ class Problem:
         return self.contexts if self.kl_shared else (*self.contexts, self.kl)
 
     @property
-    def numbers(self) -> range:
-        """For each prompt the number of its context; the KL prompt's follows the others."""
-        return range(len(self.prompts))
+    def rows(self) -> list[tuple[TokenizedPrompt, int]]:
+        """Each prompt with the number of its context; the KL prompt's follows the others."""
+        return [(prompt, number) for number, prompt in enumerate(self.prompts)]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,13 +67,18 @@ class Problem:
             max(len(p.prefix) for p in self.prompts),
         )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.ids) for p in self.prompts)
+
     def check_length(self, request: EditRequest, limit: int | None) -> None:
         """Refuse a request that a model with ``limit`` positions cannot read whole.
 
         Raises:
             RequestError: naming the lengths.
         """
-        longest = max(len(p.ids) for p in self.prompts)
+        longest = self.longest
         if limit is not None and longest > limit:
             raise RequestError(
                 f"the prompt about {request.subject[:60]!r} takes {longest} tokens with its "

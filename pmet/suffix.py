@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from pmet.errors import ArchitectureError
 from pmet.kernels import put, take
 from pmet.lookup import TokenizedPrompt
 from pmet.padding import pad
-from pmet.prefix import PrefixFiller, Prefixes, forward
+from pmet.prefix import Prefixes, PrefixFiller, forward
 from pmet.tracing import (
     captured_input,
     captured_output,
@@ -43,6 +43,9 @@ from pmet.tracing import (
     stopping_after,
     with_first,
 )
+
+# Above this share of tokens among the columns, leaving padding out costs more than it saves.
+_ENOUGH_TOKENS = 0.9
 
 
 @dataclass(frozen=True)
@@ -105,26 +108,32 @@ class SuffixRun:
         filler: computes the prefixes.
     """
 
-    def __init__(
-        self, model: nn.Module, layout: Layout, layer: int, filler: PrefixFiller
-    ) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, layer: int, filler: PrefixFiller) -> None:
         self._model, self._layout, self._layer = model, layout, layer
         self._filler = filler
-        self._attention = _child(layout.layer(model, layer), layout.attention_projection(model, layer))
+        projection = layout.attention_projection(model, layer)
+        self._attention = _child(layout.layer(model, layer), projection)
         self._rows: _Rows | None = None
+        # Places of the suffixes that are no padding, if it is worth while to go by them.
+        self._tokens_N: torch.Tensor | None = None
         # The outputs of the stand-ins, but for their hidden states: what the families return there.
         self._below: list[Any] = []
         self._attended: Any = None
 
     @property
-    def clean_attention_BD(self) -> torch.Tensor:
-        """The attention's output at layer z and the subject's last token."""
+    def clean_attention(self) -> torch.Tensor:
+        """The attention's output (B, D) at layer z and the subject's last token."""
         return self._held.attention_BD
 
     @property
-    def clean_ffn_BD(self) -> torch.Tensor:
-        """The down-projection's output there."""
+    def clean_ffn(self) -> torch.Tensor:
+        """The down-projection's output (B, D) there."""
         return self._held.ffn_BD
+
+    @property
+    def keys_and_values(self) -> Iterator[torch.Tensor]:
+        """What is held of the prefixes."""
+        return self._held.prefixes.tensors
 
     @property
     def _held(self) -> _Rows:
@@ -140,11 +149,20 @@ class SuffixRun:
         """
         prefixes = self._filler.fill([p.prefix for p in prompts], contexts)
         rows = self._read([p.suffix for p in prompts], prefixes)
-        self._rows = rows if self._rows is None else self._rows.joined(rows)
+        self._hold(rows if self._rows is None else self._rows.joined(rows))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep some rows (ascending indices)."""
-        self._rows = self._held.kept(rows) if len(rows) else None
+        self._hold(self._held.kept(rows) if len(rows) else None)
+
+    def _hold(self, rows: _Rows | None) -> None:
+        if rows is None:
+            self._rows = self._tokens_N = None
+            return
+        self._rows = replace(rows, prefixes=rows.prefixes.with_room(rows.ids_BS.shape[1]))
+        tokens_N = rows.mask_BS.flatten().nonzero()[:, 0]
+        padded_much = len(tokens_N) < _ENOUGH_TOKENS * rows.mask_BS.numel()
+        self._tokens_N = tokens_N if padded_much else None
 
     @torch.no_grad()
     def _read(self, suffixes: Sequence[Sequence[int]], prefixes: Prefixes) -> _Rows:
@@ -201,7 +219,7 @@ class SuffixRun:
         with (
             self._passing_below(),
             self._target_layer_on_one_token(attention_delta_BD, ffn_delta_BD),
-            self._last_layer_on_places(places_N),
+            self._layers_above_where_needed(places_N),
             changed_input(
                 layout.head(model), lambda hidden: take(hidden.flatten(0, 1), places_N)[None]
             ),
@@ -216,12 +234,8 @@ class SuffixRun:
         """The layers below z pass their input on, in the family's form of an output."""
         with ExitStack() as stack:
             for i, output in enumerate(self._below):
-                stack.enter_context(
-                    _replaced(
-                        self._layout.layer(self._model, i),
-                        lambda hidden, _args, _kwargs, output=output: with_first(output, hidden),
-                    )
-                )
+                layer = self._layout.layer(self._model, i)
+                stack.enter_context(_replaced(layer, _passing(output)))
             yield
 
     @contextmanager
@@ -251,19 +265,26 @@ class SuffixRun:
             yield
 
     @contextmanager
-    def _last_layer_on_places(self, places_N: torch.Tensor) -> Iterator[None]:
-        """What follows the attention in the last layer runs only at places that are read."""
+    def _layers_above_where_needed(self, places_N: torch.Tensor) -> Iterator[None]:
+        """Above z matrices leave padding out, where there is much of it; and what follows the
+        last layer's attention runs only at the places that are read.
+        """
         model, layout, last = self._model, self._layout, self._layout.depth - 1
-        if last == self._layer:
-            yield
-            return
-        layer = layout.layer(model, last)
-        projection = layout.attention_projection(model, last)
-        attention = _child(layer, projection)
-        ffn = [m for m in layer.children() if m is not attention and _has_matrix(m)]
         with ExitStack() as stack:
-            for module in (projection, *ffn):
-                stack.enter_context(_replaced(module, _on_places(module.forward, places_N)))
+            for i in range(self._layer + 1, layout.depth):
+                layer, projection = layout.layer(model, i), layout.attention_projection(model, i)
+                attention = _child(layer, projection)
+                before = [m for m in attention.modules() if _is_matrix(m) and m is not projection]
+                behind = [projection, *_ffn(layer, attention)]
+                for modules, index_N in (
+                    (before, self._tokens_N),
+                    (behind, places_N if i == last else self._tokens_N),
+                ):
+                    if index_N is None:
+                        continue
+                    for module in modules:
+                        run = _on_places(module.forward, index_N)
+                        stack.enter_context(_replaced(module, run))
             yield
 
 
@@ -288,6 +309,11 @@ def _replaced(module: nn.Module, run: Stored) -> Iterator[None]:
             module.__dict__.pop("forward")
         else:
             module.forward = before
+
+
+def _passing(output: Any) -> Stored:
+    """What passes its hidden states on, in the form of ``output``."""
+    return lambda hidden, _args, _kwargs: with_first(output, hidden)
 
 
 def _called(
@@ -319,8 +345,17 @@ def _child(layer: nn.Module, module: nn.Module) -> nn.Module:
     return next(child for child in layer.children() if any(m is module for m in child.modules()))
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
+def _ffn(layer: nn.Module, attention: nn.Module) -> list[nn.Module]:
+    """The parts of ``layer`` beside its attention that hold matrices; they treat tokens singly."""
+    return [
+        child
+        for child in layer.children()
+        if child is not attention and any(map(_is_matrix, child.modules()))
+    ]
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:

@@ -17,16 +17,27 @@ reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a requ
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from pmet.architecture import Layout, resolve
+from pmet.budget import (
+    SCORE_BYTES,
+    Count,
+    Footprint,
+    attention_shape,
+    free_memory,
+    out_of_memory,
+)
 from pmet.contexts import ContextTemplates, check
+from pmet.errors import OutOfMemoryError
 from pmet.hparams import PMETHyperParams
 from pmet.kernels import tuned
 from pmet.prefix import PrefixFiller
@@ -78,7 +89,8 @@ def compute_targets(
     *,
     context_templates: ContextTemplates,
     batch_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    memory: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Targets:
     """Optimise a target for every request.
 
@@ -88,12 +100,16 @@ def compute_targets(
         requests: E edit requests.
         hparams: the method's hyper-parameters.
         context_templates: groups of templates, the bare ``{}`` first.
-        batch_size: requests optimised side by side; a choice of speed, not of result.
-        on_progress: told how many requests have just been finished.
+        batch_size: requests optimised side by side; a choice of speed, not of result. Without it
+            :func:`default_batch_size`, or as many as ``memory`` holds.
+        memory: bytes that may be used beside the model; without it, what is free.
+        on_progress: told how many requests have just been finished, and how many of those stopped
+            before the last evaluation.
 
     Raises:
         InputError: a request cannot be tokenised, is longer than the model's context, or the
             model's parts cannot be found.
+        OutOfMemoryError: memory does not hold a single request.
     """
     layout = resolve(model, hparams)
     templates = [t for group in check(context_templates) for t in group]
@@ -106,12 +122,18 @@ def compute_targets(
     # Neighbours of like length share little padding.
     order = sorted(range(len(requests)), key=lambda e: (problems[e].shape, e))
     size = batch_size or default_batch_size(device)
-    with frozen(model), tuned(model):
-        optimisation = _Optimisation(model, layout, hparams, problems, order, size)
+    budget = None if batch_size else memory or free_memory(device)
+    if not requests:
+        return _targets([], layout.value_width)
+    longest = max(problem.longest for problem in problems)
+    with frozen(model), tuned(model, longest):
+        optimisation = _Optimisation(
+            model, layout, hparams, [(e, problems[e]) for e in order], size, budget
+        )
         for index, outcome in optimisation.run():
             outcomes[index] = outcome
             if on_progress:
-                on_progress(1)
+                on_progress(1, int(outcome.steps < hparams.v_num_grad_steps))
     return _targets([o for o in outcomes if o is not None], layout.value_width)
 
 
@@ -178,9 +200,11 @@ class _Places:
         apart = set(at_kl)
         places = [place for place in wanted if place not in apart] + at_kl
         number = {place: i for i, place in enumerate(places)}
-        whole = [owners, *zip(*places, strict=True), [number[p] for p in wanted]]
         return cls(
-            *(torch.tensor(part, device=device) for part in whole),
+            torch.tensor(owners, device=device),
+            torch.tensor([row for row, _ in places], device=device),
+            torch.tensor([column for _, column in places], device=device),
+            torch.tensor([number[place] for place in wanted], device=device),
             torch.tensor(labels, device=device),
             torch.tensor(owners_of_labels, device=device),
             torch.tensor(shares, device=device),
@@ -231,11 +255,12 @@ class _State:
 
 @dataclass
 class _Member:
-    """A request in the batch, or waiting to come in."""
+    """A request in the batch, or waiting to come in; one that had to leave brings its state."""
 
     index: int
     problem: Problem
     evaluations: int = 0
+    state: _State | None = None
 
 
 class _Optimisation:
@@ -245,9 +270,9 @@ class _Optimisation:
         model: frozen, in evaluation mode.
         layout: where its parts are.
         hparams: of the method.
-        problems: of all requests.
-        order: in which they come in.
+        problems: of all requests, with their numbers, in the order in which they come in.
         size: the most that are in the batch at a time.
+        memory: bytes that the batch may take, if ``size`` is not to be taken at its word.
     """
 
     def __init__(
@@ -255,20 +280,21 @@ class _Optimisation:
         model: nn.Module,
         layout: Layout,
         hparams: PMETHyperParams,
-        problems: Sequence[Problem],
-        order: Sequence[int],
+        problems: Sequence[tuple[int, Problem]],
         size: int,
+        memory: int | None = None,
     ) -> None:
-        self._hparams, self._size = hparams, size
-        self._queue = deque(_Member(index, problems[index]) for index in order)
-        self._vocabulary = _vocabulary(layout.head(model))
-        rows = [zip(problem.prompts, problem.numbers, strict=True) for problem in problems]
-        by_context: list[list[tuple[int, ...]]] = [[] for _ in range(len(problems[0].contexts) + 1)]
-        for prompt, number in (pair for pairs in rows for pair in pairs):
-            by_context[number].append(prompt.prefix)
-        self._run = SuffixRun(
-            model, layout, hparams.target_layer, PrefixFiller(model, layout, by_context)
-        )
+        self._model, self._layout, self._hparams = model, layout, hparams
+        self._size, self._memory = size, memory
+        self._footprint: Footprint | None = None
+        self._queue = deque(_Member(index, problem) for index, problem in problems)
+        by_context: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for _, problem in problems:
+            for prompt, number in problem.rows:
+                by_context[number].append(prompt.prefix)
+        prefixes = [by_context[number] for number in range(max(by_context) + 1)]
+        filler = PrefixFiller(model, layout, prefixes)
+        self._run = SuffixRun(model, layout, hparams.target_layer, filler)
         self._members: list[_Member] = []
         self._state: _State | None = None
         self._places: _Places | None = None
@@ -276,31 +302,111 @@ class _Optimisation:
     def run(self) -> Iterator[tuple[int, _Outcome]]:
         """Evaluate, stop, step, shrink, refill; until every request has stopped."""
         while self._queue or self._members:
-            self._admit()
-            yield from self._advance()
+            try:
+                self._admit()
+                outcomes = self._advance()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                outcomes = None
+            # Out of the handler: the error holds on to the memory of the failed evaluation.
+            if outcomes is None:
+                self._retreat()
+            else:
+                yield from outcomes
 
     def _admit(self) -> None:
         """Fill the places that have become free, once they are worth a pass over the prefixes."""
-        free = self._size - len(self._members)
-        if not self._queue or (self._members and 4 * free < self._size):
+        if not self._queue or (self._members and 4 * len(self._members) > 3 * self._size):
             return
-        new = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
-        first = len(self._held.clean_EPD) if self._state else 0
-        rows = [pair for m in new for pair in zip(m.problem.prompts, m.problem.numbers, strict=True)]
+        new = [self._queue[i] for i in range(self._room())]
+        if not new:
+            return
+        rows = [pair for member in new for pair in member.problem.rows]
         first_row = 0 if self._places is None else len(self._places.owners_B)
         self._run.add([prompt for prompt, _ in rows], [number for _, number in rows])
         # The bare context comes first; its clean outputs are the vectors that δ is added to.
-        starts = [first_row]
-        for member in new[:-1]:
-            starts.append(starts[-1] + len(member.problem.prompts))
-        bare = [self._run.clean_attention_BD[starts], self._run.clean_ffn_BD[starts]]
-        clean_EPD = torch.stack(bare, dim=1)
+        starts = list(accumulate((len(m.problem.rows) for m in new[:-1]), initial=first_row))
+        clean_EPD = torch.stack([self._run.clean_attention[starts], self._run.clean_ffn[starts]], 1)
         clean_EPD = clean_EPD.to(torch.promote_types(clean_EPD.dtype, torch.float32))
-        fresh = _State.start(clean_EPD, self._hparams.nll_loss_factor, self._vocabulary)
-        self._state = self._state.joined(fresh) if self._state else fresh
+        factor, vocabulary = self._hparams.nll_loss_factor, len(_weight(self._head))
+        state = self._state
+        for e, member in enumerate(new):
+            started = member.state or _State.start(clean_EPD[e : e + 1], factor, vocabulary)
+            state = state.joined(started) if state else started
+        for member in new:
+            member.state = None
+            self._queue.popleft()
+        self._state = state
         self._members += new
         self._places = _Places.of([m.problem for m in self._members], clean_EPD.device)
-        assert first + len(new) == len(self._members)
+
+    @property
+    def _head(self) -> nn.Module:
+        return self._layout.head(self._model)
+
+    def _room(self) -> int:
+        """How many of those that wait can come in."""
+        free = min(self._size - len(self._members), len(self._queue))
+        if self._memory is None:
+            return free
+        if self._footprint is None:
+            # The first one is measured.
+            return 0 if self._members else 1
+        inside = [member.problem for member in self._members]
+        waiting = [self._queue[i].problem for i in range(free)]
+        fit = 0
+        while fit < free:
+            new = waiting[: fit + 1]
+            if self._footprint.of(inside + new, new) > self._memory:
+                break
+            fit += 1
+        # One by itself is tried in any case.
+        return fit or int(not inside)
+
+    def _measured(self, saved: int) -> Footprint:
+        """What requests take, from what the first one's evaluation saved."""
+        (member,), z, depth = self._members, self._hparams.target_layer, self._layout.depth
+        problem = member.problem
+        rows = len(problem.prompts)
+        suffix, _ = problem.shape
+        above = max(1, depth - 1 - z)
+        heads, key_heads, width = attention_shape(self._model.config)
+        layer = 2 * key_heads * width * _weight(self._head).element_size()
+        logits = (len(problem.target) * len(problem.contexts) + 1) * len(_weight(self._head)) * 8
+        return Footprint(
+            column=layer * above,
+            column_below=layer * (z + 1),
+            token=max(saved - logits, saved // 4) // (rows * suffix),
+            scores=SCORE_BYTES * heads * above,
+            vocabulary=len(_weight(self._head)),
+            depth=above,
+        )
+
+    def _retreat(self) -> None:
+        """Memory is exhausted: go on with half as many; the others come in again later."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        tried = len(self._members) or self._room()
+        if tried <= 1:
+            problem = (self._members or self._queue)[0].problem
+            suffix, prefix = problem.shape
+            raise OutOfMemoryError(
+                f"memory does not hold one request of {len(problem.prompts)} prompts with up to "
+                f"{prefix} tokens before the subject's last one and {suffix} from there on; "
+                "shorten its prompt, or give the workers more memory"
+            )
+        self._size = tried // 2
+        leaving = self._members[self._size :]
+        for e, member in enumerate(leaving, start=self._size):
+            member.state = self._held.kept(torch.tensor([e], device=self._device))
+        self._queue.extendleft(reversed(leaving))
+        if leaving:
+            self._leave([e >= self._size for e in range(len(self._members))])
+
+    @property
+    def _device(self) -> torch.device:
+        return self._layout.weight(self._model, self._hparams.target_layer).device
 
     @property
     def _held(self) -> _State:
@@ -308,21 +414,33 @@ class _Optimisation:
         return self._state
 
     def _advance(self) -> list[tuple[int, _Outcome]]:
-        """One evaluation of all that are in the batch, and a step of those that go on."""
+        """One evaluation of all that are in the batch, and a step of those that go on.
+
+        Nothing has changed where it fails for lack of memory.
+        """
         state, limit = self._held, self._hparams.v_num_grad_steps
-        for member in self._members:
-            member.evaluations += 1
-        last = [member.evaluations == limit for member in self._members]
+        last = [member.evaluations + 1 == limit for member in self._members]
         deltas_EPD = state.deltas_EPD.detach().requires_grad_()
-        with torch.enable_grad():
+        count = Count(chain(self._model.parameters(), self._run.keys_and_values))
+        measuring = self._memory is not None and self._footprint is None
+        with torch.enable_grad(), count.counting() if measuring else nullcontext():
             losses_E, kl_E, greedy_E = self._evaluate(deltas_EPD)
-        stopped_E = self._stopped(losses_E.detach(), kl_E, greedy_E)
+        gradient_EPD = None
         if not all(last):
             (gradient_EPD,) = torch.autograd.grad(losses_E.sum(), deltas_EPD)
+        losses_E = losses_E.detach()
         # Asked for after the backward pass is on its way: a GPU does not wait for the answer.
+        stopped_E = (losses_E < LOSS_ENOUGH) | (greedy_E & (kl_E <= KL_ENOUGH))
+        stopped_E |= ~torch.isfinite(losses_E)
         stopped = [a or b for a, b in zip(stopped_E.tolist(), last, strict=True)]
-        outcomes = self._outcomes(stopped, losses_E.detach()) if any(stopped) else []
-        if not all(stopped):
+        if measuring:
+            self._footprint = self._measured(count.total)
+        for member in self._members:
+            member.evaluations += 1
+        outcomes = self._outcomes(stopped, losses_E) if any(stopped) else []
+        if gradient_EPD is not None and not all(stopped):
+            full = self._hparams.nll_loss_factor
+            state.nll_factor_E = torch.where(greedy_E, NLL_RELIEF * full, full).to(losses_E.dtype)
             self._step(gradient_EPD)
             self._shrink()
         if any(stopped):
@@ -341,7 +459,7 @@ class _Optimisation:
         )
         log_probs_MV = logits_MV.to(deltas_EPD.dtype).log_softmax(dim=-1)
         after_EV = log_probs_MV[-len(deltas_EPD) :]
-        new = [m.evaluations == 1 for m in self._members]
+        new = [m.evaluations == 0 for m in self._members]
         if any(new):
             state.before_EV[new] = after_EV.detach()[new]
         nll_N = -log_probs_MV[places.read_N, places.labels_N]
@@ -354,17 +472,6 @@ class _Optimisation:
         size_EP = deltas_EPD.norm(dim=-1) / state.clean_EPD.norm(dim=-1).square()
         losses_E = state.nll_factor_E * nll_E + kl_E + hparams.v_weight_decay * size_EP.sum(-1)
         return losses_E, kl_E.detach(), greedy_E
-
-    def _stopped(
-        self, losses_E: torch.Tensor, kl_E: torch.Tensor, greedy_E: torch.Tensor
-    ) -> torch.Tensor:
-        """Who stops at this evaluation; sets φ for the next one."""
-        full = self._hparams.nll_loss_factor
-        state = self._held
-        state.nll_factor_E = torch.where(greedy_E, NLL_RELIEF * full, full).to(losses_E.dtype)
-        return (
-            (losses_E < LOSS_ENOUGH) | (greedy_E & (kl_E <= KL_ENOUGH)) | ~torch.isfinite(losses_E)
-        )
 
     def _outcomes(
         self, stopped: Sequence[bool], losses_E: torch.Tensor
@@ -409,9 +516,10 @@ class _Optimisation:
     def _leave(self, stopped: Sequence[bool]) -> None:
         """Drop the requests that have stopped from all that the next steps compute."""
         assert self._places is not None
-        device = self._places.owners_B.device
+        device = self._device
         staying = [e for e, gone in enumerate(stopped) if not gone]
-        rows, row = [], 0
+        rows: list[int] = []
+        row = 0
         for member, gone in zip(self._members, stopped, strict=True):
             count = len(member.problem.prompts)
             rows += [] if gone else range(row, row + count)
@@ -425,7 +533,6 @@ class _Optimisation:
         self._places = _Places.of([m.problem for m in self._members], device)
 
 
-def _vocabulary(head: nn.Module) -> int:
-    weight = head.weight
-    assert isinstance(weight, torch.Tensor)
-    return len(weight)
+def _weight(module: nn.Module) -> torch.Tensor:
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight

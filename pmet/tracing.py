@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -151,11 +150,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@cache
-def _parameters(kind: type) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
-
-
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model wants to be told positions, or counts them itself (ALiBi)."""
-    return "position_ids" in _parameters(type(model))
+    return "position_ids" in inspect.signature(model.forward).parameters
