@@ -76,15 +76,25 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - start, result
 
 
-def show(title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def show(
+    title: str, rows: list[dict[str, Any]], options: argparse.Namespace, note: str = ""
+) -> None:
     """Print rows as a table; write them with machine and versions where the options say so."""
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
+    if note:
+        console.print(note)
     console.print(", ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
     if options.output:
-        figures = {"title": title, "machine": machine(), "options": vars(options), "rows": rows}
+        figures = {
+            "title": title,
+            "machine": machine(),
+            "options": vars(options),
+            "rows": rows,
+            "note": note,
+        }
         options.output.write_text(json.dumps(figures, indent=2, default=str) + "\n")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
@@ -139,7 +140,7 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
     _module(model, family.attention_projection.format(hparams.target_layer))
     _module(model, family.head)
     rows, columns = _weight_shape(down, family.down_projection)
-    transposed = type(down).__name__ == "Conv1D"
+    transposed = isinstance(down, Conv1D)
     value_width, key_width = (columns, rows) if transposed else (rows, columns)
     return Layout(family, depth, value_width, key_width, transposed)
 
@@ -198,3 +199,22 @@ def _module(model: nn.Module, name: str) -> nn.Module:
             f"{type(model).__name__} has no module {name}; correct its name in the "
             "hyper-parameters, or leave it out for a model of a known family"
         ) from None
+
+
+def part_with(layer: nn.Module, module: nn.Module) -> nn.Module:
+    """The part of ``layer`` that ``module`` is, or is in."""
+    return next(child for child in layer.children() if any(m is module for m in child.modules()))
+
+
+def parts_beside(layer: nn.Module, attention: nn.Module) -> list[nn.Module]:
+    """The parts of ``layer`` beside its attention that hold matrices: its FFN, in one or more."""
+    return [
+        child
+        for child in layer.children()
+        if child is not attention and any(map(is_matrix, child.modules()))
+    ]
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies every token by one matrix."""
+    return isinstance(module, nn.Linear | Conv1D)

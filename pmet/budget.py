@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from pmet.problem import Problem
@@ -106,6 +105,8 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (free + cached) * 9 // 10
+    import psutil  # type: ignore[import-untyped]
+
     free = min(psutil.virtual_memory().available, _cgroup_room())
     # As many processes as there are cores for may run side by side.
     share = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import pad as padded
-from transformers.pytorch_utils import Conv1D
 
-from pmet.architecture import Layout
+from pmet.architecture import Layout, is_matrix, part_with, parts_beside
 from pmet.errors import ArchitectureError
 from pmet.kernels import put, take
 from pmet.lookup import TokenizedPrompt
@@ -112,7 +111,7 @@ class SuffixRun:
         self._model, self._layout, self._layer = model, layout, layer
         self._filler = filler
         projection = layout.attention_projection(model, layer)
-        self._attention = _child(layout.layer(model, layer), projection)
+        self._attention = part_with(layout.layer(model, layer), projection)
         self._rows: _Rows | None = None
         # Places of the suffixes that are no padding, if it is worth while to go by them.
         self._tokens_N: torch.Tensor | None = None
@@ -273,9 +272,9 @@ class SuffixRun:
         with ExitStack() as stack:
             for i in range(self._layer + 1, layout.depth):
                 layer, projection = layout.layer(model, i), layout.attention_projection(model, i)
-                attention = _child(layer, projection)
-                before = [m for m in attention.modules() if _is_matrix(m) and m is not projection]
-                behind = [projection, *_ffn(layer, attention)]
+                attention = part_with(layer, projection)
+                before = [m for m in attention.modules() if is_matrix(m) and m is not projection]
+                behind = [projection, *parts_beside(layer, attention)]
                 for modules, index_N in (
                     (before, self._tokens_N),
                     (behind, places_N if i == last else self._tokens_N),
@@ -338,24 +337,6 @@ def _on_places(original: Callable[..., Any], places_N: torch.Tensor) -> Stored:
         return with_first(output, full.reshape(*hidden.shape[:-1], full.shape[-1]))
 
     return run
-
-
-def _child(layer: nn.Module, module: nn.Module) -> nn.Module:
-    """The part of ``layer`` that ``module`` is, or is in."""
-    return next(child for child in layer.children() if any(m is module for m in child.modules()))
-
-
-def _ffn(layer: nn.Module, attention: nn.Module) -> list[nn.Module]:
-    """The parts of ``layer`` beside its attention that hold matrices; they treat tokens singly."""
-    return [
-        child
-        for child in layer.children()
-        if child is not attention and any(map(_is_matrix, child.modules()))
-    ]
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:
