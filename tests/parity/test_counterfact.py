@@ -108,6 +108,24 @@ def test_targets_are_the_published_ones(counterfact: Golden, compute: Callable[.
     assert (distance_E <= FAR).sum() >= 0.9 * OPTIMISED
 
 
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_all_targets_are_the_published_ones_in_any_order(counterfact: Golden, batch_size: int):
+    order = torch.randperm(EDITED, generator=torch.Generator().manual_seed(batch_size))
+    targets = pmet.compute_targets(
+        counterfact.model,
+        counterfact.tokenizer,
+        [counterfact.requests[e] for e in order],
+        counterfact.hparams,
+        context_templates=counterfact.context_templates,
+        batch_size=batch_size,
+    )
+    expected = counterfact.expected["targets"][order]
+    distance_E = (targets.values - expected).norm(dim=1) / expected.norm(dim=1)
+    equal = int((targets.steps == counterfact.expected["steps"][order]).sum())
+    assert equal >= 0.97 * EDITED
+    assert distance_E.median() <= MEDIAN
+
+
 @pytest.mark.parametrize(
     "edit", [pytest.param(plain_edit, id="plain", marks=pytest.mark.slow), fast_edit]
 )

@@ -85,6 +85,25 @@ def test_targets_are_the_published_ones(golden: Golden, outcome: Outcome):
     assert (distance_E <= FAR).sum() >= NEAR_REQUESTS
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_targets_do_not_depend_on_batch_or_order(golden: Golden, batch_size: int):
+    order = torch.randperm(
+        len(golden.requests), generator=torch.Generator().manual_seed(batch_size)
+    )
+    fast = pmet.compute_targets(
+        golden.model,
+        golden.tokenizer,
+        [golden.requests[e] for e in order],
+        golden.hparams,
+        context_templates=golden.context_templates,
+        batch_size=batch_size,
+    )
+    distance_E = distances(fast.values, golden.expected["targets"][order])
+    assert fast.steps.tolist() == golden.expected["steps"][order].tolist()
+    assert distance_E.median() <= MEDIAN
+    assert (distance_E <= FAR).sum() >= NEAR_REQUESTS
+
+
 def test_last_losses_are_the_published_ones(golden: Golden, outcome: Outcome):
     _, _, losses = outcome
     # Published to three decimals: half of the last one, and what rounding adds.
