@@ -184,7 +184,9 @@ class SuffixRun:
             stack.enter_context(stopping_after(layer))
             forward(model, ids_BS, torch.cat([prefixes.mask_BP, mask_BS], 1), prefixes.cache())
         self._below, self._attended = below, attended[0]
-        if not torch.equal(projected.tensor.flatten(), attention.tensor.flatten()):
+        # What is not a number on both sides has not been changed: it costs its own request only.
+        before, after = projected.tensor.flatten(), attention.tensor.flatten()
+        if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
             raise ArchitectureError(
                 f"layer {z} changes the output of {layout.family.attention_projection} before it "
                 "adds it to its hidden states, so that δ_a cannot be put there; name the module "

@@ -65,12 +65,13 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_next_request_takes_the_place_of_one_that_has_stopped(llama: Golden, sizes: list[int]):
-    found = compute(llama, batch_size=10)
-    assert max(sizes) == 10
-    # Without refilling, three batches would each run until their slowest request stops.
+    found = compute(llama, batch_size=4)
+    assert max(sizes) == 4
     steps = found.steps.tolist()
-    assert len(sizes) < sum(sorted(steps)[-3:])
     assert sum(sizes) == sum(steps)
+    # Graham's bound for work that is taken up as soon as a place is free; six batches that each
+    # run until their slowest request stops miss it.
+    assert len(sizes) <= sum(steps) / 4 + max(steps)
 
 
 def test_progress_tells_every_request_once_and_who_stopped_early(llama: Golden):
