@@ -80,8 +80,8 @@ class TargetsConfig(_Section):
     )
     batch_size: CountOrAuto = Field(
         default="auto",
-        description="Requests optimised side by side; auto: 16 on a CPU, 256 on a GPU, or as many "
-        "as the free memory holds.",
+        description="Requests optimised side by side; auto: up to 32 on a CPU, 256 on a GPU, or as "
+        "many as the free memory holds.",
     )
     dtype: Dtype = Field(
         default="auto",

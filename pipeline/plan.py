@@ -39,7 +39,7 @@ _CHARACTERS_A_TOKEN = 4
 _CORPUS_SHARD_CHARACTERS = 100_000
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
-_SHARDS_WANTED = 64
+_MOST_SMALL_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,17 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
 
 
 def shard_size(count: int, wanted: int | str) -> int:
-    """Requests in a shard: as wanted, or enough shards to share out, decided by the count alone."""
+    """Requests in a shard: as wanted, or decided by the count alone.
+
+    Then the number of shards is a power of two up to 64, which most numbers of workers share out
+    well, as long as the shards stay neither too small to fill a batch nor too large to lose.
+    """
     if isinstance(wanted, int):
         return wanted
-    return min(_LARGEST_SHARD, max(_SMALLEST_SHARD, math.ceil(count / _SHARDS_WANTED)))
+    number = 1
+    while number < _MOST_SMALL_SHARDS and count >= 2 * number * _SMALLEST_SHARD:
+        number *= 2
+    return min(_LARGEST_SHARD, math.ceil(count / number))
 
 
 def default_cache() -> Path:

@@ -40,12 +40,12 @@ class _TanhGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        cubic = (x * x).mul_(_CUBIC)
-        gate = (cubic + _SLOPE).mul_(x).sigmoid_()
+        linear = x.new_tensor(_SLOPE)
+        gate = torch.addcmul(linear, x, x, value=_CUBIC).mul_(x).sigmoid_()
         value = x * gate
         if ctx.needs_input_grad[0]:
             # σ + y·(1 − σ)·(a + 3bx²)
-            slope = cubic.mul_(3).add_(_SLOPE).mul_(value)
+            slope = torch.addcmul(linear, x, x, value=3 * _CUBIC).mul_(value)
             ctx.save_for_backward(slope.addcmul_(slope, gate, value=-1).add_(gate))
         return value
 
@@ -63,8 +63,45 @@ def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
+class _Behind(torch.autograd.Function):
+    """Keys or values written behind those held, in place: nothing in front of them is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
+        ctx.length, ctx.new = length, new
+        held[:, :, length:] = new
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, None, gradient[:, :, ctx.length :]
+
+
+def written_behind(held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
+    """``held`` with its columns behind ``length`` overwritten by ``new``.
+
+    Args:
+        held: (B, H, T, d), constants.
+        length: how many of its columns stay.
+        new: (B, H, T − length, d); the gradient goes here.
+    """
+    result: torch.Tensor = _Behind.apply(held, length, new)
+    return result
+
+
+def _new_part(keys: torch.Tensor) -> torch.Tensor:
+    """The columns of keys or values that are no constants: those written behind, or all."""
+    node = keys.grad_fn
+    new = getattr(node, "new", None) if type(node).__name__ == "_BehindBackward" else None
+    return keys if new is None else new
+
+
 class _ShortAttention(torch.autograd.Function):
-    """softmax(scale·QKᵀ + mask) V for (B·H, S, d) queries and (B·H, T, d) keys."""
+    """softmax(scale·QKᵀ + mask) V for (B·H, S, d) queries and (B·H, T, d) keys.
+
+    Keys and values are constants but for their last columns, which come a second time as
+    (B, H, ·, d) to receive their gradients: of a prefix nobody wants any.
+    """
 
     @staticmethod
     def forward(
@@ -72,24 +109,27 @@ class _ShortAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        new_key: torch.Tensor,
+        new_value: torch.Tensor,
         mask: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
         shares = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale).softmax(-1)
         ctx.save_for_backward(query, key, value, shares)
-        ctx.scale = scale
+        ctx.scale, ctx.shapes = scale, (new_key.shape, new_value.shape)
         return torch.bmm(shares, value)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         query, key, value, shares = ctx.saved_tensors
-        to_value = torch.bmm(shares.transpose(1, 2), gradient)
+        new_key, new_value = ctx.shapes
+        to_value = torch.bmm(shares[:, :, -new_value[2] :].transpose(1, 2), gradient)
         to_shares = torch.bmm(gradient, value.transpose(1, 2))
         to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
         to_scores = to_scores.mul_(ctx.scale)
         to_query = torch.bmm(to_scores, key)
-        to_key = torch.bmm(to_scores.transpose(1, 2), query)
-        return to_query, to_key, to_value, None, None
+        to_key = torch.bmm(to_scores[:, :, -new_key[2] :].transpose(1, 2), query)
+        return to_query, None, None, to_key.view(new_key), to_value.view(new_value), None, None
 
 
 def short_attention(
@@ -127,8 +167,10 @@ def short_attention(
     shape = (rows * groups, heads // groups * columns)
     out = _ShortAttention.apply(
         query.reshape(*shape, width),
-        key.reshape(rows * groups, length, width),
-        value.reshape(rows * groups, length, value.shape[-1]),
+        key.detach().reshape(rows * groups, length, width),
+        value.detach().reshape(rows * groups, length, value.shape[-1]),
+        _new_part(key),
+        _new_part(value),
         attention_mask.expand(rows, heads, columns, length).reshape(*shape, length),
         width**-0.5 if scaling is None else scaling,
     )

@@ -11,7 +11,7 @@ Shape letters: B rows, C contexts, H heads of keys, P prefix columns, d head wid
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,22 +20,10 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pmet.architecture import Layout
+from pmet.kernels import written_behind
 from pmet.padding import pad, positions
+from pmet.standins import layer_on_places, places_of_tokens
 from pmet.tracing import StopForward, takes_positions
-
-
-class _Behind(torch.autograd.Function):
-    """Keys or values written behind a prefix's, in place: nothing in front of them is copied."""
-
-    @staticmethod
-    def forward(ctx: Any, held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
-        ctx.length = length
-        held[:, :, length:] = new
-        return held.view_as(held)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return None, None, gradient[:, :, ctx.length :]
 
 
 class PrefixLayer(DynamicLayer):
@@ -64,9 +52,9 @@ class PrefixLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that the attention reads: those held, then the new ones."""
-        if self.keys is not None and self.keys.shape[2] > self.length:
-            key_states = _Behind.apply(self.keys, self.length, key_states)
-            value_states = _Behind.apply(self.values, self.length, value_states)
+        if self.keys is not None and self.values is not None and self.keys.shape[2] > self.length:
+            key_states = written_behind(self.keys, self.length, key_states)
+            value_states = written_behind(self.values, self.length, value_states)
         elif self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
@@ -116,40 +104,54 @@ class Prefixes:
             )
         return Cache(layers=layers)
 
-    def kept(self, rows: torch.Tensor) -> Prefixes:
-        """Some rows; columns in which only padding is left go away."""
-        mask_BP = self.mask_BP[rows]
+    def kept(self, rows: torch.Tensor, room: int = 0) -> Prefixes:
+        """Some rows, with ``room`` columns behind; columns of nothing but padding go away."""
+        mask_BP = self.mask_BP.index_select(0, rows)
         length = int(mask_BP.sum(1).max()) if mask_BP.numel() else 0
         front = self.length - length
-        columns = slice(front, self.length)
-        layers = [
-            held and (held[0][rows, :, columns], held[1][rows, :, columns]) for held in self.layers
+
+        def selected(part: torch.Tensor) -> torch.Tensor:
+            _, heads, columns, width = part.shape
+            chosen = part.new_empty(len(rows), heads, length + room, width)
+            # Together with the old room, whatever it holds, as far as it goes.
+            columns = min(columns - front, length + room)
+            torch.index_select(
+                part[:, :, front : front + columns], 0, rows, out=chosen[:, :, :columns]
+            )
+            return chosen
+
+        layers: list[Held] = [
+            held and (selected(held[0]), selected(held[1])) for held in self.layers
         ]
         return Prefixes(layers if length else [None] * len(layers), mask_BP[:, front:])
 
-    def joined(self, others: Prefixes) -> Prefixes:
-        """These rows, then others."""
-        length = max(self.length, others.length)
+    def joined(self, others: Prefixes, room: int = 0) -> Prefixes:
+        """These rows, then others, with ``room`` columns behind."""
+        both = (self, others)
+        length, count = max(p.length for p in both), len(self.mask_BP)
+
+        def together(parts: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+            _, heads, _, width = like.shape
+            rows = count + len(others.mask_BP)
+            joint = like.new_empty(rows, heads, length + room, width)
+            for part, prefixes, place in zip(parts, both, joint.tensor_split([count]), strict=True):
+                front = length - prefixes.length
+                place[:, :, :front] = 0
+                if part is not None:
+                    place[:, :, front:length] = part[:, :, : prefixes.length]
+            return joint
+
         layers: list[Held] = []
         for mine, theirs in zip(self.layers, others.layers, strict=True):
             shape = mine or theirs
-            if shape is None:
-                layers.append(None)
-                continue
-            both = [
-                torch.cat(
-                    [
-                        _widened(part, prefixes, length, shape[i])
-                        for part, prefixes in (
-                            (mine and mine[i], self),
-                            (theirs and theirs[i], others),
-                        )
-                    ]
+            layers.append(
+                shape
+                and (
+                    together([mine and mine[0], theirs and theirs[0]], shape[0]),
+                    together([mine and mine[1], theirs and theirs[1]], shape[1]),
                 )
-                for i in (0, 1)
-            ]
-            layers.append((both[0], both[1]))
-        masks = [torch.nn.functional.pad(p.mask_BP, (length - p.length, 0)) for p in (self, others)]
+            )
+        masks = [torch.nn.functional.pad(p.mask_BP, (length - p.length, 0)) for p in both]
         return Prefixes(layers, torch.cat(masks))
 
     def above(self, layer: int) -> Prefixes:
@@ -162,28 +164,6 @@ class Prefixes:
         """All keys and values."""
         for held in self.layers:
             yield from held or ()
-
-    def with_room(self, columns: int) -> Prefixes:
-        """The same with room for that many columns behind."""
-
-        def widened(part: torch.Tensor) -> torch.Tensor:
-            rows, heads, _, width = part.shape
-            wide = part.new_empty(rows, heads, self.length + columns, width)
-            wide[:, :, : self.length] = part[:, :, : self.length]
-            return wide
-
-        layers: list[Held] = [held and (widened(held[0]), widened(held[1])) for held in self.layers]
-        return Prefixes(layers, self.mask_BP)
-
-
-def _widened(
-    part: torch.Tensor | None, prefixes: Prefixes, length: int, like: torch.Tensor
-) -> torch.Tensor:
-    """Keys or values with columns of zeros in front, ``length`` in all, and no room behind."""
-    if part is None:
-        return like.new_zeros(len(prefixes.mask_BP), like.shape[1], length, like.shape[3])
-    part = part[:, :, : prefixes.length]
-    return torch.nn.functional.pad(part, (0, 0, length - prefixes.length, 0))
 
 
 class PrefixFiller:
@@ -199,7 +179,7 @@ class PrefixFiller:
     def __init__(
         self, model: nn.Module, layout: Layout, prefixes: Sequence[Sequence[Sequence[int]]]
     ) -> None:
-        self._model, self._depth = model, layout.depth
+        self._model, self._layout, self._depth = model, layout, layout.depth
         self._device = layout.weight(model, layout.depth - 1).device
         self._shared = [_common(group) for group in prefixes]
         nothing = Prefixes(
@@ -223,7 +203,12 @@ class PrefixFiller:
             return before
         mask_BT = torch.cat([before.mask_BP, own_mask], dim=1)
         cache = before.cache(recording=True)
-        with suppress(StopForward):
+        tokens_N = places_of_tokens(own_mask)
+        with ExitStack() as stack:
+            for i in range(self._depth):
+                sparse = layer_on_places(self._model, self._layout, i, tokens_N, tokens_N)
+                stack.enter_context(sparse)
+            stack.enter_context(suppress(StopForward))
             forward(self._model, ids, mask_BT, cache)
         # Every row's tokens are in adjacent columns; move them to the right-hand side.
         length = int(mask_BT.sum(1).max())

@@ -27,12 +27,13 @@ import torch
 from torch import nn
 from torch.nn.functional import pad as padded
 
-from pmet.architecture import Layout, is_matrix, part_with, parts_beside
+from pmet.architecture import Layout, part_with
 from pmet.errors import ArchitectureError
-from pmet.kernels import put, take
+from pmet.kernels import take
 from pmet.lookup import TokenizedPrompt
 from pmet.padding import pad
 from pmet.prefix import Prefixes, PrefixFiller, forward
+from pmet.standins import called, layer_on_places, passing, places_of_tokens, replaced
 from pmet.tracing import (
     captured_input,
     captured_output,
@@ -43,16 +44,13 @@ from pmet.tracing import (
     with_first,
 )
 
-# Above this share of tokens among the columns, leaving padding out costs more than it saves.
-_ENOUGH_TOKENS = 0.9
-
 
 @dataclass(frozen=True)
 class _Rows:
     """What is stored of B prompts.
 
     Attributes:
-        prefixes: keys and values of the layers above z.
+        prefixes: keys and values of the layers above z; where steps run, with room for S columns.
         ids_BS: the suffixes' tokens.
         mask_BS: 1 where there is one.
         hidden_BD: layer z's input at the subject's last token.
@@ -69,17 +67,24 @@ class _Rows:
     ffn_BD: torch.Tensor
     output_BSD: torch.Tensor
 
+    def with_room(self) -> _Rows:
+        """The same, with room behind the prefixes for the suffixes' keys and values."""
+        count, columns = self.ids_BS.shape
+        rows = torch.arange(count, device=self.ids_BS.device)
+        return replace(self, prefixes=self.prefixes.kept(rows, room=columns))
+
     def kept(self, rows: torch.Tensor) -> _Rows:
         """Some rows; columns in which only padding is left go away."""
-        columns = int(self.mask_BS[rows].sum(1).max())
+        mask_BS = self.mask_BS.index_select(0, rows)
+        columns = int(mask_BS.sum(1).max())
         return _Rows(
-            self.prefixes.kept(rows),
-            self.ids_BS[rows, :columns],
-            self.mask_BS[rows, :columns],
-            self.hidden_BD[rows],
-            self.attention_BD[rows],
-            self.ffn_BD[rows],
-            self.output_BSD[rows, :columns],
+            self.prefixes.kept(rows, room=columns),
+            self.ids_BS[:, :columns].index_select(0, rows),
+            mask_BS[:, :columns],
+            self.hidden_BD.index_select(0, rows),
+            self.attention_BD.index_select(0, rows),
+            self.ffn_BD.index_select(0, rows),
+            self.output_BSD[:, :columns].index_select(0, rows),
         )
 
     def joined(self, others: _Rows) -> _Rows:
@@ -87,7 +92,7 @@ class _Rows:
         columns = max(self.ids_BS.shape[1], others.ids_BS.shape[1])
         both = (self, others)
         return _Rows(
-            self.prefixes.joined(others.prefixes),
+            self.prefixes.joined(others.prefixes, room=columns),
             torch.cat([padded(r.ids_BS, (0, columns - r.ids_BS.shape[1])) for r in both]),
             torch.cat([padded(r.mask_BS, (0, columns - r.ids_BS.shape[1])) for r in both]),
             torch.cat([r.hidden_BD for r in both]),
@@ -148,7 +153,7 @@ class SuffixRun:
         """
         prefixes = self._filler.fill([p.prefix for p in prompts], contexts)
         rows = self._read([p.suffix for p in prompts], prefixes)
-        self._hold(rows if self._rows is None else self._rows.joined(rows))
+        self._hold(rows.with_room() if self._rows is None else self._rows.joined(rows))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep some rows (ascending indices)."""
@@ -158,10 +163,8 @@ class SuffixRun:
         if rows is None:
             self._rows = self._tokens_N = None
             return
-        self._rows = replace(rows, prefixes=rows.prefixes.with_room(rows.ids_BS.shape[1]))
-        tokens_N = rows.mask_BS.flatten().nonzero()[:, 0]
-        padded_much = len(tokens_N) < _ENOUGH_TOKENS * rows.mask_BS.numel()
-        self._tokens_N = tokens_N if padded_much else None
+        self._rows = rows
+        self._tokens_N = places_of_tokens(rows.mask_BS)
 
     @torch.no_grad()
     def _read(self, suffixes: Sequence[Sequence[int]], prefixes: Prefixes) -> _Rows:
@@ -236,7 +239,7 @@ class SuffixRun:
         with ExitStack() as stack:
             for i, output in enumerate(self._below):
                 layer = self._layout.layer(self._model, i)
-                stack.enter_context(_replaced(layer, _passing(output)))
+                stack.enter_context(replaced(layer, passing(output)))
             yield
 
     @contextmanager
@@ -252,12 +255,12 @@ class SuffixRun:
         def on_one_token(
             _hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
-            output = _called(original, rows.hidden_BD[:, None], args, kwargs)
+            output = called(original, rows.hidden_BD[:, None], args, kwargs)
             return with_first(output, torch.cat([first(output), rows.output_BSD[:, 1:]], dim=1))
 
         with (
-            _replaced(layer, on_one_token),
-            _replaced(self._attention, lambda *_: with_first(self._attended, attended)),
+            replaced(layer, on_one_token),
+            replaced(self._attention, lambda *_: with_first(self._attended, attended)),
             changed_output(
                 layout.down_projection(model, z),
                 lambda output: _added(output, ffn_delta_BD.reshape(output.shape)),
@@ -273,72 +276,9 @@ class SuffixRun:
         model, layout, last = self._model, self._layout, self._layout.depth - 1
         with ExitStack() as stack:
             for i in range(self._layer + 1, layout.depth):
-                layer, projection = layout.layer(model, i), layout.attention_projection(model, i)
-                attention = part_with(layer, projection)
-                before = [m for m in attention.modules() if is_matrix(m) and m is not projection]
-                behind = [projection, *parts_beside(layer, attention)]
-                for modules, index_N in (
-                    (before, self._tokens_N),
-                    (behind, places_N if i == last else self._tokens_N),
-                ):
-                    if index_N is None:
-                        continue
-                    for module in modules:
-                        run = _on_places(module.forward, index_N)
-                        stack.enter_context(_replaced(module, run))
+                behind_N = places_N if i == last else self._tokens_N
+                stack.enter_context(layer_on_places(model, layout, i, self._tokens_N, behind_N))
             yield
-
-
-Stored = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
-
-
-@contextmanager
-def _replaced(module: nn.Module, run: Stored) -> Iterator[None]:
-    """``module`` computes ``run`` of its hidden states, its other arguments and its keywords."""
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            return run(args[0], args[1:], kwargs)
-        return run(kwargs["hidden_states"], (), kwargs)
-
-    before = module.__dict__.get("forward")
-    module.forward = stand_in
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward")
-        else:
-            module.forward = before
-
-
-def _passing(output: Any) -> Stored:
-    """What passes its hidden states on, in the form of ``output``."""
-    return lambda hidden, _args, _kwargs: with_first(output, hidden)
-
-
-def _called(
-    original: Callable[..., Any],
-    hidden: torch.Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Call a module's code with other hidden states than it was given."""
-    if "hidden_states" in kwargs:
-        return original(*args, **{**kwargs, "hidden_states": hidden})
-    return original(hidden, *args, **kwargs)
-
-
-def _on_places(original: Callable[..., Any], places_N: torch.Tensor) -> Stored:
-    """A module that treats tokens one by one, on some of them; the others come out as zeros."""
-
-    def run(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        output = _called(original, take(rows, places_N)[None], args, kwargs)
-        full = put(first(output).flatten(0, -2), places_N, len(rows))
-        return with_first(output, full.reshape(*hidden.shape[:-1], full.shape[-1]))
-
-    return run
 
 
 def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:

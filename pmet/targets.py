@@ -52,6 +52,8 @@ LOSS_ENOUGH = 0.05
 KL_ENOUGH = 0.01
 NLL_RELIEF = 0.1
 
+_MOST_ON_CPU, _MOST_ON_GPU = 32, 256
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -73,12 +75,14 @@ class Targets:
         return len(self.values)
 
 
-def default_batch_size(device: torch.device) -> int:
-    """Requests optimised side by side where nobody says, if memory allows.
+def default_batch_size(device: torch.device, count: int) -> int:
+    """How many of ``count`` requests are optimised side by side where nobody says otherwise.
 
-    On a CPU what its caches hold; on a GPU as many as fill it at the size of GPT-2 and above.
+    On a CPU what its caches hold; on a GPU as many as fill it at the size of GPT-2 and above. Where
+    not all go in at once, they are shared out evenly: few by themselves would take as many steps.
     """
-    return 16 if device.type == "cpu" else 256
+    most = _MOST_ON_CPU if device.type == "cpu" else _MOST_ON_GPU
+    return math.ceil(count / math.ceil(count / most))
 
 
 def compute_targets(
@@ -121,10 +125,10 @@ def compute_targets(
     outcomes: list[_Outcome | None] = [None] * len(requests)
     # Neighbours of like length share little padding.
     order = sorted(range(len(requests)), key=lambda e: (problems[e].shape, e))
-    size = batch_size or default_batch_size(device)
-    budget = None if batch_size else memory or free_memory(device)
     if not requests:
         return _targets([], layout.value_width)
+    size = batch_size or default_batch_size(device, len(requests))
+    budget = None if batch_size else memory or free_memory(device)
     longest = max(problem.longest for problem in problems)
     with frozen(model), tuned(model, longest):
         optimisation = _Optimisation(
@@ -245,7 +249,7 @@ class _State:
         )
 
     def kept(self, keep: torch.Tensor) -> _State:
-        return _State(*(getattr(self, f.name)[keep] for f in fields(self)))
+        return _State(*(getattr(self, f.name).index_select(0, keep) for f in fields(self)))
 
     def joined(self, other: _State) -> _State:
         return _State(
@@ -421,8 +425,9 @@ class _Optimisation:
         state, limit = self._held, self._hparams.v_num_grad_steps
         last = [member.evaluations + 1 == limit for member in self._members]
         deltas_EPD = state.deltas_EPD.detach().requires_grad_()
-        count = Count(chain(self._model.parameters(), self._run.keys_and_values))
         measuring = self._memory is not None and self._footprint is None
+        weights = self._model.parameters() if measuring else ()
+        count = Count(chain(weights, self._run.keys_and_values))
         with torch.enable_grad(), count.counting() if measuring else nullcontext():
             losses_E, kl_E, greedy_E = self._evaluate(deltas_EPD)
         gradient_EPD = None

@@ -51,9 +51,16 @@ def job(tmp_path: Path) -> Any:
 @given(st.integers(1, 200_000))
 def test_auto_shards_follow_the_number_of_requests(count: int) -> None:
     size = shard_size(count, "auto")
-    assert 16 <= size <= 256
-    assert len(plan_shards(count, size)) <= max(64, -(-count // 256))
+    assert min(16, count) <= size <= 256
+    shards = plan_shards(count, size)
+    assert len(shards) <= max(64, -(-count // 256))
+    # Shared out to two or four workers none waits long: all shards but the last are of one size.
+    assert len(shards) == 1 or count < 64 or len(shards) >= 4
     assert shard_size(count, 7) == 7
+
+
+def test_two_hundred_requests_are_shared_out_evenly() -> None:
+    assert [len(s) for s in plan_shards(200, shard_size(200, "auto"))] == [25] * 8
 
 
 def test_a_request_longer_than_the_context_is_set_aside(job: Any) -> None:

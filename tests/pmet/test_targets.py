@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pmet
-from pmet import suffix, targets
+from pmet import standins, suffix, targets
 from pmet.errors import ArchitectureError, OutOfMemoryError
 from pmet.plain import plain_targets
 from tests.conftest import Golden, load_golden
@@ -95,7 +95,7 @@ def test_no_requests_give_no_targets(gpt2: Golden):
 def test_leaving_padding_out_changes_nothing(
     golden: Golden, enough: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(suffix, "_ENOUGH_TOKENS", enough)
+    monkeypatch.setattr(standins, "_ENOUGH_TOKENS", enough)
     found = compute(golden, batch_size=64)
     expected = golden.expected
     assert found.steps.tolist() == expected["steps"].tolist()
