@@ -1,64 +1,186 @@
 """Targets: the batched form against the plain one, on the same requests in the same run.
 
 python -m benchmarks.targets --count 40
+
+With ``--processes 2`` each form is shared out over two processes, in the shards that a job would
+have; the baseline is still the plain form in one process, with as many threads. With
+``--dtype bfloat16`` the batched form computes in 16 bits.
 """
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
 import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 
-from benchmarks.harness import arguments, problem, show, timed
+from benchmarks.harness import Problem, arguments, problem, show, timed
 from benchmarks.operations import matmul_rate, needed
+from pipeline.plan import shard_size
+from pipeline.shards import plan_shards
 from pmet.plain import plain_targets
-from pmet.targets import Targets, compute_targets
+from pmet.problem import Problem as Tokens
+from pmet.targets import compute_targets
 
 BATCH_SIZES = (1, 8, 64, None)
+RATE_SECONDS = 0.5
+
+# One process's problem, and the barrier at which all wait for each other.
+_mine: dict[str, Any] = {}
 
 
 def main() -> None:
     """Time both forms, and say how far their targets are apart and how far the limit is."""
-    parser = arguments(__doc__ or "", count=40)
-    parser.add_argument("--dtype", default="float32", help="of the batched form's model")
-    options = parser.parse_args()
+    options = _options()
     given = problem(options)
-    requests, hparams, templates = given.requests, given.hparams, given.templates
-    what = (given.model, given.tokenizer, requests, hparams)
-    count = len(requests)
-    rate = matmul_rate(torch.device("cpu"), torch.float32, 2048)
-    seconds, plain = timed(lambda: plain_targets(*what, templates))
-    operations = needed(*what, templates, plain.steps.tolist())
-    rows = [{"form": "plain", "targets/s": count / seconds, "times plain": 1.0}]
-    rows[0] |= {"of the limit": f"{operations / rate / seconds:.0%}"}
-    rows[0] |= {"equal steps": count, "median difference": 0.0}
-
-    def run(size: int | None) -> Targets:
-        return compute_targets(*what, context_templates=templates, batch_size=size)
-
-    given.model.to(getattr(torch, options.dtype))
-    for size in BATCH_SIZES:
-        taken, fast = timed(lambda size=size: run(size))  # type: ignore[misc]
-        relative = (fast.values - plain.values).norm(dim=1) / plain.values.norm(dim=1)
-        work = needed(*what, templates, fast.steps.tolist())
-        rows.append(
-            {
-                "form": f"batched, {size or 'auto'}",
-                "targets/s": count / taken,
-                "times plain": seconds / taken,
-                "of the limit": f"{work / rate / taken:.0%}",
-                "equal steps": int((fast.steps == plain.steps).sum()),
-                "median difference": statistics.median(relative.tolist()),
-            }
-        )
+    shards = _shards(given, options)
+    order = [e for shard in shards for e in shard]
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(options.processes)
+    pool = ProcessPoolExecutor(options.processes, spawn, _open, (options, barrier))
+    with pool:
+        runs = _Runs(pool, shards, options.processes)
+        plain = runs.in_this_process(_plain, options)
+        shared = runs.measured(_plain) if options.processes > 1 else None
+        limit = _operations(given, order, plain.steps)
+        forms = [_Batched(size, options.dtype) for size in BATCH_SIZES]
+        done = [[runs.measured(form) for form in forms] for _ in range(options.repeat)]
+    rows = [_row("plain", [plain], plain, given, order)]
+    if shared:
+        rows.append(_row("plain, shared out", [shared], plain, given, order))
+    for form, several in zip(forms, zip(*done, strict=True), strict=True):
+        name = f"batched, {form.size or 'auto'}"
+        rows.append(_row(name, several, plain, given, order))
+    count = len(order)
     show(
-        f"{count} targets, {options.threads} thread(s), {options.dtype}",
+        f"{count} targets, {options.processes} process(es) of {options.threads} thread(s), "
+        f"{options.dtype}",
         rows,
         options,
-        f"arithmetic limit {rate * count / operations:.3g} targets/s: "
-        f"{operations / count / 1e9:.3g} GFLOP a target, float32 matrix products at "
-        f"{rate / 1e9:.3g} GFLOP/s",
+        f"arithmetic limit {plain.rate * count / limit:.3g} targets/s: "
+        f"{limit / count / 1e9:.3g} GFLOP a target, float32 matrix products at "
+        f"{plain.rate / 1e9:.3g} GFLOP/s. Of several runs the medians; the rate is measured "
+        "before and after each.",
     )
+
+
+def _options() -> argparse.Namespace:
+    parser = arguments(__doc__ or "", count=40)
+    parser.add_argument("--dtype", default="float32", help="of the batched form's model")
+    parser.add_argument("--processes", type=int, default=1, help="that share the requests")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each batched form")
+    return parser.parse_args()
+
+
+def _shards(given: Problem, options: argparse.Namespace) -> list[list[int]]:
+    """As a job has them: like lengths together, the longest first."""
+    templates = [template for group in given.templates for template in group]
+    count = len(given.requests)
+    shapes = [Tokens.of(given.tokenizer, r, templates).shape for r in given.requests]
+    order = sorted(range(count), key=lambda e: (-shapes[e][0], -shapes[e][1], e))
+    size = shard_size(count, "auto") if options.processes > 1 else count
+    return [order[shard.start : shard.stop] for shard in plan_shards(count, size)]
+
+
+def _operations(given: Problem, order: Sequence[int], steps: torch.Tensor) -> float:
+    requests = [given.requests[e] for e in order]
+    what = (given.model, given.tokenizer, requests, given.hparams, given.templates)
+    return needed(*what, steps.tolist())
+
+
+class _Measured:
+    """One run of a form: seconds, the machine's rate about that time, and the outcome."""
+
+    def __init__(self, seconds: float, rate: float, results: Sequence[Any]) -> None:
+        self.seconds, self.rate = seconds, rate
+        self.values = torch.cat([values for values, _ in results])
+        self.steps = torch.cat([steps for _, steps in results])
+
+
+class _Runs:
+    """Runs forms over all shards in the pool's processes."""
+
+    def __init__(self, pool: ProcessPoolExecutor, shards: list[list[int]], count: int) -> None:
+        self._pool, self._shards, self._count = pool, shards, count
+        self._rate()
+
+    def measured(self, form: Callable[[list[int]], Any]) -> _Measured:
+        before = self._rate()
+        seconds, results = timed(lambda: list(self._pool.map(form, self._shards)))
+        return _Measured(seconds, (before + self._rate()) / 2, results)
+
+    def in_this_process(
+        self, form: Callable[[list[int]], Any], options: argparse.Namespace
+    ) -> _Measured:
+        """The form here, with the threads of all processes."""
+        _open(options, None)
+        torch.set_num_threads(options.threads * self._count)
+        before = self._rate()
+        seconds, results = timed(lambda: [form(shard) for shard in self._shards])
+        torch.set_num_threads(options.threads)
+        return _Measured(seconds, (before + self._rate()) / 2, results)
+
+    def _rate(self) -> float:
+        """Operations a second of all processes at once."""
+        return sum(self._pool.map(_rate, range(self._count)))
+
+
+def _open(options: argparse.Namespace, barrier: Any) -> None:
+    _mine["problem"], _mine["barrier"] = problem(options), barrier
+
+
+def _rate(_number: int) -> float:
+    _mine["barrier"].wait()
+    return matmul_rate(torch.device("cpu"), torch.float32, 2048, RATE_SECONDS)
+
+
+def _plain(shard: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    given = _mine["problem"]
+    requests = [given.requests[e] for e in shard]
+    given.model.to(torch.float32)
+    found = plain_targets(given.model, given.tokenizer, requests, given.hparams, given.templates)
+    return found.values, found.steps
+
+
+class _Batched:
+    """The batched form at one batch size."""
+
+    def __init__(self, size: int | None, dtype: str) -> None:
+        self.size, self._dtype = size, dtype
+
+    def __call__(self, shard: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        given = _mine["problem"]
+        found = compute_targets(
+            given.model.to(getattr(torch, self._dtype)),
+            given.tokenizer,
+            [given.requests[e] for e in shard],
+            given.hparams,
+            context_templates=given.templates,
+            batch_size=self.size,
+        )
+        return found.values, found.steps
+
+
+def _row(
+    name: str, runs: Sequence[_Measured], plain: _Measured, given: Problem, order: Sequence[int]
+) -> dict[str, Any]:
+    count, last = len(order), runs[-1]
+    relative = (last.values - plain.values).norm(dim=1) / plain.values.norm(dim=1)
+    operations = _operations(given, order, last.steps)
+    seconds = statistics.median(run.seconds for run in runs)
+    share = statistics.median(operations / run.rate / run.seconds for run in runs)
+    return {
+        "form": name,
+        "targets/s": count / seconds,
+        "times plain": plain.seconds / seconds,
+        "of the limit": f"{share:.0%}",
+        "equal steps": int((last.steps == plain.steps).sum()),
+        "median difference": statistics.median(relative.tolist()),
+    }
 
 
 if __name__ == "__main__":

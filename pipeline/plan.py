@@ -31,6 +31,7 @@ from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
+from pmet.request import EditRequest
 
 CORPUS_TOKENS = 1_000_000
 """About as many tokens of a corpus are read: fewer than the published 100,000 articles have, and
@@ -230,12 +231,18 @@ def _templates(job: JobConfig) -> list[list[str]] | None:
 def _fitting(
     table: RequestTable, tokenizer: Any, config: Any, templates: list[list[str]] | None
 ) -> RequestTable:
-    """Set aside the requests that the model cannot read whole, or whose subject has no token."""
+    """Set aside the requests that the model cannot read whole, or whose subject has no token.
+
+    The others are put in order of length: a shard then holds requests of like length, which share
+    little padding; and the longest come first, so that what memory or patience does not hold is
+    known early, and workers finish at about the same time.
+    """
     limit = context_length(config)
     # Generated prefixes are not known yet: room is left for them.
     room = 0 if templates else contexts.GENERATED_TOKENS + 4
     bare = [t for group in templates or [["{}"]] for t in group]
-    requests, rows, rejected = [], [], list(table.rejected)
+    fitting: list[tuple[tuple[int, int], int, EditRequest]] = []
+    rejected = list(table.rejected)
     for row, request in zip(table.rows, table.requests, strict=True):
         try:
             problem = Problem.of(tokenizer, request, bare)
@@ -243,10 +250,15 @@ def _fitting(
         except RequestError as error:
             rejected.append(Rejection(row, str(error)))
         else:
-            requests.append(request)
-            rows.append(row)
+            fitting.append((problem.shape, row, request))
+    fitting.sort(key=lambda item: (-item[0][0], -item[0][1], item[1]))
     rejected.sort(key=lambda r: r.row)
-    return replace(table, requests=requests, rows=rows, rejected=rejected)
+    return replace(
+        table,
+        requests=[request for _, _, request in fitting],
+        rows=[row for _, row, _ in fitting],
+        rejected=rejected,
+    )
 
 
 def _corpus(job: JobConfig) -> list[list[str]]:

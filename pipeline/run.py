@@ -102,7 +102,7 @@ def _conclude(
     late = [Rejection(row, f"no target: {reason}") for row, reason in failures.items()]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)
-    edited = [row for row in table.rows if row not in failures]
+    edited = sorted(row for row in table.rows if row not in failures)
     metrics: dict[str, Any] = {
         name: model_metrics([m.rows[row] for row in edited if row in m.rows], m.perplexity)
         for name, m in (("before", before), ("after", after))

@@ -45,8 +45,8 @@ class RequestTable:
     """What the request files hold; each row is either accepted or rejected.
 
     Attributes:
-        requests: the accepted requests, in the order of the files and their rows.
-        rows: the input row of each accepted request, counted over all files from 0, ascending.
+        requests: the accepted requests; as read, in the order of the files and their rows.
+        rows: the input row of each accepted request, counted over all files from 0.
         table: all the input rows, in order; dictionary-encoded columns are decoded.
         rejected: the other rows, ascending.
     """

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -152,4 +153,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model wants to be told positions, or counts them itself (ALiBi)."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return "position_ids" in _parameters(type(model).forward)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -65,10 +65,26 @@ def test_two_hundred_requests_are_shared_out_evenly() -> None:
 
 def test_a_request_longer_than_the_context_is_set_aside(job: Any) -> None:
     plan = make_plan(job())
-    assert plan.table.rows == [0, 1]
+    assert sorted(plan.table.rows) == [0, 1]
     ((row, reason),) = [(r.row, r.reason) for r in plan.table.rejected]
     assert row == 2
     assert "the model reads 1" in reason
+
+
+def test_requests_of_like_length_are_computed_together(tmp_path: Path, job: Any) -> None:
+    tails = ["is", "is one of the makers of", "is known in all of the old city as", "sells"]
+    rows = [
+        {"prompt": f"{{}} {tails[i % 4]}", "subject": f"Sur Bavov {i}", "target_new": "Dokain"}
+        for i in range(40)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    table = make_plan(job()).table
+    assert [rows[row]["subject"] for row in table.rows] == [r.subject for r in table.requests]
+    assert sorted(table.rows) == list(range(40))
+    # Ten of each length, the longest first, and those of one length as they were read.
+    lengths = [len(request.prompt) for request in table.requests]
+    assert lengths == sorted(lengths, reverse=True)
+    assert table.rows[:10] == list(range(2, 40, 4))
 
 
 def test_nothing_of_the_weights_is_loaded(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
