@@ -38,6 +38,7 @@ from pmet.second_moment import SecondMoments
 PERPLEXITY_TEXTS = 256
 MEASURED_TOGETHER = 32
 UPDATE_ATTEMPTS = 3
+SHARDS_SENT = 8
 _LARGEST_EXPONENT = 700.0
 
 
@@ -316,8 +317,11 @@ def _edit_layers(
         num_gpus=plan.job.update.gpus_per_rank,
         threads=run.crew.threads,
     ) as group:
-        shards = [_update_shard(plan, shard, failures) for shard in plan.update_shards]
-        group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
+        # In pieces: the requests of a large job are never all in one message.
+        for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
+            piece = plan.update_shards[start : start + ranks * SHARDS_SENT]
+            shards = [_update_shard(plan, shard, failures) for shard in piece]
+            group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
         for index, report in enumerate(done):
             group.call_all("redo_layer", index, report.file)
         for index, layer in enumerate(plan.hparams.layers[len(done) :], start=len(done)):

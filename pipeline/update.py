@@ -10,9 +10,11 @@ Shape letters: E requests, K key width, V value width, R rows of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,8 @@ from pmet.contexts import ContextTemplates
 from pmet.delta import Edit
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
-from pmet.keys import KEY_BATCH, Lookups, read_keys_and_values
+from pmet.key_reader import KeyReader
+from pmet.keys import Lookups, LookupTokenizer
 from pmet.request import EditRequest
 from pmet.solve import factor, normal_matrix, solve_rows
 from pmet.spread import square_root_spread
@@ -98,6 +101,15 @@ class LayerReport:
     requests: int
 
 
+class _TakenShard(NamedTuple):
+    """What a rank keeps of a shard beside its batches: where its targets are."""
+
+    name: str
+    rows: array[int]
+    files: tuple[str, ...]
+    batches: int
+
+
 class UpdateRank:
     """One rank of the update group."""
 
@@ -110,19 +122,30 @@ class UpdateRank:
             job.model, dtype=job.dtype, offload=job.offload
         )
         self._layout = resolve(self._model, job.hparams)
-        self._batches: list[tuple[Lookups, torch.Tensor]] = []
+        self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
+        self._batches: list[Lookups] = []
+        self._shards: list[_TakenShard] = []
+        self._reader = KeyReader(
+            self._model,
+            self._layout,
+            job.hparams.layers,
+            self._tokenizing.shared,
+            self._batches,
+            self._device,
+            whole_passes=True,
+        )
 
     def take_shards(self, shards: Sequence[UpdateShard]) -> int:
-        """Read the targets of this rank's shards; returns how many requests they hold."""
-        run = self._job.run
+        """Take in the requests of this rank's shards; returns how many they hold.
+
+        Only their tokens are kept; the targets are read again in every pass. May be called more
+        than once, for lists too long to be sent in one piece.
+        """
         for shard in shards:
-            targets_EV = self._targets(shard, run)
-            for start in range(0, len(shard.requests), KEY_BATCH):
-                part = slice(start, start + KEY_BATCH)
-                lookups = Lookups.of(
-                    self._tokenizer, shard.requests[part], self._job.templates, self._device
-                )
-                self._batches.append((lookups, targets_EV[part].to(self._device)))
+            batches = list(self._tokenizing.batches(shard.requests))
+            self._batches += batches
+            rows = array("q", shard.rows)
+            self._shards.append(_TakenShard(shard.name, rows, tuple(shard.files), len(batches)))
         return sum(len(shard.requests) for shard in shards)
 
     def edit_layer(self, index: int) -> LayerReport | None:
@@ -133,7 +156,7 @@ class UpdateRank:
         """
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
-        sums = self._sums(layer)
+        sums = self._sums(index)
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
         matrix_KK = normal_matrix(sums.gram_KK, second_moment_KK, hparams.mom2_update_weight)
         del second_moment_KK
@@ -161,34 +184,33 @@ class UpdateRank:
         parameter = self._layout.weight(self._model, layer)
         partition.add_to_slice(self._engine, parameter, delta.to(self._device))
 
-    def _sums(self, layer: int) -> KeyResidualSums:
-        layout = self._layout
+    def _sums(self, index: int) -> KeyResidualSums:
+        layout, reader = self._layout, self._reader
         sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
         # Ranks gather weights together: a forward pass that one of them left out would hang the
-        # others, so one that has no batch left runs along on a single token.
-        for (lookups, targets_EV), counts in partition.in_lockstep(self._batches, self._filler()):
-            keys_EK, values_EV = read_keys_and_values(
-                self._model,
-                layout,
-                lookups,
-                layer,
-                self._job.hparams.target_layer,
-                forward=self._forward,
-            )
-            if counts:
-                sums.add(keys_EK, targets_EV - values_EV)
+        # others.
+        steps = partition.padded_steps(len(self._batches))
+        reader.begin(index)
+        for number, targets_EV in enumerate(self._targets_by_batch()):
+            keys_EK, values_EV = reader.read(number)
+            sums.add(keys_EK, targets_EV.to(self._device) - values_EV)
+        for _ in range(steps - len(self._batches)):
+            reader.run_along()
         counted = torch.tensor(sums.count, device=self._device)
         for tensor in (sums.gram_KK, sums.cross_VK, counted):
             dist.all_reduce(tensor)
         sums.count = int(counted)
         return sums
 
-    def _forward(self, **inputs: Any) -> Any:
-        return partition.run_forward(self._engine, **inputs)
-
-    def _filler(self) -> tuple[Lookups, torch.Tensor]:
-        one = torch.ones((1, 1), dtype=torch.int64, device=self._device)
-        return Lookups(one * 0, one, (1,)), torch.zeros(1, device=self._device)
+    def _targets_by_batch(self) -> Iterator[torch.Tensor]:
+        """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
+        batches = iter(self._batches)
+        for shard in self._shards:
+            targets_EV = self._targets(shard)
+            start = 0
+            for batch in islice(batches, shard.batches):
+                yield targets_EV[start : start + batch.count]
+                start += batch.count
 
     def _own_rows(self, count: int) -> slice:
         each = -(-count // self._ranks)
@@ -219,12 +241,12 @@ class UpdateRank:
             requests=count,
         )
 
-    def _targets(self, shard: UpdateShard, run: Store) -> torch.Tensor:
+    def _targets(self, shard: _TakenShard) -> torch.Tensor:
         by_row: dict[int, torch.Tensor] = {}
         for file in shard.files:
-            arrays = read_targets(run.read_table(file))
+            arrays = read_targets(self._job.run.read_table(file))
             by_row |= dict(zip(arrays.rows.tolist(), torch.from_numpy(arrays.values), strict=True))
-        values = torch.stack([by_row[row] for row in shard.rows]).double()
-        if not torch.isfinite(values).all():
+        values_EV = torch.stack([by_row[row] for row in shard.rows]).double()
+        if not torch.isfinite(values_EV).all():
             raise NotFiniteError(f"targets of shard {shard.name} hold NaN or infinity")
-        return values
+        return values_EV

@@ -19,7 +19,8 @@ from pmet.contexts import ContextTemplates
 from pmet.delta import Edit, changed
 from pmet.errors import InputError, NotFiniteError
 from pmet.hparams import PMETHyperParams
-from pmet.keys import KEY_BATCH, Lookups, read_keys_and_values
+from pmet.key_reader import KeyReader
+from pmet.keys import Lookups, LookupTokenizer
 from pmet.request import EditRequest
 from pmet.solve import factor, normal_matrix, solve_rows
 from pmet.spread import square_root_spread
@@ -92,10 +93,13 @@ def compute_edit(
     deltas: dict[str, torch.Tensor] = {}
     try:
         with frozen(model), torch.no_grad():
+            tokenizing = LookupTokenizer(tokenizer, templates)
+            batches = list(tokenizing.batches(requests))
+            device = layout.weight(model, hparams.target_layer).device
+            reader = KeyReader(model, layout, hparams.layers, tokenizing.shared, batches, device)
             for index, layer in enumerate(hparams.layers):
-                sums = _sum_layer(
-                    model, tokenizer, layout, requests, hparams, templates, targets_EV, layer
-                )
+                reader.begin(index)
+                sums = _sums(reader, batches, targets_EV.to(device), layout)
                 delta_VK = solve_layer(sums, moments[layer], hparams, index)
                 name = layout.weight_name(layer)
                 deltas[name] = layout.orient(delta_VK)
@@ -119,25 +123,15 @@ def solve_layer(
     return solve_rows(factor(matrix_KK), share * sums.cross_VK)
 
 
-def _sum_layer(
-    model: nn.Module,
-    tokenizer: Any,
-    layout: Layout,
-    requests: Sequence[EditRequest],
-    hparams: PMETHyperParams,
-    templates: ContextTemplates,
-    targets_EV: torch.Tensor,
-    layer: int,
+def _sums(
+    reader: KeyReader, batches: Sequence[Lookups], targets_EV: torch.Tensor, layout: Layout
 ) -> KeyResidualSums:
-    device = layout.weight(model, layer).device
-    sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, device)
-    for start in range(0, len(requests), KEY_BATCH):
-        part = slice(start, start + KEY_BATCH)
-        lookups = Lookups.of(tokenizer, requests[part], templates, device)
-        keys_EK, values_EV = read_keys_and_values(
-            model, layout, lookups, layer, hparams.target_layer
-        )
-        sums.add(keys_EK, targets_EV[part].to(device) - values_EV)
+    sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, targets_EV.device)
+    start = 0
+    for number, batch in enumerate(batches):
+        keys_EK, values_EV = reader.read(number)
+        sums.add(keys_EK, targets_EV[start : start + batch.count] - values_EV)
+        start += batch.count
     return sums
 
 

@@ -1,124 +1,124 @@
-"""Keys and current values: what the edited layers see of each request.
+"""Where keys are looked up: the tokens of each request up to its subject's last one, in batches.
 
 The key of a request at a layer is the down-projection's input at the subject's last token,
 averaged over context templates, each group of them weighing the same: half the bare context, half
-the mean of the generated ones. The current value is the down-projection's output at layer z in the
-bare context.
+the mean of the generated ones. Nothing after the subject's last token reaches back to it, so
+nothing after it is kept; and what a template puts in front of every prompt is kept once.
 
-Shape letters: E requests, C contexts, B = E·C rows, T tokens, K key width, V value width.
+Shape letters: E requests, C contexts, B = E·C rows, K key width.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 
-from pmet.architecture import Layout
 from pmet.contexts import ContextTemplates
-from pmet.lookup import tokenize_prompt
-from pmet.padding import pad, positions
+from pmet.lookup import encode, tokenize_prompt
 from pmet.request import EditRequest
-from pmet.tracing import captured_input, captured_output, stopping_after
-
-Forward = Callable[..., Any]
 
 KEY_BATCH = 64
-"""Requests whose keys are read in one forward pass."""
+"""Most requests whose keys are read together."""
+KEY_TOKENS = 16384
+"""Most tokens, padding included, that are read together; one request is read in any case."""
 
 
 @dataclass(frozen=True)
 class Lookups:
     """Tokens of a batch of requests, up to the subject's last one, in every context.
 
-    Nothing after the subject's last token reaches back to it, so nothing after it is kept; rows
-    are padded on the left, which puts that token into the last column.
+    Plain arrays of numbers: there may be as many of these as there are facts.
+
+    Attributes:
+        tokens: of all rows, one after the other; without what the row's context puts in front.
+        lengths: how many of them each row has, at least one.
+        contexts: each row's context.
+        group_sizes: contexts in each group.
     """
 
-    ids_BT: torch.Tensor
-    mask_BT: torch.Tensor
+    tokens: array[int]
+    lengths: array[int]
+    contexts: array[int]
     group_sizes: tuple[int, ...]
 
-    @classmethod
-    def of(
-        cls,
-        tokenizer: Any,
-        requests: Sequence[EditRequest],
-        templates: ContextTemplates,
-        device: torch.device,
-    ) -> Lookups:
-        """Tokenize ``requests`` in every template."""
-        rows = []
-        for request in requests:
-            for template in (t for group in templates for t in group):
-                prompt = tokenize_prompt(tokenizer, request, template)
-                rows.append(prompt.ids[: prompt.subject_last + 1])
-        ids_BT, mask_BT = pad(rows, device, left=True)
-        return cls(ids_BT, mask_BT, tuple(len(group) for group in templates))
-
     @property
-    def contexts(self) -> int:
-        """C, rows of one request."""
+    def every(self) -> int:
+        """C, rows of one request; its first one is the bare context."""
         return sum(self.group_sizes)
 
-    def inputs(self, model: nn.Module) -> dict[str, Any]:
-        """Arguments of a forward pass; the head reads one column only."""
-        accepted = inspect.signature(model.forward).parameters
-        inputs: dict[str, Any] = {
-            "input_ids": self.ids_BT,
-            "attention_mask": self.mask_BT,
-            "use_cache": False,
-        }
-        if "position_ids" in accepted:
-            inputs["position_ids"] = positions(self.mask_BT)
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        return inputs
+    @property
+    def count(self) -> int:
+        """E."""
+        return len(self.lengths) // self.every
+
+    @property
+    def ids(self) -> list[array[int]]:
+        """The tokens by row."""
+        ends = list(accumulate(self.lengths))
+        return [
+            self.tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)
+        ]
 
     def mean_over_contexts(self, rows_BK: torch.Tensor) -> torch.Tensor:
         """Mean over groups of the means within them: (B, K) to (E, K), in float64."""
-        grouped = rows_BK.double().unflatten(0, (-1, self.contexts)).split(self.group_sizes, dim=1)
+        grouped = rows_BK.double().unflatten(0, (-1, self.every)).split(self.group_sizes, dim=1)
         return torch.stack([group.mean(dim=1) for group in grouped]).mean(dim=0)
 
 
-@torch.no_grad()
-def read_keys_and_values(
-    model: nn.Module,
-    layout: Layout,
-    lookups: Lookups,
-    layer: int,
-    target_layer: int,
-    *,
-    forward: Forward | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys at ``layer`` and current values at ``target_layer``, from one forward pass.
+class LookupTokenizer:
+    """Makes lookups of requests.
 
     Args:
-        model: the model whose modules are traced.
-        layout: its parts.
-        lookups: the requests' tokens.
-        layer: the layer about to be edited, at most ``target_layer``.
-        target_layer: layer z.
-        forward: what runs the model to its end, for a model that must not be stopped early
-            (ZeRO-3); by default the model itself runs, up to layer z.
+        tokenizer: a fast tokenizer.
+        templates: the context templates.
 
-    Returns:
-        ``keys_EK`` and ``values_EV``, float64, on the model's device.
+    Attributes:
+        shared: for each context the tokens that it puts in front of every prompt; then, as a
+            further context, none: for prompts whose start the tokenizer cuts otherwise.
     """
-    rows, columns = lookups.ids_BT.shape
-    with ExitStack() as stack:
-        key = stack.enter_context(captured_input(layout.down_projection(model, layer)))
-        value = stack.enter_context(captured_output(layout.down_projection(model, target_layer)))
-        if forward is None:
-            stack.enter_context(stopping_after(layout.layer(model, target_layer)))
-            forward = model
-        forward(**lookups.inputs(model))
-    # Some models flatten rows and columns inside the FFN (OPT).
-    keys_BK = key.tensor.reshape(rows, columns, -1)[:, -1]
-    values_BV = value.tensor.reshape(rows, columns, -1)[:, -1]
-    return lookups.mean_over_contexts(keys_BK), values_BV[:: lookups.contexts].double()
+
+    def __init__(self, tokenizer: Any, templates: ContextTemplates) -> None:
+        self._tokenizer = tokenizer
+        self._templates = [template for group in templates for template in group]
+        self._group_sizes = tuple(len(group) for group in templates)
+        heads = [template[: template.index("{}")].rstrip() for template in self._templates]
+        self.shared = (*(encode(tokenizer, head) for head in heads), ())
+
+    def batches(self, requests: Sequence[EditRequest]) -> Iterator[Lookups]:
+        """Requests in batches, in their order.
+
+        Raises:
+            RequestError: no token covers a subject.
+        """
+        rows: list[tuple[tuple[int, ...], int]] = []
+        longest = 0
+        for request in requests:
+            new = [self._row(request, number) for number in range(len(self._templates))]
+            length = max(len(ids) for ids, _ in new)
+            full = len(rows) == KEY_BATCH * len(new)
+            if rows and (full or (len(rows) + len(new)) * max(longest, length) > KEY_TOKENS):
+                yield self._lookups(rows)
+                rows, longest = [], 0
+            rows, longest = rows + new, max(longest, length)
+        if rows:
+            yield self._lookups(rows)
+
+    def _row(self, request: EditRequest, number: int) -> tuple[tuple[int, ...], int]:
+        prompt = tokenize_prompt(self._tokenizer, request, self._templates[number])
+        ids, shared = prompt.ids[: prompt.subject_last + 1], self.shared[number]
+        if len(shared) < len(ids) and ids[: len(shared)] == shared:
+            return ids[len(shared) :], number
+        return ids, len(self._templates)
+
+    def _lookups(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> Lookups:
+        return Lookups(
+            array("i", [token for ids, _ in rows for token in ids]),
+            array("i", [len(ids) for ids, _ in rows]),
+            array("i", [context for _, context in rows]),
+            self._group_sizes,
+        )

@@ -93,9 +93,14 @@ class Prefixes:
         """P."""
         return self.mask_BP.shape[1]
 
-    def cache(self, *, recording: bool = False) -> Cache:
-        """A cache that holds them for the model."""
-        last = len(self.layers) - 1
+    def cache(self, *, recording: bool = False, stopping: bool = True) -> Cache:
+        """A cache that holds them for the model.
+
+        Args:
+            recording: it takes in what is computed next.
+            stopping: and then ends the pass at the last layer, whose own output nobody reads.
+        """
+        last = len(self.layers) - 1 if stopping else None
         layers = []
         for i, held in enumerate(self.layers):
             keys, values = held or (None, None)
@@ -249,14 +254,21 @@ def _moved(part: torch.Tensor, index_BP: torch.Tensor, mask_BP: torch.Tensor) ->
     return part.gather(2, index).masked_fill_((mask_BP == 0)[:, None, :, None], 0)
 
 
-def forward(model: nn.Module, ids_BT: torch.Tensor, mask_BU: torch.Tensor, cache: Cache) -> Any:
-    """Run the model on T new columns, the last of U; the cache holds the others."""
+def forward(model: nn.Module, given: torch.Tensor, mask_BU: torch.Tensor, cache: Cache) -> Any:
+    """Run the model on T new columns, the last of U; the cache holds the others.
+
+    Args:
+        model: the model.
+        given: token ids (B, T), or embeddings (B, T, ·).
+        mask_BU: 1 where there is a token.
+        cache: U − T columns of keys and values.
+    """
     inputs: dict[str, Any] = {
-        "input_ids": ids_BT,
+        "inputs_embeds" if given.is_floating_point() else "input_ids": given,
         "attention_mask": mask_BU,
         "past_key_values": cache,
         "use_cache": True,
     }
     if takes_positions(model):
-        inputs["position_ids"] = positions(mask_BU)[:, -ids_BT.shape[1] :]
+        inputs["position_ids"] = positions(mask_BU)[:, -given.shape[1] :]
     return model(**inputs)
