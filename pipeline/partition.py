@@ -267,6 +267,21 @@ def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
     return int(most.item())
 
 
+def all_rows(own: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order; each may have another number of them."""
+    counts = [
+        torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(dist.get_world_size())
+    ]
+    dist.all_gather(counts, torch.tensor([len(own)], device=own.device))
+    numbers = [int(count.item()) for count in counts]
+    padded = own.new_zeros(max(numbers), *own.shape[1:])
+    padded[: len(own)] = own
+    every = own.new_empty(len(numbers) * len(padded), *own.shape[1:])
+    dist.all_gather_into_tensor(every, padded)
+    parts = every.split(len(padded)) if len(padded) else [every]
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=False)])
+
+
 def in_lockstep(
     items: Sequence[Item], filler: Item, group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[Item, bool]]:

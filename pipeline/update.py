@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import partition
+from pipeline.factors import FactorFile
 from pipeline.moments import read_moments
 from pipeline.rank_group import Rendezvous
 from pipeline.replica import open_tokenizer
@@ -27,15 +28,25 @@ from pipeline.schema import read_targets
 from pipeline.store import Store
 from pmet.architecture import resolve
 from pmet.contexts import ContextTemplates
-from pmet.delta import Edit
+from pmet.delta import Edit, changed
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
 from pmet.keys import Lookups, LookupTokenizer
 from pmet.request import EditRequest
-from pmet.solve import factor, normal_matrix, solve_rows
+from pmet.solve import (
+    Factor,
+    Form,
+    cheaper_form,
+    factor,
+    moment_factor,
+    normal_matrix,
+    solve_rows,
+    solve_rows_by_requests,
+    whitened,
+)
 from pmet.spread import square_root_spread
-from pmet.sums import KeyResidualSums
+from pmet.sums import KeyResidualRows, KeyResidualSums
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,10 @@ class LayerReport:
         sha256: of that file.
         delta_norm: Frobenius norm of Δ.
         weight_norm: Frobenius norm of the weight before.
-        requests: how many the sums cover.
+        requests: how many it holds.
+        form: of the solve: ``keys`` or ``requests`` (see `pmet.solve`).
+        jitter: share of its mean diagonal element that the factored matrix took; 0 as a rule.
+        rounding: ‖what the weight's dtype rounds off‖ / ‖Δ‖.
     """
 
     parameter: str
@@ -99,6 +113,18 @@ class LayerReport:
     delta_norm: float
     weight_norm: float
     requests: int
+    form: Form
+    jitter: float
+    rounding: float
+
+
+class _Solved(NamedTuple):
+    """This rank's rows of Δ, and how they were found."""
+
+    delta_RK: torch.Tensor
+    requests: int
+    form: Form
+    jitter: float
 
 
 class _TakenShard(NamedTuple):
@@ -156,24 +182,17 @@ class UpdateRank:
         """
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
-        sums = self._sums(index)
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
-        matrix_KK = normal_matrix(sums.gram_KK, second_moment_KK, hparams.mom2_update_weight)
+        solved = self._solved(index, layer, second_moment_KK)
         del second_moment_KK
-        factor_KK = factor(matrix_KK)
-        del matrix_KK
-        share = square_root_spread(index, len(hparams.layers))
-        rows = self._own_rows(layout.value_width)
-        delta_RK = solve_rows(factor_KK, share * sums.cross_VK[rows])
-        del factor_KK
-        delta = layout.orient(self._all_rows(delta_RK))
+        delta = layout.orient(self._all_rows(solved.delta_RK))
         parameter = layout.weight(self._model, layer)
         with partition.gathered(parameter) as weight:
             original = weight.detach().cpu().clone() if self._rank == 0 else None
         partition.add_to_slice(self._engine, parameter, delta)
         if original is None:
             return None
-        return self._save(layout.weight_name(layer), delta.cpu(), original, sums.count)
+        return self._save(layout.weight_name(layer), delta.cpu(), original, solved)
 
     def redo_layer(self, index: int, file: str) -> None:
         """Apply a layer that an earlier group has finished and saved."""
@@ -184,23 +203,65 @@ class UpdateRank:
         parameter = self._layout.weight(self._model, layer)
         partition.add_to_slice(self._engine, parameter, delta.to(self._device))
 
-    def _sums(self, index: int) -> KeyResidualSums:
-        layout, reader = self._layout, self._reader
-        sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
+    def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> _Solved:
+        """This rank's rows of Δ, in the form that takes fewer operations."""
+        layout = self._layout
+        widths = (layout.key_width, layout.value_width)
+        count = self._added(sum(batch.count for batch in self._batches))
+        module = layout.family.down_projection.format(layer)
+        kept = FactorFile(self._job.second_moments, module, second_moment_KK)
+        # One rank looks for the factor, so that all choose alike.
+        factored = bool(self._added(int(self._rank == 0 and kept.exists())))
+        form = cheaper_form(count, *widths, factored=factored)
+        share = square_root_spread(index, len(self._job.hparams.layers))
+        own = self._own_rows(layout.value_width)
+        if form == "keys":
+            sums = KeyResidualSums.zeros(*widths, self._device)
+            self._collect(index, sums)
+            dist.all_reduce(sums.gram_KK)
+            dist.all_reduce(sums.cross_VK)
+            weight = self._job.hparams.mom2_update_weight
+            found = factor(normal_matrix(sums.gram_KK, second_moment_KK, weight))
+            delta_RK = solve_rows(found.lower, share * sums.cross_VK[own])
+            return _Solved(delta_RK, count, form, found.jitter)
+        rows = KeyResidualRows.room(sum(b.count for b in self._batches), *widths, self._device)
+        self._collect(index, rows)
+        moment = kept.read() if factored else moment_factor(second_moment_KK.to(self._device))
+        if self._rank == 0 and not factored:
+            kept.keep(moment)
+        return self._solved_by_requests(rows, moment, share, own, count)
+
+    def _solved_by_requests(
+        self, rows: KeyResidualRows, moment: Factor, share: float, own: slice, count: int
+    ) -> _Solved:
+        lower_KK = moment.lower.to(self._device)
+        # Each rank whitens its own keys; the E×E matrix wants all of them.
+        whitened_EK = partition.all_rows(whitened(rows.keys_EK, lower_KK))
+        residuals_ER = partition.all_rows(rows.residuals_EV)[:, own]
+        weight = self._job.hparams.mom2_update_weight
+        delta_RK, jitter = solve_rows_by_requests(
+            whitened_EK, share * residuals_ER, lower_KK, weight
+        )
+        return _Solved(delta_RK, count, "requests", max(jitter, moment.jitter))
+
+    def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows) -> None:
+        """Read keys and residuals of this rank's requests, with the other ranks."""
+        reader = self._reader
         # Ranks gather weights together: a forward pass that one of them left out would hang the
         # others.
         steps = partition.padded_steps(len(self._batches))
         reader.begin(index)
         for number, targets_EV in enumerate(self._targets_by_batch()):
             keys_EK, values_EV = reader.read(number)
-            sums.add(keys_EK, targets_EV.to(self._device) - values_EV)
+            into.add(keys_EK, targets_EV.to(self._device) - values_EV)
         for _ in range(steps - len(self._batches)):
             reader.run_along()
-        counted = torch.tensor(sums.count, device=self._device)
-        for tensor in (sums.gram_KK, sums.cross_VK, counted):
-            dist.all_reduce(tensor)
-        sums.count = int(counted)
-        return sums
+
+    def _added(self, number: int) -> int:
+        """The sum of a number over all ranks."""
+        total = torch.tensor(number, dtype=torch.int64, device=self._device)
+        dist.all_reduce(total)
+        return int(total.item())
 
     def _targets_by_batch(self) -> Iterator[torch.Tensor]:
         """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
@@ -227,18 +288,23 @@ class UpdateRank:
         return delta_VK[:count]
 
     def _save(
-        self, name: str, delta: torch.Tensor, original: torch.Tensor, count: int
+        self, name: str, delta: torch.Tensor, original: torch.Tensor, solved: _Solved
     ) -> LayerReport:
         file = f"delta/{name}.safetensors"
         with self._job.run.local_target(file) as path:
             Edit({name: delta}, {name: original}).save(path)
+        lost = changed(original, delta).double().sub_(original).sub_(delta)
+        norm = delta.norm().item()
         return LayerReport(
             parameter=name,
             file=file,
             sha256=self._job.run.sha256(file),
-            delta_norm=delta.norm().item(),
+            delta_norm=norm,
             weight_norm=original.double().norm().item(),
-            requests=count,
+            requests=solved.requests,
+            form=solved.form,
+            jitter=solved.jitter,
+            rounding=lost.norm().item() / norm if norm else 0.0,
         )
 
     def _targets(self, shard: _TakenShard) -> torch.Tensor:

@@ -22,9 +22,9 @@ from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
 from pmet.keys import Lookups, LookupTokenizer
 from pmet.request import EditRequest
-from pmet.solve import factor, normal_matrix, solve_rows
+from pmet.solve import cheaper_form, solve
 from pmet.spread import square_root_spread
-from pmet.sums import KeyResidualSums
+from pmet.sums import KeyResidualRows, KeyResidualSums
 from pmet.targets import Targets, compute_targets
 from pmet.tracing import frozen
 
@@ -99,8 +99,10 @@ def compute_edit(
             reader = KeyReader(model, layout, hparams.layers, tokenizing.shared, batches, device)
             for index, layer in enumerate(hparams.layers):
                 reader.begin(index)
-                sums = _sums(reader, batches, targets_EV.to(device), layout)
-                delta_VK = solve_layer(sums, moments[layer], hparams, index)
+                collected = _collected(reader, batches, targets_EV.to(device), layout)
+                share = square_root_spread(index, len(hparams.layers))
+                weight = hparams.mom2_update_weight
+                delta_VK = solve(collected, moments[layer], weight, share)
                 name = layout.weight_name(layer)
                 deltas[name] = layout.orient(delta_VK)
                 layout.weight(model, layer).copy_(changed(originals[name], deltas[name]))
@@ -114,25 +116,21 @@ def compute_edit(
     )
 
 
-def solve_layer(
-    sums: KeyResidualSums, second_moment_KK: torch.Tensor, hparams: PMETHyperParams, index: int
-) -> torch.Tensor:
-    """Δ (V×K, float64) of the ``index``-th edited layer from its sums."""
-    matrix_KK = normal_matrix(sums.gram_KK, second_moment_KK, hparams.mom2_update_weight)
-    share = square_root_spread(index, len(hparams.layers))
-    return solve_rows(factor(matrix_KK), share * sums.cross_VK)
-
-
-def _sums(
+def _collected(
     reader: KeyReader, batches: Sequence[Lookups], targets_EV: torch.Tensor, layout: Layout
-) -> KeyResidualSums:
-    sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, targets_EV.device)
-    start = 0
+) -> KeyResidualSums | KeyResidualRows:
+    """Keys and residuals of all requests, as the cheaper form of the solve wants them."""
+    widths, device = (layout.key_width, layout.value_width), targets_EV.device
+    collected: KeyResidualSums | KeyResidualRows
+    if cheaper_form(len(targets_EV), *widths, factored=False) == "keys":
+        collected = KeyResidualSums.zeros(*widths, device)
+    else:
+        collected = KeyResidualRows.room(len(targets_EV), *widths, device)
     for number, batch in enumerate(batches):
         keys_EK, values_EV = reader.read(number)
-        sums.add(keys_EK, targets_EV[start : start + batch.count] - values_EV)
-        start += batch.count
-    return sums
+        start = collected.count
+        collected.add(keys_EK, targets_EV[start : start + batch.count] - values_EV)
+    return collected
 
 
 def _checked_targets(targets: Targets | torch.Tensor, count: int, layout: Layout) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Cholesky factors of second moments, kept beside them: they are the same every night.
+
+A factor belongs to the very numbers it was computed from: its file is named by their digest, so one
+of other second moments is never found. A folder that cannot be written to does without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.errors import StorageError
+from pipeline.moments import stored_at
+from pmet.solve import Factor, moment_factor
+
+_TENSOR = "lower"
+
+
+class FactorFile:
+    """The place of one second moment's factor.
+
+    Args:
+        url: folder or file of the second moments.
+        module: whose inputs the second moment describes.
+        second_moment_KK: C.
+    """
+
+    def __init__(self, url: str, module: str, second_moment_KK: torch.Tensor) -> None:
+        self._store, _ = stored_at(url)
+        self._moment_KK = second_moment_KK
+        data = second_moment_KK.contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._name = f"factors/{module}-{hashlib.sha256(data.data).hexdigest()[:32]}.safetensors"
+
+    def exists(self) -> bool:
+        """Whether the factor has been kept."""
+        return self._store.exists(self._name)
+
+    def read(self) -> Factor:
+        """The factor that has been kept, or, where it cannot be read, a new one.
+
+        Raises:
+            NumericalError: there is no factor.
+        """
+        try:
+            with (
+                self._store.local_copy(self._name) as path,
+                safe_open(str(path), framework="pt") as kept,
+            ):
+                jitter = float((kept.metadata() or {})["jitter"])
+                lower_KK = kept.get_tensor(_TENSOR)
+        except (StorageError, SafetensorError, OSError, KeyError, ValueError):
+            return moment_factor(self._moment_KK)
+        if lower_KK.shape != self._moment_KK.shape or lower_KK.dtype != torch.float64:
+            return moment_factor(self._moment_KK)
+        return Factor(lower_KK, jitter)
+
+    def keep(self, found: Factor) -> bool:
+        """Keep a factor; returns whether the folder took it."""
+        try:
+            with self._store.local_target(self._name) as path:
+                metadata = {"jitter": repr(found.jitter)}
+                save_file({_TENSOR: found.lower.cpu().contiguous()}, str(path), metadata=metadata)
+        except (StorageError, OSError):
+            return False
+        return True
