@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pmet
+from pmet import keys
 from pmet.hparams import PMETHyperParams
+from pmet.key_reader import KeyReader
 from pmet.plain import PlainTargets, plain_deltas, plain_evaluate, plain_targets
 from pmet.request import EditRequest
 
@@ -356,6 +358,30 @@ def test_deltas_are_those_of_the_plain_form(problem: Problem):
     assert edit.deltas.keys() == problem.deltas.keys()
     for name, expected in problem.deltas.items():
         assert (edit.deltas[name].double() - expected).norm() <= DELTA * expected.norm(), name
+
+
+def test_deltas_do_not_depend_on_how_keys_are_read(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+):
+    """In passes that run to their end, as ZeRO-3 wants it, few requests at a time, and with all
+    hidden states in a file between the passes.
+    """
+    monkeypatch.setattr(keys, "KEY_BATCH", 2)
+    reader = partial(KeyReader, whole_passes=True, memory=0)
+    monkeypatch.setattr("pmet.edit.KeyReader", reader)
+    head = problem.model.get_output_embeddings()
+    edit = pmet.compute_edit(
+        problem.model,
+        problem.tokenizer,
+        REQUESTS,
+        problem.found,
+        context_templates=CONTEXTS,
+        second_moments=problem.second_moments,
+        targets=problem.targets.values,
+    )
+    for name, expected in problem.deltas.items():
+        assert (edit.deltas[name].double() - expected).norm() <= DELTA * expected.norm(), name
+    assert problem.model.get_output_embeddings() is head
 
 
 def test_scores_are_those_of_the_plain_form(problem: Problem):

@@ -1,0 +1,90 @@
+"""The solve of one layer against its arithmetic, at Llama-3-8B's widths by default.
+
+python -m benchmarks.solve --key-width 14336 --value-width 4096 --threads 2
+
+Operations: 2·(K³/6 + V·K²) multiply-adds of the key form (Cholesky and two triangular solves), or of
+the request form with a stored factor; the rate is that of a large float64 matrix product, in the
+same run. Keys and second moments are random.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.harness import arguments, show, timed
+from benchmarks.operations import matmul_rate
+from pmet.solve import (
+    cheaper_form,
+    factor,
+    moment_factor,
+    normal_matrix,
+    solve_rows,
+    solve_rows_by_requests,
+    whitened,
+)
+
+WEIGHT = 15_000.0
+
+
+def main() -> None:
+    """Time both forms of the solve."""
+    parser = arguments(__doc__ or "", count=1000)
+    parser.add_argument("--key-width", type=int, default=14_336)
+    parser.add_argument("--value-width", type=int, default=4096)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    k, v, e = options.key_width, options.value_width, options.count
+    torch.manual_seed(0)
+    rate = matmul_rate(torch.device("cpu"), torch.float64, 2048, seconds=3)
+    rows: list[dict[str, Any]] = []
+
+    def add(form: str, seconds: float, multiply_adds: float) -> None:
+        wanted = 2 * multiply_adds / rate
+        share = f"{wanted / seconds:.0%}"
+        rows.append(
+            {"form": form, "seconds": seconds, "arithmetic alone": wanted, "of the rate": share}
+        )
+
+    moment_KK = _positive_definite(k)
+    gram_KK, cross_VK = _positive_definite(k).double(), torch.randn(v, k, dtype=torch.float64)
+    held = _peak()
+    seconds, matrix_KK = timed(lambda: normal_matrix(gram_KK, moment_KK, WEIGHT))
+    more, lower_KK = timed(lambda: factor(matrix_KK).lower)
+    del matrix_KK, gram_KK
+    most, _ = timed(lambda: solve_rows(lower_KK, cross_VK))
+    add("keys", seconds + more + most, k**3 / 6 + v * k**2)
+    peak = f"peak {_peak():.3g} GiB, of which {held:.3g} GiB were the inputs"
+    del lower_KK, cross_VK
+    seconds, lower_KK = timed(lambda: moment_factor(moment_KK).lower)
+    add("factor of C, once", seconds, k**3 / 6)
+    keys_EK = torch.randn(e, k, dtype=torch.float64)
+    residuals_EV = torch.randn(e, v, dtype=torch.float64)
+    seconds, _ = timed(
+        lambda: solve_rows_by_requests(whitened(keys_EK, lower_KK), residuals_EV, lower_KK, WEIGHT)
+    )
+    work = e * k * k + e * e * k + e**3 / 6 + v * e * (e + k)
+    add(f"requests, {e}", seconds, work)
+    chosen = cheaper_form(e, k, v, factored=True)
+    note = f"float64 matrix products at {rate / 1e9:.3g} GFLOP/s; {peak}; chosen: {chosen}"
+    show(f"key width {k}, value width {v}, {options.threads} thread(s)", rows, options, note)
+
+
+def _positive_definite(width: int) -> torch.Tensor:
+    """As a sum of outer products is, without the time that such a sum takes."""
+    matrix = torch.randn(width, width).div_(width**0.5)
+    matrix = matrix.add_(matrix.T.clone()).div_(8)
+    matrix.diagonal().add_(1.0)
+    return matrix
+
+
+def _peak() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+if __name__ == "__main__":
+    main()
