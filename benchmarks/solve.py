@@ -2,30 +2,24 @@
 
 python -m benchmarks.solve --key-width 14336 --value-width 4096 --threads 2
 
-Operations: 2·(K³/6 + V·K²) multiply-adds of the key form (Cholesky and two triangular solves), or of
-the request form with a stored factor; the rate is that of a large float64 matrix product, in the
-same run. Keys and second moments are random.
+The arithmetic of the key form is K³/6 + V·K² multiply-adds (Cholesky and two triangular solves);
+the rate is that of a large float64 matrix product, in the same run. Keys and second moments are
+random.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.harness import arguments, show, timed
 from benchmarks.operations import matmul_rate
-from pmet.solve import (
-    cheaper_form,
-    factor,
-    moment_factor,
-    normal_matrix,
-    solve_rows,
-    solve_rows_by_requests,
-    whitened,
-)
+from pmet.solve import cheaper_form, moment_factor, solve, solve_rows_by_requests, whitened
+from pmet.sums import KeyResidualSums
 
 WEIGHT = 15_000.0
 
@@ -50,15 +44,7 @@ def main() -> None:
         )
 
     moment_KK = _positive_definite(k)
-    gram_KK, cross_VK = _positive_definite(k).double(), torch.randn(v, k, dtype=torch.float64)
-    held = _peak()
-    seconds, matrix_KK = timed(lambda: normal_matrix(gram_KK, moment_KK, WEIGHT))
-    more, lower_KK = timed(lambda: factor(matrix_KK).lower)
-    del matrix_KK, gram_KK
-    most, _ = timed(lambda: solve_rows(lower_KK, cross_VK))
-    add("keys", seconds + more + most, k**3 / 6 + v * k**2)
-    peak = f"peak {_peak():.3g} GiB, of which {held:.3g} GiB were the inputs"
-    del lower_KK, cross_VK
+    held, peak = _by_keys(moment_KK, v, add)
     seconds, lower_KK = timed(lambda: moment_factor(moment_KK).lower)
     add("factor of C, once", seconds, k**3 / 6)
     keys_EK = torch.randn(e, k, dtype=torch.float64)
@@ -69,8 +55,23 @@ def main() -> None:
     work = e * k * k + e * e * k + e**3 / 6 + v * e * (e + k)
     add(f"requests, {e}", seconds, work)
     chosen = cheaper_form(e, k, v, factored=True)
-    note = f"float64 matrix products at {rate / 1e9:.3g} GFLOP/s; {peak}; chosen: {chosen}"
+    note = f"float64 matrix products at {rate / 1e9:.3g} GFLOP/s; peak {peak:.3g} GiB with "
+    note += f"{held:.3g} GiB of inputs in the key form; chosen for {e} requests: {chosen}"
     show(f"key width {k}, value width {v}, {options.threads} thread(s)", rows, options, note)
+
+
+def _by_keys(
+    moment_KK: torch.Tensor, value_width: int, add: Callable[[str, float, float], None]
+) -> tuple[float, float]:
+    """Time the key form; returns the peak of memory before and after, GiB."""
+    k = len(moment_KK)
+    sums = KeyResidualSums(
+        _positive_definite(k).double(), torch.randn(value_width, k, dtype=torch.float64)
+    )
+    held = _peak()
+    seconds, _ = timed(lambda: solve(sums, moment_KK, WEIGHT, 1.0))
+    add("keys", seconds, k**3 / 6 + value_width * k**2)
+    return held, _peak()
 
 
 def _positive_definite(width: int) -> torch.Tensor:

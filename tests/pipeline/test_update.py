@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def shards_of(store: Store, requests: list[EditRequest], targets_EV: torch.Tenso
     """Uneven ones; the last two ranks of four get less than the others."""
     edges = [0, 7, 7 + len(requests) // 2, len(requests)]
     shards = []
-    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(edges)):
         name, rows = f"targets/{number:05d}.parquet", list(range(start, stop))
         zeros = np.zeros(len(rows))
         table = targets_table(
