@@ -9,7 +9,7 @@ Shape letters: B texts, T tokens, N tokens of a batch without padding, K key wid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from pmet.hparams import PMETHyperParams
 from pmet.lookup import encode
 from pmet.padding import batches_by_tokens, pad
 from pmet.problem import context_length
-from pmet.tracing import captured_input, frozen, stopping_after
+from pmet.tracing import changed_input, frozen, stopping_after
 
 MAX_TOKENS = 1024
 """Documents are cut here, or at the model's context where that is shorter."""
@@ -136,17 +136,25 @@ def _add_batch(
 ) -> None:
     layers = list(moments.sums)
     ids_BT, mask_BT = pad(batch, moments.sums[layers[-1]].device)
+    real_N = mask_BT.flatten().nonzero().squeeze(1)
+    padded = len(real_N) < mask_BT.numel()
+
+    def adding_to(total_KK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(keys_BTK: torch.Tensor) -> torch.Tensor:
+            keys_NK = keys_BTK.reshape(mask_BT.numel(), -1)
+            _add_product(total_KK, keys_NK.index_select(0, real_N) if padded else keys_NK)
+            return keys_BTK
+
+        return add
+
     with ExitStack() as stack:
-        seen = {
-            layer: stack.enter_context(captured_input(layout.down_projection(model, layer)))
-            for layer in layers
-        }
+        for layer, total_KK in moments.sums.items():
+            # Added as they pass: no layer's keys are kept.
+            module = layout.down_projection(model, layer)
+            stack.enter_context(changed_input(module, adding_to(total_KK)))
         stack.enter_context(stopping_after(layout.layer(model, layers[-1])))
         model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-    real = mask_BT.flatten().bool()
-    for layer, keys in seen.items():
-        _add_product(moments.sums[layer], keys.tensor.reshape(real.numel(), -1)[real])
-    moments.tokens += int(real.sum())
+    moments.tokens += len(real_N)
 
 
 def _add_product(total_KK: torch.Tensor, keys_NK: torch.Tensor) -> None:
