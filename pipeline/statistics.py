@@ -5,7 +5,7 @@ them, so an interrupted pass goes on where it was. When all parts are there they
 their order, one layer at a time, and deleted.
 
     second_moments.safetensors, second_moments.json     the result; the provenance is written last
-    second_moments.parts/<key>/
+    second_moments.parts/<key>-<parts>/
         00000.json                                      a finished part: its files, their digests
         00000-<layer>-<attempt>.safetensors             its sum of k kᵀ, (K, K) float64
 """
@@ -182,33 +182,44 @@ def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> d
     Raises:
         WorkerError: a part was given up; the finished ones are kept.
     """
-    parts, key = job.parts(), job.key
-    folder = f"{PARTS}/{key[:16]}"
-    done = {i: files for i in range(len(parts)) if (files := _recorded(store, folder, i, key))}
+    parts = job.parts()
+    folder = f"{PARTS}/{job.key[:16]}-{len(parts)}"
+    done = {i: files for i in range(len(parts)) if (files := _recorded(job, store, folder, i))}
     reused = len(done)
+    _sum_missing(job, store, folder, parts, done, run_tasks, bar)
     tokens = [sum(map(len, part)) for part in parts]
-    bar.advance(sum(tokens[i] for i in done))
-    tasks = {
-        f"part {i} of {len(parts)} of the corpus": i for i in range(len(parts)) if i not in done
-    }
-
-    def take(task: Task, files: list[StoredFile]) -> None:
-        number = tasks[task.key]
-        record = {"key": key, "files": [dataclasses.asdict(file) for file in files]}
-        store.write_json(_record(folder, number), record)
-        done[number] = files
-        bar.advance(tokens[number])
-        bar.note(f"{len(done)} of {len(parts)} parts")
-
-    if tasks:
-        calls = [
-            Task(name, (job.source, parts[i], job.hparams, store, f"{folder}/{i:05}"))
-            for name, i in tasks.items()
-        ]
-        run_tasks("sum_second_moments", calls, take)
     moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens)
     store.delete(PARTS)
     return {"tokens": sum(tokens), "parts": len(parts), "reused": reused, "convergence": moved}
+
+
+def _sum_missing(
+    job: MomentsJob,
+    store: Store,
+    folder: str,
+    parts: Sequence[Sequence[array[int]]],
+    done: dict[int, list[StoredFile]],
+    run_tasks: RunTasks,
+    bar: Stage,
+) -> None:
+    """Have workers sum the parts that are not ``done``, and record each."""
+    bar.advance(sum(len(s) for i in done for s in parts[i]))
+    numbers = {f"part {i} of the corpus": i for i in range(len(parts)) if i not in done}
+
+    def take(task: Task, files: list[StoredFile]) -> None:
+        number = numbers[task.key]
+        record = {"key": job.key, "files": [dataclasses.asdict(file) for file in files]}
+        store.write_json(_record(folder, number), record)
+        done[number] = files
+        bar.advance(sum(map(len, parts[number])))
+        bar.note(f"{len(done)} of {len(parts)} parts")
+
+    tasks = [
+        Task(key, (job.source, parts[i], job.hparams, store, f"{folder}/{i:05}"))
+        for key, i in numbers.items()
+    ]
+    if tasks:
+        run_tasks("sum_second_moments", tasks, take)
 
 
 def _commit(
@@ -247,13 +258,13 @@ def _added_up(store: Store, files: Sequence[str], width: int) -> torch.Tensor:
     return total_KK
 
 
-def _recorded(store: Store, folder: str, number: int, key: str) -> list[StoredFile] | None:
+def _recorded(job: MomentsJob, store: Store, folder: str, number: int) -> list[StoredFile] | None:
     """The files of a finished part; None where one is missing or not whole."""
     name = _record(folder, number)
     if not store.exists(name):
         return None
     record = store.read_json(name)
-    if record.get("key") != key:
+    if record.get("key") != job.key:
         return None
     files = [StoredFile(**file) for file in record["files"]]
     whole = all(store.exists(f.file) and store.sha256(f.file) == f.sha256 for f in files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -14,7 +15,10 @@ import pytest
 import ray
 
 from jobs.cli import main
+from jobs.cli import statistics as command
+from pipeline.corpus import TOKENS
 from pipeline.moments import PROVENANCE, TENSORS
+from pmet.second_moment import MAX_TOKENS
 from tests.conftest import GOLDEN
 
 GPT2 = GOLDEN / "gpt2"
@@ -99,6 +103,11 @@ def test_bad_input_is_one_clear_line_and_exit_2(
     assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
     assert not ray.is_initialized()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_has_the_defaults_of_a_job() -> None:
+    default = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+    assert (default["tokens"], default["max_length"]) == (TOKENS, MAX_TOKENS)
 
 
 def test_the_output_must_be_named(statistics: Invoke, corpus: Path) -> None:
