@@ -97,6 +97,51 @@ def evaluate(
 
 
 @app.command()
+def statistics(
+    model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
+    corpus: Annotated[
+        list[str], typer.Argument(help="Parquet files of ordinary text, in a column text.")
+    ],
+    output: Annotated[
+        str, typer.Option(help="Folder to keep them in, a job's second_moments: a path or a URL.")
+    ],
+    hparams: Annotated[
+        str | None, typer.Option(help="Preset or hyper-parameter file that names the layers.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="The layers themselves, as 3,4,5.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Token budget; the corpus is read until it is met.")
+    ] = 1_000_000,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens that each text is cut at.")] = 1024,
+    workers: Annotated[
+        str, typer.Option(help="Processes with a model replica each; auto: what the cluster holds.")
+    ] = "auto",
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs of each worker; 0: on the CPU, in float32.")
+    ] = 0,
+    address: Address = None,
+) -> None:
+    """Compute a model's second moments over a corpus, once, for any number of jobs."""
+    from jobs.statistics import compute_statistics
+    from pipeline.progress import RichProgress
+
+    compute_statistics(
+        model,
+        corpus,
+        output=output,
+        hparams=hparams,
+        layers=layers,
+        tokens=tokens,
+        max_length=max_length,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        address=address,
+        progress=RichProgress(err),
+        console=out,
+    )
+
+
+@app.command()
 def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
 ) -> None:

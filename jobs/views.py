@@ -68,7 +68,7 @@ def percent(value: float | None) -> str:
 
 def _facts(plan: Plan) -> dict[str, str]:
     count = len(plan.table.requests)
-    tokens = sum(len(text) for shard in plan.corpus for text in shard) // 4
+    corpus = plan.corpus
     return {
         "requests": f"{count} to edit, {len(plan.table.rejected)} rejected",
         "target shards": _sizes(list(map(len, plan.target_shards))),
@@ -76,7 +76,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "batch size": str(plan.batch_size or "auto"),
         "layers": ", ".join(map(str, plan.hparams.layers)),
         "edited weights": f"{plan.layout.value_width} × {plan.layout.key_width}",
-        "corpus": f"{len(plan.corpus)} shards, about {tokens:,} tokens" if plan.corpus else "none",
+        "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",
         "model digest": plan.digests["model"],
     }
 

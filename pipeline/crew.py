@@ -10,12 +10,31 @@ from typing import Any, Self
 
 from pipeline.cluster import default_workers, ray_session
 from pipeline.errors import WorkerError
-from pipeline.executor import EventKind, Task, WorkerPool
+from pipeline.executor import EventKind, Pool, Task, WorkerPool
 from pipeline.plan import Plan
 from pipeline.replica import Replica
 
 _MOST_CPU_RANKS = 4
 _SHOWN_SHARDS = 3
+
+
+def run_all(
+    pool: Pool, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]
+) -> None:
+    """Run all of a stage's tasks on a pool; ``take`` gets each result in this process.
+
+    Raises:
+        WorkerError: a task was given up; the message has its root cause.
+    """
+    failed = pool.run(method, tasks, take)
+    if not failed:
+        return
+    shown = "; ".join(f"{f.task.key}: {f.reason}" for f in failed[:_SHOWN_SHARDS])
+    raise WorkerError(
+        f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
+        "What was finished is kept: remove the cause and run the same job again",
+        cause_text=failed[0].reason,
+    )
 
 
 class Crew:
@@ -68,15 +87,7 @@ class Crew:
         Raises:
             WorkerError: a task was given up; the message has its root cause.
         """
-        failed = self._started_pool().run(method, tasks, take)
-        if not failed:
-            return
-        shown = "; ".join(f"{f.task.key}: {f.reason}" for f in failed[:_SHOWN_SHARDS])
-        raise WorkerError(
-            f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
-            "What was finished is kept: remove the cause and run the same job again",
-            cause_text=failed[0].reason,
-        )
+        run_all(self._started_pool(), method, tasks, take)
 
     def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
         """Run a single task and return its result."""

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.errors import StorageError
-from pipeline.moments import stored_at
+from pipeline.moments import is_file_name
+from pipeline.store import Store
 from pmet.solve import Factor, moment_factor
 
 _TENSOR = "lower"
@@ -29,7 +30,8 @@ class FactorFile:
     """
 
     def __init__(self, url: str, module: str, second_moment_KK: torch.Tensor) -> None:
-        self._store, _ = stored_at(url)
+        folder = (url.rpartition("/")[0] or ".") if is_file_name(url) else url
+        self._store = Store(folder)
         self._moment_KK = second_moment_KK
         data = second_moment_KK.contiguous().reshape(-1).view(torch.uint8).numpy()
         self._name = f"factors/{module}-{hashlib.sha256(data.data).hexdigest()[:32]}.safetensors"

@@ -88,7 +88,7 @@ class RunFolder:
             "stages": [],
             "layers": [],
             "events": [],
-            "versions": _versions(),
+            "versions": versions(),
             "machine": f"{platform.node()} {platform.machine()} {platform.system()}",
         }
         self.write()
@@ -147,7 +147,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in ("pmet-pipeline", *_LIBRARIES):
         try:

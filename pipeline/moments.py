@@ -1,70 +1,94 @@
 """Second moments on disk: one safetensors file, and where it comes from beside it.
 
 Tensors are named by the module whose inputs they describe, for example
-``transformer.h.3.mlp.fc_out``; each is (K, K) float32.
+``transformer.h.3.mlp.fc_out``; each is (K, K) float32. The published ``.npz`` files are read too
+(``pipeline.published_moments``).
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from pipeline.errors import JobError
+from pipeline.published_moments import SUFFIX as NPZ
+from pipeline.published_moments import PublishedMoments
 from pipeline.store import Store, read_file
 from pmet.architecture import Layout
-from pmet.second_moment import SecondMoments
 
 TENSORS = "second_moments.safetensors"
 PROVENANCE = "second_moments.json"
+SAFETENSORS = ".safetensors"
 _LARGEST_HEADER = 2**24
+_KEY = "key"
 
 
-def stored_at(url: str) -> tuple[Store, str]:
-    """The store and the file that ``url``, a folder or a safetensors file, stands for."""
-    if url.endswith(".safetensors"):
-        folder, _, name = url.rpartition("/")
-        return Store(folder or "."), name
-    return Store(url), TENSORS
+def is_file_name(url: str) -> bool:
+    """Whether ``url`` names a file of second moments, not a folder to keep them in."""
+    return url.endswith((SAFETENSORS, NPZ))
 
 
-def write_moments(
-    store: Store, moments: SecondMoments, layout: Layout, provenance: Mapping[str, Any]
-) -> None:
-    """Keep the means of ``moments`` in a folder; the provenance comes last and completes it."""
-    tensors = {
-        _module(layout, layer): mean.float().contiguous() for layer, mean in moments.means().items()
-    }
-    store.write_bytes(TENSORS, save(tensors))
-    store.write_json(PROVENANCE, {**provenance, "tokens": moments.tokens})
+def module_name(layout: Layout, layer: int) -> str:
+    """What a layer's second moment is called in files: the module whose input it describes."""
+    return layout.family.down_projection.format(layer)
+
+
+@contextmanager
+def moments_writer(
+    store: Store, layout: Layout, layers: Sequence[int], key: str
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Write the tensors to a folder: call what is yielded with each layer's mean, in their order.
+
+    Only one of them has to be in memory. The file says under which ``key`` it was made; without
+    a provenance beside it, it counts as unfinished.
+    """
+    width = layout.key_width
+    size = 4 * width * width
+    header: dict[str, Any] = {"__metadata__": {_KEY: key}}
+    for i, layer in enumerate(layers):
+        header[module_name(layout, layer)] = {
+            "dtype": "F32",
+            "shape": [width, width],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The format wants tensors to start at multiples of eight bytes.
+    text += b" " * (-len(text) % 8)
+    with store.write_stream(TENSORS) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+
+        def write(mean_KK: torch.Tensor) -> None:
+            assert mean_KK.shape == (width, width)
+            stream.write(mean_KK.float().contiguous().cpu().numpy().data)
+
+        yield write
 
 
 def check_moments(url: str, layout: Layout, layers: tuple[int, ...], model_digest: str) -> bool:
-    """Whether second moments of the edited layers are there; reads no more than a header.
+    """Whether second moments of the edited layers are there; reads no more than headers.
 
     Raises:
         JobError: what is there is damaged, lacks a layer, or belongs to another model.
     """
-    store, name = stored_at(url)
-    if not store.exists(name):
+    store, name = _stored_at(url)
+    if url.endswith(NPZ) or not store.exists(name):
+        published = PublishedMoments.find(url)
+        if published is not None:
+            _published_modules(published, layout, layers)
+        return published is not None
+    header = read_header(store, name)
+    if name == TENSORS and store.exists(PROVENANCE):
+        _check_provenance(store, model_digest)
+    elif made_under(header) and not is_file_name(url):
+        # Made here and interrupted before its provenance; files from elsewhere have no key.
         return False
-    _check_provenance(store, name, model_digest)
-    where = store.join(name)
-    try:
-        (length,) = struct.unpack("<Q", read_file(where, limit=8))
-        header = json.loads(read_file(where, limit=8 + min(length, _LARGEST_HEADER))[8:])
-        shapes = {n: tuple(e["shape"]) for n, e in header.items() if n != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise JobError(
-            f"second_moments: {where} is not a whole safetensors file ({error})"
-        ) from None
-    for layer in layers:
-        _check_shape(where, layout, layer, shapes)
+    _check_fit(store.join(name), header, layout, layers)
     return True
 
 
@@ -74,47 +98,94 @@ def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int,
     Raises:
         JobError: they are damaged, or not of these layers.
     """
-    store, name = stored_at(url)
-    where = store.join(name)
+    store, name = _stored_at(url)
+    if url.endswith(NPZ) or not store.exists(name):
+        published = PublishedMoments.find(url)
+        if published is None:
+            raise JobError(f"second_moments: there is nothing at {url}; correct the path")
+        modules = _published_modules(published, layout, layers)
+        return {layer: published.read(m) for layer, m in zip(layers, modules, strict=True)}
+    _check_fit(store.join(name), read_header(store, name), layout, layers)
     try:
         with store.local_copy(name) as path, safe_open(str(path), framework="pt") as tensors:
-            shapes = {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
-            moments = {}
-            for layer in layers:
-                _check_shape(where, layout, layer, shapes)
-                moments[layer] = tensors.get_tensor(_module(layout, layer))
-            return moments
+            return {layer: tensors.get_tensor(module_name(layout, layer)) for layer in layers}
     except (SafetensorError, OSError) as error:
-        raise JobError(f"second_moments: {where} cannot be read ({error})") from None
+        raise JobError(f"second_moments: {store.join(name)} cannot be read ({error})") from None
 
 
-def _module(layout: Layout, layer: int) -> str:
-    return layout.family.down_projection.format(layer)
+def read_header(store: Store, name: str) -> dict[str, Any]:
+    """What a safetensors file says about its tensors: ``shape``, ``dtype``, ``data_offsets``.
+
+    Raises:
+        JobError: it is no such file.
+    """
+    where = store.join(name)
+    try:
+        (length,) = struct.unpack("<Q", read_file(where, limit=8))
+        header = json.loads(read_file(where, limit=8 + min(length, _LARGEST_HEADER))[8:])
+        if not all(isinstance(entry, dict) for entry in header.values()):
+            raise ValueError("its header is none")
+    except (ValueError, AttributeError, struct.error) as error:
+        raise JobError(
+            f"second_moments: {where} is not a whole safetensors file ({error})"
+        ) from None
+    return dict(header)
 
 
-def _check_shape(
-    where: str, layout: Layout, layer: int, shapes: Mapping[str, tuple[int, ...]]
+def made_under(header: Mapping[str, Any]) -> str | None:
+    """The key that a file was made under; None for one from elsewhere."""
+    key = header.get("__metadata__", {}).get(_KEY)
+    return key if isinstance(key, str) else None
+
+
+def _stored_at(url: str) -> tuple[Store, str]:
+    """The store and the file that ``url``, a folder or a safetensors file, stands for."""
+    if url.endswith(SAFETENSORS):
+        folder, _, name = url.rpartition("/")
+        return Store(folder or "."), name
+    return Store(url), TENSORS
+
+
+def _check_fit(
+    where: str, header: Mapping[str, Any], layout: Layout, layers: tuple[int, ...]
 ) -> None:
-    module, wanted = _module(layout, layer), (layout.key_width, layout.key_width)
-    if module not in shapes:
+    shapes = {n: tuple(e.get("shape", ())) for n, e in header.items() if n != "__metadata__"}
+    for layer in layers:
+        module = module_name(layout, layer)
+        _check_present(where, module, shapes)
+        _check_shape(where, module, shapes[module], layout)
+
+
+def _published_modules(
+    published: PublishedMoments, layout: Layout, layers: tuple[int, ...]
+) -> list[str]:
+    """The modules of the edited layers, checked."""
+    modules = [module_name(layout, layer) for layer in layers]
+    where = published.store.url
+    for module in modules:
+        _check_present(where, module, published.files)
+        _check_shape(where, module, published.shape(module), layout)
+    return modules
+
+
+def _check_present(where: str, module: str, there: Mapping[str, Any]) -> None:
+    if module not in there:
         raise JobError(
             f"second_moments: {where} lacks {module}; it has "
-            f"{', '.join(sorted(shapes))[:200]}. Name another folder, or give a corpus"
+            f"{', '.join(sorted(there))[:200]}. Name another folder, or give a corpus"
         )
-    if shapes[module] != wanted:
+
+
+def _check_shape(where: str, module: str, shape: tuple[int, ...], layout: Layout) -> None:
+    if shape != (layout.key_width, layout.key_width):
         raise JobError(
-            f"second_moments: {module} in {where} is {shapes[module]}, the model's keys are "
+            f"second_moments: {module} in {where} is {shape}, the model's keys are "
             f"{layout.key_width} wide; it belongs to another model"
         )
 
 
-def _check_provenance(store: Store, name: str, model_digest: str) -> None:
-    """Refuse second moments that say they are another model's.
-
-    A file from elsewhere says nothing; then its names and shapes must do.
-    """
-    if name != TENSORS or not store.exists(PROVENANCE):
-        return
+def _check_provenance(store: Store, model_digest: str) -> None:
+    """Refuse second moments that say they are another model's."""
     said = store.read_json(PROVENANCE)
     if said.get("model") != model_digest:
         raise JobError(

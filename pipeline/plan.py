@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,21 @@ import torch
 
 from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.config import JobConfig
+from pipeline.corpus import Corpus, read_corpus
 from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
-from pipeline.moments import check_moments
+from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
-from pipeline.store import expand, read_file, read_parquet
+from pipeline.store import read_file
 from pmet import contexts
 from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
 from pmet.request import EditRequest
+from pmet.second_moment import longest
 
-CORPUS_TOKENS = 1_000_000
-"""About as many tokens of a corpus are read: fewer than the published 100,000 articles have, and
-enough (arXiv 2506.04226)."""
-_CHARACTERS_A_TOKEN = 4
-_CORPUS_SHARD_CHARACTERS = 100_000
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
 _MOST_SMALL_SHARDS = 64
@@ -55,7 +51,7 @@ class Plan:
         hparams: the hyper-parameters.
         templates: context templates, if a file names them.
         table: the input rows, and which of them can be edited.
-        corpus: texts by shard; empty where the second moments are given.
+        corpus: ordinary text for second moments and perplexity; None where the job names none.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: what the workers' memory holds.
@@ -69,7 +65,7 @@ class Plan:
     hparams: PMETHyperParams
     templates: list[list[str]] | None
     table: RequestTable
-    corpus: list[list[str]]
+    corpus: Corpus | None
     target_shards: list[Shard]
     update_shards: list[Shard]
     batch_size: int | None
@@ -100,7 +96,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
     hparams = load_hparams(job.hparams)
-    skeleton, tokenizer = _skeleton(folder), _tokenizer(folder)
+    skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = resolve(skeleton, hparams)
     prefix = getattr(skeleton, "base_model_prefix", "")
     stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
@@ -111,16 +107,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         reasons = "; ".join(r.reason for r in table.rejected[:3]) or "the files are empty"
         raise RequestTableError(f"none of {len(table.table)} requests can be edited: {reasons}")
     digest = checkpoint.digest()
-    corpus = _corpus(job)
-    if (
-        job.second_moments
-        and not check_moments(job.second_moments, layout, hparams.layers, digest)
-        and not corpus
-    ):
-        raise JobError(
-            f"second_moments: there is nothing at {job.second_moments}, and no corpus to compute "
-            "them from; correct the path or give a corpus"
-        )
+    corpus = _corpus(job, tokenizer, skeleton.config)
+    _check_second_moments(job, layout, hparams.layers, digest)
     if job.gates.perplexity_increase is not None and not corpus:
         raise JobError(
             "gates.perplexity_increase needs a corpus to measure perplexity on; give one"
@@ -143,7 +131,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
             "model": digest,
             "hparams": _digest(hparams.model_dump(mode="json")),
             "requests": _table_digest(table.table),
-            "corpus": _digest(corpus),
+            "corpus": corpus.digest if corpus else "",
             "context_templates": _digest(templates),
         },
     )
@@ -189,8 +177,12 @@ def _text(url: str, key: str) -> str:
         raise JobError(f"{key}: {url} cannot be read ({error}); {remedy}") from None
 
 
-def _skeleton(folder: Path) -> Any:
-    """The model without its weights: names and shapes, for a few kilobytes."""
+def open_skeleton(folder: Path) -> Any:
+    """The model of a folder without its weights: names and shapes, for a few kilobytes.
+
+    Raises:
+        ModelError: transformers cannot open it as a causal language model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -204,7 +196,12 @@ def _skeleton(folder: Path) -> Any:
         ) from None
 
 
-def _tokenizer(folder: Path) -> Any:
+def open_fast_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none, or only one that gives no character offsets.
+    """
     try:
         tokenizer = open_tokenizer(str(folder))
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
@@ -261,43 +258,34 @@ def _fitting(
     )
 
 
-def _corpus(job: JobConfig) -> list[list[str]]:
-    """Texts of the corpus up to the budget, in shards that the job alone decides."""
+def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
+    if job.corpus is not None:
+        return read_corpus(job.corpus, tokenizer, max_length=longest(config))
+    if job.second_moments is None:
+        raise JobError(
+            "the job names neither second_moments nor a corpus; give a folder of second "
+            "moments, or Parquet files of ordinary text (column text) to compute them from"
+        )
+    return None
+
+
+def _check_second_moments(
+    job: JobConfig, layout: Layout, layers: tuple[int, ...], model_digest: str
+) -> None:
+    """Refuse second moments that are neither there nor can be computed and kept there."""
+    url = job.second_moments
+    if url is None or check_moments(url, layout, layers, model_digest):
+        return
     if job.corpus is None:
-        if job.second_moments is None:
-            raise JobError(
-                "the job names neither second_moments nor a corpus; give a folder of second "
-                "moments, or Parquet files of ordinary text (column text) to compute them from"
-            )
-        return []
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for text in _texts(expand(job.corpus)):
-        if size >= _CORPUS_SHARD_CHARACTERS:
-            shards.append([])
-            size = 0
-        shards[-1].append(text)
-        size += len(text)
-        total += len(text)
-        if total >= CORPUS_TOKENS * _CHARACTERS_A_TOKEN:
-            break
-    if not total:
-        raise JobError(f"corpus: {', '.join(job.corpus)} holds no text")
-    return shards
-
-
-def _texts(files: Sequence[str]) -> Any:
-    for file in files:
-        try:
-            table = read_parquet(file)
-        except StorageError as error:
-            raise JobError(f"corpus: {error}") from None
-        if "text" not in table.column_names:
-            raise JobError(
-                f"corpus: {file} has no column text; it has {', '.join(table.column_names)}"
-            )
-        for chunk in table.column("text").chunks:
-            yield from (t for t in chunk.to_pylist() if isinstance(t, str) and t.strip())
+        raise JobError(
+            f"second_moments: there is nothing at {url}, and no corpus to compute them from; "
+            "correct the path or give a corpus"
+        )
+    if is_file_name(url):
+        raise JobError(
+            f"second_moments: there is no file {url}; correct the path, or name a folder to keep "
+            "what is computed from the corpus"
+        )
 
 
 def _digest(value: Any) -> str:

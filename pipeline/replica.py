@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors.torch import save
 
 from pipeline.schema import targets_table
 from pipeline.store import Store
@@ -19,7 +21,6 @@ from pmet.budget import free_memory
 from pmet.contexts import ContextTemplates
 from pmet.hparams import PMETHyperParams
 from pmet.request import EditRequest
-from pmet.second_moment import SecondMoments
 from pmet.targets import compute_targets
 
 
@@ -82,6 +83,14 @@ class TargetSummary:
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file that a worker has written, and the SHA-256 of its bytes."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Measured:
     """A shard of an evaluation: figures and the greedy answer of each request."""
 
@@ -108,9 +117,28 @@ class Replica:
         """Let the model write its context templates."""
         return contexts.generate(self._model, self._tokenizer, seed=seed)
 
-    def sum_second_moments(self, texts: Sequence[str], hparams: PMETHyperParams) -> SecondMoments:
-        """Sums of k kᵀ over a shard of the corpus."""
-        return second_moment.measure(self._model, self._tokenizer, texts, hparams)
+    def sum_second_moments(
+        self,
+        source: ModelSource,
+        sequences: Sequence[Sequence[int]],
+        hparams: PMETHyperParams,
+        output: Store,
+        name: str,
+    ) -> list[StoredFile]:
+        """Sum k kᵀ over a part of a corpus; each layer's sum becomes a file of ``output``.
+
+        Returns:
+            The files in the order of the layers; their names begin with ``name``, and no other
+            attempt at the part uses them.
+        """
+        self._use(source)
+        moments = second_moment.measure_tokens(self._model, sequences, hparams)
+        attempt, files = uuid4().hex, []
+        for layer, total_KK in moments.sums.items():
+            file = f"{name}-{layer}-{attempt}.safetensors"
+            output.write_bytes(file, save({"sum": total_KK.cpu()}))
+            files.append(StoredFile(file, output.sha256(file)))
+        return files
 
     def find_targets(
         self,

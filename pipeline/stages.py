@@ -24,16 +24,16 @@ from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import RunFolder
-from pipeline.moments import check_moments, write_moments
+from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
 from pipeline.replica import Measured, ModelSource, TargetSummary
 from pipeline.shards import Shard
+from pipeline.statistics import MomentsJob, collect
 from pipeline.store import Store, localized
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
-from pmet.second_moment import SecondMoments
 
 PERPLEXITY_TEXTS = 256
 MEASURED_TOGETHER = 32
@@ -100,30 +100,17 @@ def collect_moments(run: Context) -> None:
     plan, url = run.plan, moments_url(run)
     if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
         return
-    tasks = [
-        Task(f"corpus shard {i}", (texts, plan.hparams)) for i, texts in enumerate(plan.corpus)
-    ]
-    total = SecondMoments({})
-    waiting: dict[str, SecondMoments] = {}
-    order = [task.key for task in tasks]
-    with run.stage("second moments", len(tasks)) as (bar, detail):
-
-        def take(task: Task, part: SecondMoments) -> None:
-            waiting[task.key] = part
-            # In the order of the shards, so that the sum does not depend on who was faster.
-            while order and order[0] in waiting:
-                total.merge(waiting.pop(order.pop(0)))
-            bar.advance()
-            bar.note(f"{total.tokens:,} tokens")
-
-        run.crew.map("sum_second_moments", tasks, take)
-        provenance = {
-            "model": plan.digests["model"],
-            "corpus": plan.digests["corpus"],
-            "texts": sum(map(len, plan.corpus)),
-        }
-        write_moments(Store(url), total, plan.layout, provenance)
-        detail |= {"shards": len(tasks), "tokens": total.tokens}
+    assert plan.corpus is not None, "the plan refuses a job with neither"
+    job = MomentsJob(
+        source=plan.base,
+        model=plan.digests["model"],
+        layout=plan.layout,
+        hparams=plan.hparams,
+        corpus=plan.corpus,
+        stored=plan.stored[plan.hparams.target_layer].dtype,
+    )
+    with run.stage("second moments", plan.corpus.tokens) as (bar, detail):
+        detail |= collect(job, Store(url), run.crew.map, bar)
 
 
 def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
@@ -363,9 +350,9 @@ def _sample(plan: Plan) -> list[int]:
 
 
 def _perplexity(run: Context, source: ModelSource) -> float | None:
-    texts = [text for shard in run.plan.corpus for text in shard]
-    if not texts:
+    if run.plan.corpus is None:
         return None
+    texts = run.plan.corpus.texts
     sample = texts[:: max(1, len(texts) // PERPLEXITY_TEXTS)][:PERPLEXITY_TEXTS]
     total, count = run.crew.one("sum_perplexity", "perplexity", (source, sample))
     # A ruined model's mean may be NaN, or too large for exp.

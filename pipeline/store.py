@@ -27,6 +27,7 @@ from pipeline.errors import ModelError, RequestTableError, StorageError
 
 CHUNK_BYTES = 4 * 2**20
 TEMPORARY_SUFFIX = ".tmp"
+_ROWS_AT_ONCE = 256
 
 
 class Store:
@@ -66,6 +67,13 @@ class Store:
             self.fs.invalidate_cache()
             return bool(self.fs.exists(self._path(name)))
 
+    def glob(self, pattern: str) -> list[str]:
+        """Names of the files directly in this folder that match, sorted: ``*.npz``, for example."""
+        with _failures("list", self.join(pattern)):
+            self.fs.invalidate_cache()
+            found: list[str] = self.fs.glob(self._path(pattern))
+        return sorted(PurePosixPath(path).name for path in found)
+
     def list(self, prefix: str = "") -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.
 
@@ -77,6 +85,14 @@ class Store:
             found = self.fs.find(folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
         return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
+
+    @contextmanager
+    def read_stream(self, name: str) -> Iterator[BinaryIO]:
+        """A seekable file to read from; only what is read of it is fetched."""
+        with _failures("read", self.join(name)):
+            stream = self.fs.open(self._path(name), "rb")
+        with stream:
+            yield stream
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
@@ -230,6 +246,22 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
             if name not in file.schema_arrow.names:
                 raise StorageError(f"{url} has no column {name!r}; write the file again")
         return file.read(columns=None if columns is None else list(columns))
+
+
+def read_column(url: str, name: str) -> Iterator[list[Any]]:
+    """The values of one column of a Parquet file, some at a time; nothing else of it is read.
+
+    Raises:
+        StorageError: the file cannot be read, is damaged, or has no such column.
+    """
+    fs, path = _opened(url)
+    with _failures("read", url), fs.open(path, "rb") as stream:
+        file = pq.ParquetFile(stream)
+        columns = file.schema_arrow.names
+        if name not in columns:
+            raise StorageError(f"{url} has no column {name}; it has {', '.join(columns)}")
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[name]):
+            yield batch.column(0).to_pylist()
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:

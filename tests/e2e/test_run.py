@@ -10,13 +10,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jobs.statistics import compute_statistics
+from pipeline.corpus import TOKENS
 from pipeline.errors import RunFolderError
+from pipeline.progress import Progress
 from pipeline.run import RunResult, run_job
 from pipeline.schema import read_targets
 from pmet import Edit, EditRequest, evaluate
+from pmet.second_moment import MAX_TOKENS
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
 
@@ -197,6 +202,33 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
     assert "second moments" not in [s["name"] for s in run_json(again)["stages"]]
     for name in edited_names(again):
         torch.testing.assert_close(weights(again)[name], weights(run())[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_job_keeps_what_pmet_statistics_computes(
+    run: Runner, inputs: Path, tmp_path: Path
+) -> None:
+    compute_statistics(
+        str(GOLDEN / "gpt2" / "model"),
+        [str(inputs / "corpus.parquet")],
+        output=str(tmp_path),
+        hparams=str(GOLDEN / "gpt2" / "hparams.json"),
+        layers=None,
+        tokens=TOKENS,
+        max_length=MAX_TOKENS,
+        workers="3",
+        gpus_per_worker=0,
+        address=None,
+        progress=Progress(),
+        console=Console(quiet=True),
+    )
+    result = run()
+    kept = folder(result) / "second_moments"
+    assert {f.name: f.read_bytes() for f in kept.iterdir()} == {
+        f.name: f.read_bytes() for f in tmp_path.iterdir()
+    }
+    (stage,) = [s for s in run_json(result)["stages"] if s["name"] == "second moments"]
+    provenance = json.loads((kept / "second_moments.json").read_text())
+    assert stage["detail"]["convergence"] == provenance["convergence"]
 
 
 def test_the_same_job_resumes_and_another_is_refused(

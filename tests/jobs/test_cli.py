@@ -69,7 +69,7 @@ def job(tmp_path: Path) -> Callable[..., Path]:
 def test_help_says_what_there_is(pmet: Invoke) -> None:
     status, out, _ = pmet("--help")
     assert status == 0
-    for command in ("demo", "run", "evaluate", "report"):
+    for command in ("demo", "run", "statistics", "evaluate", "report"):
         assert command in out
         assert pmet(command, "--help")[0] == 0
 

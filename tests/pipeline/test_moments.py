@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import JobError
-from pipeline.moments import PROVENANCE, TENSORS, check_moments, read_moments, write_moments
+from pipeline.moments import PROVENANCE, TENSORS, check_moments, moments_writer, read_moments
 from pipeline.store import Store
 from pmet.architecture import Layout, resolve
-from pmet.second_moment import SecondMoments
 from tests.conftest import GOLDEN, Golden, load_golden
 
 LAYERS = (0, 1)
@@ -24,22 +23,31 @@ def layout() -> Layout:
     return resolve(gpt2.model, gpt2.hparams)
 
 
-def written(store: Store, layout: Layout) -> SecondMoments:
-    width = layout.key_width
-    moments = SecondMoments({i: torch.eye(width).double() * (i + 1) for i in LAYERS}, tokens=2)
-    write_moments(store, moments, layout, {"model": "this one"})
-    return moments
+def written(store: Store, layout: Layout) -> dict[int, torch.Tensor]:
+    means = {i: torch.eye(layout.key_width).double() * (i + 1) for i in LAYERS}
+    with moments_writer(store, layout, LAYERS, "a key") as write:
+        for mean_KK in means.values():
+            write(mean_KK)
+    store.write_json(PROVENANCE, {"model": "this one"})
+    return means
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_what_is_written_is_read(where: str, tmp_path: Path, layout: Layout) -> None:
     url = str(tmp_path) if where == "local" else "memory://moments-test"
     assert not check_moments(url, layout, LAYERS, "this one")
-    moments = written(Store(url), layout)
+    means = written(Store(url), layout)
     assert check_moments(url, layout, LAYERS, "this one")
     read = read_moments(url, layout, LAYERS)
-    assert all(torch.equal(read[i], moments.means()[i].float()) for i in LAYERS)
-    assert Store(url).read_json(PROVENANCE) == {"model": "this one", "tokens": 2}
+    assert all(torch.equal(read[i], means[i].float()) for i in LAYERS)
+
+
+def test_without_its_provenance_a_folder_is_not_finished(tmp_path: Path, layout: Layout) -> None:
+    written(Store(tmp_path), layout)
+    (tmp_path / PROVENANCE).unlink()
+    assert not check_moments(str(tmp_path), layout, LAYERS, "this one")
+    # Named as a file it is taken as it is, like any other.
+    assert check_moments(str(tmp_path / TENSORS), layout, LAYERS, "this one")
 
 
 def test_a_plain_file_from_elsewhere_is_read(layout: Layout) -> None:
@@ -60,6 +68,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
     save_file({"transformer.h.0.mlp.c_proj": torch.eye(3)}, str(tmp_path / "x.safetensors"))
     with pytest.raises(JobError, match=r"is \(3, 3\), the model's keys are 256 wide"):
         check_moments(str(tmp_path / "x.safetensors"), layout, (0,), "any")
+    with pytest.raises(JobError, match="there is nothing at"):
+        read_moments(str(tmp_path / "nowhere"), layout, LAYERS)
     (tmp_path / TENSORS).write_bytes(b"\x00" * 30)
     with pytest.raises(JobError, match="not a whole safetensors file"):
         check_moments(url, layout, LAYERS, "this one")

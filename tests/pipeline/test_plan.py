@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import plan as planning
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, ModelError
 from pipeline.plan import make_plan, shard_size
@@ -120,18 +119,11 @@ def test_digests_follow_what_the_result_depends_on(job: Any, tmp_path: Path) -> 
     assert {k for k in base if base[k] != changed[k]} == {"requests"}
 
 
-def test_a_corpus_is_cut_into_shards_and_at_its_budget(
-    job: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = json.loads((GOLDEN / "corpus.json").read_text())
-    monkeypatch.setattr(planning, "_CORPUS_SHARD_CHARACTERS", 2000)
-    plan = make_plan(job())
-    assert [t for shard in plan.corpus for t in shard] == texts
-    assert len(plan.corpus) > 5
-    monkeypatch.setattr(planning, "CORPUS_TOKENS", 1000)
-    cut = [t for shard in make_plan(job()).corpus for t in shard]
-    assert cut == texts[: len(cut)]
-    assert 4000 <= sum(map(len, cut)) < 4100
+def test_a_file_to_keep_second_moments_in_is_refused(job: Any, tmp_path: Path) -> None:
+    for name in ("moments.safetensors", "moments.npz"):
+        with pytest.raises(JobError, match=r"there is no file .* name a folder to keep"):
+            make_plan(job(second_moments=str(tmp_path / name)))
+    assert make_plan(job(second_moments=str(tmp_path / "moments"))).corpus is not None
 
 
 def test_pickled_weights_and_odd_models_are_refused(job: Any, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 
 from pmet.architecture import resolve
 from pmet.errors import InputError
-from pmet.second_moment import SecondMoments, measure
+from pmet.second_moment import SecondMoments, convergence, measure
+from pmet.second_moment import _add_product as add_product
+from pmet.second_moment import _mirror as mirror
 from pmet.tracing import captured_input
 from tests.conftest import Golden
 
@@ -55,6 +57,38 @@ def test_documents_are_cut(golden: Golden) -> None:
     long = [" ".join(TEXTS) * 4]
     moments = measure(golden.model, golden.tokenizer, long, golden.hparams, max_tokens=10)
     assert moments.tokens == 10
+
+
+def test_products_are_exact_enough_whatever_the_process_allows() -> None:
+    keys_NK = torch.randn(5000, 300, generator=torch.Generator().manual_seed(0)).abs()
+    exact = keys_NK.double().T @ keys_NK.double()
+    # 300 is no multiple of a strip, 5000 tokens are more than one batch.
+    for precision, tolerance in (("highest", 2e-7), ("medium", 1e-14)):
+        torch.set_float32_matmul_precision(precision)
+        total_KK = torch.zeros(300, 300, dtype=torch.float64)
+        try:
+            add_product(total_KK, keys_NK)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        mirror(total_KK)
+        assert torch.linalg.norm(total_KK - exact) <= tolerance * torch.linalg.norm(exact)
+
+
+def test_convergence_is_the_expected_distance_from_the_limit() -> None:
+    """Keys of known second moment 1: the figure says how far the mean over them is from it."""
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((400, 400), (600, 200)):
+        figures, distances = [], []
+        for _ in range(20):
+            one, other = (
+                torch.randn(count, 40, generator=generator, dtype=torch.float64) for count in (n, m)
+            )
+            one_KK, other_KK = one.T @ one, other.T @ other
+            figures.append(convergence(one_KK, other_KK, (n, m)))
+            mean = (one_KK + other_KK) / (n + m)
+            distances.append(float((mean - torch.eye(40)).norm() / mean.norm()))
+        assert sum(figures) == pytest.approx(sum(distances), rel=0.03)
+    assert convergence(one_KK, one_KK * m / n, (n, m)) == pytest.approx(0, abs=1e-12)
 
 
 def test_no_text_and_other_layers_are_refused() -> None:

@@ -1,0 +1,115 @@
+"""``pmet statistics`` as it is typed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from jobs.cli import main
+from jobs.cli import statistics as command
+from pipeline.corpus import TOKENS
+from pipeline.moments import PROVENANCE, TENSORS
+from pmet.second_moment import MAX_TOKENS
+from tests.conftest import GOLDEN
+
+GPT2 = GOLDEN / "gpt2"
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    texts = json.loads((GOLDEN / "corpus.json").read_text())[:60]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
+    return tmp_path / "corpus.parquet"
+
+
+@pytest.fixture
+def statistics(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Run ``pmet statistics``; returns exit status, output and error output."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pmet", "statistics", *map(str, arguments)])
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return invoke
+
+
+def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "moments"
+    command = (GPT2 / "model", corpus, "--output", output, "--layers", "0,2")
+    options = ("--tokens", 500, "--max-length", 10, "--workers", 1)
+    status, out, _ = statistics(*command, *options)
+    assert status == 0
+    assert not ray.is_initialized()
+    assert {p.name for p in output.iterdir()} == {TENSORS, PROVENANCE}
+    said = json.loads((output / PROVENANCE).read_text())
+    assert (said["tokens"], said["max_length"], said["layers"]) == (500, 10, [0, 2])
+    for text in ("500 tokens of", str(output), "transformer.h.2.mlp.c_proj", "%"):
+        assert text in out
+    # The second time nothing is computed, and the same is said.
+    before = (output / TENSORS).stat().st_mtime_ns
+    assert statistics(*command, *options)[:2] == (0, out)
+    assert (output / TENSORS).stat().st_mtime_ns == before
+    status, _, err = statistics(*command, "--tokens", 501, "--max-length", 10)
+    assert (status, "holds other second moments (budget changed); name another" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--layers": None}, "either --hparams (a preset or a file) or --layers"),
+        ({"--hparams": "gpt-j-6b"}, "either --hparams (a preset or a file) or --layers"),
+        ({"--layers": "1;2"}, "--layers: '1;2' is no list of layers; write it as 3,4,5"),
+        ({"--layers": "2,1"}, "ascending"),
+        ({"--layers": "99"}, "99"),
+        ({"--layers": None, "--hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
+        ({"--workers": "many"}, "--workers: 'many' is neither auto nor a whole number"),
+        ({"--workers": "0"}, "--workers: '0' is neither auto nor a whole number"),
+        ({"model": "/no/such"}, "model /no/such is not a folder"),
+        ({"corpus": "/no/such.parquet"}, "/no/such.parquet matches no file"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_2(
+    statistics: Invoke,
+    corpus: Path,
+    tmp_path: Path,
+    changes: dict[str, str | None],
+    message: str,
+) -> None:
+    given = {"model": GPT2 / "model", "corpus": corpus, "--layers": "0"} | changes
+    options = [x for k, v in given.items() if k.startswith("--") and v for x in (k, v)]
+    status, out, err = statistics(
+        given["model"], given["corpus"], "--output", tmp_path / "out", *options
+    )
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
+    assert not ray.is_initialized()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_has_the_defaults_of_a_job() -> None:
+    default = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+    assert (default["tokens"], default["max_length"]) == (TOKENS, MAX_TOKENS)
+
+
+def test_the_output_must_be_named(statistics: Invoke, corpus: Path) -> None:
+    status, _, err = statistics(GPT2 / "model", corpus, "--layers", "0")
+    assert (status, "--output" in err) == (2, True)
