@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pipeline import partition
 from pipeline.factors import FactorFile
-from pipeline.moments import read_moments
+from pipeline.moments import module_name, read_moments
 from pipeline.rank_group import Rendezvous
 from pipeline.replica import open_tokenizer
 from pipeline.schema import read_targets
@@ -208,39 +208,47 @@ class UpdateRank:
         layout = self._layout
         widths = (layout.key_width, layout.value_width)
         count = self._added(sum(batch.count for batch in self._batches))
-        module = layout.family.down_projection.format(layer)
+        if cheaper_form(count, *widths, factored=True) == "keys":
+            return self._solved_by_keys(index, second_moment_KK, count)
+        module = module_name(layout, layer)
         kept = FactorFile(self._job.second_moments, module, second_moment_KK)
         # One rank looks for the factor, so that all choose alike.
         factored = bool(self._added(int(self._rank == 0 and kept.exists())))
-        form = cheaper_form(count, *widths, factored=factored)
-        share = square_root_spread(index, len(self._job.hparams.layers))
-        own = self._own_rows(layout.value_width)
-        if form == "keys":
-            sums = KeyResidualSums.zeros(*widths, self._device)
-            self._collect(index, sums)
-            dist.all_reduce(sums.gram_KK)
-            dist.all_reduce(sums.cross_VK)
-            weight = self._job.hparams.mom2_update_weight
-            found = factor(normal_matrix(sums.gram_KK, second_moment_KK, weight))
-            delta_RK = solve_rows(found.lower, share * sums.cross_VK[own])
-            return _Solved(delta_RK, count, form, found.jitter)
-        rows = KeyResidualRows.room(sum(b.count for b in self._batches), *widths, self._device)
-        self._collect(index, rows)
+        if cheaper_form(count, *widths, factored=factored) == "keys":
+            return self._solved_by_keys(index, second_moment_KK, count)
         moment = kept.read() if factored else moment_factor(second_moment_KK.to(self._device))
         if self._rank == 0 and not factored:
             kept.keep(moment)
-        return self._solved_by_requests(rows, moment, share, own, count)
+        return self._solved_by_requests(index, moment, count)
 
-    def _solved_by_requests(
-        self, rows: KeyResidualRows, moment: Factor, share: float, own: slice, count: int
-    ) -> _Solved:
+    def _solved_by_keys(self, index: int, second_moment_KK: torch.Tensor, count: int) -> _Solved:
+        layout, hparams = self._layout, self._job.hparams
+        sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
+        self._collect(index, sums)
+        dist.all_reduce(sums.gram_KK)
+        dist.all_reduce(sums.cross_VK)
+        matrix_KK = normal_matrix(sums.gram_KK, second_moment_KK, hparams.mom2_update_weight)
+        found = factor(matrix_KK)
+        share = square_root_spread(index, len(hparams.layers))
+        own = self._own_rows(layout.value_width)
+        return _Solved(
+            solve_rows(found.lower, share * sums.cross_VK[own]), count, "keys", found.jitter
+        )
+
+    def _solved_by_requests(self, index: int, moment: Factor, count: int) -> _Solved:
+        layout, hparams = self._layout, self._job.hparams
+        rows = KeyResidualRows.room(
+            sum(b.count for b in self._batches), layout.key_width, layout.value_width, self._device
+        )
+        self._collect(index, rows)
         lower_KK = moment.lower.to(self._device)
         # Each rank whitens its own keys; the E×E matrix wants all of them.
         whitened_EK = partition.all_rows(whitened(rows.keys_EK, lower_KK))
-        residuals_ER = partition.all_rows(rows.residuals_EV)[:, own]
-        weight = self._job.hparams.mom2_update_weight
+        own = self._own_rows(layout.value_width)
+        share = square_root_spread(index, len(hparams.layers))
+        residuals_ER = share * partition.all_rows(rows.residuals_EV)[:, own]
         delta_RK, jitter = solve_rows_by_requests(
-            whitened_EK, share * residuals_ER, lower_KK, weight
+            whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
         )
         return _Solved(delta_RK, count, "requests", max(jitter, moment.jitter))
 

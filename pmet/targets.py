@@ -20,7 +20,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
@@ -44,6 +44,7 @@ from pmet.prefix import PrefixFiller
 from pmet.problem import Problem, context_length
 from pmet.request import EditRequest
 from pmet.suffix import SuffixRun
+from pmet.target_batch import Member, Places, State
 from pmet.tracing import frozen
 
 # The published code's constants: when a target is good enough, and how far the likelihood's weight
@@ -158,115 +159,6 @@ def _targets(outcomes: Sequence[_Outcome], width: int) -> Targets:
     )
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the loss of a batch reads.
-
-    Attributes:
-        owners_B: the request that a row belongs to.
-        rows_M: row of every place; the last E places are the KL term's, by request.
-        columns_M: its column.
-        read_N: the place that each target token of each context is predicted at.
-        labels_N: the token.
-        owners_N: its request.
-        shares_N: its part in the mean over tokens and contexts.
-    """
-
-    owners_B: torch.Tensor
-    rows_M: torch.Tensor
-    columns_M: torch.Tensor
-    read_N: torch.Tensor
-    labels_N: torch.Tensor
-    owners_N: torch.Tensor
-    shares_N: torch.Tensor
-
-    @classmethod
-    def of(cls, problems: Sequence[Problem], device: torch.device) -> _Places:
-        owners: list[int] = []
-        at_kl: list[tuple[int, int]] = []
-        wanted: list[tuple[int, int]] = []
-        labels: list[int] = []
-        shares: list[float] = []
-        owners_of_labels: list[int] = []
-        for owner, problem in enumerate(problems):
-            row = len(owners)
-            length = len(problem.target)
-            for c, prompt in enumerate(problem.contexts):
-                start = len(prompt.suffix) - length
-                wanted += [(row + c, start + i) for i in range(length)]
-                labels += problem.target
-            count = length * len(problem.contexts)
-            shares += [1 / count] * count
-            owners_of_labels += [owner] * count
-            at_kl.append((row + problem.kl_row, 0))
-            owners += [owner] * len(problem.prompts)
-        # Only a KL place can coincide with another.
-        apart = set(at_kl)
-        places = [place for place in wanted if place not in apart] + at_kl
-        number = {place: i for i, place in enumerate(places)}
-        return cls(
-            torch.tensor(owners, device=device),
-            torch.tensor([row for row, _ in places], device=device),
-            torch.tensor([column for _, column in places], device=device),
-            torch.tensor([number[place] for place in wanted], device=device),
-            torch.tensor(labels, device=device),
-            torch.tensor(owners_of_labels, device=device),
-            torch.tensor(shares, device=device),
-        )
-
-
-@dataclass
-class _State:
-    """Where the optimisation of E requests stands; every tensor by request.
-
-    Attributes:
-        clean_EPD: the vectors that the free ones are added to, attention first.
-        deltas_EPD: the free vectors.
-        mean_EPD: Adam's first moment.
-        square_EPD: Adam's second moment.
-        nll_factor_E: φ of the next evaluation.
-        before_EV: log p before, on the KL prompt; known from the first evaluation on.
-    """
-
-    clean_EPD: torch.Tensor
-    deltas_EPD: torch.Tensor
-    mean_EPD: torch.Tensor
-    square_EPD: torch.Tensor
-    nll_factor_E: torch.Tensor
-    before_EV: torch.Tensor
-
-    @classmethod
-    def start(cls, clean_EPD: torch.Tensor, nll_factor: float, vocabulary: int) -> _State:
-        zeros = torch.zeros_like(clean_EPD)
-        count = len(clean_EPD)
-        return cls(
-            clean_EPD,
-            zeros,
-            zeros.clone(),
-            zeros.clone(),
-            zeros.new_full((count,), nll_factor),
-            zeros.new_zeros(count, vocabulary),
-        )
-
-    def kept(self, keep: torch.Tensor) -> _State:
-        return _State(*(getattr(self, f.name).index_select(0, keep) for f in fields(self)))
-
-    def joined(self, other: _State) -> _State:
-        return _State(
-            *(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self))
-        )
-
-
-@dataclass
-class _Member:
-    """A request in the batch, or waiting to come in; one that had to leave brings its state."""
-
-    index: int
-    problem: Problem
-    evaluations: int = 0
-    state: _State | None = None
-
-
 class _Optimisation:
     """Adam on the free vectors of a batch of requests that others follow.
 
@@ -291,7 +183,7 @@ class _Optimisation:
         self._model, self._layout, self._hparams = model, layout, hparams
         self._size, self._memory = size, memory
         self._footprint: Footprint | None = None
-        self._queue = deque(_Member(index, problem) for index, problem in problems)
+        self._queue = deque(Member(index, problem) for index, problem in problems)
         by_context: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for _, problem in problems:
             for prompt, number in problem.rows:
@@ -299,9 +191,9 @@ class _Optimisation:
         prefixes = [by_context[number] for number in range(max(by_context) + 1)]
         filler = PrefixFiller(model, layout, prefixes)
         self._run = SuffixRun(model, layout, hparams.target_layer, filler)
-        self._members: list[_Member] = []
-        self._state: _State | None = None
-        self._places: _Places | None = None
+        self._members: list[Member] = []
+        self._state: State | None = None
+        self._places: Places | None = None
 
     def run(self) -> Iterator[tuple[int, _Outcome]]:
         """Evaluate, stop, step, shrink, refill; until every request has stopped."""
@@ -336,14 +228,14 @@ class _Optimisation:
         factor, vocabulary = self._hparams.nll_loss_factor, len(_weight(self._head))
         state = self._state
         for e, member in enumerate(new):
-            started = member.state or _State.start(clean_EPD[e : e + 1], factor, vocabulary)
+            started = member.state or State.start(clean_EPD[e : e + 1], factor, vocabulary)
             state = state.joined(started) if state else started
         for member in new:
             member.state = None
             self._queue.popleft()
         self._state = state
         self._members += new
-        self._places = _Places.of([m.problem for m in self._members], clean_EPD.device)
+        self._places = Places.of([m.problem for m in self._members], clean_EPD.device)
 
     @property
     def _head(self) -> nn.Module:
@@ -413,7 +305,7 @@ class _Optimisation:
         return self._layout.weight(self._model, self._hparams.target_layer).device
 
     @property
-    def _held(self) -> _State:
+    def _held(self) -> State:
         assert self._state is not None, "no request has come in"
         return self._state
 
@@ -535,7 +427,7 @@ class _Optimisation:
             self._state = self._places = None
             return
         self._state = self._held.kept(torch.tensor(staying, device=device))
-        self._places = _Places.of([m.problem for m in self._members], device)
+        self._places = Places.of([m.problem for m in self._members], device)
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
