@@ -244,7 +244,8 @@ def test_batches_picked_by_memory_stay_within_it_with_short_and_long_prompts():
         assert shortest <= 12
         assert longest >= 480
         assert grown <= budget
-        assert largest == 16
+        # The short ones go side by side; what the long ones take is known before they come in.
+        assert largest >= 24
         assert not failures
         evaluations.append(count)
     # More memory is made use of.
