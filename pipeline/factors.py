@@ -1,7 +1,8 @@
 """Cholesky factors of second moments, kept beside them: they are the same every night.
 
 A factor belongs to the very numbers it was computed from: its file is named by their digest, so one
-of other second moments is never found. A folder that cannot be written to does without.
+of other second moments is never found. A folder that cannot be written to does without, and so do
+second moments that a job names by a file: what lies beside that is not ours.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ class FactorFile:
     """
 
     def __init__(self, url: str, module: str, second_moment_KK: torch.Tensor) -> None:
-        folder = (url.rpartition("/")[0] or ".") if is_file_name(url) else url
-        self._store = Store(folder)
+        self._store = None if is_file_name(url) else Store(url)
         self._moment_KK = second_moment_KK
         data = second_moment_KK.contiguous().reshape(-1).view(torch.uint8).numpy()
         self._name = f"factors/{module}-{hashlib.sha256(data.data).hexdigest()[:32]}.safetensors"
 
     def exists(self) -> bool:
         """Whether the factor has been kept."""
-        return self._store.exists(self._name)
+        return self._store is not None and self._store.exists(self._name)
 
     def read(self) -> Factor:
         """The factor that has been kept, or, where it cannot be read, a new one.
@@ -46,6 +46,7 @@ class FactorFile:
         Raises:
             NumericalError: there is no factor.
         """
+        assert self._store is not None
         try:
             with (
                 self._store.local_copy(self._name) as path,
@@ -60,7 +61,9 @@ class FactorFile:
         return Factor(lower_KK, jitter)
 
     def keep(self, found: Factor) -> bool:
-        """Keep a factor; returns whether the folder took it."""
+        """Keep a factor; returns whether there is a folder that took it."""
+        if self._store is None:
+            return False
         try:
             with self._store.local_target(self._name) as path:
                 metadata = {"jitter": repr(found.jitter)}

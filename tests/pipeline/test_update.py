@@ -14,12 +14,14 @@ import ray
 import torch
 from safetensors.torch import save_file
 
+from pipeline.factors import FactorFile
 from pipeline.rank_group import RankGroup
 from pipeline.schema import targets_table
 from pipeline.store import Store
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet import Edit, EditRequest
 from pmet.plain import plain_deltas
+from pmet.solve import moment_factor
 from tests.conftest import GOLDEN, Golden, load_golden
 
 KEY_WIDTH = 256
@@ -150,3 +152,22 @@ def test_factors_of_second_moments_are_kept_for_the_next_job(
     assert [file.stat().st_mtime_ns for file in factors[1:]] == times[1:]
     for name, delta in first.items():
         assert (again[name] - delta).norm() <= 1e-6 * delta.norm()
+
+
+def test_nothing_is_put_beside_a_file_of_second_moments(tmp_path: Path) -> None:
+    moment_KK = torch.eye(3)
+    kept = FactorFile(str(tmp_path / "moments.safetensors"), "h.0.mlp", moment_KK)
+    assert not kept.exists()
+    assert not kept.keep(moment_factor(moment_KK))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_factor_is_found_by_the_numbers_it_belongs_to(tmp_path: Path) -> None:
+    moment_KK = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    assert kept.keep(moment_factor(moment_KK))
+    again = FactorFile(str(tmp_path), "h.0.mlp", moment_KK.clone())
+    assert again.exists()
+    assert torch.equal(again.read().lower, moment_factor(moment_KK).lower)
+    assert not FactorFile(str(tmp_path), "h.0.mlp", moment_KK + 1e-6).exists()
+    assert not FactorFile(str(tmp_path), "h.1.mlp", moment_KK).exists()

@@ -56,6 +56,42 @@ def test_short_attention_is_the_stock_attention(heads: int, key_heads: int, scal
         assert torch.allclose(*gradients, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
+def test_gradients_go_to_what_was_written_behind_a_prefix(heads: int, key_heads: int):
+    rows, columns, prefix, width = 3, 2, 5, 4
+    query = torch.randn(rows, heads, columns, width, dtype=torch.float64, requires_grad=True)
+    new_key, new_value = (
+        torch.randn(rows, key_heads, columns, width, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
+    front = [torch.randn(rows, key_heads, prefix, width, dtype=torch.float64) for _ in range(2)]
+    # Room behind, with what the step before has left there.
+    held = [functional.pad(part, (0, 0, 0, columns), value=7.0) for part in front]
+    mask = torch.zeros(rows, 1, columns, prefix + columns, dtype=torch.float64)
+    mask[:, :, 0, -1] = -1e300
+    mine, _ = kernels.short_attention(
+        torch.nn.Identity(),
+        query,
+        kernels.written_behind(held[0], prefix, new_key),
+        kernels.written_behind(held[1], prefix, new_value),
+        mask,
+    )
+    stock = functional.scaled_dot_product_attention(
+        query,
+        torch.cat([front[0], new_key], dim=2),
+        torch.cat([front[1], new_value], dim=2),
+        attn_mask=mask,
+        enable_gqa=True,
+    ).transpose(1, 2)
+    assert torch.allclose(mine, stock, rtol=1e-12, atol=1e-13)
+    weights = torch.randn_like(mine)
+    for x in (query, new_key, new_value):
+        gradients = [
+            torch.autograd.grad((y * weights).sum(), x, retain_graph=True)[0] for y in (mine, stock)
+        ]
+        assert torch.allclose(*gradients, rtol=1e-11, atol=1e-12)
+
+
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.permutations(range(n)))))
 def test_taking_and_putting_are_each_others_transpose(drawn: tuple[int, list[int]]):
     count, order = drawn
