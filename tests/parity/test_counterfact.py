@@ -108,7 +108,7 @@ def test_targets_are_the_published_ones(counterfact: Golden, compute: Callable[.
     assert (distance_E <= FAR).sum() >= 0.9 * OPTIMISED
 
 
-@pytest.mark.parametrize("batch_size", [7, 64])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 64])
 def test_all_targets_are_the_published_ones_in_any_order(counterfact: Golden, batch_size: int):
     order = torch.randperm(EDITED, generator=torch.Generator().manual_seed(batch_size))
     targets = pmet.compute_targets(
