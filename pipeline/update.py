@@ -185,7 +185,7 @@ class UpdateRank:
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
         solved = self._solved(index, layer, second_moment_KK)
         del second_moment_KK
-        delta = layout.orient(self._all_rows(solved.delta_RK))
+        delta = layout.orient(partition.all_rows(solved.delta_RK))
         parameter = layout.weight(self._model, layer)
         with partition.gathered(parameter) as weight:
             original = weight.detach().cpu().clone() if self._rank == 0 else None
@@ -254,16 +254,16 @@ class UpdateRank:
 
     def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows) -> None:
         """Read keys and residuals of this rank's requests, with the other ranks."""
-        reader = self._reader
-        # Ranks gather weights together: a forward pass that one of them left out would hang the
-        # others.
-        steps = partition.padded_steps(len(self._batches))
+        reader, targets = self._reader, self._targets_by_batch()
         reader.begin(index)
-        for number, targets_EV in enumerate(self._targets_by_batch()):
+        # Ranks gather weights together: a forward pass that one of them left out would hang the
+        # others, so one that has no batch left runs along.
+        for number, counts in partition.in_lockstep(range(len(self._batches)), -1):
+            if not counts:
+                reader.run_along()
+                continue
             keys_EK, values_EV = reader.read(number)
-            into.add(keys_EK, targets_EV.to(self._device) - values_EV)
-        for _ in range(steps - len(self._batches)):
-            reader.run_along()
+            into.add(keys_EK, next(targets).to(self._device) - values_EV)
 
     def _added(self, number: int) -> int:
         """The sum of a number over all ranks."""
@@ -284,16 +284,6 @@ class UpdateRank:
     def _own_rows(self, count: int) -> slice:
         each = -(-count // self._ranks)
         return slice(min(count, self._rank * each), min(count, (self._rank + 1) * each))
-
-    def _all_rows(self, own_RK: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, in order: Δ (V×K), float64."""
-        count, width = self._layout.value_width, own_RK.shape[1]
-        each = -(-count // self._ranks)
-        padded = own_RK.new_zeros(each, width)
-        padded[: len(own_RK)] = own_RK
-        delta_VK = own_RK.new_empty(each * self._ranks, width)
-        dist.all_gather_into_tensor(delta_VK, padded)
-        return delta_VK[:count]
 
     def _save(
         self, name: str, delta: torch.Tensor, original: torch.Tensor, solved: _Solved

@@ -30,7 +30,7 @@ from pmet.padding import pad
 from pmet.prefix import Prefixes, forward
 from pmet.spill import Spill
 from pmet.standins import layer_on_places, places_of_tokens, replaced
-from pmet.tracing import changed_input, first, stopping_after, with_first
+from pmet.tracing import changed_input, first, form_of, stopping_after, with_first
 
 HIDDEN_BYTES = 32 << 20
 """Hidden states that are kept in main memory from pass to pass; the others go to a file."""
@@ -178,10 +178,10 @@ class KeyReader:
         if not any(self._shared):
             return nothing
         ids_CP, mask_CP = pad(self._shared, self._device, left=True)
-        # Nothing is read of them; layer z wants a place all the same.
-        rows = _Rows(_SHARED, ids_CP, mask_CP, torch.tensor([ids_CP.numel() - 1]).to(ids_CP.device))
+        # Nothing is read of them; layer z wants a place all the same: one where there is a token.
         longest = max(range(len(self._shared)), key=lambda c: len(self._shared[c]))
-        rows.ends_B.fill_((longest + 1) * ids_CP.shape[1] - 1)
+        end = (longest + 1) * ids_CP.shape[1] - 1
+        rows = _Rows(_SHARED, ids_CP, mask_CP, torch.tensor([end], device=self._device))
         cache = nothing.cache(recording=True, stopping=False)
         self._run(rows, nothing.mask_BP, cache)
         padding = (mask_CP == 0)[:, None, :, None]
@@ -239,7 +239,7 @@ class KeyReader:
             return hidden
 
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._form = (None,) * len(output) if isinstance(output, tuple) else None
+            self._form = form_of(output)
 
         handle = layout.layer(model, now.start).register_forward_hook(note)
         try:

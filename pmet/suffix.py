@@ -40,6 +40,7 @@ from pmet.tracing import (
     changed_input,
     changed_output,
     first,
+    form_of,
     stopping_after,
     with_first,
 )
@@ -285,7 +286,7 @@ def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:
     """Note the form of a module's output, without its tensors; returns how to stop."""
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        notes.append((None,) * len(output) if isinstance(output, tuple) else None)
+        notes.append(form_of(output))
 
     return module.register_forward_hook(note).remove
 

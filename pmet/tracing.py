@@ -55,6 +55,11 @@ def with_first(value: Any, tensor: torch.Tensor) -> Any:
     return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
 
 
+def form_of(value: Any) -> Any:
+    """What ``with_first`` needs of a module's output to make another: its form, not its tensors."""
+    return (None,) * len(value) if isinstance(value, tuple) else None
+
+
 @contextmanager
 def captured_input(module: nn.Module) -> Iterator[Seen]:
     """Keep the first input of ``module``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,10 @@ import pytest
 import ray
 import yaml
 
-from jobs.cli import main
 from tests.conftest import GOLDEN
+from tests.jobs.conftest import Invoke
 
 GPT2 = GOLDEN / "gpt2"
-
-Invoke = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Run ``pmet`` with arguments; returns exit status, output and error output."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pmet", *map(str, arguments)])
-        status: Any = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return invoke
 
 
 @pytest.fixture

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
-from jobs.cli import main
 from jobs.cli import statistics as command
 from pipeline.corpus import TOKENS
 from pipeline.moments import PROVENANCE, TENSORS
 from pmet.second_moment import MAX_TOKENS
 from tests.conftest import GOLDEN
+from tests.jobs.conftest import Invoke
 
 GPT2 = GOLDEN / "gpt2"
-Invoke = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -33,21 +30,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def statistics(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+def statistics(pmet: Invoke) -> Invoke:
     """Run ``pmet statistics``; returns exit status, output and error output."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def invoke(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pmet", "statistics", *map(str, arguments)])
-        status: Any = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return invoke
+    return partial(pmet, "statistics")
 
 
 def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_path: Path) -> None:

@@ -14,6 +14,17 @@ from pmet import kernels
 from tests.conftest import Golden
 
 
+def assert_same_gradients(
+    mine: torch.Tensor, stock: torch.Tensor, inputs: tuple[torch.Tensor, ...]
+) -> None:
+    weights = torch.randn_like(mine)
+    for x in inputs:
+        gradients = [
+            torch.autograd.grad((y * weights).sum(), x, retain_graph=True)[0] for y in (mine, stock)
+        ]
+        assert torch.allclose(*gradients, rtol=1e-11, atol=1e-12)
+
+
 def test_tanh_gelu_and_its_gradient_are_the_stock_ones():
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
     mine, stock = kernels.tanh_gelu(x), functional.gelu(x, approximate="tanh")
@@ -48,12 +59,7 @@ def test_short_attention_is_the_stock_attention(heads: int, key_heads: int, scal
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     ).transpose(1, 2)
     assert torch.allclose(mine, stock, rtol=1e-12, atol=1e-13)
-    weights = torch.randn_like(mine)
-    for x in (query, key, value):
-        gradients = [
-            torch.autograd.grad((y * weights).sum(), x, retain_graph=True)[0] for y in (mine, stock)
-        ]
-        assert torch.allclose(*gradients, rtol=1e-11, atol=1e-12)
+    assert_same_gradients(mine, stock, (query, key, value))
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
@@ -84,12 +90,7 @@ def test_gradients_go_to_what_was_written_behind_a_prefix(heads: int, key_heads:
         enable_gqa=True,
     ).transpose(1, 2)
     assert torch.allclose(mine, stock, rtol=1e-12, atol=1e-13)
-    weights = torch.randn_like(mine)
-    for x in (query, new_key, new_value):
-        gradients = [
-            torch.autograd.grad((y * weights).sum(), x, retain_graph=True)[0] for y in (mine, stock)
-        ]
-        assert torch.allclose(*gradients, rtol=1e-11, atol=1e-12)
+    assert_same_gradients(mine, stock, (query, new_key, new_value))
 
 
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.permutations(range(n)))))
