@@ -8,7 +8,7 @@ from pipeline.errors import RunFolderError, StorageError
 from pipeline.report import write_report
 from pipeline.store import Store
 
-EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}${x}$\u202e"
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 79190 * 7907 }}${x}$\u202e"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -212,7 +212,7 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     assert set(page.tags) == set(clean.tags)
     assert {name for name, _ in page.attributes} == {name for name, _ in clean.attributes}
     assert EVIL.split("\u202e")[0] in "".join(page.words)
-    assert "49" not in page.text.replace("{{ 7 * 7 }}", "")
+    assert str(79190 * 7907) not in page.text
 
 
 def test_charts_take_their_colours_from_the_page(store):
