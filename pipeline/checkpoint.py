@@ -101,20 +101,48 @@ class Checkpoint:
         Raises:
             ModelError: the checkpoint stores it under another name, or fused with others.
         """
-        for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
-            if name in self.tensors:
-                return self.tensors[name]
+        if (stored := self.stored(parameter, prefix)) is not None:
+            return stored
         raise ModelError(
             f"model {self.folder} does not store {parameter} as a tensor of its own; load it and "
             "save it again with save_pretrained, then edit that copy"
         )
 
+    def stored(self, parameter: str, prefix: str) -> StoredTensor | None:
+        """As `find`; None where the checkpoint has no such tensor."""
+        for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
+            if name in self.tensors:
+                return self.tensors[name]
+        return None
+
     def read(self, stored: StoredTensor) -> torch.Tensor:
         """One tensor of the checkpoint."""
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_elements(stored, 0, tensor.view(-1))
+        return tensor
+
+    def read_elements(self, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
+        """Read elements of a flattened tensor, from the ``first`` on, as many as ``out`` has.
+
+        Args:
+            stored: the tensor.
+            first: number of the first element.
+            out: contiguous and on the CPU; filled, in its own dtype.
+
+        Raises:
+            ModelError: the file ends before.
+        """
+        size = stored.dtype.itemsize
         with (self.folder / stored.file).open("rb") as file:
-            file.seek(stored.start)
-            data = bytearray(file.read(stored.size))
-        return torch.frombuffer(data, dtype=stored.dtype).reshape(stored.shape)
+            file.seek(stored.start + first * size)
+            # In pieces: a copy in the stored dtype of all that is asked for would be as large.
+            for piece in out.split(CHUNK_BYTES // size):
+                as_it_is = piece.dtype == stored.dtype
+                read = piece if as_it_is else torch.empty(len(piece), dtype=stored.dtype)
+                if file.readinto(read.view(torch.uint8).numpy().data) != read.nbytes:
+                    raise ModelError(f"{file.name} was cut short while {stored.name} was read")
+                if not as_it_is:
+                    piece.copy_(read)
 
     def files(self) -> list[str]:
         """Names of all files, in a fixed order; hidden ones and pickles are left out."""

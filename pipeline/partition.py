@@ -1,11 +1,11 @@
-"""Weights partitioned by DeepSpeed ZeRO-3: everything here, and nothing elsewhere, knows how.
+"""Weights partitioned by DeepSpeed ZeRO-3: nothing but this and `pipeline.partitioned` knows how.
 
 Each rank keeps an equal slice of every parameter, flattened in row-major order; modules gather
 their parameters when they run and let them go afterwards. That has three consequences for callers:
 
-* every rank must run the same modules the same number of times (`padded_steps`), with hooks that
-  never raise: a forward that stops half way leaves weights gathered;
-* a weight is changed by writing each rank's own slice (`add_to_slice`), and only while it is not
+* every rank must run the same modules the same number of times (`pipeline.collective`), with hooks
+  that never raise: a forward that stops half way leaves weights gathered;
+* a weight is changed by writing each rank's own slice (`add_block`), and only while it is not
   gathered, because a gathered weight is dropped without being written back;
 * shapes are asked of `full_shape`: a partitioned parameter is itself empty.
 """
@@ -17,18 +17,18 @@ import datetime
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from pipeline.errors import ModelError, WorkerError
+from pipeline.errors import WorkerError
 
 Device = Literal["cpu", "cuda"]
-Offload = Literal["none", "cpu"]
-Item = TypeVar("Item")
 
+_PIECE = 1 << 22  # elements of a weight that are changed at a time, in float64
 _BACKENDS: dict[str, str] = {"cpu": "gloo", "cuda": "nccl"}
 _held: set[int] = set()
 
@@ -75,8 +75,8 @@ def init_rank(
         interface = _interface_towards(master_addr, master_port)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    deepspeed = _deepspeed()
-    chosen = deepspeed.accelerator.get_accelerator().device_name()
+    library = deepspeed()
+    chosen = library.accelerator.get_accelerator().device_name()
     if chosen != device:
         raise WorkerError(
             f"DeepSpeed computes on {chosen!r} in this process, not on {device!r}; "
@@ -84,76 +84,12 @@ def init_rank(
         )
     if device == "cuda":
         torch.cuda.set_device(0)
-    deepspeed.init_distributed(
+    library.init_distributed(
         _BACKENDS[device],
         auto_mpi_discovery=False,
         timeout=datetime.timedelta(seconds=timeout_s),
         verbose=False,
     )
-
-
-def load_partitioned(
-    model_path: str, *, dtype: torch.dtype, offload: Offload = "none"
-) -> tuple[torch.nn.Module, Any]:
-    """Open a checkpoint with its weights spread over all ranks.
-
-    Rank 0 reads the files and the others receive their slices, module by module. As long as the
-    engine lives, every model that transformers opens in this process is partitioned too.
-
-    Args:
-        model_path: folder of a Hugging Face causal language model.
-        dtype: of the weights: float32, bfloat16 or float16.
-        offload: where slices wait: ``none`` for the device, ``cpu`` for main memory.
-
-    Returns:
-        The module, in evaluation mode, and DeepSpeed's engine around it.
-
-    Raises:
-        ModelError: the checkpoint cannot be opened.
-        ValueError: a dtype or an offload that is not supported.
-    """
-    deepspeed = _deepspeed()
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
-
-    config = zero_config(dtype, offload)
-    switch = HfDeepSpeedConfig(config)
-    try:
-        # Safetensors only, as everywhere: pickle can run code.
-        module = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot open the model at {model_path}: {error}") from error
-    engine = deepspeed.initialize(model=module, config=config)[0]
-    # transformers only keeps a weak reference; without this one its models would forget that
-    # they are partitioned.
-    engine.hf_deepspeed_config = switch
-    return module, engine
-
-
-def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]:
-    """DeepSpeed's configuration for holding weights and running them forward.
-
-    Raises:
-        ValueError: a dtype or an offload that is not supported.
-    """
-    if offload not in ("none", "cpu"):
-        raise ValueError(f"offload {offload!r} is not supported; use 'none' or 'cpu'")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{dtype} weights are not supported; use float32, bfloat16 or float16")
-    # DeepSpeed's own linear function saves memory in training only, and rounds differently from
-    # torch's: without it a partitioned model computes the same bits as a whole one.
-    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
-    if offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        # Without these the weights silently become float32, whatever the loader is told.
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -181,35 +117,110 @@ def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
     return WeightSlice(min(rank * size, total), min((rank + 1) * size, total))
 
 
-def add_to_slice(engine: Any, parameter: torch.nn.Parameter, delta: torch.Tensor) -> None:
-    """Add this rank's part of a weight change to the weight, in place.
+class Squares(NamedTuple):
+    """Sums of squares over the elements that a rank has changed, in float64.
+
+    Attributes:
+        delta: of the change.
+        before: of the weight before.
+        lost: of what the weight's dtype has rounded off.
+    """
+
+    delta: float
+    before: float
+    lost: float
+
+
+def add_block(
+    engine: Any, parameter: nn.Parameter, block: torch.Tensor, top: int = 0, left: int = 0
+) -> Squares:
+    """Add what this rank keeps of a block of a weight change to the weight, in place.
 
     ``W ← (float64(W) + Δ)``, rounded once to the weight's dtype. Needs no other rank, but the
     next forward sees a whole change only if every rank has written its part.
 
     Args:
         engine: of `load_partitioned`; not looked at for a parameter that is not partitioned.
-        parameter: the weight.
-        delta: the change of the whole weight, in its shape or flattened, or only of the elements
-            in `owned_slice`; any floating dtype and device.
+        parameter: the weight, a matrix.
+        block: part of the change, or all of it; any floating dtype and device.
+        top: row of the weight that the block's first row belongs to.
+        left: column of the weight that the block's first column belongs to.
 
     Raises:
-        ValueError: ``delta`` is neither as large as the weight nor as this rank's slice.
+        ValueError: the block is not inside the weight.
         WorkerError: the weight is gathered, so that what is written would be lost.
     """
-    start, stop = owned_slice(parameter)
-    flat_delta = delta.detach().reshape(-1)
-    if flat_delta.numel() == full_shape(parameter).numel():
-        flat_delta = flat_delta[start:stop]
-    if flat_delta.numel() != stop - start:
+    shape = full_shape(parameter)
+    if block.ndim != 2 or top + len(block) > shape[0] or left + block.shape[1] > shape[1]:
         raise ValueError(
-            f"a change of {delta.numel()} elements fits neither the weight of shape "
-            f"{tuple(full_shape(parameter))} nor this rank's slice of {stop - start}"
+            f"a change of shape {tuple(block.shape)} at row {top}, column {left} is not inside the "
+            f"weight of shape {tuple(shape)}"
         )
-    kept = _writable_slice(engine, parameter)[: stop - start]
-    change = flat_delta.to(device=kept.device, dtype=torch.float64)
+    kept = _writable_slice(engine, parameter)
+    squares = torch.zeros(3, dtype=torch.float64, device=kept.device)
+    start, stop = owned_slice(parameter)
+    for part in _rectangles(start, stop, shape[1]):
+        rows = range(max(top, part.top), min(top + len(block), part.bottom))
+        columns = range(max(left, part.left), min(left + block.shape[1], part.right))
+        if not rows or not columns:
+            continue
+        held = kept[part.offset : part.offset + part.size].view(-1, part.right - part.left)
+        weight = held[_within(rows, part.top), _within(columns, part.left)]
+        change = block.detach()[_within(rows, top), _within(columns, left)]
+        step = max(1, _PIECE // len(columns))
+        for weights, changes in zip(weight.split(step), change.split(step), strict=True):
+            squares += _add(weights, changes.to(kept.device, torch.float64))
+    return Squares(*squares.tolist())
+
+
+def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """The elements in `owned_slice`, flat; do not write to them.
+
+    Raises:
+        WorkerError: the weight is gathered.
+    """
+    start, stop = owned_slice(parameter)
+    return _writable_slice(engine, parameter)[: stop - start]
+
+
+def _add(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Add to a part of a weight; returns the sums of `Squares`."""
+    before = weight.double()
     with torch.no_grad():
-        kept.copy_(kept.double().add_(change))
+        weight.copy_(before + change)
+    lost = weight.double().sub_(before).sub_(change)
+    return torch.stack([tensor.square().sum() for tensor in (change, before, lost)])
+
+
+class _Rectangle(NamedTuple):
+    """A part of a matrix that lies in one piece in a slice of it, from ``offset`` on."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+
+def _rectangles(start: int, stop: int, width: int) -> Iterator[_Rectangle]:
+    """What elements ``start`` to ``stop - 1`` of a matrix in row-major order are: the end of a row,
+    whole rows, the beginning of one."""
+    place = start
+    while place < stop:
+        row, column = divmod(place, width)
+        rows = (stop - place) // width if not column else 0
+        right = width if rows else min(width, column + stop - place)
+        part = _Rectangle(row, row + max(rows, 1), column, right, place - start)
+        yield part
+        place += part.size
+
+
+def _within(numbers: range, origin: int) -> slice:
+    return slice(numbers.start - origin, numbers.stop - origin)
 
 
 @contextlib.contextmanager
@@ -221,7 +232,7 @@ def gathered(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
     if not is_partitioned(parameter):
         yield parameter.detach().clone()
         return
-    with _deepspeed().zero.GatheredParameters([parameter]):
+    with deepspeed().zero.GatheredParameters([parameter]):
         _held.add(id(parameter))
         try:
             yield parameter.detach().clone()
@@ -252,51 +263,6 @@ def run_forward(engine: Any, **inputs: Any) -> Any:
         return engine.module(**moved)
 
 
-def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
-    """The largest number of steps that any rank of the group has: all must run as many.
-
-    Args:
-        steps: this rank's number of forwards.
-        group: the ranks that must agree; all of them if None. ``steps`` itself is returned where
-            no process group exists.
-    """
-    if not dist.is_initialized():
-        return steps
-    most = torch.tensor(steps, dtype=torch.int64, device=_device())
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-    return int(most.item())
-
-
-def all_rows(own: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks, in rank order; each may have another number of them."""
-    counts = [
-        torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather(counts, torch.tensor([len(own)], device=own.device))
-    numbers = [int(count.item()) for count in counts]
-    padded = own.new_zeros(max(numbers), *own.shape[1:])
-    padded[: len(own)] = own
-    every = own.new_empty(len(numbers) * len(padded), *own.shape[1:])
-    dist.all_gather_into_tensor(every, padded)
-    parts = every.split(len(padded)) if len(padded) else [every]
-    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=False)])
-
-
-def in_lockstep(
-    items: Sequence[Item], filler: Item, group: dist.ProcessGroup | None = None
-) -> Iterator[tuple[Item, bool]]:
-    """This rank's items, then the filler until every rank of the group has had as many steps.
-
-    Yields:
-        An item and True, or the filler and False: run it, and forget the result.
-    """
-    steps = padded_steps(len(items), group)
-    for item in items:
-        yield item, True
-    for _ in range(steps - len(items)):
-        yield filler, False
-
-
 def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's flat storage of a parameter, safe to write to.
 
@@ -321,7 +287,7 @@ def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     )
 
 
-def _deepspeed() -> Any:
+def deepspeed() -> Any:
     """The library, imported late: it reads the environment on import."""
     import deepspeed
     import deepspeed.ops
@@ -335,7 +301,7 @@ def _deepspeed() -> Any:
 
 
 def _device() -> torch.device:
-    return torch.device(_deepspeed().accelerator.get_accelerator().current_device_name())
+    return torch.device(deepspeed().accelerator.get_accelerator().current_device_name())
 
 
 def _interface_towards(address: str, port: int) -> str | None:

@@ -1,34 +1,47 @@
 """The update on partitioned weights: what each rank of the group does, layer by layer.
 
 Every rank holds its slice of all weights and reads the keys and residuals of its own shards. The
-sums are added over ranks; each rank solves for its rows of Δ, which do not depend on each other;
-the rows are put together, one layer at a time, and each rank adds its own slice to its own part of
-the weight. So no rank ever holds more than its partition, the sums, and one edited weight.
+sums are added over ranks; each rank solves for its rows of Δ, which do not depend on each other.
+Then one rank after the other hands its rows round, each adds what falls into its slice of the
+weight, and rank 0 writes them to the file that the run keeps. So no rank ever holds more than its
+partition, the sums, and the weight that a forward pass gathers.
 
 Shape letters: E requests, K key width, V value width, R rows of one rank.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pipeline import partition
+from pipeline.collective import (
+    added,
+    all_rows,
+    in_lockstep,
+    reduced_to_rows,
+    rows_in_turn,
+    share_of_rows,
+)
 from pipeline.factors import FactorFile
 from pipeline.moments import module_name, read_moments
+from pipeline.partitioned import Offload, load_partitioned
 from pipeline.rank_group import Rendezvous
 from pipeline.replica import open_tokenizer
 from pipeline.schema import read_targets
 from pipeline.store import Store
 from pmet.architecture import resolve
 from pmet.contexts import ContextTemplates
-from pmet.delta import Edit, changed
+from pmet.delta import EditWriter, delta_rows
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
@@ -47,6 +60,9 @@ from pmet.solve import (
 )
 from pmet.spread import square_root_spread
 from pmet.sums import KeyResidualRows, KeyResidualSums
+
+REDONE_ELEMENTS = 1 << 22
+"""Elements of a saved Δ that are read at a time where a finished layer is applied again."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class UpdateJob:
     run: Store
     device: partition.Device
     dtype: torch.dtype
-    offload: partition.Offload
+    offload: Offload
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,7 @@ class UpdateRank:
         self._device = torch.device(job.device)
         partition.init_rank(*meeting, device=job.device)
         self._tokenizer = open_tokenizer(job.model)
-        self._model, self._engine = partition.load_partitioned(
+        self._model, self._engine = load_partitioned(
             job.model, dtype=job.dtype, offload=job.offload
         )
         self._layout = resolve(self._model, job.hparams)
@@ -185,35 +201,79 @@ class UpdateRank:
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
         solved = self._solved(index, layer, second_moment_KK)
         del second_moment_KK
-        delta = layout.orient(partition.all_rows(solved.delta_RK))
-        parameter = layout.weight(self._model, layer)
-        with partition.gathered(parameter) as weight:
-            original = weight.detach().cpu().clone() if self._rank == 0 else None
-        partition.add_to_slice(self._engine, parameter, delta)
-        if original is None:
+        name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
+        file = f"delta/{name}.safetensors"
+        with ExitStack() as stack:
+            writer = stack.enter_context(self._writer(file, name, parameter))
+            for values in rows_in_turn(partition.own_values(self._engine, parameter)):
+                if writer:
+                    writer.add_original(values)
+            squares = self._change(parameter, solved.delta_RK, writer)
+        if not writer:
             return None
-        return self._save(layout.weight_name(layer), delta.cpu(), original, solved)
+        norm = math.sqrt(squares.delta)
+        return LayerReport(
+            parameter=name,
+            file=file,
+            sha256=self._job.run.sha256(file),
+            delta_norm=norm,
+            weight_norm=math.sqrt(squares.before),
+            requests=solved.requests,
+            form=solved.form,
+            jitter=solved.jitter,
+            rounding=math.sqrt(squares.lost) / norm if norm else 0.0,
+        )
 
     def redo_layer(self, index: int, file: str) -> None:
         """Apply a layer that an earlier group has finished and saved."""
         layer = self._job.hparams.layers[index]
-        name = self._layout.weight_name(layer)
+        name, parameter = self._layout.weight_name(layer), self._layout.weight(self._model, layer)
+        width = partition.full_shape(parameter)[1]
+        start, stop = partition.owned_slice(parameter)
+        rows = range(start // width, -(-stop // width))
         with self._job.run.local_copy(file) as path:
-            delta = Edit.load(path).deltas[name]
-        parameter = self._layout.weight(self._model, layer)
-        partition.add_to_slice(self._engine, parameter, delta.to(self._device))
+            top = rows.start
+            for delta in delta_rows(path, name, rows, at_once=max(1, REDONE_ELEMENTS // width)):
+                partition.add_block(self._engine, parameter, delta, top)
+                top += len(delta)
+
+    def _change(
+        self, parameter: nn.Parameter, own_RK: torch.Tensor, writer: EditWriter | None
+    ) -> partition.Squares:
+        """Add Δ, of which each rank has some rows, to the weight; sums over all its elements."""
+        first, sums = 0, [0.0, 0.0, 0.0]
+        for delta_RK in rows_in_turn(own_RK):
+            block = self._layout.orient(delta_RK)
+            top, left = (0, first) if self._layout.transposed else (first, 0)
+            here = partition.add_block(self._engine, parameter, block, top, left)
+            sums = [total + more for total, more in zip(sums, here, strict=True)]
+            if writer:
+                writer.put_delta(block, top, left)
+            first += len(delta_RK)
+        return partition.Squares(*(added(total) for total in sums))
+
+    @contextmanager
+    def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:
+        """Where rank 0 writes a layer's edit, which the run folder has when the block ends well."""
+        if self._rank:
+            yield None
+            return
+        with self._job.run.local_target(file) as path:
+            shape = partition.full_shape(parameter)
+            with EditWriter(path, name, shape, parameter.dtype) as writer:
+                yield writer
 
     def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> _Solved:
         """This rank's rows of Δ, in the form that takes fewer operations."""
         layout = self._layout
         widths = (layout.key_width, layout.value_width)
-        count = self._added(sum(batch.count for batch in self._batches))
+        count = int(added(sum(batch.count for batch in self._batches)))
         if cheaper_form(count, *widths, factored=True) == "keys":
             return self._solved_by_keys(index, second_moment_KK, count)
         module = module_name(layout, layer)
         kept = FactorFile(self._job.second_moments, module, second_moment_KK)
         # One rank looks for the factor, so that all choose alike.
-        factored = bool(self._added(int(self._rank == 0 and kept.exists())))
+        factored = bool(added(self._rank == 0 and kept.exists()))
         if cheaper_form(count, *widths, factored=factored) == "keys":
             return self._solved_by_keys(index, second_moment_KK, count)
         moment = kept.read() if factored else moment_factor(second_moment_KK.to(self._device))
@@ -225,15 +285,13 @@ class UpdateRank:
         layout, hparams = self._layout, self._job.hparams
         sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
         self._collect(index, sums)
-        dist.all_reduce(sums.gram_KK)
-        dist.all_reduce(sums.cross_VK)
-        matrix_KK = normal_matrix(sums.gram_KK, second_moment_KK, hparams.mom2_update_weight)
-        found = factor(matrix_KK)
-        share = square_root_spread(index, len(hparams.layers))
-        own = self._own_rows(layout.value_width)
-        return _Solved(
-            solve_rows(found.lower, share * sums.cross_VK[own]), count, "keys", found.jitter
-        )
+        gram_KK, cross_RK = sums.gram_KK, reduced_to_rows(sums.cross_VK)
+        del sums
+        dist.all_reduce(gram_KK)
+        found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
+        del gram_KK
+        cross_RK *= square_root_spread(index, len(hparams.layers))
+        return _Solved(solve_rows(found.lower, cross_RK), count, "keys", found.jitter)
 
     def _solved_by_requests(self, index: int, moment: Factor, count: int) -> _Solved:
         layout, hparams = self._layout, self._job.hparams
@@ -243,10 +301,10 @@ class UpdateRank:
         self._collect(index, rows)
         lower_KK = moment.lower.to(self._device)
         # Each rank whitens its own keys; the E×E matrix wants all of them.
-        whitened_EK = partition.all_rows(whitened(rows.keys_EK, lower_KK))
-        own = self._own_rows(layout.value_width)
+        whitened_EK = all_rows(whitened(rows.keys_EK, lower_KK))
+        own = share_of_rows(layout.value_width, self._rank, self._ranks)
         share = square_root_spread(index, len(hparams.layers))
-        residuals_ER = share * partition.all_rows(rows.residuals_EV)[:, own]
+        residuals_ER = share * all_rows(rows.residuals_EV)[:, own]
         delta_RK, jitter = solve_rows_by_requests(
             whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
         )
@@ -258,18 +316,12 @@ class UpdateRank:
         reader.begin(index)
         # Ranks gather weights together: a forward pass that one of them left out would hang the
         # others, so one that has no batch left runs along.
-        for number, counts in partition.in_lockstep(range(len(self._batches)), -1):
+        for number, counts in in_lockstep(range(len(self._batches)), -1):
             if not counts:
                 reader.run_along()
                 continue
             keys_EK, values_EV = reader.read(number)
             into.add(keys_EK, next(targets).to(self._device) - values_EV)
-
-    def _added(self, number: int) -> int:
-        """The sum of a number over all ranks."""
-        total = torch.tensor(number, dtype=torch.int64, device=self._device)
-        dist.all_reduce(total)
-        return int(total.item())
 
     def _targets_by_batch(self) -> Iterator[torch.Tensor]:
         """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
@@ -280,30 +332,6 @@ class UpdateRank:
             for batch in islice(batches, shard.batches):
                 yield targets_EV[start : start + batch.count]
                 start += batch.count
-
-    def _own_rows(self, count: int) -> slice:
-        each = -(-count // self._ranks)
-        return slice(min(count, self._rank * each), min(count, (self._rank + 1) * each))
-
-    def _save(
-        self, name: str, delta: torch.Tensor, original: torch.Tensor, solved: _Solved
-    ) -> LayerReport:
-        file = f"delta/{name}.safetensors"
-        with self._job.run.local_target(file) as path:
-            Edit({name: delta}, {name: original}).save(path)
-        lost = changed(original, delta).double().sub_(original).sub_(delta)
-        norm = delta.norm().item()
-        return LayerReport(
-            parameter=name,
-            file=file,
-            sha256=self._job.run.sha256(file),
-            delta_norm=norm,
-            weight_norm=original.double().norm().item(),
-            requests=solved.requests,
-            form=solved.form,
-            jitter=solved.jitter,
-            rounding=lost.norm().item() / norm if norm else 0.0,
-        )
 
     def _targets(self, shard: _TakenShard) -> torch.Tensor:
         by_row: dict[int, torch.Tensor] = {}

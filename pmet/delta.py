@@ -7,8 +7,13 @@ exact to the bit in any process, and an edit is never applied to weights it was 
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +23,12 @@ from torch import nn
 from pmet.errors import EditFileError
 
 FORMAT = "pmet-edit-1"
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 def changed(original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -84,9 +95,7 @@ class Edit:
                             key
                         )
             except (OSError, SafetensorError, KeyError) as error:
-                raise EditFileError(
-                    f"{file} cannot be read as a saved edit ({error}); is it whole?"
-                ) from None
+                raise _unreadable(file, error) from None
         if not deltas or deltas.keys() != originals.keys():
             raise EditFileError(
                 f"{path} holds no complete edit; name a file or a run's delta folder"
@@ -113,3 +122,87 @@ class Edit:
         with torch.no_grad():
             for name, (_, wanted) in changes.items():
                 parameters[name].copy_(wanted)
+
+
+class EditWriter:
+    """Writes the saved edit of one weight in pieces: neither Δ nor the weight is ever whole.
+
+        with EditWriter(path, name, weight.shape, weight.dtype) as writer:
+            writer.add_original(values)  # flat, from the first element on, as often as needed
+            writer.put_delta(block, top, left)
+
+    The file is that of `Edit.save`, byte for byte, once all pieces are in it.
+
+    Args:
+        path: of the file.
+        name: of the parameter.
+        shape: of the parameter, a matrix.
+        dtype: of the parameter.
+    """
+
+    def __init__(self, path: str | Path, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        self._width = shape[1]
+        delta_bytes = shape.numel() * torch.float64.itemsize
+        end = delta_bytes + shape.numel() * dtype.itemsize
+        header = {
+            "__metadata__": {"format": FORMAT},
+            f"delta.{name}": _entry(torch.float64, shape, 0, delta_bytes),
+            f"original.{name}": _entry(dtype, shape, delta_bytes, end),
+        }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = Path(path).open("wb")  # noqa: SIM115 - closed with this object
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._delta_start = self._file.tell()
+        self._original_end = self._delta_start + delta_bytes
+        self._file.truncate(self._delta_start + end)
+
+    def add_original(self, values: torch.Tensor) -> None:
+        """Write the weight's next elements, as they were before."""
+        self._file.seek(self._original_end)
+        self._original_end += self._file.write(_bytes(values))
+
+    def put_delta(self, block: torch.Tensor, top: int = 0, left: int = 0) -> None:
+        """Write a block of Δ whose first element belongs to row ``top`` and column ``left``."""
+        whole_rows = block.shape[1] == self._width
+        for number, part in enumerate([block] if whole_rows else block):
+            self._file.seek(self._delta_start + 8 * ((top + number) * self._width + left))
+            self._file.write(_bytes(part.double()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterator[torch.Tensor]:
+    """Rows of a saved Δ, in order, at most ``at_once`` of them in memory.
+
+    Raises:
+        EditFileError: a damaged file, or one that does not hold the parameter's edit.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            delta = stored.get_slice(f"delta.{name}")
+            for start in range(rows.start, rows.stop, at_once):
+                yield delta[start : min(start + at_once, rows.stop)]
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _entry(dtype: torch.dtype, shape: torch.Size, start: int, end: int) -> dict[str, object]:
+    return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _unreadable(path: str | Path, error: Exception) -> EditFileError:
+    return EditFileError(f"{path} cannot be read as a saved edit ({error}); is it whole?")

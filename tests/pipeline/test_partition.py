@@ -8,20 +8,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.cluster import ray_session
+from pipeline.collective import in_lockstep, padded_steps
 from pipeline.errors import ModelError, WorkerError
 from pipeline.partition import (
     WeightSlice,
-    add_to_slice,
+    add_block,
     full_shape,
     gathered,
-    in_lockstep,
     init_rank,
-    load_partitioned,
+    own_values,
     owned_slice,
-    padded_steps,
     run_forward,
-    zero_config,
 )
+from pipeline.partitioned import load_partitioned, zero_config
 from pipeline.rank_group import RankGroup
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -76,15 +75,23 @@ class Rank:
         parameter = self.module.get_parameter(name)
         if how == "gathered before":
             parameter.all_gather()
-        if how == "slice":
-            start, stop = owned_slice(parameter)
-            delta = delta.flatten()[start:stop].clone()
-        add_to_slice(self.engine, parameter, delta)
+        blocks = [(0, 0, delta)]
+        if how == "rows":
+            blocks = [(top, 0, delta[top : top + 5]) for top in range(0, len(delta), 5)]
+        if how == "columns":
+            blocks = [(0, left, delta[:, left : left + 7]) for left in range(0, delta.shape[1], 7)]
+        kept = own_values(self.engine, parameter).clone().double()
+        squares = [add_block(self.engine, parameter, block, *at) for *at, block in blocks]
+        after = own_values(self.engine, parameter).double()
+        start, stop = owned_slice(parameter)
+        change = delta.flatten()[start:stop]
+        expected = [part.square().sum() for part in (change, kept, after - kept - change)]
+        return torch.tensor(squares, dtype=torch.float64).sum(0), torch.stack(expected)
 
     def add_while_gathered(self, name, delta):
         parameter = self.module.get_parameter(name)
         with gathered(parameter):
-            add_to_slice(self.engine, parameter, delta)
+            add_block(self.engine, parameter, delta)
 
     def write_to_gathered(self, name):
         parameter = self.module.get_parameter(name)
@@ -211,7 +218,8 @@ def test_slices_of_shapes_that_do_not_divide(group, shape):
     ("family", "dtype", "how"),
     [
         ("gpt2", torch.float32, "whole"),
-        ("gptj", torch.float32, "slice"),
+        ("gpt2", torch.float32, "columns"),
+        ("gptj", torch.float32, "rows"),
         ("llama", torch.float32, "gathered before"),
         ("llama", torch.bfloat16, "whole"),
     ],
@@ -226,7 +234,8 @@ def test_a_change_lands_to_the_bit_and_is_used(group, family, dtype, how):
     for _ in range(2):
         with torch.no_grad():
             weight.copy_((weight.double() + delta).to(dtype))
-        group.call_all("add", name, delta, how)
+        for squares, wanted in group.call_all("add", name, delta, how):
+            assert torch.allclose(squares, wanted, rtol=1e-9)
         for whole in group.call_all("whole", name):
             assert torch.equal(whole, weight)
         for logits in group.call_all("logits", INPUT_IDS):
@@ -291,13 +300,15 @@ class TestRefusals:
         pair.call_all("load", model_path("gptj"), torch.float32)
         with pytest.raises(
             WorkerError,
-            match=r"ValueError: a change of 7 elements fits neither the weight of shape "
-            r"\(\d+, \d+\) nor this rank's slice of \d+",
+            match=r"ValueError: a change of shape \(1, 7000\) at row 0, column 0 is not inside the "
+            r"weight of shape \(\d+, \d+\)",
         ):
-            pair.call_all("add", name, torch.zeros(7))
+            pair.call_all("add", name, torch.zeros(1, 7000))
 
     def test_no_model(self, pair, tmp_path):
-        with pytest.raises(ModelError, match=r"^cannot open the model at .*nowhere"):
+        with pytest.raises(
+            ModelError, match=r"nowhere has no config\.json; give a Hugging Face model folder"
+        ):
             pair.call_all("load", str(tmp_path / "nowhere"), torch.float32)
 
 
@@ -313,7 +324,7 @@ class TestWholeParameter:
         parameter = torch.nn.Parameter(torch.full((3, 5), 0.1))
         delta = random_delta(parameter)
         expected = (parameter.detach().double() + delta).float()
-        add_to_slice(None, parameter, delta)
+        add_block(None, parameter, delta)
         with gathered(parameter) as value:
             assert torch.equal(value, expected)
             value.zero_()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pmet.delta import Edit
+from pmet.delta import Edit, EditWriter, delta_rows
 from pmet.errors import EditFileError
 
 WEIGHT = "0.weight"
@@ -93,3 +93,36 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(data[:-9])
     with pytest.raises(EditFileError, match="is it whole"):
         Edit.load(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_an_edit_written_in_pieces_is_the_file_of_a_whole_one(
+    tmp_path: Path, dtype: torch.dtype, by: str
+) -> None:
+    edit = edit_for(model(dtype))
+    delta, weight = edit.deltas[WEIGHT], edit.originals[WEIGHT]
+    edit.save(tmp_path / "whole")
+    with EditWriter(tmp_path / "pieces", WEIGHT, weight.shape, dtype) as writer:
+        for values in weight.flatten().split(8):
+            writer.add_original(values)
+        for start in (2, 0, 4):  # in any order
+            if by == "rows":
+                writer.put_delta(delta[start : start + 2], top=start)
+            else:
+                writer.put_delta(delta[:, start : start + 2], left=start)
+        writer.put_delta(delta[1:4, 6:], top=1, left=6)
+        writer.put_delta(delta[[0, 4]][:1, 6:], top=0, left=6)
+        writer.put_delta(delta[4:, 6:], top=4, left=6)
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_rows_of_a_saved_edit(tmp_path: Path) -> None:
+    edit = edit_for(model())
+    edit.save(tmp_path / "edit")
+    parts = list(delta_rows(tmp_path / "edit", WEIGHT, range(1, 5), at_once=3))
+    assert [len(part) for part in parts] == [3, 1]
+    assert torch.equal(torch.cat(parts), edit.deltas[WEIGHT][1:5])
+    (tmp_path / "cut").write_bytes((tmp_path / "edit").read_bytes()[:-1])
+    with pytest.raises(EditFileError, match=r"cut cannot be read as a saved edit \(.+\); is it"):
+        list(delta_rows(tmp_path / "cut", WEIGHT, range(5), at_once=3))

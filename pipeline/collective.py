@@ -1,0 +1,92 @@
+"""What ranks do together beside gathering weights: steps in common, and rows of a matrix in turn.
+
+All ranks of a process group must call these together, and in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+
+def added(number: int | float) -> float:
+    """The sum of a number over all ranks, in float64."""
+    total = torch.tensor(float(number), dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return total.item()
+
+
+def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest number of steps that any rank of the group has: all must run as many.
+
+    Args:
+        steps: this rank's number of forwards.
+        group: the ranks that must agree; all of them if None. ``steps`` itself is returned where
+            no process group exists.
+    """
+    if not dist.is_initialized():
+        return steps
+    most = torch.tensor(steps, dtype=torch.int64, device=_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return int(most.item())
+
+
+def in_lockstep(
+    items: Sequence[Item], filler: Item, group: dist.ProcessGroup | None = None
+) -> Iterator[tuple[Item, bool]]:
+    """This rank's items, then the filler until every rank of the group has had as many steps.
+
+    Yields:
+        An item and True, or the filler and False: run it, and forget the result.
+    """
+    steps = padded_steps(len(items), group)
+    for item in items:
+        yield item, True
+    for _ in range(steps - len(items)):
+        yield filler, False
+
+
+def share_of_rows(count: int, rank: int, ranks: int) -> slice:
+    """Which of ``count`` rows a rank works on: equal shares in rank order, the last smaller."""
+    each = -(-count // ranks)
+    return slice(min(count, rank * each), min(count, (rank + 1) * each))
+
+
+def rows_in_turn(own: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of every rank, one rank after the other, in rank order.
+
+    Each rank may have another number of rows; the whole is never in one place. What is yielded is
+    valid until the next one.
+    """
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=own.device)
+    counts[dist.get_rank()] = len(own)
+    dist.all_reduce(counts)
+    for rank, count in enumerate(counts.tolist()):
+        rows = own.contiguous() if rank == dist.get_rank() else own.new_empty(count, *own.shape[1:])
+        if count:
+            dist.broadcast(rows, src=rank)
+        yield rows
+
+
+def all_rows(own: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order, on every rank."""
+    return torch.cat([rows.clone() for rows in rows_in_turn(own)])
+
+
+def reduced_to_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """This rank's `share_of_rows` of the sum of all ranks' matrices; ``matrix`` is overwritten."""
+    own, ranks = dist.get_rank(), dist.get_world_size()
+    for rank in range(ranks):
+        share = share_of_rows(len(matrix), rank, ranks)
+        if share.start < share.stop:
+            dist.reduce(matrix[share], dst=rank)
+    return matrix[share_of_rows(len(matrix), own, ranks)].clone()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu")

@@ -1,0 +1,100 @@
+"""A model without its weights: modules and buffers as from transformers, parameters on *meta*.
+
+Ranks start from it and read only what they keep. Buffers (rotary frequencies, causal masks) are
+small and whole everywhere; they must be those that ``from_pretrained`` makes, in whatever dtype it
+makes them, or ranks would not compute what the workers compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pipeline.checkpoint import Checkpoint, StoredTensor
+from pipeline.errors import ModelError
+
+
+def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The model of a checkpoint in evaluation mode, its parameters without storage.
+
+    Parameters that share values are one parameter, as far as the checkpoint leaves one of them out.
+
+    Args:
+        checkpoint: a model folder.
+        dtype: of the parameters.
+
+    Raises:
+        ModelError: transformers cannot make the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        with torch.device("meta"), no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot open the model at {checkpoint.folder}: {error}") from error
+    checkpoint = _in_todays_names(checkpoint, model)
+    stored = {name: checkpoint.stored(name, model.base_model_prefix) for name in model.state_dict()}
+    _make_buffers(model, checkpoint, stored)
+    model.tie_weights(missing_keys={name for name, tensor in stored.items() if tensor is None})
+    return cast(nn.Module, model.eval())
+
+
+def stored_parameters(
+    model: nn.Module, checkpoint: Checkpoint
+) -> list[tuple[nn.Parameter, StoredTensor | None]]:
+    """Each parameter once, and where the checkpoint stores it.
+
+    None where it does so in another form than the model has it, fused with others say, which
+    transformers converts while loading.
+    """
+    prefix = cast(Any, model).base_model_prefix
+    checkpoint = _in_todays_names(checkpoint, model)
+    found: dict[nn.Parameter, StoredTensor | None] = {}
+    # Shared parameters have several names, and the checkpoint may use any of them.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        stored = checkpoint.stored(name, prefix)
+        fits = stored is not None and stored.shape == tuple(parameter.shape)
+        found[parameter] = found.get(parameter) or (stored if fits else None)
+    return list(found.items())
+
+
+def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint with its tensors named as they are loaded: names of old files have changed.
+
+    Tensors that are not loaded as they are stored are left out.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # releases of transformers that rename nothing
+        return checkpoint
+    changes = get_model_conversion_mapping(cast(Any, model))
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    conversions = [change for change in changes if not isinstance(change, WeightRenaming)]
+    named: dict[str, StoredTensor] = {}
+    for name, stored in checkpoint.tensors.items():
+        loaded_as, converted_by = rename_source_key(name, renamings, conversions)
+        if converted_by is None:
+            named[loaded_as] = stored
+    return replace(checkpoint, tensors=named)
+
+
+def _make_buffers(
+    model: Any, checkpoint: Checkpoint, stored: Mapping[str, StoredTensor | None]
+) -> None:
+    """Give the buffers their values: those stored, else what the model fills them with."""
+    for name, buffer in list(model.named_buffers()):
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
+    # Fills parameters, too; they have no storage to be filled.
+    model.initialize_weights()
+    for name, buffer in model.named_buffers():
+        if tensor := stored.get(name):
+            buffer.copy_(checkpoint.read(tensor))
