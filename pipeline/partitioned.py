@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.checkpoint import Checkpoint, StoredTensor
 from pipeline.errors import ModelError
 from pipeline.partition import deepspeed, owned_slice
-from pipeline.skeleton import open_skeleton, stored_parameters
+from pipeline.skeleton import skeleton_with_buffers, stored_parameters
 
 Offload = Literal["none", "cpu"]
 
@@ -41,7 +41,7 @@ def load_partitioned(
     """
     config = zero_config(dtype, offload)
     checkpoint = Checkpoint.open(model_path)
-    module = open_skeleton(checkpoint, dtype)
+    module = skeleton_with_buffers(checkpoint, dtype)
     places = {p: stored for p, stored in stored_parameters(module, checkpoint) if stored}
     if len(places) == len(list(module.parameters())):
         _read_slices(module, places, checkpoint, deepspeed().zero.Init(config_dict_or_path=config))

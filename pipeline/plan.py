@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import tempfile
+from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import torch
 
 from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.config import JobConfig
@@ -25,18 +26,19 @@ from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
+from pipeline.skeleton import open_skeleton
 from pipeline.store import read_file
 from pmet import contexts
 from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
-from pmet.request import EditRequest
 from pmet.second_moment import longest
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
 _MOST_SMALL_SHARDS = 64
+_DIGESTED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -177,25 +179,6 @@ def _text(url: str, key: str) -> str:
         raise JobError(f"{key}: {url} cannot be read ({error}); {remedy}") from None
 
 
-def open_skeleton(folder: Path) -> Any:
-    """The model of a folder without its weights: names and shapes, for a few kilobytes.
-
-    Raises:
-        ModelError: transformers cannot open it as a causal language model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"model {folder} is no causal language model that transformers can open ({reason})"
-        ) from None
-
-
 def open_fast_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
@@ -238,24 +221,22 @@ def _fitting(
     # Generated prefixes are not known yet: room is left for them.
     room = 0 if templates else contexts.GENERATED_TOKENS + 4
     bare = [t for group in templates or [["{}"]] for t in group]
-    fitting: list[tuple[tuple[int, int], int, EditRequest]] = []
+    fitting = array("q")  # places among the accepted requests
+    shapes = array("q")
     rejected = list(table.rejected)
-    for row, request in zip(table.rows, table.requests, strict=True):
+    for place, request in enumerate(table.requests):
         try:
             problem = Problem.of(tokenizer, request, bare)
             problem.check_length(request, None if limit is None else limit - room)
         except RequestError as error:
-            rejected.append(Rejection(row, str(error)))
+            rejected.append(Rejection(table.rows[place], str(error)))
         else:
-            fitting.append((problem.shape, row, request))
-    fitting.sort(key=lambda item: (-item[0][0], -item[0][1], item[1]))
+            fitting.append(place)
+            shapes.extend(problem.shape)
+    shapes_E2 = np.array(shapes).reshape(-1, 2)
+    order = np.lexsort((-shapes_E2[:, 1], -shapes_E2[:, 0]))
     rejected.sort(key=lambda r: r.row)
-    return replace(
-        table,
-        requests=[request for _, _, request in fitting],
-        rows=[row for _, row, _ in fitting],
-        rejected=rejected,
-    )
+    return table.chosen([fitting[i] for i in order.tolist()], rejected)
 
 
 def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
@@ -294,9 +275,9 @@ def _digest(value: Any) -> str:
 
 
 def _table_digest(table: pa.Table) -> str:
-    sink = hashlib.sha256()
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    sink.update(buffer.getvalue())
-    return sink.hexdigest()
+    digest = hashlib.sha256(table.schema.serialize())
+    # In batches of one size, however the files were cut.
+    for start in range(0, len(table), _DIGESTED_ROWS):
+        for batch in table.slice(start, _DIGESTED_ROWS).combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()

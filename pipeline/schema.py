@@ -5,26 +5,18 @@ Shape letters: E requests, D model width.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import RequestTableError, StorageError
-from pipeline.store import expand, read_parquet
-from pmet.errors import RequestError
+from pipeline.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
+from pipeline.store import expand, map_parquet
 from pmet.request import EditRequest
-
-REQUIRED_COLUMNS = ("prompt", "subject", "target_new")
-OPTIONAL_COLUMNS = ("case_id", "target_true", "paraphrase_prompts", "neighborhood_prompts")
-NAMED_ROWS = 5  # of the rows that a row contradicts
-
-_Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,14 +43,17 @@ class RequestTable:
         rejected: the other rows, ascending.
     """
 
-    requests: list[EditRequest]
-    rows: list[int]
+    requests: Sequence[EditRequest]
+    rows: Sequence[int]
     table: pa.Table
     rejected: list[Rejection]
 
-    def accepted_table(self) -> pa.Table:
-        """The input columns of the accepted requests, in their order."""
-        return self.table.take(pa.array(self.rows, pa.int64()))
+    def chosen(self, places: Sequence[int], rejected: list[Rejection]) -> RequestTable:
+        """The same input with other rejections; ``places`` says which accepted requests stay, in
+        which order."""
+        rows = array("q", (self.rows[place] for place in places))
+        assert isinstance(self.requests, Requests)
+        return replace(self, requests=self.requests.of_rows(rows), rows=rows, rejected=rejected)
 
     def rejected_table(self) -> pa.Table:
         """The input columns of the rejected rows, with ``row`` (int64) and ``reason`` (string).
@@ -86,14 +81,11 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
     """
     files = expand(patterns)
     tables = [_read(file) for file in files]
-    checked = [_request(values) for table in tables for values in _rows(table)]
-    requests = {row: item for row, item in enumerate(checked) if isinstance(item, EditRequest)}
-    reasons = {row: item for row, item in enumerate(checked) if isinstance(item, str)}
-    reasons |= _repeated(requests)
-    accepted = [row for row in requests if row not in reasons]
+    reasons = check_rows(tables)
+    rows = array("q", (row for row in range(sum(map(len, tables))) if row not in reasons))
     return RequestTable(
-        requests=[requests[row] for row in accepted],
-        rows=accepted,
+        requests=Requests(tables, rows),
+        rows=rows,
         table=_concatenated(files, tables),
         rejected=[Rejection(row, reasons[row]) for row in sorted(reasons)],
     )
@@ -198,7 +190,7 @@ def _is_vector(type_: pa.DataType | None) -> bool:
 def _read(file: str) -> pa.Table:
     """One file of requests, with its dictionary-encoded columns decoded."""
     try:
-        table = read_parquet(file)
+        table = map_parquet(file)
     except StorageError as error:
         raise RequestTableError(f"requests: {error}") from None
     names = table.column_names
@@ -214,94 +206,6 @@ def _read(file: str) -> pa.Table:
         if pa.types.is_dictionary(column.type):
             table = table.set_column(index, names[index], column.cast(column.type.value_type))
     return table
-
-
-def _rows(table: pa.Table) -> list[_Values]:
-    names = [name for name in REQUIRED_COLUMNS + OPTIONAL_COLUMNS if name in table.column_names]
-    columns = [_python_values(table.column(name)) for name in names]
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _python_values(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column; text that is not UTF-8 becomes the error that says so."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_decoded(value) for value in column.cast(_bytes_type(column.type)).to_pylist()]
-
-
-def _bytes_type(type_: pa.DataType) -> pa.DataType:
-    """Text as bytes, also inside lists; other types stay."""
-    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
-        return pa.large_list(_bytes_type(type_.value_type))
-    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    return pa.large_binary() if is_text else type_
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        return error
-
-
-def _request(values: _Values) -> EditRequest | str:
-    """The request that a row asks for, or the reason why it cannot be carried out."""
-    given = {name: value for name, value in values.items() if not _is_missing(value)}
-    for name in REQUIRED_COLUMNS:
-        if name not in given:
-            return f"{name} is {'null' if values[name] is None else 'NaN'}; give text"
-    for name, value in given.items():
-        if (position := _undecodable(value)) is not None:
-            return f"{name} is not UTF-8 at byte {position}; write it as UTF-8"
-    if "case_id" in given:
-        given["case_id"] = _whole(given["case_id"])
-        if type(given["case_id"]) not in (int, str):
-            return f"case_id is {given['case_id']!r}; give a whole number or text"
-    try:
-        return EditRequest(**given)
-    except RequestError as error:
-        return str(error)
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _whole(value: Any) -> Any:
-    """Whole numbers that were stored as floats, as they are beside missing ones, become int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _undecodable(value: Any) -> int | None:
-    items = value if isinstance(value, list) else (value,)
-    return next((item.start for item in items if isinstance(item, UnicodeDecodeError)), None)
-
-
-def _repeated(requests: Mapping[int, EditRequest]) -> dict[int, str]:
-    """Why rows that repeat or contradict another one are rejected."""
-    facts: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row, request in requests.items():
-        facts[request.prompt, request.subject][request.target_new].append(row)
-    reasons: dict[int, str] = {}
-    for rows_by_target in facts.values():
-        for target, rows in rows_by_target.items():
-            if len(rows_by_target) > 1:
-                reasons |= dict.fromkeys(rows, _contradiction(target, rows_by_target))
-            else:
-                repeats = f"repeats row {rows[0]}: same prompt, subject and target_new; keep one"
-                reasons |= dict.fromkeys(rows[1:], repeats)
-    return reasons
-
-
-def _contradiction(target: str, rows_by_target: Mapping[str, Sequence[int]]) -> str:
-    others = (rows for other, rows in rows_by_target.items() if other != target)
-    named = list(islice(chain.from_iterable(others), NAMED_ROWS + 1))
-    listed = ", ".join(str(row) for row in sorted(named[:NAMED_ROWS]))
-    more = ", …" if len(named) > NAMED_ROWS else ""
-    return f"contradicts row {listed}{more}: same prompt and subject, another target_new; keep one"
 
 
 def _concatenated(files: Sequence[str], tables: Sequence[pa.Table]) -> pa.Table:
@@ -348,7 +252,7 @@ def _readable(table: pa.Table) -> pa.Table:
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
-            values = column.cast(_bytes_type(column.type)).to_pylist()
+            values = column.cast(bytes_type(column.type)).to_pylist()
             escaped = pa.array([_escaped(value) for value in values], column.type)
             table = table.set_column(index, table.column_names[index], escaped)
     return table

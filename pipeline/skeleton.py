@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,30 @@ from pipeline.checkpoint import Checkpoint, StoredTensor
 from pipeline.errors import ModelError
 
 
-def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of a folder without its weights: names and shapes, for a few kilobytes.
+
+    Args:
+        folder: a model folder.
+        dtype: of the parameters; as the folder's configuration says if None.
+
+    Raises:
+        ModelError: transformers cannot open it as a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model {folder} is no causal language model that transformers can open ({reason})"
+        ) from None
+
+
+def skeleton_with_buffers(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model of a checkpoint in evaluation mode, its parameters without storage.
 
     Parameters that share values are one parameter, as far as the checkpoint leaves one of them out.
@@ -30,15 +54,10 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     Raises:
         ModelError: transformers cannot make the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        with torch.device("meta"), no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot open the model at {checkpoint.folder}: {error}") from error
+    with no_init_weights():
+        model = open_skeleton(checkpoint.folder, dtype)
     checkpoint = _in_todays_names(checkpoint, model)
     stored = {name: checkpoint.stored(name, model.base_model_prefix) for name in model.state_dict()}
     _make_buffers(model, checkpoint, stored)

@@ -248,6 +248,26 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(columns=None if columns is None else list(columns))
 
 
+def map_parquet(url: str) -> pa.Table:
+    """A Parquet file anywhere, decoded to the local disk and mapped into memory.
+
+    The table's pages come and go as they are read; the file behind it has no name, and is gone when
+    the table is.
+
+    Raises:
+        StorageError: it cannot be read, or is damaged.
+    """
+    fs, path = _opened(url)
+    with tempfile.TemporaryDirectory() as folder, _failures("read", url):
+        copy = str(Path(folder) / "decoded.arrow")
+        with fs.open(path, "rb") as stream:
+            file = pq.ParquetFile(stream)
+            with pa.OSFile(copy, "wb") as sink, pa.ipc.new_file(sink, file.schema_arrow) as writer:
+                for batch in file.iter_batches(_ROWS_AT_ONCE):
+                    writer.write_batch(batch)
+        return pa.ipc.open_file(pa.memory_map(copy)).read_all()
+
+
 def read_column(url: str, name: str) -> Iterator[list[Any]]:
     """The values of one column of a Parquet file, some at a time; nothing else of it is read.
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.skeleton import open_skeleton, stored_parameters
+from pipeline.skeleton import skeleton_with_buffers, stored_parameters
 from tests.parity.test_families import VARIANTS, build
 
 
@@ -15,7 +15,7 @@ def test_every_family(variant, dtype, tmp_path):
     build(variant).to(dtype).save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     checkpoint = Checkpoint.open(tmp_path)
-    model = open_skeleton(checkpoint, dtype)
+    model = skeleton_with_buffers(checkpoint, dtype)
     buffers, expected = dict(model.named_buffers()), dict(whole.named_buffers())
     assert buffers.keys() == expected.keys()
     for name, buffer in expected.items():
