@@ -32,7 +32,7 @@ from pmet.spill import Spill
 from pmet.standins import layer_on_places, places_of_tokens, replaced
 from pmet.tracing import changed_input, first, form_of, stopping_after, with_first
 
-HIDDEN_BYTES = 32 << 20
+HIDDEN_BYTES = 8 << 20
 """Hidden states that are kept in main memory from pass to pass; the others go to a file."""
 
 _SHARED = -1
