@@ -110,7 +110,9 @@ def test_targets_are_the_published_ones(counterfact: Golden, compute: Callable[.
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 64])
 def test_all_targets_are_the_published_ones_in_any_order(counterfact: Golden, batch_size: int):
-    order = torch.randperm(EDITED, generator=torch.Generator().manual_seed(batch_size))
+    # Small batches take longer: a third of the requests.
+    count = EDITED if batch_size == 64 else EDITED // 3
+    order = torch.randperm(EDITED, generator=torch.Generator().manual_seed(batch_size))[:count]
     targets = pmet.compute_targets(
         counterfact.model,
         counterfact.tokenizer,
@@ -122,7 +124,7 @@ def test_all_targets_are_the_published_ones_in_any_order(counterfact: Golden, ba
     expected = counterfact.expected["targets"][order]
     distance_E = (targets.values - expected).norm(dim=1) / expected.norm(dim=1)
     equal = int((targets.steps == counterfact.expected["steps"][order]).sum())
-    assert equal >= 0.97 * EDITED
+    assert equal >= 0.97 * count
     assert distance_E.median() <= MEDIAN
 
 
