@@ -45,7 +45,7 @@ from pmet.delta import EditWriter, delta_rows
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
-from pmet.keys import Lookups, LookupTokenizer
+from pmet.keys import LookupFile, LookupTokenizer
 from pmet.request import EditRequest
 from pmet.solve import (
     Factor,
@@ -165,7 +165,7 @@ class UpdateRank:
         )
         self._layout = resolve(self._model, job.hparams)
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
-        self._batches: list[Lookups] = []
+        self._batches = LookupFile()
         self._shards: list[_TakenShard] = []
         self._reader = KeyReader(
             self._model,
@@ -184,10 +184,12 @@ class UpdateRank:
         than once, for lists too long to be sent in one piece.
         """
         for shard in shards:
-            batches = list(self._tokenizing.batches(shard.requests))
-            self._batches += batches
+            before = len(self._batches)
+            for batch in self._tokenizing.batches(shard.requests):
+                self._batches.append(batch)
+            batches = len(self._batches) - before
             rows = array("q", shard.rows)
-            self._shards.append(_TakenShard(shard.name, rows, tuple(shard.files), len(batches)))
+            self._shards.append(_TakenShard(shard.name, rows, tuple(shard.files), batches))
         return sum(len(shard.requests) for shard in shards)
 
     def edit_layer(self, index: int) -> LayerReport | None:
@@ -267,7 +269,7 @@ class UpdateRank:
         """This rank's rows of Δ, in the form that takes fewer operations."""
         layout = self._layout
         widths = (layout.key_width, layout.value_width)
-        count = int(added(sum(batch.count for batch in self._batches)))
+        count = int(added(sum(self._batches.counts)))
         if cheaper_form(count, *widths, factored=True) == "keys":
             return self._solved_by_keys(index, second_moment_KK, count)
         module = module_name(layout, layer)
@@ -296,7 +298,7 @@ class UpdateRank:
     def _solved_by_requests(self, index: int, moment: Factor, count: int) -> _Solved:
         layout, hparams = self._layout, self._job.hparams
         rows = KeyResidualRows.room(
-            sum(b.count for b in self._batches), layout.key_width, layout.value_width, self._device
+            sum(self._batches.counts), layout.key_width, layout.value_width, self._device
         )
         self._collect(index, rows)
         lower_KK = moment.lower.to(self._device)
@@ -325,13 +327,13 @@ class UpdateRank:
 
     def _targets_by_batch(self) -> Iterator[torch.Tensor]:
         """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
-        batches = iter(self._batches)
+        counts = iter(self._batches.counts)
         for shard in self._shards:
             targets_EV = self._targets(shard)
             start = 0
-            for batch in islice(batches, shard.batches):
-                yield targets_EV[start : start + batch.count]
-                start += batch.count
+            for count in islice(counts, shard.batches):
+                yield targets_EV[start : start + count]
+                start += count
 
     def _targets(self, shard: _TakenShard) -> torch.Tensor:
         by_row: dict[int, torch.Tensor] = {}

@@ -14,13 +14,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from pmet.contexts import ContextTemplates
 from pmet.lookup import encode, tokenize_prompt
 from pmet.request import EditRequest
+from pmet.spill import Spill
 
 KEY_BATCH = 64
 """Most requests whose keys are read together."""
@@ -68,6 +69,41 @@ class Lookups:
         """Mean over groups of the means within them: (B, K) to (E, K), in float64."""
         grouped = rows_BK.double().unflatten(0, (-1, self.every)).split(self.group_sizes, dim=1)
         return torch.stack([group.mean(dim=1) for group in grouped]).mean(dim=0)
+
+
+class LookupFile(Sequence[Lookups]):
+    """Batches of lookups in a temporary file, which is gone when this object is, or its process."""
+
+    def __init__(self) -> None:
+        self._spill = Spill(memory=0)
+        self._rows = array("q")
+        self._group_sizes: tuple[int, ...] = ()
+        self.counts = array("q")
+        """E of each batch."""
+
+    def append(self, lookups: Lookups) -> None:
+        """Keep a batch; all have the same contexts."""
+        arrays = (lookups.tokens, lookups.lengths, lookups.contexts)
+        numbers = [torch.frombuffer(each, dtype=torch.int32) for each in arrays]
+        self._spill.put(len(self._rows), torch.cat(numbers))
+        self._rows.append(len(lookups.lengths))
+        self._group_sizes = lookups.group_sizes
+        self.counts.append(lookups.count)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Lookups: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Lookups]: ...
+    def __getitem__(self, place: int | slice) -> Lookups | list[Lookups]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        rows, stored = self._rows[place], self._spill.get(range(len(self))[place])
+        parts = stored.split([len(stored) - 2 * rows, rows, rows])
+        tokens, lengths, contexts = (array("i", part.tolist()) for part in parts)
+        return Lookups(tokens, lengths, contexts, self._group_sizes)
 
 
 class LookupTokenizer:

@@ -13,7 +13,7 @@ from torch import nn
 from pmet import keys
 from pmet.architecture import resolve
 from pmet.key_reader import KeyReader
-from pmet.keys import Lookups, LookupTokenizer
+from pmet.keys import LookupFile, Lookups, LookupTokenizer
 from pmet.lookup import tokenize_prompt
 from pmet.request import EditRequest
 from pmet.spill import Spill
@@ -70,6 +70,21 @@ def test_batches_are_bounded_by_requests_and_by_tokens(
     large = [b for b in batches if len(b.lengths) * max(b.lengths) > 400]
     # One request is read in any case.
     assert [batch.count for batch in large] == [1]
+
+
+def test_a_file_of_lookups_gives_them_back(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "KEY_BATCH", 7)
+    tokenizing = LookupTokenizer(golden.tokenizer, golden.context_templates)
+    batches = list(tokenizing.batches(golden.requests))
+    kept = LookupFile()
+    for batch in batches:
+        kept.append(batch)
+    assert list(kept) == batches
+    assert kept[-1] == batches[-1]
+    assert kept[1:3] == batches[1:3]
+    assert list(kept.counts) == [batch.count for batch in batches]
+    with pytest.raises(IndexError):
+        kept[len(batches)]
 
 
 class Runs:
