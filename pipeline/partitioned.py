@@ -61,7 +61,14 @@ def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]
         raise ValueError(f"{dtype} weights are not supported; use float32, bfloat16 or float16")
     # DeepSpeed's own linear function saves memory in training only, and rounds differently from
     # torch's: without it a partitioned model computes the same bits as a whole one.
-    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "memory_efficient_linear": False,
+        # A pass uses a weight once. By default modules stay gathered while some would be needed
+        # again soon, up to a thousand million parameters on every rank.
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
     if offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {

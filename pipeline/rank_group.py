@@ -35,6 +35,10 @@ _TICK_S = 0.1
 # When a rank is lost, its peers soon fail with a broken connection. Waiting this long for all of
 # them to speak lets the message name the one that failed first of its own accord.
 _GRACE_S = 1.0
+# glibc's malloc raises its limit for blocks that go back to the system at once (up to 32 MiB) each
+# time that such a block is freed. Weights are gathered and let go all the time, and what was freed
+# would stay with the rank: some hundred MiB.
+_MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 _PLAIN = (InputError, NumericalError)
 _ECHO = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
 
@@ -97,7 +101,7 @@ class RankGroup:
         self._placement: Any = None
         try:
             self._reserve(ranks, num_cpus, num_gpus, start_timeout_s)
-            environment = worker_environment(threads=threads)
+            environment = worker_environment(threads=threads) | _MEMORY_RETURNED
             self._actors = self._make_actors(ranks, num_cpus, num_gpus, environment)
             self._start(factory, init_args, threads, start_timeout_s)
         except BaseException:
