@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from pipeline.cluster import ray_session
 from pipeline.collective import in_lockstep, padded_steps
@@ -42,6 +48,20 @@ class Rank:
 
     def load(self, path, dtype):
         self.module, self.engine = load_partitioned(path, dtype=dtype)
+
+    def peak_of_loading_and_running(self, path):
+        """Bytes that main memory holds at the most, beyond what libraries take."""
+        self.load(model_path("llama"), torch.float32)
+        self.logits(INPUT_IDS)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = self._peak()
+        self.load(path, torch.float32)
+        self.logits(INPUT_IDS)
+        return self._peak() - before
+
+    def _peak(self):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
     def logits(self, input_ids):
         return run_forward(self.engine, input_ids=input_ids).logits
@@ -175,6 +195,48 @@ def test_logits_equal_the_whole_model(group, family, dtype):
         for logits in group.call_all("logits", INPUT_IDS):
             assert logits.dtype == dtype
             assert torch.equal(logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peaks anew")
+def test_a_rank_holds_its_slices_and_little_else(tmp_path):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, max_shard_size="150MB")
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    del model
+    with RankGroup(Rank, ranks=2, threads=1, deadline_s=120.0) as pair:
+        peaks = pair.call_all("peak_of_loading_and_running", str(tmp_path))
+    assert whole > 350 << 20
+    # What is read at a time; a gathered weight, and the buffer that it comes in.
+    room = (32 << 20) + 2 * largest
+    assert all(whole / 2 < peak < whole / 2 + room for peak in peaks), (whole, peaks)
+
+
+def test_experts_that_transformers_fuses_are_loaded_by_it(tmp_path):
+    """Their weights are not in the files as the model has them."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    with RankGroup(Rank, ranks=2, threads=1, deadline_s=120.0) as pair:
+        pair.call_all("load", str(tmp_path), torch.float32)
+        for logits in pair.call_all("logits", INPUT_IDS):
+            assert torch.equal(logits, logits_of(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
