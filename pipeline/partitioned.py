@@ -111,10 +111,11 @@ def _read_slices(
 def _load_with_transformers(
     model_path: str, dtype: torch.dtype, config: dict[str, Any]
 ) -> tuple[nn.Module, Any]:
-    """As `load_partitioned`; afterwards every model that this process opens is partitioned, too."""
+    """As `load_partitioned`, of files that rank 0 reads whole."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    # transformers keeps a weak reference: as long as this one lives, what it opens is partitioned.
     switch = HfDeepSpeedConfig(config)
     try:
         # Safetensors only, as everywhere: pickle can run code.
@@ -123,8 +124,6 @@ def _load_with_transformers(
         ).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot open the model at {model_path}: {error}") from error
-    engine = deepspeed().initialize(model=module, config=config)[0]
-    # transformers only keeps a weak reference; without this one its models would forget that
-    # they are partitioned.
-    engine.hf_deepspeed_config = switch
-    return module, engine
+    finally:
+        del switch
+    return module, deepspeed().initialize(model=module, config=config)[0]

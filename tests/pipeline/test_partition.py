@@ -237,6 +237,9 @@ def test_experts_that_transformers_fuses_are_loaded_by_it(tmp_path):
         pair.call_all("load", str(tmp_path), torch.float32)
         for logits in pair.call_all("logits", INPUT_IDS):
             assert torch.equal(logits, logits_of(model))
+        # Models that are opened later are none of its business.
+        pair.call_all("load", model_path("llama"), torch.float32)
+        assert torch.equal(pair.call_all("logits", INPUT_IDS)[0], logits_of(reference("llama")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
