@@ -15,11 +15,13 @@ import multiprocessing
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -35,6 +37,7 @@ from pipeline.crew import Crew
 from pipeline.folder import RunFolder
 from pipeline.plan import make_plan
 from pipeline.progress import Progress
+from pipeline.rank_group import RankGroup
 from pipeline.replica import open_tokenizer
 from pipeline.schema import targets_table
 from pipeline.stages import Context, target_file, update
@@ -142,21 +145,40 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
         )
         run_folder.store.write_table(target_file(shard), table)
     progress = Progress()
-    with Crew(plan, "local", lambda *_: None) as crew, _peaks() as peaks:
+    with (
+        Crew(plan, "local", lambda *_: None) as crew,
+        _peaks() as peaks,
+        mock.patch("pipeline.stages.RankGroup", _TimedGroup),
+    ):
         context = Context(plan, run_folder, crew, progress)
         start = time.perf_counter()
         reports = update(context, TEMPLATES, {})
         seconds = time.perf_counter() - start
+    layers = _TimedGroup.seconds["edit_layer"]
     return {
         "ranks": ranks,
         "requests": count,
         "form": reports[0].form,
         "plan, ms/request": 1e3 * planned / count,
         "update, s": seconds,
-        "ms/request": 1e3 * seconds / count,
+        "layers, s": layers,
+        "layers, ms/request": 1e3 * layers / count,
         "largest rank, MiB": max(peaks.values()),
         "driver, MiB": _peak(psutil.Process().pid),
     }
+
+
+class _TimedGroup(RankGroup):
+    """A group of ranks that knows how long its calls have taken: its start is another matter."""
+
+    seconds: ClassVar[Counter[str]] = Counter()
+
+    def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """As the group's, timed."""
+        start = time.perf_counter()
+        replies = super().call_all(method, *args, deadline_s=deadline_s)
+        self.seconds[method] += time.perf_counter() - start
+        return replies
 
 
 def _requests(count: int) -> pa.Table:
