@@ -160,7 +160,7 @@ def _compared(before: SettledFacts, after: SettledFacts) -> tuple[pa.Table, int]
     disputes = after.settled.codes == CONTRADICTION
     disputed, disputing = np.unique(after.numbers.facts[disputes], return_index=True)
     facts = np.unique(np.concatenate([_held(before), _held(after), disputed]))
-    old, new = _places(facts, before), _places(facts, after)
+    old, new = before.places(facts), after.places(facts)
     is_disputed = np.isin(facts, disputed)
     kinds = np.select([is_disputed, old < 0, new < 0], [UNDECIDED, ADDED, REMOVED], UNCHANGED)
     common = np.flatnonzero(kinds == UNCHANGED)
@@ -197,10 +197,3 @@ def _table(
 
 def _held(side: SettledFacts) -> np.ndarray:
     return side.numbers.facts[side.holding]
-
-
-def _places(facts: np.ndarray, side: SettledFacts) -> np.ndarray:
-    """The row of a side that holds each fact; -1 where none does."""
-    places = np.full(len(facts), -1)
-    places[np.searchsorted(facts, _held(side))] = side.holding
-    return places

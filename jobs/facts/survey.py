@@ -55,6 +55,16 @@ class SettledFacts:
         """Places of the rows that hold: one of each fact that is decided."""
         return np.flatnonzero(self.settled.codes == FINE)
 
+    def places(self, facts: np.ndarray) -> np.ndarray:
+        """(n,) int64: the place of the row that holds each of n facts, by number; -1 for none."""
+        holding = self.holding
+        held = self.numbers.facts[holding]
+        order = np.argsort(held)
+        at = np.searchsorted(held, facts, sorter=order)
+        # One place more, for facts behind the last one that is held.
+        candidates = np.append(holding[order], -1)[at]
+        return np.where(np.append(held[order], -1)[at] == facts, candidates, -1)
+
 
 @dataclass(frozen=True)
 class Survey:
