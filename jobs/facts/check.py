@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.dump import FACT, Dump
+from jobs.facts.dump import FACT, Dump, open_dump
 from jobs.facts.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
 from jobs.facts.rows import JudgedRows
 from jobs.facts.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
-from pipeline.schema import Rejection, RequestTable, readable
+from pipeline.errors import RequestTableError, StorageError
+from pipeline.schema import Rejection, RequestTable, read_requests, readable
+from pipeline.store import expand, parquet_footer
 
 EXAMPLES = 5
 _LONGEST_SHOWN = 80
@@ -90,6 +93,36 @@ class CheckResult:
         return asdict(self) | {"is_usable": self.is_usable, "is_clean": self.is_clean}
 
 
+def check(
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    templates: Templates | None = None,
+    as_of: datetime | None = None,
+) -> CheckResult:
+    """Check a fact dump or a request table, whichever ``source`` is.
+
+    Args:
+        source: paths, URLs, globs or folders of Parquet.
+        columns: the dump's names of columns by ours, as for ``open_dump``.
+        templates: if given, relations without one are found, too.
+        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
+            given.
+
+    Raises:
+        FactDumpError: a readable file lacks a column of a fact dump.
+        RequestTableError: there is no file.
+        StorageError: the storage cannot be listed.
+    """
+    if not columns and _holds_requests(source):
+        try:
+            return check_requests(read_requests(source))
+        except RequestTableError as error:
+            return CheckResult("edit requests", 0, 0, 1, [_damage([str(error)])])
+    dump = open_dump(source, columns, keep_damaged=True)
+    return check_dump(dump, templates=templates, as_of=as_of)
+
+
 def check_dump(
     dump: Dump, *, templates: Templates | None = None, as_of: datetime | None = None
 ) -> CheckResult:
@@ -127,7 +160,7 @@ def check_requests(table: RequestTable) -> CheckResult:
     """The rows of a request table that are not edited, by their reasons."""
     by_kind: dict[str, list[Rejection]] = defaultdict(list)
     for rejection in table.rejected:
-        by_kind[_kind(rejection.reason)].append(rejection)
+        by_kind[reason_kind(rejection.reason)].append(rejection)
     findings = [
         Finding(
             kind,
@@ -141,12 +174,16 @@ def check_requests(table: RequestTable) -> CheckResult:
     return CheckResult("edit requests", rows, len(table.requests), 0, _in_order(findings))
 
 
-def damaged_file(kind: str, message: str) -> CheckResult:
-    """The result where a file cannot be read at all."""
-    return CheckResult(kind, 0, 0, 1, [_damage([message])])
+def _holds_requests(source: str) -> bool:
+    """Whether the first file that can be read has a request's columns, and not a fact's."""
+    for file in expand(source, deep=True):
+        with suppress(StorageError):
+            names = set(parquet_footer(file)[0].names)
+            return names >= {"prompt", "target_new"} and not names >= set(FACT)
+    return False
 
 
-def _kind(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """A reason without what it says of one row alone."""
     if reason.startswith("repeats row"):
         return "duplicate"
@@ -202,12 +239,13 @@ def _texts(dump: Dump, rows: Sequence[np.ndarray]) -> dict[int, str]:
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    return " · ".join(_shown(value) for value in row.values())
+    return " · ".join(shown(value) for value in row.values())
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a terminal shows it: what cannot be seen is escaped, and long text is cut."""
     if value is None:
         return "null"
-    # As Python writes it, but for the quotes: what cannot be seen is escaped.
+    # As Python writes it, but for the quotes.
     text = repr(value)[1:-1] if isinstance(value, str) else repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

@@ -74,7 +74,7 @@ def convert_dump(
     found = survey(side, *beside, take=take)
     truths.close()
     if len(truths.rows):
-        neighbors.collect(_holding(dump, found))
+        neighbors.collect(_staying(dump, found, truths.rows))
     with open_outputs(output) as outputs:
         for first, table in ((batch.first, batch.table) for batch in dump.aligned_batches()):
             codes = found.codes[first : first + len(table)]
@@ -129,11 +129,13 @@ class _Truths:
         return self._objects.take(pa.array(at, mask=self.rows[at] != rows))
 
 
-def _holding(dump: Dump, found: Survey) -> Iterator[pa.Table]:
-    """The facts that hold, a batch at a time."""
+def _staying(dump: Dump, found: Survey, changed: np.ndarray) -> Iterator[pa.Table]:
+    """The facts that hold and are not known to have changed, a batch at a time."""
+    staying = found.codes == FINE
+    staying[changed] = False
     for batch in dump.batches(FACT):
-        codes = found.codes[batch.first : batch.first + len(batch.table)]
-        facts = batch.table.filter(pa.array(codes == FINE))
+        mask = staying[batch.first : batch.first + len(batch.table)]
+        facts = batch.table.filter(pa.array(mask))
         if len(facts):
             yield pa.table({name: trimmed(facts.column(name)) for name in FACT})
 

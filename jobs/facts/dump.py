@@ -79,9 +79,7 @@ class Dump:
         """The columns of all files together, each with a type that holds it in all of them."""
         return common_types([_decoded(file.schema) for file in self.files])
 
-    def batches(
-        self, names: Sequence[str], damaged: list[str] | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, names: Sequence[str], damaged: list[str] | None = None) -> Iterator[Batch]:
         """Rows in order; columns as each file stores them, dictionaries decoded, null if absent.
 
         Args:

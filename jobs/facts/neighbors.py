@@ -1,7 +1,8 @@
 """Neighbors: other subjects whose object is, and must stay, what a fact's object was.
 
 An edit of ``(Marseille, country): France → Italy`` must not move other cities of France. Its
-neighbors are subjects of the same dump with the same relation and the object ``France``. The
+neighbors are subjects of the same dump with the same relation and the object ``France`` that have
+not changed themselves. The
 candidates of each relation and object are the ``POOL`` subjects with the least hashes, so that they
 are the same whatever the order of rows; each fact takes ``COUNT`` of them, from a place that its
 own subject's hash chooses.
@@ -53,7 +54,7 @@ class Neighbors:
             found = found.append_column("hash", pa.array(text_hash(found.column("subject"))))
             chosen = _least(found if chosen is None else pa.concat_tables([chosen, found]))
         pool = defaultdict(list)
-        for row in ([] if chosen is None else chosen.to_pylist()):
+        for row in [] if chosen is None else chosen.to_pylist():
             pool[row["relation"], row["object"]].append(row["subject"])
         self._pool = dict(pool)
 

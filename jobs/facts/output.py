@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.facts.diff import SCHEMA, DumpDiff
 from pipeline.errors import FactDumpError
 from pipeline.schema import readable, with_columns
 from pipeline.store import Store
@@ -124,6 +125,24 @@ def open_outputs(url: str) -> Iterator[Outputs]:
                 f"none of {outputs.rejected:,} rows can be converted; the reasons are in "
                 f"{store.join(rejected_name)}"
             )
+
+
+def write_diff(diff: DumpDiff, url: str, inputs: Collection[str] = ()) -> str:
+    """Write the facts that differ to a Parquet file; returns its path or URL.
+
+    Raises:
+        FactDumpError: there is no file name in ``url``, or it names one of the ``inputs``.
+        StorageError: it cannot be written.
+    """
+    output_urls(url, inputs)
+    store, name = _place(url)
+    with (
+        store.write_stream(name) as stream,
+        pq.ParquetWriter(stream, SCHEMA, compression="zstd") as writer,
+    ):
+        for batch in diff.batches():
+            writer.write_batch(batch)
+    return store.join(name)
 
 
 def _place(url: str) -> tuple[Store, str]:

@@ -60,9 +60,7 @@ PROBLEMS = (
         )
         for name in _TIMES
     ),
-    Problem(
-        "relation without template", "error", "the relation has no template; write one for it"
-    ),
+    Problem("relation without template", "error", "the relation has no template; write one for it"),
     Problem("no longer valid", "note", "valid_until is past: the fact no longer holds"),
     Problem(
         "duplicate",
@@ -75,9 +73,7 @@ PROBLEMS = (
         "contradicts row {row}: same subject and relation, another object, and updated_at does "
         "not decide; keep one",
     ),
-    Problem(
-        "replaced by a newer row", "note", "replaced by row {row}, whose updated_at is later"
-    ),
+    Problem("replaced by a newer row", "note", "replaced by row {row}, whose updated_at is later"),
 )
 CONTROLS = Problem(
     "control character",

@@ -8,6 +8,7 @@ decides, and none of them holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +53,7 @@ def encode(*tables: pa.Table) -> list[Codes]:
     subjects, relations, objects = (_numbers(column) for column in both.columns)
     facts = subjects * (relations.max(initial=0) + 1) + relations
     starts = np.cumsum([0, *(len(table) for table in tables)])
-    spans = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    spans = [slice(a, b) for a, b in pairwise(starts)]
     return [Codes(facts[span], objects[span]) for span in spans]
 
 
