@@ -19,7 +19,7 @@ from jobs.facts.rows import JudgedRows
 from jobs.facts.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
 from pipeline.errors import RequestTableError, StorageError
-from pipeline.schema import Rejection, RequestTable, read_requests, readable
+from pipeline.schema import REQUIRED_COLUMNS, Rejection, RequestTable, read_requests, readable
 from pipeline.store import expand, parquet_footer
 
 EXAMPLES = 5
@@ -175,11 +175,11 @@ def check_requests(table: RequestTable) -> CheckResult:
 
 
 def _holds_requests(source: str) -> bool:
-    """Whether the first file that can be read has a request's columns, and not a fact's."""
+    """Whether the first file that can be read has a request's columns, as a converted dump has."""
     for file in expand(source, deep=True):
         with suppress(StorageError):
             names = set(parquet_footer(file)[0].names)
-            return names >= {"prompt", "target_new"} and not names >= set(FACT)
+            return names >= set(REQUIRED_COLUMNS)
     return False
 
 
@@ -248,4 +248,5 @@ def shown(value: Any) -> str:
         return "null"
     # As Python writes it, but for the quotes.
     text = repr(value)[1:-1] if isinstance(value, str) else repr(value)
+    text = text or "''"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

@@ -107,9 +107,9 @@ def pair_hash(facts: pa.Table) -> np.ndarray:
 
 
 def text_hash(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """(rows,) uint64: Σ byteᵢ·oddⁱ mod 2⁶⁴ of each text, mixed; texts are neither null nor empty.
+    """(rows,) uint64: Σ (byteᵢ + 1)·oddⁱ mod 2⁶⁴ of each text, mixed.
 
-    It is no defence against texts that are chosen to collide; they only share a partition.
+    Texts are neither null nor empty. It is no defence against texts that are chosen to collide; they only share a partition.
     """
     text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if not len(text):
@@ -122,7 +122,7 @@ def text_hash(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     places = np.arange(len(content)) - np.repeat(starts, lengths)
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(int(lengths.max()), _ODD), dtype=np.uint64)
-        return _mixed(np.add.reduceat(content * powers[places], starts))
+        return _mixed(np.add.reduceat((content + np.uint64(1)) * powers[places], starts))
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

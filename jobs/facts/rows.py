@@ -33,6 +33,7 @@ UNDATED = np.iinfo(np.int64).min
 
 READ = (*FACT, "updated_at", "valid_until", "target_true")
 _DAY = timedelta(days=1)
+_MICROSECOND = timedelta(microseconds=1)
 _LONGEST_DATE = len("2026-11-23")
 
 
@@ -157,7 +158,7 @@ def _times(column: pa.ChunkedArray, name: str, codes: np.ndarray) -> np.ndarray:
         nulls = _mask(moments.is_null())
         values = pc.fill_null(moments, 0).to_numpy().copy()
         if pa.types.is_date(type_):
-            values += whole_day // timedelta(microseconds=1)
+            values += whole_day // _MICROSECOND
         values[nulls] = UNDATED
         return values
     _put(codes, ~_mask(column.is_null(nan_is_null=True)), time_code(name))
@@ -182,15 +183,16 @@ def _parsed_times(
 def _parsed(value: str, whole_day: timedelta) -> int | None:
     """Microseconds since 1970 of an ISO 8601 time or date; None where it is neither."""
     try:
-        moment = datetime.fromisoformat(value)
-        return _microseconds(moment + (whole_day if len(value) <= _LONGEST_DATE else timedelta()))
-    except (ValueError, OverflowError):
+        moment = _microseconds(datetime.fromisoformat(value))
+    except ValueError:
         return None
+    # Added to the number, not to the moment: 9999-12-31 has no day after it.
+    return moment + (whole_day if len(value) <= _LONGEST_DATE else timedelta()) // _MICROSECOND
 
 
 def _microseconds(moment: datetime) -> int:
     zoned = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return (zoned - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    return (zoned - datetime(1970, 1, 1, tzinfo=UTC)) // _MICROSECOND
 
 
 def _with_controls(facts: pa.Table) -> np.ndarray:
