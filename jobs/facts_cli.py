@@ -74,7 +74,12 @@ def convert(
     if format_ == "dump" or (format_ is None and is_parquet(expand(source, deep=True))):
         conversion = _convert_dump(source, output, templates, previous, column, as_of)
     else:
-        given = {"--templates": templates, "--previous": previous, "--column": column}
+        given = {
+            "--templates": templates,
+            "--previous": previous,
+            "--column": column,
+            "--as-of": as_of,
+        }
         if wrong := [name for name, value in given.items() if value]:
             raise FactDumpError(f"{wrong[0]} is for fact dumps; {source} is a data set of edits")
         conversion = convert_dataset(source, output, format_name=format_)

@@ -75,12 +75,13 @@ def convert_dump(
     truths.close()
     if len(truths.rows):
         neighbors.collect(_staying(dump, found, truths.rows))
+    wording = Wording(templates)
     with open_outputs(output) as outputs:
         for first, table in ((batch.first, batch.table) for batch in dump.aligned_batches()):
             codes = found.codes[first : first + len(table)]
             good, bad = np.flatnonzero(codes == FINE), np.flatnonzero(codes != FINE)
             facts = table.take(pa.array(good))
-            requests = _requests(facts, truths.of(first + good), Wording(templates), neighbors)
+            requests = _requests(facts, truths.of(first + good), wording, neighbors)
             rejected = table.take(pa.array(bad))
             outputs.write(requests, rejected, found.reasons(first + bad), first + bad)
     kinds, counts = np.unique(found.codes[found.codes != FINE], return_counts=True)

@@ -109,7 +109,7 @@ def pair_hash(facts: pa.Table) -> np.ndarray:
 def text_hash(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """(rows,) uint64: Σ (byteᵢ + 1)·oddⁱ mod 2⁶⁴ of each text, mixed.
 
-    Texts are neither null nor empty. It is no defence against texts that are chosen to collide; they only share a partition.
+    Texts are neither null nor empty. Those that are chosen to collide only share a partition.
     """
     text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if not len(text):

@@ -77,15 +77,16 @@ def load_templates(source: str) -> Templates:
     """
     try:
         data = read_file(source, limit=SIZE_LIMIT + 1)
-        values = parse_yaml(data.decode())
     except StorageError as error:
         raise FactDumpError(f"templates: {error}") from None
+    if len(data) > SIZE_LIMIT:
+        raise FactDumpError(f"{source}: a templates file has at most {SIZE_LIMIT >> 20} MiB")
+    try:
+        values = parse_yaml(data.decode())
     except UnicodeDecodeError as error:
         raise FactDumpError(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
     except YAMLTextError as error:
         raise FactDumpError("\n".join(f"{source}: {line}" for line in error.problems)) from None
-    if len(data) > SIZE_LIMIT:
-        raise FactDumpError(f"{source}: a templates file has at most {SIZE_LIMIT >> 20} MiB")
     return parse_templates(values, source)
 
 
