@@ -3,8 +3,8 @@
 python -m benchmarks.facts --rows 1000000
 
 Each command runs as it is typed, in a process of its own, so that its peak memory is its own. From
-the first dump to the second, one fact in a hundred goes, one in a hundred is new and one in fifty has
-another object; the rows are in another order.
+the first dump to the second, one fact in a hundred goes, one in a hundred is new and one in fifty
+has another object; the rows are in another order.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jobs.facts.dataset import FORMATS, convert_dataset
 from pipeline.errors import FactDumpError
 from pipeline.schema import read_requests
+from pmet.request import EditRequest
 
 COUNTERFACT = {
     "case_id": 4,
@@ -236,6 +237,45 @@ def test_edits_that_repeat_or_contradict_each_other_are_rejected_as_a_run_does(c
         (3, "contradicts row 1"),
     ]
     assert found.rejected == {"contradiction": 2, "duplicate": 1}
+
+
+def counterfact_record(row):
+    """A request as CounterFact writes it."""
+    rewrite = {"prompt": row["prompt"], "subject": row["subject"], "relation_id": "P1"}
+    rewrite |= {name: {"str": row[name], "id": "Q1"} for name in ("target_new", "target_true")}
+    kept = ("case_id", "paraphrase_prompts", "neighborhood_prompts")
+    return {"requested_rewrite": rewrite} | {name: row[name] for name in kept}
+
+
+def easyedit_record(row):
+    """A request as EasyEdit writes it, with the subject in the prompt's text."""
+    return {
+        "case_id": row["case_id"],
+        "prompt": row["prompt"].replace("{}", row["subject"]),
+        "subject": row["subject"],
+        "target_new": row["target_new"],
+        "ground_truth": [row["target_true"]],
+        "rephrase_prompt": row["paraphrase_prompts"],
+        "locality": {
+            "neighborhood": [
+                {"prompt": row["neighborhood_prompts"], "ground_truth": row["target_true"]}
+            ]
+        },
+    }
+
+
+@pytest.mark.parametrize("record", [counterfact_record, easyedit_record])
+def test_real_facts_come_back_as_they_were(convert, counterfact_folder, record):
+    rows = pq.read_table(counterfact_folder / "facts.parquet").to_pylist()
+    found, _, rejected = convert([record(row) for row in rows])
+    lost = [row["row"] for row in rejected]
+    assert read_requests(found.output).requests == [
+        EditRequest(**row) for n, row in enumerate(rows) if n not in lost
+    ]
+    # A subject that its prompt holds twice cannot be found again.
+    texts = {n: rows[n]["prompt"].replace("{}", rows[n]["subject"]) for n in lost}
+    assert all(texts[n].count(rows[n]["subject"]) > 1 for n in lost)
+    assert len(lost) < (1 if record is counterfact_record else 6)
 
 
 def test_lines_of_json_and_a_single_record_are_read(convert):
