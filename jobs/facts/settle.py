@@ -57,16 +57,15 @@ def encode(*tables: pa.Table) -> list[Codes]:
     return [Codes(facts[span], objects[span]) for span in spans]
 
 
-def settle(codes: Codes, times: np.ndarray, rows: np.ndarray) -> Settled:
-    """Settle the rows of one table.
+def settle(codes: Codes, times: np.ndarray) -> Settled:
+    """Settle the rows of one table, of which the first of equal ones is kept.
 
     Args:
         codes: their numbers.
         times: (rows,) int64, ``UNDATED`` where there is none.
-        rows: (rows,) int64, their numbers in the dump; the earlier of two equal rows is kept.
     """
-    # By fact, the latest first (~x falls as x rises, without overflow), then in the dump's order.
-    order = np.lexsort((rows, ~times, codes.facts))
+    # By fact, the latest first (~x falls as x rises, without overflow); the sort is stable.
+    order = np.lexsort((~times, codes.facts))
     facts, objects, moments = codes.facts[order], codes.objects[order], times[order]
     opens = np.append(True, facts[1:] != facts[:-1]) if len(order) else np.zeros(0, bool)
     group = np.cumsum(opens) - 1

@@ -167,11 +167,7 @@ def _settled(tables: Sequence[pa.Table | None]) -> list[SettledFacts]:
     schema = next(table.schema for table in tables if table is not None)
     present = [schema.empty_table() if table is None else table for table in tables]
     return [
-        SettledFacts(
-            facts,
-            numbers,
-            settle(numbers, facts.column("time").to_numpy(), facts.column("row").to_numpy()),
-        )
+        SettledFacts(facts, numbers, settle(numbers, facts.column("time").to_numpy()))
         for facts, numbers in zip(present, encode(*present), strict=True)
     ]
 

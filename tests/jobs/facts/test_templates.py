@@ -2,6 +2,7 @@ import pytest
 
 from jobs.facts.templates import RelationTemplates, load_templates
 from pipeline.errors import FactDumpError
+from tests.conftest import ROOT
 
 GOOD = """
 capital:
@@ -61,6 +62,13 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path, text, message):
         load(tmp_path, text)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path}/t.yaml: ")
+
+
+def test_the_documented_templates_can_be_read(tmp_path):
+    text = (ROOT / "docs" / "facts.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    found = load(tmp_path, text)
+    assert list(found) == ["country", "currency"]
+    assert found["currency"].target == "the {}"
 
 
 def test_each_problem_has_a_line(tmp_path):
