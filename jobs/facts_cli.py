@@ -134,7 +134,7 @@ def diff(
     """Show which facts were added, changed or removed from one dump to another."""
     from jobs.facts.diff import diff_dumps
     from jobs.facts.dump import open_dump
-    from jobs.facts.output import output_urls, write_diff
+    from jobs.facts.output import output_urls, refuse_among, write_diff
     from jobs.facts.views import show_diff
 
     mapping = _mapping(column)
@@ -142,6 +142,7 @@ def diff(
     inputs = [file.url for file in (*before.files, *after.files)]
     if output is not None:
         output_urls(output, inputs)
+        refuse_among(output, (old, new))
     with diff_dumps(
         before,
         after,
@@ -163,6 +164,7 @@ def _convert_dump(
 ) -> Conversion:
     from jobs.facts.convert import convert_dump
     from jobs.facts.dump import open_dump
+    from jobs.facts.output import refuse_among
     from jobs.facts.templates import load_templates
     from pipeline.errors import FactDumpError
 
@@ -172,6 +174,7 @@ def _convert_dump(
             "with --templates"
         )
     mapping = _mapping(column)
+    refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
     return convert_dump(
         open_dump(source, mapping),
         load_templates(templates),

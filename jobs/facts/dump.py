@@ -232,13 +232,15 @@ def _column(batch: pa.RecordBatch, file: DumpFile, name: str) -> pa.Array:
     if name not in file.stored:
         return pa.nulls(len(batch))
     column = batch.column(file.stored[name])
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return column.cast(_plain(column.type)) if _plain(column.type) != column.type else column
 
 
 def _decoded(schema: pa.Schema) -> pa.Schema:
-    return pa.schema(
-        [
-            field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-            for field in schema
-        ]
-    )
+    return pa.schema([field.with_type(_plain(field.type)) for field in schema])
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """The type of a column once it is read: neither a dictionary nor a view."""
+    if pa.types.is_dictionary(type_):
+        return _plain(type_.value_type)
+    return pa.large_string() if pa.types.is_string_view(type_) else type_

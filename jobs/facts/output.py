@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -103,6 +104,23 @@ def output_urls(url: str, inputs: Collection[str]) -> tuple[str, str]:
     if store.join(name) in inputs:
         raise FactDumpError(f"{url} is one of the files that are read; write to another one")
     return store.join(name), store.join(REJECTED_FOLDER, name)
+
+
+def refuse_among(url: str, sources: Iterable[str]) -> None:
+    """Refuse to write where a folder or a glob that is read would find the file the next time.
+
+    Raises:
+        FactDumpError: naming both.
+    """
+    store, name = _place(url)
+    output = store.join(name)
+    for source in sources:
+        read = Store(source).url
+        found = output.startswith(f"{read}/") or PurePosixPath(output).match(read)
+        if found and output != read:
+            raise FactDumpError(
+                f"{url} would be read as a part of {source} the next time; write it elsewhere"
+            )
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 PARTITION_ROWS = 400_000
-MOST_PARTITIONS = 256
+MOST_PARTITIONS = 100
+"""Each is an open file while facts are put into them, of two dumps at once."""
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 

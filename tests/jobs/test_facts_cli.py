@@ -188,6 +188,14 @@ def test_a_data_set_of_edits_is_converted(facts: Invoke, folder: Path) -> None:
     assert read_requests(str(output)).requests[0].subject == "Watts Humphrey"
 
 
+def test_an_output_may_lie_beside_what_is_read(
+    facts: Invoke, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for source, output in (("new.parquet", "out.parquet"), ("n*.parquet", "out/new.parquet")):
+        assert facts("convert", source, output, "--templates", "t.yaml")[0] == 0
+
+
 def test_markup_in_facts_is_shown_as_it_is(facts: Invoke, folder: Path) -> None:
     (folder / "m.parquet").write_bytes(parquet([("[red]A[/red]", "r", ""), ("B", "[b]", "x")]))
     assert "[red]A[/red]" in facts("check", folder / "m.parquet")[1]
@@ -206,6 +214,9 @@ def test_markup_in_facts_is_shown_as_it_is(facts: Invoke, folder: Path) -> None:
         ("check new.parquet --templates none.yaml", "templates: cannot read"),
         ("diff old.parquet none.parquet", "none.parquet matches no file"),
         ("diff old.parquet new.parquet --output old.parquet", "one of the files that are read"),
+        ("convert . out.parquet --templates t.yaml", "read as a part of . the next time"),
+        ("convert n*.parquet n2.parquet --templates t.yaml", "read as a part of n*.parquet the"),
+        ("diff old.parquet . --output a/b.parquet", "would be read as a part of . the next time"),
         ("convert new.parquet out.parquet", "give a file with --templates"),
         ("convert new.parquet new.parquet --templates t.yaml", "one of the files that are read"),
         ("convert new.parquet out.parquet --format xml", "--format: 'xml' is no format; name one"),

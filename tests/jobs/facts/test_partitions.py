@@ -64,4 +64,4 @@ def test_without_rows_all_partitions_are_empty():
 
 def test_the_number_of_partitions_follows_from_that_of_rows(monkeypatch):
     monkeypatch.setattr(partitions, "PARTITION_ROWS", 10)
-    assert [partition_count(n) for n in (0, 1, 10, 11, 10**6)] == [1, 1, 1, 2, 256]
+    assert [partition_count(n) for n in (0, 1, 10, 11, 10**6)] == [1, 1, 1, 2, 100]
