@@ -48,8 +48,7 @@ class Finding:
 
     Attributes:
         kind: what it is.
-        level: ``error`` and ``note`` set rows aside, ``warning`` does not unless it is a
-            duplicate; a ``note`` is what a good dump may hold.
+        level: ``error``, ``warning`` or ``note`` (see ``problems``).
         count: rows, or files.
         examples: the first of them.
     """

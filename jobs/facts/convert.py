@@ -13,13 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.diff import ALWAYS
 from jobs.facts.dump import FACT, Dump
 from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
 from jobs.facts.problems import FINE, PROBLEMS
 from jobs.facts.rows import trimmed
-from jobs.facts.survey import SettledFacts, Side, Survey, survey
+from jobs.facts.survey import ALWAYS, SettledFacts, Side, Survey, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.errors import FactDumpError

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from jobs.facts.dump import BATCH_ROWS, Dump
 from jobs.facts.problems import CONTRADICTION
-from jobs.facts.survey import SettledFacts, Side, settled
+from jobs.facts.survey import ALWAYS, SettledFacts, Side, settled
 
 CHANGES = ("added", "changed", "removed", "undecided")
 ADDED, CHANGED, REMOVED, UNDECIDED, UNCHANGED = range(5)
@@ -36,9 +36,6 @@ SCHEMA = pa.schema(
 )
 """Of a diff: ``old_object`` is null where a fact is added, ``object`` where it is removed, and
 ``object`` also where it is undecided."""
-
-ALWAYS = datetime(1, 1, 2, tzinfo=UTC)
-"""A time at which every fact still held."""
 
 
 class Change(NamedTuple):

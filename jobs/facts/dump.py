@@ -136,20 +136,26 @@ def open_dump(
     files: list[DumpFile] = []
     damaged: list[str] = []
     first = 0
-    for pattern in [source] if isinstance(source, str) else source:
-        for url in expand(pattern, deep=True):
-            if any(file.url == url for file in files):
-                continue
-            try:
-                schema, rows = parquet_footer(url)
-            except StorageError as error:
-                if not keep_damaged:
-                    raise FactDumpError(f"fact dump: {error}") from None
-                damaged.append(str(error))
-                continue
-            files.append(_file(url, first, rows, schema, _folder_columns(url, pattern), mapping))
-            first += rows
+    for url, pattern in _found([source] if isinstance(source, str) else source).items():
+        try:
+            schema, rows = parquet_footer(url)
+        except StorageError as error:
+            if not keep_damaged:
+                raise FactDumpError(f"fact dump: {error}") from None
+            damaged.append(str(error))
+            continue
+        files.append(_file(url, first, rows, schema, _folder_columns(url, pattern), mapping))
+        first += rows
     return Dump(files, damaged)
+
+
+def _found(patterns: Sequence[str]) -> dict[str, str]:
+    """Each file once, in order, with the first pattern that reaches it."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        for url in expand(pattern, deep=True):
+            found.setdefault(url, pattern)
+    return found
 
 
 def _mapping(columns: Mapping[str, str]) -> dict[str, str]:
@@ -182,18 +188,12 @@ def _file(
             f"with --column {missing[0]}=NAME"
         )
     ours = _names(given, mapping)
+    fields = [field.with_name(ours[field.name]).remove_metadata() for field in schema]
+    # What the file itself stores counts, not what its folder says.
+    added = {ours[name]: folder[name] for name in given[len(schema.names) :]}
+    fields += [pa.field(name, pa.string()) for name in added]
     stored = {ours[name]: name for name in schema.names}
-    return DumpFile(
-        url,
-        first,
-        rows,
-        stored,
-        {ours[name]: value for name, value in folder.items() if name not in schema.names},
-        pa.schema(
-            [schema.field(name).with_name(ours[name]).remove_metadata() for name in schema.names]
-            + [pa.field(ours[n], pa.string()) for n in folder if n not in schema.names]
-        ),
-    )
+    return DumpFile(url, first, rows, stored, added, pa.schema(fields))
 
 
 def _names(given: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:

@@ -2,15 +2,13 @@
 
 An edit of ``(Marseille, country): France → Italy`` must not move other cities of France. Its
 neighbors are subjects of the same dump with the same relation and the object ``France`` that have
-not changed themselves. The
-candidates of each relation and object are the ``POOL`` subjects with the least hashes, so that they
-are the same whatever the order of rows; each fact takes ``COUNT`` of them, from a place that its
-own subject's hash chooses.
+not changed themselves. The candidates of each relation and object are the ``POOL`` subjects with
+the least hashes, so that they are the same whatever the order of rows; each fact takes ``COUNT``
+of them in turn, from a place that its own subject's hash chooses.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -23,7 +21,8 @@ COUNT = 10
 """Neighbors of a fact, at most: as many as CounterFact has."""
 
 POOL = 64
-_PAIR = ["relation", "object"]
+KEPT_ROWS = 500_000
+"""Candidates beyond the best ones that wait before the best are chosen anew."""
 
 
 class Neighbors:
@@ -31,32 +30,35 @@ class Neighbors:
 
     def __init__(self) -> None:
         """Start without any."""
-        self._wanted: list[pa.Table] = []
-        self._pool: dict[tuple[str, str], list[str]] = {}
+        self._wanted: list[pa.ChunkedArray] = []
+        self._pairs = pa.array([], pa.string())
+        self._first = self._counts = np.zeros(0, np.int64)
+        self._subjects = pa.array([], pa.string())
 
     def want(self, relations: pa.ChunkedArray, objects: pa.ChunkedArray) -> None:
         """Note relations and old objects that neighbors are wanted for."""
-        pairs = pa.table({"relation": relations, "object": objects})
-        self._wanted.append(pairs.group_by(_PAIR).aggregate([]))
+        self._wanted.append(pc.unique(_pair(relations, objects)))
 
     def collect(self, tables: Iterable[pa.Table]) -> None:
-        """Choose candidates among facts that hold.
+        """Choose candidates.
 
         Args:
-            tables: with ``subject``, ``relation`` and ``object``.
+            tables: facts that hold and have not changed: ``subject``, ``relation``, ``object``.
         """
-        if not self._wanted:
-            return
-        wanted = pa.concat_tables(self._wanted).group_by(_PAIR).aggregate([])
-        chosen: pa.Table | None = None
+        wanted = pc.unique(pa.chunked_array(self._wanted, pa.string()))
+        best, waiting = _candidates(pa.array([], pa.string()), pa.array([], pa.string())), []
         for table in tables:
-            found = table.join(wanted, _PAIR, join_type="left semi")
-            found = found.append_column("hash", pa.array(text_hash(found.column("subject"))))
-            chosen = _least(found if chosen is None else pa.concat_tables([chosen, found]))
-        pool = defaultdict(list)
-        for row in [] if chosen is None else chosen.to_pylist():
-            pool[row["relation"], row["object"]].append(row["subject"])
-        self._pool = dict(pool)
+            pairs = _pair(table.column("relation"), table.column("object"))
+            found = pc.is_in(pairs, wanted)
+            waiting.append(_candidates(pairs.filter(found), table.column("subject").filter(found)))
+            # Choosing only when enough wait keeps the sorts few.
+            if sum(map(len, waiting)) > max(KEPT_ROWS, len(best)):
+                best, waiting = _least([best, *waiting]), []
+        best = _least([best, *waiting])
+        self._subjects = best.column("subject").combine_chunks()
+        self._first = np.flatnonzero(_opens(best))
+        self._pairs = best.column("pair").combine_chunks().take(pa.array(self._first))
+        self._counts = np.diff(np.append(self._first, len(best)))
 
     def of(
         self, relations: pa.Array, objects: pa.Array, subjects: pa.Array
@@ -66,41 +68,48 @@ class Neighbors:
         Args:
             relations: (rows,) text.
             objects: (rows,) the old objects; null where there is none.
-            subjects: (rows,) text.
+            subjects: (rows,) text. None is among its own neighbors: it has changed.
         """
-        found: list[str] = []
+        pairs = pc.index_in(_pair(relations, objects), self._pairs, skip_nulls=True)
+        rows = np.flatnonzero(pc.is_valid(pairs).to_numpy(zero_copy_only=False))
+        pools = pairs.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+        sizes = self._counts[pools]
+        taken = np.minimum(sizes, COUNT)
+        starts = text_hash(subjects.take(pa.array(rows))) % sizes.astype(np.uint64)
+        turn = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+        turn = (np.repeat(starts.astype(np.int64), taken) + turn) % np.repeat(sizes, taken)
         counts = np.zeros(len(subjects), np.int64)
-        known = np.flatnonzero(pc.is_valid(objects).to_numpy(zero_copy_only=False))
-        if self._pool:
-            some = pa.array(known)
-            starts = text_hash(subjects.take(some)).tolist()
-            rows = zip(
-                relations.take(some).to_pylist(),
-                objects.take(some).to_pylist(),
-                subjects.take(some).to_pylist(),
-                starts,
-                known,
-                strict=True,
-            )
-            for relation, object_, subject, start, row in rows:
-                pool = self._pool.get((relation, object_), [])
-                turned = [pool[(start + i) % len(pool)] for i in range(min(len(pool), COUNT + 1))]
-                taken = [neighbor for neighbor in turned if neighbor != subject][:COUNT]
-                found += taken
-                counts[row] = len(taken)
-        return pa.array(found, pa.string()), counts
+        counts[rows] = taken
+        return self._subjects.take(pa.array(np.repeat(self._first[pools], taken) + turn)), counts
 
 
-def _least(table: pa.Table) -> pa.Table:
-    """The rows with the least hashes of each relation and object, ``POOL`` of each."""
-    order = [(name, "ascending") for name in (*_PAIR, "hash", "subject")]
-    table = table.select(["subject", *_PAIR, "hash"]).sort_by(order).combine_chunks()
-    if not len(table):
-        return table
-    changes = np.zeros(len(table), bool)
-    changes[0] = True
-    for name in _PAIR:
-        column = table.column(name)
-        changes[1:] |= pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
-    first = np.flatnonzero(changes)[np.cumsum(changes) - 1]
+def _pair(
+    relations: pa.Array | pa.ChunkedArray, objects: pa.Array | pa.ChunkedArray
+) -> pa.Array | pa.ChunkedArray:
+    """One text for each relation and object, another one for any other; null where one is."""
+    # The length in front tells where the relation ends.
+    lengths = pc.utf8_length(relations).cast(pa.string())
+    return pc.binary_join_element_wise(lengths, relations, objects, ":")
+
+
+def _candidates(
+    pairs: pa.Array | pa.ChunkedArray, subjects: pa.Array | pa.ChunkedArray
+) -> pa.Table:
+    columns = {"pair": pairs, "hash": pa.array(text_hash(subjects)), "subject": subjects}
+    return pa.table(columns)
+
+
+def _least(tables: list[pa.Table]) -> pa.Table:
+    """The candidates with the least hashes of each pair, ``POOL`` of each, sorted."""
+    order = [(name, "ascending") for name in ("pair", "hash", "subject")]
+    table = pa.concat_tables(tables).sort_by(order).combine_chunks()
+    opens = _opens(table)
+    first = np.flatnonzero(opens)[np.cumsum(opens) - 1]
     return table.filter(pa.array(np.arange(len(table)) - first < POOL))
+
+
+def _opens(table: pa.Table) -> np.ndarray:
+    """(rows,) bool: where another pair begins."""
+    pairs = table.column("pair")
+    changes = pc.not_equal(pairs[1:], pairs[:-1]).to_numpy() if len(table) else []
+    return np.append(np.ones(min(1, len(table)), bool), changes).astype(bool)

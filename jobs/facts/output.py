@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -52,7 +53,13 @@ class Outputs:
         self.converted = self.rejected = 0
         self._requests, self._rejected = _Sink(requests), _Sink(rejected)
 
-    def write(self, requests: pa.Table, rejected: pa.Table, reasons: pa.Array, rows: Any) -> None:
+    def write(
+        self,
+        requests: pa.Table,
+        rejected: pa.Table,
+        reasons: pa.Array,
+        rows: Sequence[int] | np.ndarray,
+    ) -> None:
         """Write a batch; every one has the same columns.
 
         Args:

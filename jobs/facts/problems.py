@@ -1,8 +1,8 @@
 """What can be wrong with a row of a dump: one list, whose places are the codes of rows.
 
-A row has the first problem that is found. An *error* and a *note* both set the row aside; a note is
-what a good dump may hold: a fact that has run out, or one that a newer row replaces. A *warning*
-leaves the row where it is.
+A row has the first problem that is found, and is set aside. Levels say what to think of it: an
+*error* is to be mended; a *warning* loses nothing, but should be looked at; a *note* is what a good
+dump may hold, a fact that has run out or one that a newer row replaces.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,9 @@ from jobs.facts.partitions import Partitions, partition_count
 from jobs.facts.problems import FINE, NAMES_ANOTHER_ROW, PROBLEMS
 from jobs.facts.rows import JudgedRows, judge
 from jobs.facts.settle import Codes, Settled, encode, settle
+
+ALWAYS = datetime(1, 1, 2, tzinfo=UTC)
+"""A time at which every fact still held."""
 
 
 @dataclass(frozen=True)
