@@ -51,6 +51,12 @@ def test_a_relation_is_not_taken_for_a_part_of_an_object():
     assert drawn([("s", "a", "b:c"), ("t", "a:b", "c")], [("u", "a:b", "c")]) == [["t"]]
 
 
+def test_candidates_are_not_the_first_of_the_alphabet(monkeypatch):
+    monkeypatch.setattr(neighbors, "POOL", 10)
+    (found,) = drawn([(f"s{i:03}", "r", "o") for i in range(300)], [("u", "r", "o")])
+    assert max(found) > "s100"
+
+
 def test_few_neighbors_are_each_taken_once():
     facts = [("s", "r", "o"), ("t", "r", "o")]
     assert sorted(drawn(facts, [("u", "r", "o")])[0]) == ["s", "t"]
