@@ -90,6 +90,7 @@ def settle(codes: Codes, times: np.ndarray) -> Settled:
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    chunks = column.dictionary_encode().unify_dictionaries().chunks
-    indices = [chunk.indices.to_numpy(zero_copy_only=False).astype(np.int64) for chunk in chunks]
-    return np.concatenate([np.zeros(0, np.int64), *indices])
+    # As one array, whose dictionary is made once; as large text, which one array always holds.
+    text = column.cast(pa.large_string()).combine_chunks()
+    indices = text.dictionary_encode().indices
+    return indices.to_numpy(zero_copy_only=False).astype(np.int64)
