@@ -179,6 +179,7 @@ def test_time_can_be_set(facts: Invoke, folder: Path) -> None:
     versus = (folder / "v.parquet", folder / "v.parquet")
     assert "│ removed   │ 3" in facts("diff", *versus)[1]
     assert "│ removed   │ 0" in facts("diff", *versus, "--old-as-of", "2026-01-01")[1]
+    assert "│ unchanged │ 3" in facts("diff", *versus, "--as-of", "2020-01-01T12:00")[1]
 
 
 def test_a_data_set_of_edits_is_converted(facts: Invoke, folder: Path) -> None:

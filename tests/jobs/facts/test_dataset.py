@@ -295,6 +295,12 @@ def test_what_travels_keeps_whole_numbers_and_writes_the_rest_as_json(convert):
     assert requests[0]["big"] == str(2**70)
 
 
+def test_what_travels_may_hold_lone_surrogates(convert):
+    _, (request,), _ = convert([ZSRE | {"pred": "a\ud800", "cond": ["\udfff"], "\udc00": 1}])
+    kept = (request["pred"], request["cond"], request["\\udc00"])
+    assert kept == ("a\\ud800", '["\\udfff"]', 1)
+
+
 def test_a_given_format_is_taken_at_its_word(convert):
     with pytest.raises(FactDumpError, match="none of 1 rows can be converted"):
         convert([ZSRE], format_name="counterfact")
