@@ -165,7 +165,12 @@ def _mapping(columns: Mapping[str, str]) -> dict[str, str]:
             raise FactDumpError(
                 f"--column {name}: a dump has no such column; name one of {', '.join(known)}"
             )
-    return {name: columns.get(name, name) for name in known}
+    theirs = list(columns.values())
+    defaults = [name for name in known if name not in columns]
+    for name in theirs:
+        if theirs.count(name) > 1 or (name in defaults and name in FACT):
+            raise FactDumpError(f"--column: {name} cannot be two columns at once; map each to one")
+    return {name: name for name in defaults if name not in theirs} | dict(columns)
 
 
 def _file(

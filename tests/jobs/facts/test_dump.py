@@ -33,6 +33,14 @@ def test_columns_can_have_other_names(write):
     assert set(dump.types) == {"subject", "relation", "object", "input_object", "note"}
 
 
+def test_a_column_that_is_mapped_is_not_what_it_is_called(write):
+    path = write([fact(source="2026-11-23")])
+    dump = open_dump(path, {"updated_at": "source"})
+    assert set(dump.types) == {*FACT, "updated_at"}
+    swapped = open_dump(path, {"subject": "object", "object": "subject"})
+    assert rows_of(swapped) == [fact("France", "country", "Lyon")]
+
+
 def test_folders_are_columns_and_hidden_ones_are_left_out(write, tmp_path):
     for relation in ("capital", "head%20of", "__HIVE_DEFAULT_PARTITION__"):
         write([{"subject": "A", "object": relation}], f"d/relation={relation}/part.parquet")
@@ -69,6 +77,8 @@ def test_dictionaries_are_decoded_and_types_put_together(write, tmp_path):
     [
         ({}, "has no column subject; a fact dump needs subject, relation, object, and this file"),
         ({"subject": "who"}, "has no column who; a fact dump needs"),
+        ({"subject": "relation"}, "--column: relation cannot be two columns at once"),
+        ({"subject": "entity", "source": "entity"}, "--column: entity cannot be two columns"),
         ({"subjekt": "entity"}, "--column subjekt: a dump has no such column; name one of subject"),
     ],
 )
