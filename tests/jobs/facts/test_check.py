@@ -168,7 +168,7 @@ def test_a_damaged_request_table_is_a_finding(write):
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(rows=ROWS, size=st.sampled_from([3, 100]))
 def test_every_row_is_used_or_in_one_finding(tmp_path, rows, size):

@@ -229,7 +229,7 @@ NAMES = ("subject", "relation", "object", "updated_at", "valid_until", "target_t
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(rows=ROWS, cut=st.integers(0, 14), size=st.sampled_from([3, 100]))
 def test_every_row_ends_in_exactly_one_place(tmp_path, rows, cut, size):

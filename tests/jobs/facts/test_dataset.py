@@ -345,7 +345,7 @@ RECORDS = st.lists(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(records=RECORDS, name=st.sampled_from(list(FORMATS)))
 def test_whatever_the_records_every_row_ends_in_exactly_one_place(tmp_path, records, name):

@@ -153,7 +153,7 @@ def written(rows, path):
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(old=ROWS, new=ROWS, size=st.sampled_from([3, 100]), seed=st.integers(0, 5))
 def test_it_is_what_comparing_facts_one_by_one_gives(tmp_path, old, new, size, seed):
