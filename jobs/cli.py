@@ -15,6 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from jobs.facts_cli import facts
+
 app = typer.Typer(
     name="pmet",
     help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
@@ -24,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(facts)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

@@ -6,6 +6,7 @@ They extend the tree of ``pmet.errors``:
     ├── InputError
     │   ├── JobError            a job file, key or value
     │   ├── RequestTableError   a request file that cannot be read, or a column that is missing
+    │   ├── FactDumpError       a fact dump, a templates file or a dataset to convert
     │   ├── RunFolderError      a run folder that does not fit the job
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
@@ -23,6 +24,10 @@ class JobError(InputError):
 
 class RequestTableError(InputError):
     """The request files cannot be read, or lack a column; the message names file and column."""
+
+
+class FactDumpError(InputError):
+    """A fact dump, a templates file or a dataset cannot be used; the message names it."""
 
 
 class RunFolderError(InputError):

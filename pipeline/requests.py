@@ -93,7 +93,7 @@ def check_rows(tables: Iterable[pa.Table]) -> dict[int, str]:
     different new targets): then all of them are.
     """
     reasons: dict[int, str] = {}
-    repeats = _Repeats()
+    repeats = Repeats()
     row = 0
     for table in map(_request_columns, tables):
         for start in range(0, len(table), _BATCH):
@@ -141,7 +141,7 @@ def bytes_type(type_: pa.DataType) -> pa.DataType:
     return pa.large_binary() if is_text else type_
 
 
-class _Repeats:
+class Repeats:
     """Which rows repeat or contradict another one; 40 bytes a row."""
 
     def __init__(self) -> None:

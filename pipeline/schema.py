@@ -62,7 +62,7 @@ class RequestTable:
         """
         rows = pa.array([rejection.row for rejection in self.rejected], pa.int64())
         reasons = pa.array([rejection.reason for rejection in self.rejected], pa.string())
-        return with_columns(_readable(self.table.take(rows)), {"row": rows, "reason": reasons})
+        return with_columns(readable(self.table.take(rows)), {"row": rows, "reason": reasons})
 
 
 def read_requests(patterns: str | Sequence[str]) -> RequestTable:
@@ -209,19 +209,24 @@ def _read(file: str) -> pa.Table:
 
 
 def _concatenated(files: Sequence[str], tables: Sequence[pa.Table]) -> pa.Table:
-    names = dict.fromkeys(name for table in tables for name in table.column_names)
-    types = {name: _common_type(name, tables) for name in names}
+    types = common_types([table.schema for table in tables])
     return pa.concat_tables(
-        _aligned(file, table, types) for file, table in zip(files, tables, strict=True)
+        aligned(file, table, types) for file, table in zip(files, tables, strict=True)
     )
 
 
-def _common_type(name: str, tables: Sequence[pa.Table]) -> pa.DataType:
+def common_types(schemas: Sequence[pa.Schema]) -> dict[str, pa.DataType]:
+    """For each column of any file, a type that holds it in all of them."""
+    names = dict.fromkeys(name for schema in schemas for name in schema.names)
+    return {name: _common_type(name, schemas) for name in names}
+
+
+def _common_type(name: str, given: Sequence[pa.Schema]) -> pa.DataType:
     """A type that holds a column of all files: promoted where Arrow can, else text."""
     schemas = [
-        pa.schema([table.schema.field(name).with_nullable(True)])
-        for table in tables
-        if name in table.column_names
+        pa.schema([schema.field(name).with_nullable(True)])
+        for schema in given
+        if name in schema.names
     ]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field(name).type
@@ -229,7 +234,12 @@ def _common_type(name: str, tables: Sequence[pa.Table]) -> pa.DataType:
         return pa.string()
 
 
-def _aligned(file: str, table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
+def aligned(file: str, table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """A table of ``file`` with exactly these columns; those that it lacks are null.
+
+    Raises:
+        RequestTableError: a column cannot be cast.
+    """
     columns = {}
     for name, type_ in types.items():
         if name not in table.column_names:
@@ -246,8 +256,8 @@ def _aligned(file: str, table: pa.Table, types: Mapping[str, pa.DataType]) -> pa
     return pa.table(columns)
 
 
-def _readable(table: pa.Table) -> pa.Table:
-    """The same table, with bytes in text that are not UTF-8 escaped."""
+def readable(table: pa.Table) -> pa.Table:
+    """The same table, with bytes in text that are not UTF-8 written as ``\\xNN``."""
     for index, column in enumerate(table.columns):
         try:
             column.validate(full=True)

@@ -284,11 +284,37 @@ def read_column(url: str, name: str) -> Iterator[list[Any]]:
             yield batch.column(0).to_pylist()
 
 
-def expand(patterns: str | Sequence[str]) -> list[str]:
+def parquet_footer(url: str) -> tuple[pa.Schema, int]:
+    """The columns and the number of rows of a Parquet file; nothing else of it is read.
+
+    Raises:
+        StorageError: it cannot be read or is damaged.
+    """
+    fs, path = _opened(url)
+    with _failures("read", url), fs.open(path, "rb") as stream:
+        file = pq.ParquetFile(stream)
+        return file.schema_arrow.remove_metadata(), file.metadata.num_rows
+
+
+def read_batches(url: str, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """The named columns of a Parquet file, at most ``rows`` rows at a time, in their order.
+
+    Raises:
+        StorageError: it cannot be read or is damaged; what came before the damage has been given.
+    """
+    fs, path = _opened(url)
+    with _failures("read", url), fs.open(path, "rb") as stream:
+        batches = pq.ParquetFile(stream).iter_batches(rows, columns=list(columns))
+        while (batch := next(batches, None)) is not None:
+            yield batch
+
+
+def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
     """The files that paths, URLs, globs and folders stand for.
 
-    A folder stands for every ``*.parquet`` directly in it. Patterns keep their order, the files
-    of each are sorted by name, and a file that several patterns reach is listed once.
+    A folder stands for every ``*.parquet`` directly in it, or with ``deep`` anywhere below it.
+    Patterns keep their order, the files of each are sorted by name, and a file that several
+    patterns reach is listed once.
 
     Returns:
         Absolute local paths and URLs.
@@ -298,7 +324,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
         StorageError: the storage cannot be listed.
     """
     given = [patterns] if isinstance(patterns, str) else patterns
-    return list(dict.fromkeys(file for pattern in given for file in _matches(pattern)))
+    return list(dict.fromkeys(file for pattern in given for file in _matches(pattern, deep)))
 
 
 def localized(url: str, cache_dir: str | Path) -> str:
@@ -353,13 +379,14 @@ def _rename_unless_there(source: Path, target: Path) -> None:
             raise
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, deep: bool) -> list[str]:
     fs, path = _opened(pattern)
     with _failures("look for", pattern):
         fs.invalidate_cache()
         kind = _kind(fs, path)
         if kind == "directory":
-            found = [p for p in fs.ls(path, detail=False) if _is_visible_parquet(p)]
+            below = fs.find(path) if deep else fs.ls(path, detail=False)
+            found = [p for p in below if _is_visible_parquet(p.removeprefix(path))]
         elif kind is not None:
             found = [path]
         else:
@@ -381,8 +408,10 @@ def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
 
 
 def _is_visible_parquet(path: str) -> bool:
-    name = PurePosixPath(path).name
-    return name.endswith(".parquet") and not name.startswith(".")
+    """Whether it is Parquet, and neither it nor a folder around it is hidden or half written."""
+    *folders, name = PurePosixPath(path).parts
+    hidden = name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders)
+    return name.endswith(".parquet") and not hidden
 
 
 def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -52,9 +52,11 @@ def test_tests_stand_where_their_source_stands() -> None:
     """A renamed module takes its tests along."""
     exempt = {"test_demo_world"}
     for package in PACKAGES:
-        for test in (ROOT / "tests" / package).glob("test_*.py"):
+        tests = ROOT / "tests" / package
+        for test in tests.rglob("test_*.py"):
+            folder = ROOT / package / test.parent.relative_to(tests)
             name = test.stem.removeprefix("test_")
-            assert test.stem in exempt or (ROOT / package / f"{name}.py").exists(), test
+            assert test.stem in exempt or (folder / f"{name}.py").exists(), test
 
 
 def test_the_example_job_is_a_job() -> None:

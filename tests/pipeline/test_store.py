@@ -190,6 +190,16 @@ class StorageSuite:
         a, b = files.join("f/a.parquet"), files.join("f/b.parquet")
         assert expand([b, files.join("f")]) == [b, a]
 
+    def test_a_folder_can_stand_for_all_below_it(self, files):
+        names = ("f/sub/x=1/c.parquet", "f/_temporary/d.parquet", "f/sub/.e/f.parquet")
+        for name in names:
+            files.write_bytes(name, b"x")
+        files.write_bytes("f/sub/note.txt", b"x")
+        shallow, deep = (expand(files.join("f"), deep=deep) for deep in (False, True))
+        assert names[0] not in {file.removeprefix(f"{files.url}/") for file in shallow}
+        assert set(deep) - set(shallow) >= {files.join(names[0])}
+        assert not [file for file in deep if "_temporary" in file or "/." in file or "note" in file]
+
     def test_a_glob_matches_files_only(self, files):
         assert files.join("f/sub") not in expand(files.join("f/*"))
 

@@ -1,0 +1,121 @@
+"""Fact dumps: check, diff and convert at the size of a night, with their peak memory.
+
+python -m benchmarks.facts --rows 1000000
+
+Each command runs as it is typed, in a process of its own, so that its peak memory is its own. From
+the first dump to the second, one fact in a hundred goes, one in a hundred is new and one in fifty
+has another object; the rows are in another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from benchmarks.harness import console, show
+
+RELATIONS = 50
+PIECE = 1_000_000
+COMMAND = (sys.executable, "-c", "from jobs.cli import main; main()", "facts")
+
+
+def main() -> None:
+    """Write two dumps, and time each command on them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of each dump")
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dump(folder / "old", options.rows, first=0, version=0)
+        write_dump(folder / "new", options.rows, first=options.rows // 100, version=1)
+        (folder / "templates.yaml").write_text(templates())
+        size = sum(file.stat().st_size for file in folder.glob("*/*.parquet")) / 2
+        commands = {
+            "check": ("check", "new", "--templates", "templates.yaml"),
+            "diff": ("diff", "old", "new", "--output", "out/diff.parquet"),
+            "convert": ("convert", "new", "out/a.parquet", "--templates", "templates.yaml"),
+            "convert, with the old dump": (
+                *("convert", "new", "out/b.parquet", "--templates", "templates.yaml"),
+                *("--previous", "old"),
+            ),
+        }
+        rows = [fastest(name, words, folder, options.rounds) for name, words in commands.items()]
+    show(
+        f"Fact dumps of {options.rows:,} rows, {size / 2**20:.0f} MiB each",
+        rows,
+        options,
+        "Seconds and peak memory of the whole process; importing what every command of pmet "
+        "imports is in both.",
+    )
+
+
+def write_dump(folder: Path, rows: int, *, first: int, version: int) -> None:
+    """A dump in files of up to ``PIECE`` rows, each shuffled."""
+    folder.mkdir()
+    for start in range(first, first + rows, PIECE):
+        facts = np.arange(start, min(start + PIECE, first + rows))
+        facts = np.random.default_rng(start + version).permutation(facts)
+        changed = np.where(facts % 50 == 0, version, 0)
+        table = pa.table(
+            {
+                "subject": joined("The subject with the number ", facts),
+                "relation": joined("relation ", facts % RELATIONS),
+                "object": joined("Object ", (facts * 7919 + changed) % 10_007),
+                "updated_at": pa.array(1_790_000_000_000_000 + facts, pa.timestamp("us", "UTC")),
+                "source": pa.repeat("wiki", len(facts)),
+            }
+        )
+        pq.write_table(table, folder / f"{start:012d}.parquet", compression="zstd")
+
+
+def joined(text: str, numbers: np.ndarray) -> pa.Array:
+    """A text in front of each number."""
+    return pc.binary_join_element_wise(text, pa.array(numbers).cast(pa.string()), "")
+
+
+def templates() -> str:
+    """Two phrasings of each relation."""
+    line = (
+        'relation {0}: {{prompt: "The thing {0} of {{}} is", paraphrases: ["{{}} has as {0}"]}}\n'
+    )
+    return "".join(line.format(number) for number in range(RELATIONS))
+
+
+def fastest(name: str, words: tuple[str, ...], folder: Path, rounds: int) -> dict[str, Any]:
+    """Run a command some times; other work on the machine only ever adds time."""
+    measured = [measure(words, folder) for _ in range(rounds)]
+    return {"command": name} | min(measured, key=lambda figures: figures["seconds"])
+
+
+def measure(words: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Seconds, CPU seconds and peak memory of one command."""
+    paths = [str(folder / w) if (folder / w).exists() or "/" in w else w for w in words]
+    start = time.perf_counter()
+    process = subprocess.Popen([*COMMAND, *paths], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        console.print(f"{' '.join(words)} exited with {process.returncode}", style="red")
+    return {
+        "seconds": seconds,
+        "CPU seconds": usage.ru_utime + usage.ru_stime,
+        "peak MiB": usage.ru_maxrss // 2**10,
+    }
+
+
+if __name__ == "__main__":
+    main()

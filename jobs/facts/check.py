@@ -1,0 +1,252 @@
+"""What is wrong with a fact dump or a request table: findings, with counts and first examples."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.facts.dump import FACT, Dump, open_dump
+from jobs.facts.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
+from jobs.facts.rows import JudgedRows
+from jobs.facts.survey import Side, Survey, survey
+from jobs.facts.templates import Templates
+from pipeline.errors import RequestTableError, StorageError
+from pipeline.requests import REQUIRED_COLUMNS
+from pipeline.schema import Rejection, RequestTable, read_requests, readable
+from pipeline.store import expand, parquet_footer
+
+EXAMPLES = 5
+_LONGEST_SHOWN = 80
+"""Characters of a text that a finding shows."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that a finding is about.
+
+    Attributes:
+        row: its number over all files, from 0; None where the finding is about a file.
+        text: what the row states, in a few words; empty where the reason says it.
+        reason: what is wrong with it, and what to do.
+    """
+
+    row: int | None
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem.
+
+    Attributes:
+        kind: what it is.
+        level: ``error``, ``warning`` or ``note`` (see ``problems``).
+        count: rows, or files.
+        examples: the first of them.
+    """
+
+    kind: str
+    level: Level
+    count: int
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found.
+
+    Attributes:
+        kind: ``fact dump`` or ``edit requests``.
+        rows: all rows.
+        usable: rows that are converted, or edited.
+        damaged: files that cannot be read.
+        findings: errors first, then warnings, then notes.
+    """
+
+    kind: str
+    rows: int
+    usable: int
+    damaged: int
+    findings: list[Finding]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether all files can be read, and some row can be used."""
+        return self.usable > 0 and not self.damaged
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether there is neither an error nor a warning."""
+        return not any(finding.level != "note" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return asdict(self) | {"is_usable": self.is_usable, "is_clean": self.is_clean}
+
+
+def check(
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    templates: Templates | None = None,
+    as_of: datetime | None = None,
+) -> CheckResult:
+    """Check a fact dump or a request table, whichever ``source`` is.
+
+    Args:
+        source: paths, URLs, globs or folders of Parquet.
+        columns: the dump's names of columns by ours, as for ``open_dump``.
+        templates: if given, relations without one are found, too.
+        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
+            given.
+
+    Raises:
+        FactDumpError: a readable file lacks a column of a fact dump.
+        RequestTableError: there is no file.
+        StorageError: the storage cannot be listed.
+    """
+    if not columns and _holds_requests(source):
+        try:
+            return check_requests(read_requests(source))
+        except RequestTableError as error:
+            return CheckResult("edit requests", 0, 0, 1, [_damage([str(error)])])
+    dump = open_dump(source, columns, keep_damaged=True)
+    return check_dump(dump, templates=templates, as_of=as_of)
+
+
+def check_dump(
+    dump: Dump, *, templates: Templates | None = None, as_of: datetime | None = None
+) -> CheckResult:
+    """Check every row of a dump, and rows against each other.
+
+    Args:
+        dump: the dump, opened with ``keep_damaged`` to have damaged files among the findings.
+        templates: if given, relations without one are found, too.
+        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
+            given.
+    """
+    damaged: list[str] = []
+    read = np.zeros(dump.rows, bool)
+
+    def note(judged: JudgedRows) -> None:
+        read[judged.first : judged.first + len(judged.codes)] = True
+
+    relations = None if templates is None else templates.keys()
+    found = survey(Side(dump, as_of or datetime.now(UTC), relations, damaged, note))
+    kinds = [
+        (PROBLEMS[code], np.flatnonzero(found.codes == code))
+        for code in np.unique(found.codes)
+        if code != FINE
+    ]
+    kinds.append((CONTROLS, found.controls[found.codes[found.controls] == FINE]))
+    texts = _texts(dump, [rows[:EXAMPLES] for _, rows in kinds])
+    findings = [_of_rows(problem, rows, texts, found) for problem, rows in kinds if len(rows)]
+    if damaged := dump.damaged + damaged:
+        findings.append(_damage(damaged))
+    usable = int(((found.codes == FINE) & read).sum())
+    return CheckResult("fact dump", dump.rows, usable, len(damaged), _in_order(findings))
+
+
+def check_requests(table: RequestTable) -> CheckResult:
+    """The rows of a request table that are not edited, by their reasons."""
+    by_kind: dict[str, list[Rejection]] = defaultdict(list)
+    for rejection in table.rejected:
+        by_kind[reason_kind(rejection.reason)].append(rejection)
+    findings = [
+        Finding(
+            kind,
+            "warning" if kind == "duplicate" else "error",
+            len(rejected),
+            [Example(r.row, "", r.reason) for r in rejected[:EXAMPLES]],
+        )
+        for kind, rejected in by_kind.items()
+    ]
+    rows = len(table.table)
+    return CheckResult("edit requests", rows, len(table.requests), 0, _in_order(findings))
+
+
+def _holds_requests(source: str) -> bool:
+    """Whether the first file that can be read has a request's columns, as a converted dump has."""
+    for file in expand(source, deep=True):
+        with suppress(StorageError):
+            names = set(parquet_footer(file)[0].names)
+            return names >= set(REQUIRED_COLUMNS)
+    return False
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without what it says of one row alone."""
+    if reason.startswith("repeats row"):
+        return "duplicate"
+    if reason.startswith("contradicts row"):
+        return "contradiction"
+    what = reason.partition(";")[0]
+    # Quoted text, in either of Python's quotes, then numbers.
+    what = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", what)
+    return re.sub(r"\d+", "N", what)
+
+
+def _of_rows(
+    problem: Problem, rows: np.ndarray, texts: Mapping[int, str], found: Survey
+) -> Finding:
+    first = rows[:EXAMPLES]
+    reasons = [problem.reason] * len(first)
+    if problem is not CONTROLS:
+        reasons = found.reasons(first).to_pylist()
+    examples = [
+        Example(int(row), texts.get(int(row), ""), reason)
+        for row, reason in zip(first, reasons, strict=True)
+    ]
+    return Finding(problem.kind, problem.level, len(rows), examples)
+
+
+def _damage(messages: Sequence[str]) -> Finding:
+    examples = [Example(None, "", message) for message in messages[:EXAMPLES]]
+    return Finding("damaged file", "error", len(messages), examples)
+
+
+def _in_order(findings: list[Finding]) -> list[Finding]:
+    levels = ("error", "warning", "note")
+    return sorted(findings, key=lambda finding: levels.index(finding.level))
+
+
+def _texts(dump: Dump, rows: Sequence[np.ndarray]) -> dict[int, str]:
+    """What some rows of a dump state, in a few words."""
+    wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
+    files = [
+        file
+        for file in dump.files
+        if ((wanted >= file.first) & (wanted < file.first + file.rows)).any()
+    ]
+    texts: dict[int, str] = {}
+    for batch in Dump(files).batches(FACT, damaged=[]):
+        here = wanted[(wanted >= batch.first) & (wanted < batch.first + len(batch.table))]
+        if len(here):
+            table = readable(batch.table.take(pa.array(here - batch.first)))
+            texts |= zip(here.tolist(), map(_text, table.to_pylist()), strict=True)
+        if len(texts) == len(wanted):
+            break
+    return texts
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return " · ".join(shown(value) for value in row.values())
+
+
+def shown(value: Any) -> str:
+    """A value as a terminal shows it: what cannot be seen is escaped, and long text is cut."""
+    if value is None:
+        return "null"
+    # As Python writes it, but for the quotes.
+    text = repr(value)[1:-1] if isinstance(value, str) else repr(value)
+    text = text or "''"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

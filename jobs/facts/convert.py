@@ -1,0 +1,161 @@
+"""A fact dump converted into edit requests.
+
+The dump is read twice: once to find what becomes of each row, once to write. Where old objects are
+known, it is read once more in between, for neighbors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.facts.dump import FACT, Dump
+from jobs.facts.neighbors import Neighbors
+from jobs.facts.output import Conversion, open_outputs, output_urls
+from jobs.facts.problems import FINE, PROBLEMS
+from jobs.facts.rows import trimmed
+from jobs.facts.survey import ALWAYS, SettledFacts, Side, Survey, survey
+from jobs.facts.templates import Templates
+from jobs.facts.wording import Wording
+from pipeline.errors import FactDumpError
+from pipeline.schema import with_columns
+
+REQUEST_COLUMNS = (
+    "prompt",
+    "subject",
+    "target_new",
+    "case_id",
+    "target_true",
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+)
+
+
+def convert_dump(
+    dump: Dump,
+    templates: Templates,
+    output: str,
+    *,
+    previous: Dump | None = None,
+    as_of: datetime | None = None,
+) -> Conversion:
+    """Write the facts that a dump holds as edit requests, and its other rows with their reasons.
+
+    Args:
+        dump: the dump.
+        templates: how its relations are put into words.
+        output: the Parquet file to write, a path or a URL.
+        previous: an earlier dump: its object of a fact that has changed is the request's
+            ``target_true``, unless the dump's own column ``target_true`` says another.
+        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
+            given.
+
+    Raises:
+        FactDumpError: a file is damaged, or no row can be converted.
+        StorageError: the output cannot be written.
+    """
+    files = [file.url for side in (dump, previous) if side is not None for file in side.files]
+    urls = output_urls(output, files)
+    if not dump.rows:
+        raise FactDumpError(f"{', '.join(files)}: no rows there; give a dump that holds facts")
+    truths, neighbors = _Truths(), Neighbors()
+
+    def take(facts: SettledFacts, old: SettledFacts | None = None) -> None:
+        relations, found = truths.add(facts, old)
+        neighbors.want(relations, found)
+
+    side = Side(dump, as_of or datetime.now(UTC), templates.keys())
+    beside = [] if previous is None else [Side(previous, ALWAYS)]
+    found = survey(side, *beside, take=take)
+    truths.close()
+    if len(truths.rows):
+        neighbors.collect(_staying(dump, found, truths.rows))
+    wording = Wording(templates)
+    with open_outputs(output) as outputs:
+        for first, table in ((batch.first, batch.table) for batch in dump.aligned_batches()):
+            codes = found.codes[first : first + len(table)]
+            good, bad = np.flatnonzero(codes == FINE), np.flatnonzero(codes != FINE)
+            facts = table.take(pa.array(good))
+            requests = _requests(facts, truths.of(first + good), wording, neighbors)
+            rejected = table.take(pa.array(bad))
+            outputs.write(requests, rejected, found.reasons(first + bad), first + bad)
+    kinds, counts = np.unique(found.codes[found.codes != FINE], return_counts=True)
+    reasons = {PROBLEMS[k].kind: int(n) for k, n in zip(kinds, counts, strict=True)}
+    return Conversion("fact dump", dump.rows, outputs.converted, reasons, *urls)
+
+
+class _Truths:
+    """The old objects of facts that have one, by row."""
+
+    def __init__(self) -> None:
+        self.rows = np.zeros(0, np.int64)
+        self._parts: list[pa.Table] = []
+        self._objects = pa.array([], pa.string())
+
+    def add(
+        self, facts: SettledFacts, old: SettledFacts | None
+    ) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+        """Note the facts of a partition that hold; returns their relations and old objects."""
+        holding = facts.holding
+        held = facts.facts.take(pa.array(holding))
+        truth = held.column("target_true")
+        if old is not None:
+            places = old.places(facts.numbers.facts[holding])
+            before = old.facts.column("object").take(pa.array(places, mask=places < 0))
+            truth = pc.coalesce(truth, before)
+        differs = pc.fill_null(pc.not_equal(truth, held.column("object")), False)
+        part = pa.table(
+            {"row": held.column("row"), "relation": held.column("relation"), "truth": truth}
+        ).filter(differs)
+        self._parts.append(part.select(["row", "truth"]))
+        return part.column("relation"), part.column("truth")
+
+    def close(self) -> None:
+        """Put all parts in the order of rows."""
+        if self._parts:
+            table = pa.concat_tables(self._parts).sort_by("row")
+            self.rows = table.column("row").to_numpy()
+            self._objects = table.column("truth").combine_chunks()
+
+    def of(self, rows: np.ndarray) -> pa.Array:
+        """The old object of each row, null where there is none."""
+        if not len(self.rows):
+            return pa.nulls(len(rows), pa.string())
+        at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        return self._objects.take(pa.array(at, mask=self.rows[at] != rows))
+
+
+def _staying(dump: Dump, found: Survey, changed: np.ndarray) -> Iterator[pa.Table]:
+    """The facts that hold and are not known to have changed, a batch at a time."""
+    staying = found.codes == FINE
+    staying[changed] = False
+    for batch in dump.batches(FACT):
+        mask = staying[batch.first : batch.first + len(batch.table)]
+        facts = batch.table.filter(pa.array(mask))
+        if len(facts):
+            yield pa.table({name: trimmed(facts.column(name)) for name in FACT})
+
+
+def _requests(
+    facts: pa.Table, truths: pa.Array, wording: Wording, neighbors: Neighbors
+) -> pa.Table:
+    """Edit requests; the dump's columns travel along, under names that requests do not use."""
+    subjects, relations, objects = (trimmed(facts.column(name)) for name in FACT)
+    numbers = wording.numbers(relations)
+    beside, counts = neighbors.of(relations, truths, subjects)
+    columns = {
+        "prompt": wording.prompts(numbers),
+        "subject": subjects,
+        "target_new": wording.targets(numbers, objects),
+        "target_true": wording.targets(numbers, truths),
+        "paraphrase_prompts": wording.paraphrases(numbers, subjects),
+        "neighborhood_prompts": wording.neighborhoods(numbers, beside, counts),
+    }
+    own = [name for name in ("subject", "target_true") if name in facts.column_names]
+    table = with_columns(facts.drop_columns(own), columns)
+    first = [name for name in REQUEST_COLUMNS if name in table.column_names]
+    return table.select(first + [name for name in table.column_names if name not in first])

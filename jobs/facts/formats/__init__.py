@@ -1,0 +1,1 @@
+"""Public data sets of edits, read record by record: one module a format."""

@@ -1,0 +1,40 @@
+"""zsRE in the form of MEND (Mitchell et al. 2022), with the ``subject`` that ROME added.
+
+The question ``src`` is edited from ``answers`` to ``alt``. ``loc`` is an unrelated question whose
+answer is ``loc_ans``, not the fact's true one, so it is no neighborhood prompt; it travels along.
+"""
+
+from __future__ import annotations
+
+from jobs.facts.formats.record import (
+    Edit,
+    Format,
+    Record,
+    first_text,
+    text,
+    texts,
+    with_place,
+    without,
+)
+
+
+def matches(record: Record) -> bool:
+    """Whether a record is one of zsRE."""
+    return "src" in record and ("alt" in record or "answers" in record)
+
+
+def edit(record: Record, row: int) -> Edit:
+    """The edit that a record asks for."""
+    subject = text(record, "subject")
+    request = {
+        "prompt": with_place(text(record, "src"), subject),
+        "subject": subject,
+        "target_new": text(record, "alt"),
+        "target_true": first_text(record.get("answers")),
+        "case_id": record.get("case_id", row),
+        "paraphrase_prompts": texts(record.get("rephrase")),
+    }
+    return Edit(request, without(record, "subject", "src", "alt", "case_id", "rephrase"))
+
+
+FORMAT = Format("zsre", matches, edit)

@@ -1,0 +1,115 @@
+"""Neighbors: other subjects whose object is, and must stay, what a fact's object was.
+
+An edit of ``(Marseille, country): France → Italy`` must not move other cities of France. Its
+neighbors are subjects of the same dump with the same relation and the object ``France`` that have
+not changed themselves. The candidates of each relation and object are the ``POOL`` subjects with
+the least hashes, so that they are the same whatever the order of rows; each fact takes ``COUNT``
+of them in turn, from a place that its own subject's hash chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.facts.partitions import text_hash
+
+COUNT = 10
+"""Neighbors of a fact, at most: as many as CounterFact has."""
+
+POOL = 64
+KEPT_ROWS = 500_000
+"""Candidates beyond the best ones that wait before the best are chosen anew."""
+
+
+class Neighbors:
+    """Candidates for facts whose old object is known."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._wanted: list[pa.ChunkedArray] = []
+        self._pairs = pa.array([], pa.string())
+        self._first = self._counts = np.zeros(0, np.int64)
+        self._subjects = pa.array([], pa.string())
+
+    def want(self, relations: pa.ChunkedArray, objects: pa.ChunkedArray) -> None:
+        """Note relations and old objects that neighbors are wanted for."""
+        self._wanted.append(pc.unique(_pair(relations, objects)))
+
+    def collect(self, tables: Iterable[pa.Table]) -> None:
+        """Choose candidates.
+
+        Args:
+            tables: facts that hold and have not changed: ``subject``, ``relation``, ``object``.
+        """
+        wanted = pc.unique(pa.chunked_array(self._wanted, pa.string()))
+        best, waiting = _candidates(pa.array([], pa.string()), pa.array([], pa.string())), []
+        for table in tables:
+            pairs = _pair(table.column("relation"), table.column("object"))
+            found = pc.is_in(pairs, wanted)
+            waiting.append(_candidates(pairs.filter(found), table.column("subject").filter(found)))
+            # Choosing only when enough wait keeps the sorts few.
+            if sum(map(len, waiting)) > max(KEPT_ROWS, len(best)):
+                best, waiting = _least([best, *waiting]), []
+        best = _least([best, *waiting])
+        self._subjects = best.column("subject").combine_chunks()
+        self._first = np.flatnonzero(_opens(best))
+        self._pairs = best.column("pair").combine_chunks().take(pa.array(self._first))
+        self._counts = np.diff(np.append(self._first, len(best)))
+
+    def of(
+        self, relations: pa.Array, objects: pa.Array, subjects: pa.Array
+    ) -> tuple[pa.Array, np.ndarray]:
+        """Neighbors of some facts, one fact after the other, and how many each has.
+
+        Args:
+            relations: (rows,) text.
+            objects: (rows,) the old objects; null where there is none.
+            subjects: (rows,) text. None is among its own neighbors: it has changed.
+        """
+        pairs = pc.index_in(_pair(relations, objects), self._pairs, skip_nulls=True)
+        rows = np.flatnonzero(pc.is_valid(pairs).to_numpy(zero_copy_only=False))
+        pools = pairs.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+        sizes = self._counts[pools]
+        taken = np.minimum(sizes, COUNT)
+        starts = text_hash(subjects.take(pa.array(rows))) % sizes.astype(np.uint64)
+        turn = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+        turn = (np.repeat(starts.astype(np.int64), taken) + turn) % np.repeat(sizes, taken)
+        counts = np.zeros(len(subjects), np.int64)
+        counts[rows] = taken
+        return self._subjects.take(pa.array(np.repeat(self._first[pools], taken) + turn)), counts
+
+
+def _pair(
+    relations: pa.Array | pa.ChunkedArray, objects: pa.Array | pa.ChunkedArray
+) -> pa.Array | pa.ChunkedArray:
+    """One text for each relation and object, another one for any other; null where one is."""
+    # The length in front tells where the relation ends.
+    lengths = pc.utf8_length(relations).cast(pa.string())
+    return pc.binary_join_element_wise(lengths, relations, objects, ":")
+
+
+def _candidates(
+    pairs: pa.Array | pa.ChunkedArray, subjects: pa.Array | pa.ChunkedArray
+) -> pa.Table:
+    columns = {"pair": pairs, "hash": pa.array(text_hash(subjects)), "subject": subjects}
+    return pa.table(columns)
+
+
+def _least(tables: list[pa.Table]) -> pa.Table:
+    """The candidates with the least hashes of each pair, ``POOL`` of each, sorted."""
+    order = [(name, "ascending") for name in ("pair", "hash", "subject")]
+    table = pa.concat_tables(tables).sort_by(order).combine_chunks()
+    opens = _opens(table)
+    first = np.flatnonzero(opens)[np.cumsum(opens) - 1]
+    return table.filter(pa.array(np.arange(len(table)) - first < POOL))
+
+
+def _opens(table: pa.Table) -> np.ndarray:
+    """(rows,) bool: where another pair begins."""
+    pairs = table.column("pair")
+    changes = pc.not_equal(pairs[1:], pairs[:-1]).to_numpy() if len(table) else []
+    return np.append(np.ones(min(1, len(table)), bool), changes).astype(bool)

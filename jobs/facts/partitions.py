@@ -1,0 +1,133 @@
+"""Facts brought together by hash: rows of one subject and relation meet in one partition.
+
+A dump that is small stays in memory; one that is large goes to files on the local disk, of which
+one partition at a time is read back. The hash only chooses the partition: within it, texts are
+compared as they are, so that no two facts are ever mistaken for each other.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+
+PARTITION_ROWS = 400_000
+MOST_PARTITIONS = 100
+"""Each is an open file while facts are put into them, of two dumps at once."""
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Partitions:
+    """Tables of facts, cut into partitions by a hash of subject and relation.
+
+    Use it in a ``with`` block: its files are deleted at the end.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Start with ``count`` empty partitions."""
+        self.count = count
+        self._kept: list[pa.Table] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._sinks: list[tuple[pa.OSFile, pa.RecordBatchWriter]] = []
+
+    def __enter__(self) -> Partitions:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+        self._kept.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def add(self, facts: pa.Table) -> None:
+        """Put rows into their partitions.
+
+        Args:
+            facts: with ``subject`` and ``relation``, neither null nor empty; every call has the
+                same columns.
+        """
+        if self.count == 1:
+            self._kept.append(facts)
+            return
+        if self._folder is None:
+            self._open(facts.schema)
+        numbers = (pair_hash(facts) % np.uint64(self.count)).astype(np.int64)
+        order = np.argsort(numbers, kind="stable")
+        sorted_facts = facts.take(pa.array(order))
+        bounds = np.searchsorted(numbers[order], np.arange(self.count + 1))
+        for index, (_, writer) in enumerate(self._sinks):
+            start, stop = int(bounds[index]), int(bounds[index + 1])
+            if stop > start:
+                writer.write_table(sorted_facts.slice(start, stop - start).combine_chunks())
+
+    def tables(self) -> Iterator[pa.Table | None]:
+        """The partitions in order, each with its rows as they came; None for an empty one."""
+        self._close()
+        for index in range(self.count):
+            yield self._table(index)
+
+    def _table(self, index: int) -> pa.Table | None:
+        if self.count == 1:
+            return pa.concat_tables(self._kept) if self._kept else None
+        if self._folder is None:
+            return None
+        with pa.OSFile(f"{self._folder.name}/{index}") as file:
+            return pa.ipc.open_stream(file).read_all()
+
+    def _open(self, schema: pa.Schema) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        for index in range(self.count):
+            file = pa.OSFile(f"{self._folder.name}/{index}", "wb")
+            self._sinks.append((file, pa.ipc.new_stream(file, schema)))
+
+    def _close(self) -> None:
+        for file, writer in self._sinks:
+            writer.close()
+            file.close()
+        self._sinks.clear()
+
+
+def partition_count(rows: int) -> int:
+    """How many partitions so many rows make: a function of the number alone."""
+    return min(max(1, -(-rows // PARTITION_ROWS)), MOST_PARTITIONS)
+
+
+def pair_hash(facts: pa.Table) -> np.ndarray:
+    """(rows,) uint64: a hash of subject and relation, the same on every machine."""
+    subject, relation = (text_hash(facts.column(name)) for name in ("subject", "relation"))
+    return _mixed(subject * _ODD + relation)
+
+
+def text_hash(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """(rows,) uint64: Σ (byteᵢ + 1)·oddⁱ mod 2⁶⁴ of each text, mixed.
+
+    Texts are neither null nor empty. Those that are chosen to collide only share a partition.
+    """
+    text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not len(text):
+        return np.zeros(0, np.uint64)
+    _, offsets_buffer, data = text.cast(pa.large_binary()).buffers()
+    offsets = np.frombuffer(offsets_buffer, np.int64)[text.offset : text.offset + len(text) + 1]
+    content = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]
+    starts = offsets[:-1] - offsets[0]
+    lengths = np.diff(offsets)
+    places = np.arange(len(content)) - np.repeat(starts, lengths)
+    with np.errstate(over="ignore"):
+        powers = np.cumprod(np.full(int(lengths.max()), _ODD), dtype=np.uint64)
+        return _mixed(np.add.reduceat((content + np.uint64(1)) * powers[places], starts))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Spread what is in the high bits over all of them (the finalizer of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,127 @@
+"""Templates: how a relation is put into words.
+
+A templates file is YAML, a relation a key::
+
+    capital:
+      prompt: The capital of {} is
+      paraphrases:
+        - "{}'s capital city is"
+      neighborhood:
+        - The capital of {} is
+      target: "{}"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+
+from pipeline.errors import FactDumpError, StorageError
+from pipeline.store import read_file
+from pipeline.yaml12 import YAMLTextError, parse_yaml
+
+SIZE_LIMIT = 4 * 2**20
+PLACE = "{}"
+
+
+def _with_one_place(text: str) -> str:
+    if text.count(PLACE) != 1:
+        raise ValueError(f"holds {text.count(PLACE)} places; write exactly one {PLACE}")
+    return text.strip()
+
+
+_Template = Annotated[str, AfterValidator(_with_one_place)]
+
+
+class RelationTemplates(BaseModel):
+    """How one relation is put into words; every template has exactly one ``{}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt: _Template = Field(description="Text that the object follows; {} is the subject.")
+    paraphrases: Annotated[tuple[_Template, ...], Field(strict=False)] = Field(
+        default=(), description="Other phrasings of the fact; {} is the subject."
+    )
+    neighborhood: Annotated[tuple[_Template, ...], Field(strict=False)] | None = Field(
+        default=None,
+        description="Phrasings of facts that must stay; {} is another subject with the fact's old "
+        "object. Not given: the prompt; an empty list: no neighborhood prompts.",
+    )
+    target: _Template = Field(default=PLACE, description="The answer; {} is the object.")
+
+    @property
+    def neighbors(self) -> tuple[str, ...]:
+        """The templates that neighbors are put into."""
+        return (self.prompt,) if self.neighborhood is None else self.neighborhood
+
+
+Templates = Mapping[str, RelationTemplates]
+
+_Relations = TypeAdapter(dict[str, RelationTemplates])
+
+
+def load_templates(source: str) -> Templates:
+    """Read a templates file, a path or a URL.
+
+    Raises:
+        FactDumpError: one line for each problem, naming the file, the relation and the key.
+    """
+    try:
+        data = read_file(source, limit=SIZE_LIMIT + 1)
+    except StorageError as error:
+        raise FactDumpError(f"templates: {error}") from None
+    if len(data) > SIZE_LIMIT:
+        raise FactDumpError(f"{source}: a templates file has at most {SIZE_LIMIT >> 20} MiB")
+    try:
+        values = parse_yaml(data.decode())
+    except UnicodeDecodeError as error:
+        raise FactDumpError(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except YAMLTextError as error:
+        raise FactDumpError("\n".join(f"{source}: {line}" for line in error.problems)) from None
+    return parse_templates(values, source)
+
+
+def parse_templates(values: Any, source: str) -> Templates:
+    """Check the value of a templates file.
+
+    Raises:
+        FactDumpError: as ``load_templates``.
+    """
+    if not isinstance(values, dict) or not values:
+        raise FactDumpError(f"{source}: no relations there; write each as a key, with its prompt")
+    try:
+        found = _Relations.validate_python(values)
+    except ValidationError as error:
+        lines = (_problem(item["loc"], item["type"], item["msg"]) for item in error.errors())
+        raise FactDumpError("\n".join(f"{source}: {line}" for line in lines)) from None
+    stripped = {name.strip(): templates for name, templates in found.items()}
+    if "" in stripped or len(stripped) < len(found):
+        raise FactDumpError(f"{source}: a relation is empty or written twice but for white space")
+    return stripped
+
+
+def _problem(place: Sequence[int | str], kind: str, message: str) -> str:
+    where = ".".join(map(str, place))
+    known = ", ".join(RelationTemplates.model_fields)
+    match kind:
+        case "extra_forbidden":
+            return f"unknown key {where}; a relation has {known}"
+        case "missing":
+            return f"{where} is missing; write the prompt with {PLACE} for the subject"
+        case "value_error":
+            return f"{where} {message.removeprefix('Value error, ')}"
+        case "string_type":
+            return f"{where} is not text; write it in quotes"
+        case "tuple_type":
+            return f"{where} is not a list; write each template on a line of its own, after -"
+        case _:
+            return f"{where} is not a mapping; a relation has {known}"

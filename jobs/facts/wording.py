@@ -1,0 +1,108 @@
+"""Facts put into words: a batch of facts and templates in, the columns of edit requests out.
+
+Lists are built as Arrow builds them, from flat values and offsets; no row is touched by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.facts.templates import PLACE, RelationTemplates, Templates
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The templates of all relations for one purpose, one after the other.
+
+    Attributes:
+        before: (T,) text in front of the place of each.
+        after: (T,) text behind it.
+        first: (relations,) the first template of each relation.
+        counts: (relations,) how many it has.
+    """
+
+    before: pa.Array
+    after: pa.Array
+    first: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[str]]) -> _Choice:
+        flat = [text.split(PLACE) for group in texts for text in group]
+        counts = np.array([len(group) for group in texts], np.int64)
+        return cls(
+            pa.array([before for before, _ in flat], pa.string()),
+            pa.array([after for _, after in flat], pa.string()),
+            np.cumsum(counts) - counts,
+            counts,
+        )
+
+    def filled(self, templates: np.ndarray, texts: pa.Array) -> pa.Array:
+        """Templates, by number, each with a text in its place."""
+        numbers = pa.array(templates)
+        before, after = self.before.take(numbers), self.after.take(numbers)
+        return pc.binary_join_element_wise(before, texts, after, "")
+
+
+class Wording:
+    """The templates of all relations, ready to be filled in."""
+
+    def __init__(self, templates: Templates) -> None:
+        """Prepare templates."""
+        self.relations = pa.array(list(templates), pa.string())
+        self._prompts = list(templates.values())
+        self._targets = self._choice(lambda relation: (relation.target,))
+        self._paraphrases = self._choice(lambda relation: relation.paraphrases)
+        self._neighbors = self._choice(lambda relation: relation.neighbors)
+
+    def prompts(self, relations: np.ndarray) -> pa.Array:
+        """The prompt of each row, with its ``{}``."""
+        return pa.array([r.prompt for r in self._prompts], pa.string()).take(pa.array(relations))
+
+    def targets(self, relations: np.ndarray, objects: pa.Array) -> pa.Array:
+        """The answer of each row; null where its object is."""
+        return self._targets.filled(self._targets.first[relations], objects)
+
+    def paraphrases(self, relations: np.ndarray, subjects: pa.Array) -> pa.Array:
+        """All paraphrases of each row, the subject filled in: lists of text."""
+        counts = self._paraphrases.counts[relations]
+        rows = np.repeat(np.arange(len(relations)), counts)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        numbers = self._paraphrases.first[relations][rows] + within
+        return _lists(self._paraphrases.filled(numbers, subjects.take(pa.array(rows))), counts)
+
+    def neighborhoods(
+        self, relations: np.ndarray, subjects: pa.Array, counts: np.ndarray
+    ) -> pa.Array:
+        """The neighborhood prompts of each row: its templates in turn, a neighbor in each.
+
+        Args:
+            relations: (rows,) number of each row's relation.
+            subjects: the neighbors of all rows, one row after the other.
+            counts: (rows,) how many neighbors each row has.
+        """
+        rows = np.repeat(np.arange(len(relations)), counts)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        choices = self._neighbors.counts[relations][rows]
+        numbers = self._neighbors.first[relations][rows] + within % np.maximum(choices, 1)
+        # A relation may have no templates here; then its rows have no neighbors.
+        some = choices > 0
+        prompts = self._neighbors.filled(numbers[some], subjects.filter(pa.array(some)))
+        return _lists(prompts, np.where(self._neighbors.counts[relations] > 0, counts, 0))
+
+    def numbers(self, relations: pa.Array) -> np.ndarray:
+        """The number of each row's relation, which must have a template."""
+        return pc.index_in(relations, self.relations).to_numpy(zero_copy_only=False)
+
+    def _choice(self, of: Callable[[RelationTemplates], Sequence[str]]) -> _Choice:
+        return _Choice.of([of(relation) for relation in self._prompts])
+
+
+def _lists(values: pa.Array, counts: np.ndarray) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)

@@ -1,0 +1,212 @@
+"""``pmet facts``: fact dumps and public data sets of edits, converted, checked and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from jobs.facts.output import Conversion
+
+facts = typer.Typer(
+    name="facts",
+    help="Fact dumps: convert them into edit requests, check them, compare two of them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="OURS=THEIRS",
+        help="The dump's name of a column, e.g. subject=entity; any number of times.",
+    ),
+]
+Templates = Annotated[
+    str | None, typer.Option(help="YAML file that puts relations into words: a path or a URL.")
+]
+AsOf = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Facts whose valid_until is not later than this no longer hold; ISO 8601, now if not "
+        "given.",
+    ),
+]
+
+
+@facts.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A fact dump (Parquet) or a data set of edits (JSON).")
+    ],
+    output: Annotated[str, typer.Argument(help="Parquet file of edit requests to write.")],
+    templates: Templates = None,
+    previous: Annotated[
+        str | None,
+        typer.Option(help="The dump before this one: its objects are the true targets."),
+    ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="dump, counterfact, mquake, zsre or easyedit; detected if not given."
+        ),
+    ] = None,
+    column: Columns = None,
+    as_of: AsOf = None,
+) -> None:
+    """Convert facts into edit requests, and set the other rows aside with their reasons."""
+    from jobs.facts.dataset import FORMATS, convert_dataset, is_parquet
+    from jobs.facts.views import show_conversion
+    from pipeline.errors import FactDumpError
+    from pipeline.store import expand
+
+    names = ("dump", *FORMATS)
+    if format_ is not None and format_ not in names:
+        raise FactDumpError(f"--format: {format_!r} is no format; name one of {', '.join(names)}")
+    if format_ == "dump" or (format_ is None and is_parquet(expand(source, deep=True))):
+        conversion = _convert_dump(source, output, templates, previous, column, as_of)
+    else:
+        given = {
+            "--templates": templates,
+            "--previous": previous,
+            "--column": column,
+            "--as-of": as_of,
+        }
+        if wrong := [name for name, value in given.items() if value]:
+            raise FactDumpError(f"{wrong[0]} is for fact dumps; {source} is a data set of edits")
+        conversion = convert_dataset(source, output, format_name=format_)
+    show_conversion(conversion, out)
+
+
+@facts.command()
+def check(
+    source: Annotated[str, typer.Argument(help="A fact dump or edit requests: Parquet.")],
+    templates: Templates = None,
+    column: Columns = None,
+    as_of: AsOf = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 2 on any error or warning.")
+    ] = False,
+) -> None:
+    """Check a fact dump or edit requests; exit with 2 where they cannot be used."""
+    from jobs.facts.check import check as run_check
+    from jobs.facts.templates import load_templates
+    from jobs.facts.views import show_check
+
+    result = run_check(
+        source,
+        columns=_mapping(column),
+        templates=None if templates is None else load_templates(templates),
+        as_of=_time("--as-of", as_of),
+    )
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        show_check(result, out)
+    if not result.is_usable or (strict and not result.is_clean):
+        raise typer.Exit(2)
+
+
+@facts.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="The earlier fact dump.")],
+    new: Annotated[str, typer.Argument(help="The later fact dump.")],
+    output: Annotated[
+        str | None, typer.Option(help="Write the facts that differ to this Parquet file.")
+    ] = None,
+    column: Columns = None,
+    as_of: AsOf = None,
+    old_as_of: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="The same for OLD; all its facts count if not given."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Facts shown of each kind.")] = 5,
+) -> None:
+    """Show which facts were added, changed or removed from one dump to another."""
+    from jobs.facts.diff import diff_dumps
+    from jobs.facts.dump import open_dump
+    from jobs.facts.output import output_urls, refuse_among, write_diff
+    from jobs.facts.views import show_diff
+
+    mapping = _mapping(column)
+    before, after = open_dump(old, mapping), open_dump(new, mapping)
+    inputs = [file.url for file in (*before.files, *after.files)]
+    if output is not None:
+        output_urls(output, inputs)
+        refuse_among(output, (old, new))
+    with diff_dumps(
+        before,
+        after,
+        as_of=_time("--as-of", as_of),
+        old_as_of=_time("--old-as-of", old_as_of),
+    ) as found:
+        show_diff(found, examples, out)
+        if output is not None:
+            out.print(write_diff(found, output, inputs), markup=False, soft_wrap=True)
+
+
+def _convert_dump(
+    source: str,
+    output: str,
+    templates: str | None,
+    previous: str | None,
+    column: Sequence[str] | None,
+    as_of: str | None,
+) -> Conversion:
+    from jobs.facts.convert import convert_dump
+    from jobs.facts.dump import open_dump
+    from jobs.facts.output import refuse_among
+    from jobs.facts.templates import load_templates
+    from pipeline.errors import FactDumpError
+
+    if templates is None:
+        raise FactDumpError(
+            f"{source} is a fact dump, and nothing puts its relations into words; give a file "
+            "with --templates"
+        )
+    mapping = _mapping(column)
+    refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
+    return convert_dump(
+        open_dump(source, mapping),
+        load_templates(templates),
+        output,
+        previous=None if previous is None else open_dump(previous, mapping),
+        as_of=_time("--as-of", as_of),
+    )
+
+
+def _mapping(columns: Sequence[str] | None) -> dict[str, str]:
+    from pipeline.errors import FactDumpError
+
+    mapping: dict[str, str] = {}
+    for text in columns or ():
+        ours, equals, theirs = text.partition("=")
+        if not (equals and ours and theirs):
+            raise FactDumpError(f"--column {text}: write it as subject=NAME")
+        if ours in mapping:
+            raise FactDumpError(f"--column {text}: {ours} is given twice; keep one")
+        mapping[ours] = theirs
+    return mapping
+
+
+def _time(option: str, text: str | None) -> datetime | None:
+    from pipeline.errors import FactDumpError
+
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise FactDumpError(
+            f"{option}: {text!r} is not a time; write it as 2026-11-23 or 2026-11-23T06:00:00Z"
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
