@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs import cli, facts_cli
 from jobs.cli import main
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -16,7 +17,8 @@ Invoke = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
     """Run ``pmet`` with arguments; returns exit status, output and error output."""
-    monkeypatch.setenv("COLUMNS", "200")
+    for console in (cli.out, cli.err, facts_cli.out):
+        monkeypatch.setattr(console, "width", 200)
 
     def invoke(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pmet", *map(str, arguments)])

@@ -269,7 +269,7 @@ def test_real_facts_come_back_as_they_were(convert, counterfact_folder, record):
     rows = pq.read_table(counterfact_folder / "facts.parquet").to_pylist()
     found, _, rejected = convert([record(row) for row in rows])
     lost = [row["row"] for row in rejected]
-    assert read_requests(found.output).requests == [
+    assert list(read_requests(found.output).requests) == [
         EditRequest(**row) for n, row in enumerate(rows) if n not in lost
     ]
     # A subject that its prompt holds twice cannot be found again.
