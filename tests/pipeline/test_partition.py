@@ -46,8 +46,8 @@ class Rank:
         self.rank = rendezvous.rank
         init_rank(*rendezvous, device="cpu", timeout_s=60.0)
 
-    def load(self, path, dtype):
-        self.module, self.engine = load_partitioned(path, dtype=dtype)
+    def load(self, path, dtype, offload="none"):
+        self.module, self.engine = load_partitioned(path, dtype=dtype, offload=offload)
 
     def peak_of_loading_and_running(self, path):
         """Bytes that main memory holds at the most, beyond what libraries take."""
@@ -195,6 +195,20 @@ def test_logits_equal_the_whole_model(group, family, dtype):
         for logits in group.call_all("logits", INPUT_IDS):
             assert logits.dtype == dtype
             assert torch.equal(logits, expected)
+
+
+def test_slices_may_wait_in_main_memory(group):
+    """On a CPU they do in any case: that the option changes nothing is what can be seen here."""
+    group.call_all("load", model_path("llama"), torch.float32, "cpu")
+    model = reference("llama")
+    name = DOWN_PROJECTIONS["llama"] + ".weight"
+    delta = random_delta(model.get_parameter(name))
+    group.call_all("add", name, delta)
+    with torch.no_grad():
+        weight = model.get_parameter(name)
+        weight.copy_((weight.double() + delta).to(weight.dtype))
+    for logits in group.call_all("logits", INPUT_IDS):
+        assert torch.equal(logits, logits_of(model))
 
 
 @pytest.mark.slow
