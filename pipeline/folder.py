@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -41,13 +41,19 @@ _LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "fsspec", 
 class RunFolder:
     """One run's folder, its records and its status.
 
+    Args:
+        url: where it is.
+        check: called before anything that counts is written; raises where another run has taken
+            the folder over.
+
     Attributes:
         store: the folder's files.
         status: what ``run.json`` holds.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, check: Callable[[], None] = lambda: None) -> None:
         self.store = Store(url)
+        self.check = check
         self.status: dict[str, Any] = {}
         self._digest = ""
 
@@ -66,6 +72,7 @@ class RunFolder:
             json.dumps(dict(digests), sort_keys=True).encode()
         ).hexdigest()
         if fresh:
+            self.check()
             for name in _OWN:
                 self.store.delete(name)
         earlier = self.store.read_json(STATUS) if self.store.exists(STATUS) else None
@@ -96,6 +103,7 @@ class RunFolder:
 
     def write(self) -> None:
         """Write ``run.json``."""
+        self.check()
         self.store.write_json(STATUS, self.status)
 
     def finish(self, status: str, error: str | None = None) -> None:
@@ -122,6 +130,7 @@ class RunFolder:
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
         """Commit a piece of work: all its files are in place."""
+        self.check()
         self.store.write_json(f"records/{name}.json", {**value, "digest": self._digest})
 
     def recorded(self, name: str) -> dict[str, Any] | None:

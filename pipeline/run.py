@@ -10,7 +10,8 @@ from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
 from pipeline.folder import RunFolder
-from pipeline.plan import make_plan
+from pipeline.lease import NOT_EXCLUSIVE, Lease
+from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import gate_outcomes, model_metrics, results_table
@@ -61,24 +62,35 @@ def run_job(
         address: Ray cluster to run on; one is started on this machine if None.
 
     Raises:
-        InputError: the job cannot be run as it is; no worker has been started.
+        InputError: the job cannot be run as it is, or another run writes its folder; no worker
+            has been started.
+        LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
     progress = progress or Progress()
     with progress.stage("plan"):
         plan = make_plan(job)
-    folder = RunFolder(job.output)
-    folder.begin(plan.digests, seed=job.seed, fresh=fresh)
-    folder.store.write_bytes("job.yaml", dump_job(job).encode())
+    with Lease.acquire(Store(job.output)) as lease:
+        folder = RunFolder(job.output, lease.check)
+        folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+        folder.store.write_bytes("job.yaml", dump_job(job).encode())
+        return _run_in(folder, lease, plan, progress, address)
 
+
+def _run_in(
+    folder: RunFolder, lease: Lease, plan: Plan, progress: Progress, address: str | None
+) -> RunResult:
     def on_event(kind: str, text: str) -> None:
         folder.event(kind, text)
         progress.event(f"{kind}: {text}")
 
+    if not lease.exclusive:
+        on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
     try:
         with Crew(plan, address, on_event) as crew:
             return _run_stages(Context(plan, folder, crew, progress))
     except BaseException as error:
+        # A run that has lost its folder is stopped here: the status is the other run's to write.
         folder.finish("failed", str(error) or type(error).__name__)
         raise
 
@@ -99,6 +111,7 @@ def _conclude(
 ) -> RunResult:
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
+    run.folder.check()
     late = [Rejection(row, f"no target: {reason}") for row, reason in failures.items()]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)

@@ -189,13 +189,18 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
 
     files = plan.checkpoint.files()
     with run.stage("publish", len(files)) as (bar, _):
+
+        def on_file(_: str) -> None:
+            run.folder.check()
+            bar.advance()
+
         publish(
             plan.checkpoint,
             by_tensor,
             edited,
             run.store,
             "model",
-            on_file=lambda _name: bar.advance(),
+            on_file=on_file,
         )
     run.folder.record("published", {"files": files})
 
