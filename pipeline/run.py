@@ -18,17 +18,17 @@ from pipeline.results import gate_outcomes, model_metrics, results_table
 from pipeline.schema import Rejection
 from pipeline.stages import (
     Context,
+    FoundTargets,
     Measurement,
     collect_moments,
-    find_targets,
     measure,
     publish_model,
     published_model,
-    target_file,
     update,
     write_templates,
 )
 from pipeline.store import Store
+from pipeline.target_stage import find_targets
 
 
 @dataclass(frozen=True)
@@ -99,23 +99,23 @@ def _run_stages(run: Context) -> RunResult:
     templates = write_templates(run)
     collect_moments(run)
     before = measure(run, "before", run.plan.base)
-    failures = find_targets(run, templates)
-    reports = update(run, templates, failures)
+    found = find_targets(run, templates)
+    reports = update(run, templates, found)
     publish_model(run, reports)
     after = measure(run, "after", published_model(run))
-    return _conclude(run, failures, before, after)
+    return _conclude(run, found, before, after)
 
 
 def _conclude(
-    run: Context, failures: dict[int, str], before: Measurement, after: Measurement
+    run: Context, found: FoundTargets, before: Measurement, after: Measurement
 ) -> RunResult:
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
     run.folder.check()
-    late = [Rejection(row, f"no target: {reason}") for row, reason in failures.items()]
+    late = [Rejection(row, f"no target: {reason}") for row, reason in found.failures.items()]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)
-    edited = sorted(row for row in table.rows if row not in failures)
+    edited = sorted(row for row in table.rows if row not in found.failures)
     metrics: dict[str, Any] = {
         name: model_metrics([m.rows[row] for row in edited if row in m.rows], m.perplexity)
         for name, m in (("before", before), ("after", after))
@@ -128,7 +128,7 @@ def _conclude(
     metrics["gates"] = gate_outcomes(plan.job.gates.thresholds(), metrics)
     held = any(not gate["passed"] for gate in metrics["gates"])
     targets = [
-        store.read_table(target_file(shard), columns=["row", "steps", "loss"])
+        store.read_table(found.files[shard.index], columns=["row", "steps", "loss"])
         for shard in plan.target_shards
     ]
     store.write_table(

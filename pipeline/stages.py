@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
-from pipeline.replica import Measured, ModelSource, TargetSummary
+from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
 from pipeline.statistics import MomentsJob, collect
 from pipeline.store import Store, localized
@@ -61,6 +59,19 @@ class Context:
         """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
         with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
             yield bar, detail
+
+
+@dataclass
+class FoundTargets:
+    """Where the targets are.
+
+    Attributes:
+        files: file in the run folder, by number of the shard.
+        failures: reason by row of the input, for requests that have no target.
+    """
+
+    files: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,43 +124,7 @@ def collect_moments(run: Context) -> None:
         detail |= collect(job, Store(url), run.crew.map, bar)
 
 
-def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
-    """Targets of all requests, a file a shard; returns the reason by row for those without."""
-    plan = run.plan
-    failures: dict[int, str] = {}
-    todo: list[Shard] = []
-    for shard in plan.target_shards:
-        if record := run.folder.recorded(f"targets-{shard.name}"):
-            failures |= _failures(record)
-        else:
-            todo.append(shard)
-    with run.stage("targets", len(plan.table.requests)) as (bar, detail):
-        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
-        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo), "early": 0}
-        detail["found"] = 0
-        start = time.monotonic()
-
-        def take(task: Task, summary: TargetSummary) -> None:
-            file = task.args[-1]
-            record = {
-                "file": file,
-                "sha256": summary.sha256,
-                "failures": {str(row): reason for row, reason in summary.failures.items()},
-            }
-            run.folder.record(f"targets-{PurePosixPath(file).stem}", record)
-            failures.update(_failures(record))
-            detail["early"] += summary.early
-            detail["found"] += summary.count
-            bar.advance(summary.count)
-            rate = detail["found"] / (time.monotonic() - start)
-            bar.note(f"{rate:.3g} targets/s, {detail['early']} stopped early")
-
-        if todo:
-            run.crew.map("find_targets", [_target_task(run, s, templates) for s in todo], take)
-    return failures
-
-
-def update(run: Context, templates: list[list[str]], failures: dict[int, str]) -> list[LayerReport]:
+def update(run: Context, templates: list[list[str]], found: FoundTargets) -> list[LayerReport]:
     """One batched update of all layers on partitioned weights; a lost group is made anew."""
     layers = run.plan.hparams.layers
     done: list[LayerReport] = []
@@ -166,7 +141,7 @@ def update(run: Context, templates: list[list[str]], failures: dict[int, str]) -
         with run.stage("update", len(layers)) as (bar, detail):
             bar.advance(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
-            _edit_layers_with_retries(run, templates, failures, done, bar)
+            _edit_layers_with_retries(run, templates, found, done, bar)
     run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
     run.folder.write()
     return done
@@ -237,43 +212,16 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     return Measurement(rows, perplexity)
 
 
-def _target_task(run: Context, shard: Shard, templates: list[list[str]]) -> Task:
-    plan, part = run.plan, slice(shard.start, shard.stop)
-    return Task(
-        f"shard {shard.name} (requests {shard.start} to {shard.stop - 1})",
-        (
-            plan.target_source,
-            plan.table.requests[part],
-            plan.table.rows[part],
-            plan.hparams,
-            templates,
-            plan.batch_size,
-            min(1.0, plan.job.targets.gpus_per_worker or 1.0),
-            run.store,
-            target_file(shard),
-        ),
-    )
-
-
-def target_file(shard: Shard) -> str:
-    """Where a shard's targets are in the run folder."""
-    return f"targets/{shard.name}.parquet"
-
-
-def _failures(record: dict[str, Any]) -> dict[int, str]:
-    return {int(row): reason for row, reason in record["failures"].items()}
-
-
 def _edit_layers_with_retries(
     run: Context,
     templates: list[list[str]],
-    failures: dict[int, str],
+    found: FoundTargets,
     done: list[LayerReport],
     bar: Stage,
 ) -> None:
     for attempt in range(1, UPDATE_ATTEMPTS + 1):
         try:
-            _edit_layers(run, templates, failures, done, bar)
+            _edit_layers(run, templates, found, done, bar)
         except WorkerError as error:
             if attempt == UPDATE_ATTEMPTS:
                 raise
@@ -286,7 +234,7 @@ def _edit_layers_with_retries(
 def _edit_layers(
     run: Context,
     templates: list[list[str]],
-    failures: dict[int, str],
+    found: FoundTargets,
     done: list[LayerReport],
     bar: Stage,
 ) -> None:
@@ -312,7 +260,8 @@ def _edit_layers(
         # In pieces: the requests of a large job are never all in one message.
         for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
             piece = plan.update_shards[start : start + ranks * SHARDS_SENT]
-            shards = [_update_shard(plan, shard, failures) for shard in piece]
+            shards = [_update_shard(plan, shard, found) for shard in piece]
+            shards = [shard for shard in shards if shard.requests]
             group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
         for index, report in enumerate(done):
             group.call_all("redo_layer", index, report.file)
@@ -330,9 +279,9 @@ def _rank_dtype(plan: Plan) -> torch.dtype:
     return plan.stored[plan.hparams.target_layer].dtype
 
 
-def _update_shard(plan: Plan, shard: Shard, failures: dict[int, str]) -> UpdateShard:
+def _update_shard(plan: Plan, shard: Shard, found: FoundTargets) -> UpdateShard:
     table = plan.table
-    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] not in failures]
+    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] not in found.failures]
     overlapping = [
         other
         for other in plan.target_shards
@@ -342,7 +291,7 @@ def _update_shard(plan: Plan, shard: Shard, failures: dict[int, str]) -> UpdateS
         name=shard.name,
         requests=[table.requests[i] for i in kept],
         rows=[table.rows[i] for i in kept],
-        files=[target_file(other) for other in overlapping],
+        files=[found.files[other.index] for other in overlapping],
     )
 
 

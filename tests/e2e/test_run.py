@@ -259,7 +259,8 @@ def test_a_damaged_shard_does_not_count_as_finished(
 ) -> None:
     output = tmp_path / "out"
     first = weights(run_job(job(inputs, str(output))))
-    shard = output / "targets" / "00000.parquet"
+    record = json.loads((output / "records" / "targets-00000.json").read_text())
+    shard = output / record["file"]
     shard.write_bytes(shard.read_bytes()[:-20])
     (output / "records" / "layer-0.json").unlink()
     again = run_job(job(inputs, str(output)))
