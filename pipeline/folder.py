@@ -1,7 +1,8 @@
 """The run folder: what a run has done, in a form that outlives it.
 
 Finished work is an immutable file plus a small record that names it, written after it
-(``records/``). Work without a record, or with the record of another job, does not count.
+(``records/``). Every attempt writes files of its own; only ``model/`` has names that are given.
+Work without a record, or with the record of another job, does not count.
 ``run.json`` tells people and programs where the run is.
 """
 
@@ -11,7 +12,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -129,14 +130,29 @@ class RunFolder:
         self.write()
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
-        """Commit a piece of work: all its files are in place."""
+        """Commit a piece of work: all its files are in place.
+
+        Args:
+            name: of the work.
+            value: what is to be remembered, with ``file`` and its ``sha256`` or with ``files``,
+                SHA-256 by name; their sizes are added.
+        """
+        sizes = {file: self.store.size(file) for file in _files(value)}
         self.check()
-        self.store.write_json(f"records/{name}.json", {**value, "digest": self._digest})
+        self.store.write_json(
+            f"records/{name}.json", {**value, "bytes": sizes, "digest": self._digest}
+        )
+
+    def forget(self, *names: str) -> None:
+        """Delete the records of work that follows from work which is about to be done again."""
+        self.check()
+        for name in names:
+            self.store.delete(f"records/{name}.json")
 
     def recorded(self, name: str) -> dict[str, Any] | None:
         """The record of a piece of this job's work; None where it is not finished.
 
-        A record counts only while the file that it names is there, whole (``file``, ``sha256``).
+        A record counts only while the files that it names are there, whole.
         """
         path = f"records/{name}.json"
         if not self.store.exists(path):
@@ -144,12 +160,36 @@ class RunFolder:
         record: dict[str, Any] = self.store.read_json(path)
         if record.get("digest") != self._digest:
             return None
-        file = record.get("file")
-        if file is not None and (
-            not self.store.exists(file) or self.store.sha256(file) != record["sha256"]
-        ):
-            return None
-        return record
+        return record if self._whole(record) else None
+
+    def sweep(self, folder: str, named: Collection[str]) -> None:
+        """Delete what attempts that came to nothing have left in a folder.
+
+        Args:
+            folder: name in the run folder.
+            named: the files that records name; they stay.
+        """
+        self.check()
+        for file in self.store.list(folder, unfinished=True):
+            if file not in named:
+                self.store.delete(file)
+
+    def _whole(self, record: Mapping[str, Any]) -> bool:
+        sizes = record.get("bytes", {})
+        return all(
+            self.store.exists(file)
+            and self.store.size(file) == sizes.get(file)
+            and self.store.sha256(file) == digest
+            for file, digest in _files(record).items()
+        )
+
+
+def _files(record: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 by name of the files that a record names."""
+    files: dict[str, str] = dict(record.get("files", {}))
+    if "file" in record:
+        files[record["file"]] = record["sha256"]
+    return files
 
 
 def _now() -> str:

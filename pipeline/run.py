@@ -17,6 +17,8 @@ from pipeline.report import write_report
 from pipeline.results import gate_outcomes, model_metrics, results_table
 from pipeline.schema import Rejection
 from pipeline.stages import (
+    CARD,
+    MODEL,
     Context,
     FoundTargets,
     Measurement,
@@ -103,6 +105,8 @@ def _run_stages(run: Context) -> RunResult:
     reports = update(run, templates, found)
     publish_model(run, reports)
     after = measure(run, "after", published_model(run))
+    run.folder.sweep("targets", set(found.files.values()))
+    run.folder.sweep("delta", {report.file for report in reports})
     return _conclude(run, found, before, after)
 
 
@@ -139,7 +143,7 @@ def _conclude(
     run.folder.status["counts"] = metrics["counts"]
     status = "held" if held else "complete"
     card = model_card(dump_job(plan.job), run.folder.status, metrics)
-    store.write_bytes("model/README.md", card.encode())
+    store.write_bytes(f"{MODEL}/{CARD}", card.encode())
     run.folder.finish(status)
     write_report(store)
     return RunResult(status, store, metrics)

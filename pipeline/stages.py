@@ -33,6 +33,9 @@ from pipeline.store import Store, localized
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
+MODEL = "model"
+# The model card: written at the end, over what the base has under this name.
+CARD = "README.md"
 PERPLEXITY_TEXTS = 256
 MEASURED_TOGETHER = 32
 UPDATE_ATTEMPTS = 3
@@ -135,6 +138,8 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
         names = [field.name for field in dataclasses.fields(LayerReport)]
         done.append(LayerReport(**{name: record[name] for name in names}))
     if len(done) < len(layers):
+        later = [f"layer-{layer}" for layer in layers[len(done) :]]
+        run.folder.forget(*later, "published", "measured-after")
         if run.plan.job.update.gpus_per_rank:
             # The ranks need the GPUs that the workers hold.
             run.crew.release()
@@ -162,11 +167,14 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         with run.store.local_copy(report.file) as path:
             return changed(base, Edit.load(path).deltas[report.parameter])
 
-    files = plan.checkpoint.files()
-    with run.stage("publish", len(files)) as (bar, _):
+    run.folder.forget("measured-after")
+    digests: dict[str, str] = {}
+    with run.stage("publish", len(plan.checkpoint.files())) as (bar, _):
 
-        def on_file(_: str) -> None:
+        def on_file(name: str) -> None:
             run.folder.check()
+            if name != CARD:
+                digests[f"{MODEL}/{name}"] = run.store.sha256(f"{MODEL}/{name}")
             bar.advance()
 
         publish(
@@ -174,15 +182,15 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
             by_tensor,
             edited,
             run.store,
-            "model",
+            MODEL,
             on_file=on_file,
         )
-    run.folder.record("published", {"files": files})
+    run.folder.record("published", {"files": digests})
 
 
 def published_model(run: Context) -> ModelSource:
     """The edited checkpoint, for the workers."""
-    folder = localized(run.store.join("model"), default_cache())
+    folder = localized(run.store.join(MODEL), default_cache())
     return ModelSource(folder, run.plan.base.on_gpu)
 
 

@@ -81,17 +81,18 @@ class Store:
             found: list[str] = self.fs.glob(self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.
 
-        Files that are still being written, or were when their writer died, are left out.
+        Files that are still being written, or were when their writer died, are left out unless
+        they are asked for (``unfinished``).
         """
         folder = self._path(prefix) if prefix else self.root
         with _failures("list", _url(self.fs, folder)):
             self.fs.invalidate_cache()
             found = self.fs.find(folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
-        return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
+        return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
 
     @contextmanager
     def read_stream(self, name: str) -> Iterator[BinaryIO]:
@@ -226,6 +227,12 @@ class Store:
             self.fs.invalidate_cache()
             if self.fs.exists(self._path(name)):
                 self.fs.rm(self._path(name), recursive=True)
+
+    def size(self, name: str) -> int:
+        """The size of a file in bytes."""
+        with _failures("look for", self.join(name)):
+            self.fs.invalidate_cache()
+            return int(self.fs.size(self._path(name)))
 
     def sha256(self, name: str) -> str:
         """The SHA-256 of a file's bytes, in hexadecimal."""

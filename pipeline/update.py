@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -288,7 +289,8 @@ class UpdateRank:
     def _save(
         self, name: str, delta: torch.Tensor, original: torch.Tensor, solved: _Solved
     ) -> LayerReport:
-        file = f"delta/{name}.safetensors"
+        # No other attempt uses the name: what counts is what the layer's record names.
+        file = f"delta/{name}-{uuid4().hex}.safetensors"
         with self._job.run.local_target(file) as path:
             Edit({name: delta}, {name: original}).save(path)
         lost = changed(original, delta).double().sub_(original).sub_(delta)

@@ -51,6 +51,18 @@ def run_json(result: RunResult) -> dict[str, Any]:
     return json.loads((folder(result) / "run.json").read_text())
 
 
+def record_is_whole(result: RunResult, name: str) -> bool:
+    """Whether all files that a record names are there, as it says."""
+    record = result.folder.read_json(f"records/{name}")
+    files = record.get("files", {}) | (
+        {record["file"]: record["sha256"]} if "file" in record else {}
+    )
+    return record["bytes"].keys() == files.keys() and all(
+        result.folder.sha256(file) == digest and result.folder.size(file) == record["bytes"][file]
+        for file, digest in files.items()
+    )
+
+
 def test_the_run_folder_has_all_that_is_promised(run: Runner) -> None:
     result = run()
     assert result.status == "complete"
@@ -241,7 +253,13 @@ def test_the_same_job_resumes_and_another_is_refused(
     (tmp_path / "out" / "records" / "layer-2.json").unlink()
     (tmp_path / "out" / "records" / "published.json").unlink()
     (tmp_path / "out" / "records" / "targets-00001.json").unlink()
+    stray = ["targets/00001-stray.parquet", "delta/stray.safetensors", "model/stray.safetensors"]
+    for name in stray:
+        (tmp_path / "out" / name).write_bytes(b"half of i")
     again = run_job(job(inputs, output))
+    assert not any((tmp_path / "out" / name).exists() for name in stray)
+    assert Edit.load(tmp_path / "out" / "delta").deltas.keys() == set(edited_names(again))
+    assert all(record_is_whole(again, name) for name in again.folder.glob("records/*.json"))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert detail["targets"]["shards"] == 1
     assert detail["targets"]["reused"] == 1
@@ -258,11 +276,13 @@ def test_a_damaged_shard_does_not_count_as_finished(
     inputs: Path, local_ray: None, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    first = weights(run_job(job(inputs, str(output))))
+    first = {n: w.clone() for n, w in weights(run_job(job(inputs, str(output)))).items()}
     record = json.loads((output / "records" / "targets-00000.json").read_text())
     shard = output / record["file"]
     shard.write_bytes(shard.read_bytes()[:-20])
     (output / "records" / "layer-0.json").unlink()
+    model = output / "model" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-8] + bytes(8))
     again = run_job(job(inputs, str(output)))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert detail["targets"]["shards"] == 1
