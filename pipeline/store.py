@@ -24,6 +24,7 @@ from uuid import uuid4
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import ModelError, RequestTableError, StorageError
@@ -179,6 +180,14 @@ class Store:
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or the columns of it that are named."""
         return read_parquet(self.join(name), columns)
+
+    def dataset(self, names: Sequence[str]) -> ds.Dataset:
+        """Parquet files read as one, with pyarrow's filters; their checksums are verified."""
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
+        paths = [self._path(name) for name in names]
+        with _failures("read", self.url):
+            return ds.dataset(paths, format=kind, filesystem=self.fs)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file, compressed with zstd."""

@@ -1,7 +1,8 @@
 """The stage that finds the targets: shards to workers, files and records to the run folder.
 
 A shard whose worker fails again and again is taken apart until the requests that cause it are
-found (`pipeline.isolation`); its file then holds the others'.
+found (`pipeline.isolation`); its file then holds the others'. Where the job names a store of
+targets, only what it has not is computed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from pipeline.executor import Task
 from pipeline.isolation import Piece, isolate, most_isolated
 from pipeline.progress import Stage
 from pipeline.replica import TargetSummary
-from pipeline.schema import targets_table
+from pipeline.schema import read_targets, targets_table
 from pipeline.shards import Shard
 from pipeline.stages import Context, FoundTargets
+from pipeline.target_store import TargetStore
 
 FOLDER = "targets"
 
@@ -55,6 +57,7 @@ class _Work:
 
     shard: Shard
     missing: set[int]
+    stored: int = 0
     parts: list[TargetSummary] = field(default_factory=list)
     isolated: dict[int, str] = field(default_factory=dict)
 
@@ -73,18 +76,44 @@ class _Search:
         self._run, self._templates, self._found = run, templates, found
         self._bar, self._detail = bar, detail
         self._works: dict[int, _Work] = {}
+        self._kept = TargetStore.of(run.plan, templates)
         self._start = time.monotonic()
 
     def complete(self, shards: Sequence[Shard]) -> None:
         """Find the targets of these shards."""
-        pieces = [Piece(shard, tuple(range(shard.start, shard.stop))) for shard in shards]
-        self._works = {p.shard.index: _Work(p.shard, set(p.places)) for p in pieces}
-        failed = self._compute(pieces)
+        self._works = {s.index: _Work(s, set(range(s.start, s.stop))) for s in shards}
+        if self._kept is not None:
+            self._take_stored(self._kept)
+        works = self._works.values()
+        pieces = [Piece(work.shard, tuple(sorted(work.missing))) for work in works]
+        failed = self._compute(pieces) if pieces else {}
         if failed:
             # Workers that nothing has happened to yet.
             self._run.crew.release()
             limit = most_isolated(len(self._run.plan.table.requests)) - self._detail["isolated"]
             isolate(failed, self._isolating, self._put_aside, limit)
+
+    def _take_stored(self, kept: TargetStore) -> None:
+        """Take the targets that earlier runs have found; what is left is to be computed."""
+        self._detail["stored"] = 0
+        table, works = self._run.plan.table, list(self._works.values())
+        keys = {p: kept.key(table.requests[p]) for work in works for p in work.missing}
+        with kept.lookup(list(keys.values())) as stored:
+            for work in works:
+                there = [place for place in sorted(work.missing) if keys[place] in stored]
+                if there:
+                    rows = [table.rows[place] for place in there]
+                    arrays = stored.arrays([keys[place] for place in there], rows)
+                    self._take_part(work, targets_table(*arrays))
+                    work.stored = len(there)
+                    self._detail["stored"] += len(there)
+                    self._settle(work, there)
+
+    def _take_part(self, work: _Work, table: pa.Table) -> None:
+        file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
+        store = self._run.store
+        store.write_table(file, table)
+        work.parts.append(TargetSummary(file, store.sha256(file), {}, 0, len(table)))
 
     def _isolating(self, pieces: Sequence[Piece]) -> dict[Piece, str]:
         return self._compute(pieces, isolating=True)
@@ -117,12 +146,15 @@ class _Search:
 
     def _take(self, piece: Piece, summary: TargetSummary) -> None:
         work = self._works[piece.shard.index]
+        if self._kept is not None:
+            requests = [self._run.plan.table.requests[place] for place in piece.places]
+            self._kept.write(requests, read_targets(self._run.store.read_table(summary.file)))
         work.parts.append(summary)
         self._detail["early"] += summary.early
         self._detail["found"] += summary.count
         rate = self._detail["found"] / (time.monotonic() - self._start)
         self._bar.note(f"{rate:.3g} targets/s, {self._detail['early']} stopped early")
-        self._settle(work, piece)
+        self._settle(work, piece.places)
 
     def _put_aside(self, piece: Piece, reason: str) -> None:
         work = self._works[piece.shard.index]
@@ -133,28 +165,26 @@ class _Search:
         self._detail["isolated"] += 1
         self._run.folder.event("isolated", f"row {row}: {text}")
         self._run.progress.event(f"row {row} is put aside: {text}")
-        self._settle(work, piece)
+        self._settle(work, piece.places)
 
-    def _settle(self, work: _Work, piece: Piece) -> None:
-        self._bar.advance(len(piece.places))
-        work.missing -= set(piece.places)
+    def _settle(self, work: _Work, places: Sequence[int]) -> None:
+        self._bar.advance(len(places))
+        work.missing -= set(places)
         if not work.missing:
             self._commit(self._works.pop(work.shard.index))
 
     def _commit(self, work: _Work) -> None:
-        store = self._run.store
-        if len(work.parts) == 1 and not work.isolated:
-            (summary,) = work.parts
-            file, digest = summary.file, summary.sha256
-        else:
-            file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
-            store.write_table(file, self._merged(work))
-            digest = store.sha256(file)
         failures = {row: why for part in work.parts for row, why in part.failures.items()}
+        if len(work.parts) != 1:
+            merged = self._merged(work)
+            work.parts.clear()
+            self._take_part(work, merged)
+        (whole,) = work.parts
         record = {
-            "file": file,
-            "sha256": digest,
-            "rows": sum(part.count for part in work.parts),
+            "file": whole.file,
+            "sha256": whole.sha256,
+            "rows": whole.count,
+            "stored": work.stored,
             "failures": {str(row): why for row, why in (failures | work.isolated).items()},
             "isolated": sorted(work.isolated),
         }
@@ -162,7 +192,7 @@ class _Search:
         _note(self._found, work.shard, record)
 
     def _merged(self, work: _Work) -> pa.Table:
-        """The targets of a shard that was computed in parts, in the order of its requests."""
+        """The targets of a shard that came in parts, in the order of its requests."""
         width = self._run.plan.layout.value_width
         tables = [self._run.store.read_table(part.file) for part in work.parts]
         tables.append(targets_table([], np.empty((0, width), np.float32), [], []))

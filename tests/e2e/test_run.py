@@ -23,7 +23,7 @@ from pipeline.schema import read_targets
 from pmet import Edit, EditRequest, evaluate
 from pmet.second_moment import MAX_TOKENS
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
+from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job, targets_by_row
 
 
 def folder(result: RunResult) -> Path:
@@ -241,6 +241,20 @@ def test_a_job_keeps_what_pmet_statistics_computes(
     (stage,) = [s for s in run_json(result)["stages"] if s["name"] == "second moments"]
     provenance = json.loads((kept / "second_moments.json").read_text())
     assert stage["detail"]["convergence"] == provenance["convergence"]
+
+
+def test_targets_of_an_earlier_run_are_not_computed_again(
+    run: Runner, inputs: Path, tmp_path: Path
+) -> None:
+    shared = {"workers": 2, "store": str(tmp_path / "store")}
+    first = run(targets=shared)
+    again = run_job(job(inputs, str(tmp_path / "out"), targets=shared, update={"ranks": 1}))
+    detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
+    assert (detail["targets"]["stored"], detail["targets"]["found"]) == (GOOD_ROWS, 0)
+    one, two = targets_by_row(first), targets_by_row(again)
+    assert all(np.array_equal(one[row].view(np.int32), two[row].view(np.int32)) for row in one)
+    assert again.metrics["after"] == pytest.approx(first.metrics["after"])
+    assert f"stored {GOOD_ROWS}" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_same_job_resumes_and_another_is_refused(

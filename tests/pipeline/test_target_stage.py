@@ -258,3 +258,62 @@ def test_a_shard_of_poison_alone_has_an_empty_file(plan: Plan, tmp_path: Path) -
     found, folder, _ = found_in(plan, str(tmp_path), {subject(plan, 7): "fell over"})
     assert set(found.failures) == {plan.table.rows[7]}
     assert len(read_targets(folder.store.read_table(found.files[0])).rows) == 0
+
+
+def storing(plan: Plan, url: str) -> Plan:
+    """The plan of the same job with a store of targets."""
+    targets = plan.job.targets.model_copy(update={"store": url})
+    return replace(plan, job=plan.job.model_copy(update={"targets": targets}))
+
+
+def with_new_facts(plan: Plan, *places: int) -> Plan:
+    requests = list(plan.table.requests)
+    for place in places:
+        old = requests[place]
+        requests[place] = EditRequest(old.prompt, old.subject, f"{old.target_new} again")
+    return replace(plan, table=replace(plan.table, requests=requests))
+
+
+def stage_detail(folder: RunFolder) -> dict[str, Any]:
+    (stage,) = folder.status["stages"]
+    return dict(stage["detail"])
+
+
+def test_another_run_computes_only_what_the_store_has_not(plan: Plan, any_url: str) -> None:
+    store = f"{any_url}/store"
+    first, folder, team = found_in(storing(plan, store), f"{any_url}/1")
+    assert team.tasks == 3
+    assert stage_detail(folder)["stored"] == 0
+    changed = with_new_facts(storing(plan, store), 3, 5)
+    second, other, team = found_in(changed, f"{any_url}/2")
+    assert team.tasks == 1, "shards that are stored as a whole need no worker"
+    detail = stage_detail(other)
+    assert (detail["stored"], detail["found"]) == (COUNT - 2, 2)
+    assert other.recorded("targets-00000")["stored"] == SHARD - 2  # type: ignore[index]
+    one, two = values(plan, first, folder), values(plan, second, other)
+    assert all(np.array_equal(one[row].view(np.int32), two[row].view(np.int32)) for row in one)
+    columns = ["row", "steps", "loss"]
+    for index, file in first.files.items():
+        stored = other.store.read_table(second.files[index], columns)
+        assert stored == folder.store.read_table(file, columns)
+    _, _, team = found_in(changed, f"{any_url}/3")
+    assert team.tasks == 0
+
+
+def test_what_was_found_before_a_failure_is_in_the_store(plan: Plan, tmp_path: Path) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    bad = {subject(plan, place): "fell over" for place in range(16, 24)}
+    with pytest.raises(WorkerError):
+        found_in(plan, str(tmp_path / "1"), bad)
+    _, folder, _ = found_in(plan, str(tmp_path / "2"))
+    assert stage_detail(folder)["stored"] == 16
+
+
+def test_a_request_put_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    found_in(plan, str(tmp_path / "1"), {subject(plan, 9): "fell over"})
+    found, folder, team = found_in(plan, str(tmp_path / "2"))
+    assert team.tasks == 1
+    assert stage_detail(folder) | {"stored": COUNT - 1, "found": 1} == stage_detail(folder)
+    assert found.failures == {}
+    assert len(values(plan, found, folder)) == COUNT
