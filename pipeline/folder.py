@@ -19,7 +19,8 @@ from importlib import metadata
 from typing import Any
 
 from pipeline.errors import RunFolderError
-from pipeline.store import Store
+from pipeline.lease import FOLDER as LEASE
+from pipeline.store import TEMPORARY_SUFFIX, Store
 
 STATUS = "run.json"
 _OWN = (
@@ -84,6 +85,7 @@ class RunFolder:
                     f"{self.store.url} holds a run of another job: {', '.join(changed)} changed; "
                     "name another output, or start over with --fresh"
                 )
+        self._clear_unfinished()
         self.status = {
             "status": "running",
             "started_at": _now(),
@@ -101,6 +103,15 @@ class RunFolder:
         }
         self.write()
         return earlier is not None
+
+    def _clear_unfinished(self) -> None:
+        """Delete what was being written when an earlier attempt was killed."""
+        if not self.store.is_local:
+            return
+        for file in self.store.list(unfinished=True):
+            # Another run may be trying to take the lease just now.
+            if _is_unfinished(file) and not file.startswith(f"{LEASE}/"):
+                self.store.delete(file)
 
     def write(self) -> None:
         """Write ``run.json``."""
@@ -190,6 +201,11 @@ def _files(record: Mapping[str, Any]) -> dict[str, str]:
     if "file" in record:
         files[record["file"]] = record["sha256"]
     return files
+
+
+def _is_unfinished(file: str) -> bool:
+    name = file.rpartition("/")[2]
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def _now() -> str:

@@ -268,7 +268,12 @@ def _claim(store: Store, name: str, holder: Holder, settle_s: float | None) -> b
 
 
 def _read(store: Store, name: str) -> Holder:
-    return Holder(**store.read_json(name))
+    try:
+        return Holder(**store.read_json(name))
+    except TypeError:
+        raise StorageError(
+            f"{store.join(name)} is no lease of this version; delete it if no run writes the folder"
+        ) from None
 
 
 def _last_number(store: Store) -> int:

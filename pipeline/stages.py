@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
 from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
-from pipeline.statistics import MomentsJob, collect
+from pipeline.statistics import PARTS, MomentsJob, collect
 from pipeline.store import Store, localized
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
@@ -62,6 +62,15 @@ class Context:
         """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
         with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
             yield bar, detail
+
+    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        """Run a stage's tasks; each result is taken only while the folder is this run's."""
+
+        def take_if_held(task: Task, value: Any) -> None:
+            self.folder.check()
+            take(task, value)
+
+        self.crew.map(method, tasks, take_if_held)
 
 
 @dataclass
@@ -99,6 +108,7 @@ def write_templates(run: Context) -> list[list[str]]:
         with run.stage("templates", 1) as (bar, _):
             templates = run.crew.one("write_templates", "context templates", (run.plan.job.seed,))
             bar.advance()
+    run.folder.check()
     run.store.write_json("context_templates.json", templates)
     run.folder.record("context_templates", {"templates": templates})
     return templates
@@ -113,6 +123,9 @@ def collect_moments(run: Context) -> None:
     """Second moments of all edited layers, in one pass over the corpus; kept if already there."""
     plan, url = run.plan, moments_url(run)
     if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
+        if plan.job.second_moments is None:
+            # A run that was killed just before the end has left them.
+            run.store.delete(f"second_moments/{PARTS}")
         return
     assert plan.corpus is not None, "the plan refuses a job with neither"
     job = MomentsJob(
@@ -124,7 +137,7 @@ def collect_moments(run: Context) -> None:
         stored=plan.stored[plan.hparams.target_layer].dtype,
     )
     with run.stage("second moments", plan.corpus.tokens) as (bar, detail):
-        detail |= collect(job, Store(url), run.crew.map, bar)
+        detail |= collect(job, Store(url), run.map, bar)
 
 
 def update(run: Context, templates: list[list[str]], found: FoundTargets) -> list[LayerReport]:

@@ -146,9 +146,10 @@ class TargetStore:
         sink = BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         data = sink.getvalue()
-        folder = self.digest
-        self.store.create_bytes(f"{folder}/context.json", json.dumps(self.context).encode())
-        self.store.write_bytes(f"{folder}/{hashlib.sha256(data).hexdigest()}{_SEGMENT}", data)
+        # All who write it write the same.
+        if not self.store.exists(said := f"{self.digest}/context.json"):
+            self.store.write_json(said, self.context)
+        self.store.write_bytes(f"{self.digest}/{hashlib.sha256(data).hexdigest()}{_SEGMENT}", data)
 
     @contextmanager
     def lookup(self, keys: Collection[str]) -> Iterator[StoredTargets]:

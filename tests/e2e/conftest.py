@@ -17,6 +17,7 @@ import ray
 from pipeline.config import JobConfig
 from pipeline.run import RunResult, run_job
 from pipeline.schema import read_targets
+from pipeline.store import Store
 from tests.conftest import GOLDEN
 
 GOOD_ROWS = 40
@@ -110,11 +111,11 @@ def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobC
     return JobConfig.model_validate(values | changes)
 
 
-def targets_by_row(result: RunResult) -> dict[int, np.ndarray]:
-    """Every target that a record of the run names, by row of the input."""
+def targets_by_row(folder: Store) -> dict[int, np.ndarray]:
+    """Every target that a record of a run folder names, by row of the input."""
     by_row: dict[int, np.ndarray] = {}
-    for name in result.folder.glob("records/targets-*.json"):
-        record = result.folder.read_json(f"records/{name}")
-        arrays = read_targets(result.folder.read_table(record["file"]))
+    for name in folder.glob("records/targets-*.json"):
+        record = folder.read_json(f"records/{name}")
+        arrays = read_targets(folder.read_table(record["file"]))
         by_row |= dict(zip(arrays.rows.tolist(), arrays.values, strict=True))
     return by_row

@@ -88,7 +88,7 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
     assert victim["reason"].startswith(
         "no target: whoever computes it fails, also by itself (RuntimeError: the library fell over"
     )
-    expected, values = targets_by_row(undisturbed), targets_by_row(result)
+    expected, values = targets_by_row(undisturbed.folder), targets_by_row(result.folder)
     assert len(values) == len(expected) - 1 == GOOD_ROWS - 1
     apart = [
         np.linalg.norm(values[row] - expected[row]) / np.linalg.norm(expected[row])

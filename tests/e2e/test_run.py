@@ -251,7 +251,7 @@ def test_targets_of_an_earlier_run_are_not_computed_again(
     again = run_job(job(inputs, str(tmp_path / "out"), targets=shared, update={"ranks": 1}))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert (detail["targets"]["stored"], detail["targets"]["found"]) == (GOOD_ROWS, 0)
-    one, two = targets_by_row(first), targets_by_row(again)
+    one, two = targets_by_row(first.folder), targets_by_row(again.folder)
     assert all(np.array_equal(one[row].view(np.int32), two[row].view(np.int32)) for row in one)
     assert again.metrics["after"] == pytest.approx(first.metrics["after"])
     assert f"stored {GOOD_ROWS}" in (tmp_path / "out" / "report.html").read_text()

@@ -84,6 +84,17 @@ def test_what_no_record_names_is_swept(url: str) -> None:
     assert folder.store.exists("targetsx/1")
 
 
+def test_what_a_killed_attempt_was_writing_is_deleted(tmp_path: Path) -> None:
+    folder = begun(str(tmp_path))
+    writers = [folder.store.write_stream(n) for n in ("run.json", "records/p.json", "lease/1.json")]
+    for writer in writers:
+        writer.__enter__().write(b"half")
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 3
+    begun(str(tmp_path))
+    (left,) = tmp_path.rglob(".*.tmp")
+    assert left.parent.name == "lease", "another run's"
+
+
 def test_another_jobs_folder_is_refused_and_names_what_changed(url: str) -> None:
     begun(url).record("piece", {})
     with pytest.raises(RunFolderError, match=r"another job: model changed; .*--fresh"):

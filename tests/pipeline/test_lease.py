@@ -258,6 +258,12 @@ def test_without_conditional_writes_the_last_of_two_writers_has_it(
         Lease.acquire(store)
 
 
+def test_a_lease_of_another_version_is_named(any_url: str) -> None:
+    Store(any_url).write_json(f"{FOLDER}/000001.json", {"owner": "me"})
+    with pytest.raises(StorageError, match=r"000001\.json is no lease of this version; delete it"):
+        Lease.acquire(Store(any_url))
+
+
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(StorageError, match=r"cannot write .*file/lease/probe"):

@@ -98,6 +98,8 @@ def test_several_writers_lose_nothing(any_url: str) -> None:
     for name in names:
         digest = hashlib.sha256(Store(any_url).read_bytes(name)).hexdigest()
         assert name == f"{opened(any_url).digest}/{digest}.parquet"
+    said = Store(any_url).read_json(f"{opened(any_url).digest}/context.json")
+    assert said == {"model": "m"}
 
 
 def test_of_two_targets_everybody_finds_the_same(tmp_path: Path) -> None:
