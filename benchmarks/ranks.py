@@ -40,7 +40,7 @@ from pipeline.progress import Progress
 from pipeline.rank_group import RankGroup
 from pipeline.replica import open_tokenizer
 from pipeline.schema import targets_table
-from pipeline.stages import Context, target_file, update
+from pipeline.stages import Context, FoundTargets, update
 
 TEMPLATES = [["{}"], ["It is well known. {}", "In the year of the flood. {}"]]
 LAYERS = (1, 2)
@@ -136,6 +136,7 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
     planned = time.perf_counter() - start
     run_folder = RunFolder(job.output)
     run_folder.begin(plan.digests, seed=0)
+    found = FoundTargets()
     for shard in plan.target_shards:
         rows = list(plan.table.rows[shard.start : shard.stop])
         values = np.random.default_rng(shard.index).normal(size=(len(rows), width))
@@ -143,7 +144,8 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
         table = targets_table(
             rows, values.astype(np.float32), zeros.astype(np.int32), zeros.astype(np.float32)
         )
-        run_folder.store.write_table(target_file(shard), table)
+        found.files[shard.index] = f"targets/{shard.name}.parquet"
+        run_folder.store.write_table(found.files[shard.index], table)
     progress = Progress()
     with (
         Crew(plan, "local", lambda *_: None) as crew,
@@ -152,7 +154,7 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
     ):
         context = Context(plan, run_folder, crew, progress)
         start = time.perf_counter()
-        reports = update(context, TEMPLATES, {})
+        reports = update(context, TEMPLATES, found)
         seconds = time.perf_counter() - start
     layers = _TimedGroup.seconds["edit_layer"]
     return {

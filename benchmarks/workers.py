@@ -42,7 +42,7 @@ def main() -> None:
                             None,
                             1.0,
                             Store(folder),
-                            f"{workers}-{start}.parquet",
+                            f"{workers}-{start}",
                         ),
                     )
                     for start in range(0, len(given.requests), options.shard_size)

@@ -187,6 +187,8 @@ def publish(
 ) -> None:
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
+    What was there is deleted. Nobody can open what is not whole: ``config.json`` comes last.
+
     Args:
         checkpoint: the base.
         names: the edited tensors, as the checkpoint's files call them.
@@ -198,7 +200,8 @@ def publish(
     Raises:
         ModelError: an edited tensor has not the shape it had.
     """
-    for name in checkpoint.files():
+    store.delete(folder)
+    for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
         patches = [t for t in checkpoint.tensors.values() if t.file == name and t.name in names]
         with store.write_stream(f"{folder}/{name}") as target:
             with (checkpoint.folder / name).open("rb") as source:

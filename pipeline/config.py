@@ -98,6 +98,11 @@ class TargetsConfig(_Section):
         description="CPU threads for each worker; auto: one, so that results are the same to the "
         "bit on any machine.",
     )
+    store: TextOrNull = Field(
+        default=None,
+        description="Folder of targets that runs share: what it has is not computed again, what is "
+        "computed is added; null: none.",
+    )
 
 
 class UpdateConfig(_Section):
@@ -205,8 +210,8 @@ class JobConfig(_Section):
         """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
 
         Left out are where results go, what is measured and demanded of them, and which machines
-        compute: the numbers of workers, ranks, threads and GPUs, and offloading. The contents of
-        the files that are named are not read here.
+        compute: the numbers of workers, ranks, threads and GPUs, and offloading; and the store of
+        targets, which has the same ones. The contents of files that are named are not read here.
         """
         values = self.model_dump(
             mode="json",

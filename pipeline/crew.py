@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pipeline.cluster import default_workers, ray_session
 from pipeline.errors import WorkerError
-from pipeline.executor import EventKind, Pool, Task, WorkerPool
+from pipeline.executor import EventKind, FailedTask, Pool, Task, WorkerPool
 from pipeline.plan import Plan
 from pipeline.replica import Replica
 
@@ -88,6 +88,12 @@ class Crew:
             WorkerError: a task was given up; the message has its root cause.
         """
         run_all(self._started_pool(), method, tasks, take)
+
+    def try_all(
+        self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]
+    ) -> list[FailedTask]:
+        """The same, but for what was given up, which is returned."""
+        return self._started_pool().run(method, tasks, take)
 
     def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
         """Run a single task and return its result."""

@@ -10,6 +10,7 @@ They extend the tree of ``pmet.errors``:
     │   ├── RunFolderError      a run folder that does not fit the job
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
+    ├── LeaseLostError          another run has taken the run folder over
     └── WorkerError             a worker or a rank failed
 """
 
@@ -40,6 +41,10 @@ class ModelError(InputError):
 
 class StorageError(PMETError):
     """A file cannot be read, written or listed; the message names it and the remedy."""
+
+
+class LeaseLostError(PMETError):
+    """A run has lost its run folder to another one; it has stopped before it wrote anything."""
 
 
 class WorkerError(PMETError):

@@ -49,10 +49,12 @@ class Task:
     Attributes:
         key: names the task in messages; unique within a stage.
         args: positional arguments of the call.
+        attempts: how often it is tried; as the pool says if None.
     """
 
     key: str
     args: tuple[Any, ...] = ()
+    attempts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -417,8 +419,9 @@ class _Queue:
     def failed(self, attempt: _Attempt, reason: str) -> None:
         """Have the task tried again, or give it up."""
         task, number = attempt.task, attempt.number
-        text = f"{task.key}, attempt {number} of {self._max_attempts}: {reason}"
-        if number < self._max_attempts:
+        allowed = task.attempts or self._max_attempts
+        text = f"{task.key}, attempt {number} of {allowed}: {reason}"
+        if number < allowed:
             self._on_event("retry", text)
             self._again.appendleft(_Attempt(task, attempt.place, number + 1))
         else:

@@ -1,7 +1,8 @@
 """The run folder: what a run has done, in a form that outlives it.
 
 Finished work is an immutable file plus a small record that names it, written after it
-(``records/``). Work without a record, or with the record of another job, does not count.
+(``records/``). Every attempt writes files of its own; only ``model/`` has names that are given.
+Work without a record, or with the record of another job, does not count.
 ``run.json`` tells people and programs where the run is.
 """
 
@@ -11,14 +12,15 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
 from pipeline.errors import RunFolderError
-from pipeline.store import Store
+from pipeline.lease import FOLDER as LEASE
+from pipeline.store import TEMPORARY_SUFFIX, Store
 
 STATUS = "run.json"
 _OWN = (
@@ -41,13 +43,19 @@ _LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "fsspec", 
 class RunFolder:
     """One run's folder, its records and its status.
 
+    Args:
+        url: where it is.
+        check: called before anything that counts is written; raises where another run has taken
+            the folder over.
+
     Attributes:
         store: the folder's files.
         status: what ``run.json`` holds.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, check: Callable[[], None] = lambda: None) -> None:
         self.store = Store(url)
+        self.check = check
         self.status: dict[str, Any] = {}
         self._digest = ""
 
@@ -66,6 +74,7 @@ class RunFolder:
             json.dumps(dict(digests), sort_keys=True).encode()
         ).hexdigest()
         if fresh:
+            self.check()
             for name in _OWN:
                 self.store.delete(name)
         earlier = self.store.read_json(STATUS) if self.store.exists(STATUS) else None
@@ -76,6 +85,7 @@ class RunFolder:
                     f"{self.store.url} holds a run of another job: {', '.join(changed)} changed; "
                     "name another output, or start over with --fresh"
                 )
+        self._clear_unfinished()
         self.status = {
             "status": "running",
             "started_at": _now(),
@@ -94,8 +104,18 @@ class RunFolder:
         self.write()
         return earlier is not None
 
+    def _clear_unfinished(self) -> None:
+        """Delete what was being written when an earlier attempt was killed."""
+        if not self.store.is_local:
+            return
+        for file in self.store.list(unfinished=True):
+            # Another run may be trying to take the lease just now.
+            if _is_unfinished(file) and not file.startswith(f"{LEASE}/"):
+                self.store.delete(file)
+
     def write(self) -> None:
         """Write ``run.json``."""
+        self.check()
         self.store.write_json(STATUS, self.status)
 
     def finish(self, status: str, error: str | None = None) -> None:
@@ -121,13 +141,29 @@ class RunFolder:
         self.write()
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
-        """Commit a piece of work: all its files are in place."""
-        self.store.write_json(f"records/{name}.json", {**value, "digest": self._digest})
+        """Commit a piece of work: all its files are in place.
+
+        Args:
+            name: of the work.
+            value: what is to be remembered, with ``file`` and its ``sha256`` or with ``files``,
+                SHA-256 by name; their sizes are added.
+        """
+        sizes = {file: self.store.size(file) for file in _files(value)}
+        self.check()
+        self.store.write_json(
+            f"records/{name}.json", {**value, "bytes": sizes, "digest": self._digest}
+        )
+
+    def forget(self, *names: str) -> None:
+        """Delete the records of work that follows from work which is about to be done again."""
+        self.check()
+        for name in names:
+            self.store.delete(f"records/{name}.json")
 
     def recorded(self, name: str) -> dict[str, Any] | None:
         """The record of a piece of this job's work; None where it is not finished.
 
-        A record counts only while the file that it names is there, whole (``file``, ``sha256``).
+        A record counts only while the files that it names are there, whole.
         """
         path = f"records/{name}.json"
         if not self.store.exists(path):
@@ -135,12 +171,41 @@ class RunFolder:
         record: dict[str, Any] = self.store.read_json(path)
         if record.get("digest") != self._digest:
             return None
-        file = record.get("file")
-        if file is not None and (
-            not self.store.exists(file) or self.store.sha256(file) != record["sha256"]
-        ):
-            return None
-        return record
+        return record if self._whole(record) else None
+
+    def sweep(self, folder: str, named: Collection[str]) -> None:
+        """Delete what attempts that came to nothing have left in a folder.
+
+        Args:
+            folder: name in the run folder.
+            named: the files that records name; they stay.
+        """
+        self.check()
+        for file in self.store.list(folder, unfinished=True):
+            if file not in named:
+                self.store.delete(file)
+
+    def _whole(self, record: Mapping[str, Any]) -> bool:
+        sizes = record.get("bytes", {})
+        return all(
+            self.store.exists(file)
+            and self.store.size(file) == sizes.get(file)
+            and self.store.sha256(file) == digest
+            for file, digest in _files(record).items()
+        )
+
+
+def _files(record: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 by name of the files that a record names."""
+    files: dict[str, str] = dict(record.get("files", {}))
+    if "file" in record:
+        files[record["file"]] = record["sha256"]
+    return files
+
+
+def _is_unfinished(file: str) -> bool:
+    name = file.rpartition("/")[2]
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def _now() -> str:

@@ -70,12 +70,14 @@ class TargetSummary:
     """What became of a shard of targets; the targets themselves are in its file.
 
     Attributes:
+        file: in the run folder.
         sha256: of the file.
         failures: reason by row of the input, for requests that have no target.
         early: requests that stopped before the last evaluation.
         count: requests in the shard.
     """
 
+    file: str
     sha256: str
     failures: dict[int, str]
     early: int
@@ -152,8 +154,9 @@ class Replica:
         output: Store,
         name: str,
     ) -> TargetSummary:
-        """Optimise the targets of a shard and write them to ``name`` of ``output``.
+        """Optimise the targets of a shard and write them to a file of ``output``.
 
+        Its name begins with ``name``, and no other attempt at the shard uses it.
         Without a ``batch_size`` it follows from the worker's ``share`` of the free memory.
         """
         self._use(source)
@@ -169,9 +172,11 @@ class Replica:
         table = targets_table(
             list(rows), found.values.numpy(), found.steps.numpy(), found.losses.numpy()
         )
-        output.write_table(name, table)
+        file = f"{name}-{uuid4().hex}.parquet"
+        output.write_table(file, table)
         return TargetSummary(
-            sha256=output.sha256(name),
+            file=file,
+            sha256=output.sha256(file),
             failures={rows[i]: reason for i, reason in found.failures.items()},
             early=int((found.steps < hparams.v_num_grad_steps).sum()),
             count=len(found),

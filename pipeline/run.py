@@ -10,24 +10,27 @@ from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
 from pipeline.folder import RunFolder
-from pipeline.plan import make_plan
+from pipeline.lease import NOT_EXCLUSIVE, Lease
+from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import gate_outcomes, model_metrics, results_table
 from pipeline.schema import Rejection
 from pipeline.stages import (
+    CARD,
+    MODEL,
     Context,
+    FoundTargets,
     Measurement,
     collect_moments,
-    find_targets,
     measure,
     publish_model,
     published_model,
-    target_file,
     update,
     write_templates,
 )
 from pipeline.store import Store
+from pipeline.target_stage import find_targets
 
 
 @dataclass(frozen=True)
@@ -61,24 +64,35 @@ def run_job(
         address: Ray cluster to run on; one is started on this machine if None.
 
     Raises:
-        InputError: the job cannot be run as it is; no worker has been started.
+        InputError: the job cannot be run as it is, or another run writes its folder; no worker
+            has been started.
+        LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
     progress = progress or Progress()
     with progress.stage("plan"):
         plan = make_plan(job)
-    folder = RunFolder(job.output)
-    folder.begin(plan.digests, seed=job.seed, fresh=fresh)
-    folder.store.write_bytes("job.yaml", dump_job(job).encode())
+    with Lease.acquire(Store(job.output)) as lease:
+        folder = RunFolder(job.output, lease.check)
+        folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+        folder.store.write_bytes("job.yaml", dump_job(job).encode())
+        return _run_in(folder, lease, plan, progress, address)
 
+
+def _run_in(
+    folder: RunFolder, lease: Lease, plan: Plan, progress: Progress, address: str | None
+) -> RunResult:
     def on_event(kind: str, text: str) -> None:
         folder.event(kind, text)
         progress.event(f"{kind}: {text}")
 
+    if not lease.exclusive:
+        on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
     try:
         with Crew(plan, address, on_event) as crew:
             return _run_stages(Context(plan, folder, crew, progress))
     except BaseException as error:
+        # A run that has lost its folder is stopped here: the status is the other run's to write.
         folder.finish("failed", str(error) or type(error).__name__)
         raise
 
@@ -87,22 +101,25 @@ def _run_stages(run: Context) -> RunResult:
     templates = write_templates(run)
     collect_moments(run)
     before = measure(run, "before", run.plan.base)
-    failures = find_targets(run, templates)
-    reports = update(run, templates, failures)
+    found = find_targets(run, templates)
+    reports = update(run, templates, found)
     publish_model(run, reports)
     after = measure(run, "after", published_model(run))
-    return _conclude(run, failures, before, after)
+    run.folder.sweep("targets", set(found.files.values()))
+    run.folder.sweep("delta", {report.file for report in reports})
+    return _conclude(run, found, before, after)
 
 
 def _conclude(
-    run: Context, failures: dict[int, str], before: Measurement, after: Measurement
+    run: Context, found: FoundTargets, before: Measurement, after: Measurement
 ) -> RunResult:
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
-    late = [Rejection(row, f"no target: {reason}") for row, reason in failures.items()]
+    run.folder.check()
+    late = [Rejection(row, f"no target: {reason}") for row, reason in found.failures.items()]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)
-    edited = sorted(row for row in table.rows if row not in failures)
+    edited = sorted(row for row in table.rows if row not in found.failures)
     metrics: dict[str, Any] = {
         name: model_metrics([m.rows[row] for row in edited if row in m.rows], m.perplexity)
         for name, m in (("before", before), ("after", after))
@@ -115,7 +132,7 @@ def _conclude(
     metrics["gates"] = gate_outcomes(plan.job.gates.thresholds(), metrics)
     held = any(not gate["passed"] for gate in metrics["gates"])
     targets = [
-        store.read_table(target_file(shard), columns=["row", "steps", "loss"])
+        store.read_table(found.files[shard.index], columns=["row", "steps", "loss"])
         for shard in plan.target_shards
     ]
     store.write_table(
@@ -126,7 +143,7 @@ def _conclude(
     run.folder.status["counts"] = metrics["counts"]
     status = "held" if held else "complete"
     card = model_card(dump_job(plan.job), run.folder.status, metrics)
-    store.write_bytes("model/README.md", card.encode())
+    store.write_bytes(f"{MODEL}/{CARD}", card.encode())
     run.folder.finish(status)
     write_report(store)
     return RunResult(status, store, metrics)

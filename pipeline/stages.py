@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,13 +26,16 @@ from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
-from pipeline.replica import Measured, ModelSource, TargetSummary
+from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
-from pipeline.statistics import MomentsJob, collect
+from pipeline.statistics import PARTS, MomentsJob, collect
 from pipeline.store import Store, localized
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
+MODEL = "model"
+# The model card: written at the end, over what the base has under this name.
+CARD = "README.md"
 PERPLEXITY_TEXTS = 256
 MEASURED_TOGETHER = 32
 UPDATE_ATTEMPTS = 3
@@ -62,6 +63,28 @@ class Context:
         with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
             yield bar, detail
 
+    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        """Run a stage's tasks; each result is taken only while the folder is this run's."""
+
+        def take_if_held(task: Task, value: Any) -> None:
+            self.folder.check()
+            take(task, value)
+
+        self.crew.map(method, tasks, take_if_held)
+
+
+@dataclass
+class FoundTargets:
+    """Where the targets are.
+
+    Attributes:
+        files: file in the run folder, by number of the shard.
+        failures: reason by row of the input, for requests that have no target.
+    """
+
+    files: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -85,6 +108,7 @@ def write_templates(run: Context) -> list[list[str]]:
         with run.stage("templates", 1) as (bar, _):
             templates = run.crew.one("write_templates", "context templates", (run.plan.job.seed,))
             bar.advance()
+    run.folder.check()
     run.store.write_json("context_templates.json", templates)
     run.folder.record("context_templates", {"templates": templates})
     return templates
@@ -99,6 +123,9 @@ def collect_moments(run: Context) -> None:
     """Second moments of all edited layers, in one pass over the corpus; kept if already there."""
     plan, url = run.plan, moments_url(run)
     if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
+        if plan.job.second_moments is None:
+            # A run that was killed just before the end has left them.
+            run.store.delete(f"second_moments/{PARTS}")
         return
     assert plan.corpus is not None, "the plan refuses a job with neither"
     job = MomentsJob(
@@ -110,46 +137,10 @@ def collect_moments(run: Context) -> None:
         stored=plan.stored[plan.hparams.target_layer].dtype,
     )
     with run.stage("second moments", plan.corpus.tokens) as (bar, detail):
-        detail |= collect(job, Store(url), run.crew.map, bar)
+        detail |= collect(job, Store(url), run.map, bar)
 
 
-def find_targets(run: Context, templates: list[list[str]]) -> dict[int, str]:
-    """Targets of all requests, a file a shard; returns the reason by row for those without."""
-    plan = run.plan
-    failures: dict[int, str] = {}
-    todo: list[Shard] = []
-    for shard in plan.target_shards:
-        if record := run.folder.recorded(f"targets-{shard.name}"):
-            failures |= _failures(record)
-        else:
-            todo.append(shard)
-    with run.stage("targets", len(plan.table.requests)) as (bar, detail):
-        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
-        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo), "early": 0}
-        detail["found"] = 0
-        start = time.monotonic()
-
-        def take(task: Task, summary: TargetSummary) -> None:
-            file = task.args[-1]
-            record = {
-                "file": file,
-                "sha256": summary.sha256,
-                "failures": {str(row): reason for row, reason in summary.failures.items()},
-            }
-            run.folder.record(f"targets-{PurePosixPath(file).stem}", record)
-            failures.update(_failures(record))
-            detail["early"] += summary.early
-            detail["found"] += summary.count
-            bar.advance(summary.count)
-            rate = detail["found"] / (time.monotonic() - start)
-            bar.note(f"{rate:.3g} targets/s, {detail['early']} stopped early")
-
-        if todo:
-            run.crew.map("find_targets", [_target_task(run, s, templates) for s in todo], take)
-    return failures
-
-
-def update(run: Context, templates: list[list[str]], failures: dict[int, str]) -> list[LayerReport]:
+def update(run: Context, templates: list[list[str]], found: FoundTargets) -> list[LayerReport]:
     """One batched update of all layers on partitioned weights; a lost group is made anew."""
     layers = run.plan.hparams.layers
     done: list[LayerReport] = []
@@ -160,13 +151,15 @@ def update(run: Context, templates: list[list[str]], failures: dict[int, str]) -
         names = [field.name for field in dataclasses.fields(LayerReport)]
         done.append(LayerReport(**{name: record[name] for name in names}))
     if len(done) < len(layers):
+        later = [f"layer-{layer}" for layer in layers[len(done) :]]
+        run.folder.forget(*later, "published", "measured-after")
         if run.plan.job.update.gpus_per_rank:
             # The ranks need the GPUs that the workers hold.
             run.crew.release()
         with run.stage("update", len(layers)) as (bar, detail):
             bar.advance(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
-            _edit_layers_with_retries(run, templates, failures, done, bar)
+            _edit_layers_with_retries(run, templates, found, done, bar)
     run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
     run.folder.write()
     return done
@@ -187,22 +180,30 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         with run.store.local_copy(report.file) as path:
             return changed(base, Edit.load(path).deltas[report.parameter])
 
-    files = plan.checkpoint.files()
-    with run.stage("publish", len(files)) as (bar, _):
+    run.folder.forget("measured-after")
+    digests: dict[str, str] = {}
+    with run.stage("publish", len(plan.checkpoint.files())) as (bar, _):
+
+        def on_file(name: str) -> None:
+            run.folder.check()
+            if name != CARD:
+                digests[f"{MODEL}/{name}"] = run.store.sha256(f"{MODEL}/{name}")
+            bar.advance()
+
         publish(
             plan.checkpoint,
             by_tensor,
             edited,
             run.store,
-            "model",
-            on_file=lambda _name: bar.advance(),
+            MODEL,
+            on_file=on_file,
         )
-    run.folder.record("published", {"files": files})
+    run.folder.record("published", {"files": digests})
 
 
 def published_model(run: Context) -> ModelSource:
     """The edited checkpoint, for the workers."""
-    folder = localized(run.store.join("model"), default_cache())
+    folder = localized(run.store.join(MODEL), default_cache())
     return ModelSource(folder, run.plan.base.on_gpu)
 
 
@@ -232,43 +233,16 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     return Measurement(rows, perplexity)
 
 
-def _target_task(run: Context, shard: Shard, templates: list[list[str]]) -> Task:
-    plan, part = run.plan, slice(shard.start, shard.stop)
-    return Task(
-        f"shard {shard.name} (requests {shard.start} to {shard.stop - 1})",
-        (
-            plan.target_source,
-            plan.table.requests[part],
-            plan.table.rows[part],
-            plan.hparams,
-            templates,
-            plan.batch_size,
-            min(1.0, plan.job.targets.gpus_per_worker or 1.0),
-            run.store,
-            target_file(shard),
-        ),
-    )
-
-
-def target_file(shard: Shard) -> str:
-    """Where a shard's targets are in the run folder."""
-    return f"targets/{shard.name}.parquet"
-
-
-def _failures(record: dict[str, Any]) -> dict[int, str]:
-    return {int(row): reason for row, reason in record["failures"].items()}
-
-
 def _edit_layers_with_retries(
     run: Context,
     templates: list[list[str]],
-    failures: dict[int, str],
+    found: FoundTargets,
     done: list[LayerReport],
     bar: Stage,
 ) -> None:
     for attempt in range(1, UPDATE_ATTEMPTS + 1):
         try:
-            _edit_layers(run, templates, failures, done, bar)
+            _edit_layers(run, templates, found, done, bar)
         except WorkerError as error:
             if attempt == UPDATE_ATTEMPTS:
                 raise
@@ -281,7 +255,7 @@ def _edit_layers_with_retries(
 def _edit_layers(
     run: Context,
     templates: list[list[str]],
-    failures: dict[int, str],
+    found: FoundTargets,
     done: list[LayerReport],
     bar: Stage,
 ) -> None:
@@ -307,7 +281,8 @@ def _edit_layers(
         # In pieces: the requests of a large job are never all in one message.
         for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
             piece = plan.update_shards[start : start + ranks * SHARDS_SENT]
-            shards = [_update_shard(plan, shard, failures) for shard in piece]
+            shards = [_update_shard(plan, shard, found) for shard in piece]
+            shards = [shard for shard in shards if shard.requests]
             group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
         for index, report in enumerate(done):
             group.call_all("redo_layer", index, report.file)
@@ -325,9 +300,9 @@ def _rank_dtype(plan: Plan) -> torch.dtype:
     return plan.stored[plan.hparams.target_layer].dtype
 
 
-def _update_shard(plan: Plan, shard: Shard, failures: dict[int, str]) -> UpdateShard:
+def _update_shard(plan: Plan, shard: Shard, found: FoundTargets) -> UpdateShard:
     table = plan.table
-    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] not in failures]
+    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] not in found.failures]
     overlapping = [
         other
         for other in plan.target_shards
@@ -337,7 +312,7 @@ def _update_shard(plan: Plan, shard: Shard, failures: dict[int, str]) -> UpdateS
         name=shard.name,
         requests=[table.requests[i] for i in kept],
         rows=[table.rows[i] for i in kept],
-        files=[target_file(other) for other in overlapping],
+        files=[found.files[other.index] for other in overlapping],
     )
 
 

@@ -9,18 +9,22 @@ exception half-way uploads nothing.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import ModelError, RequestTableError, StorageError
@@ -28,6 +32,10 @@ from pipeline.errors import ModelError, RequestTableError, StorageError
 CHUNK_BYTES = 4 * 2**20
 TEMPORARY_SUFFIX = ".tmp"
 _ROWS_AT_ONCE = 256
+# fsspec's memory looks whether there is a file, and then writes it.
+_MEMORY = Lock()
+# How object stores say that a file is there already, or is being created by somebody else.
+_TAKEN = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412"})
 
 
 class Store:
@@ -74,17 +82,18 @@ class Store:
             found: list[str] = self.fs.glob(self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.
 
-        Files that are still being written, or were when their writer died, are left out.
+        Files that are still being written, or were when their writer died, are left out unless
+        they are asked for (``unfinished``).
         """
         folder = self._path(prefix) if prefix else self.root
         with _failures("list", _url(self.fs, folder)):
             self.fs.invalidate_cache()
             found = self.fs.find(folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
-        return sorted(name for name in names if not name.endswith(TEMPORARY_SUFFIX))
+        return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
 
     @contextmanager
     def read_stream(self, name: str) -> Iterator[BinaryIO]:
@@ -108,6 +117,48 @@ class Store:
             else:
                 self.fs.pipe_file(self._path(name), data)
 
+    def create_bytes(self, name: str, data: bytes) -> bool:
+        """Write a file unless there is one of this name; returns whether it was written.
+
+        Of several that try at once one succeeds, where ``creates_exclusively``.
+        """
+        with _failures("write", self.join(name)):
+            try:
+                if self.is_local:
+                    _link_into_place(Path(self._path(name)), data)
+                else:
+                    with _MEMORY if _protocol(self.fs) == "memory" else nullcontext():
+                        self.fs.pipe_file(self._path(name), data, mode="create")
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _error_code(error) in _TAKEN:
+                    return False
+                raise
+        return True
+
+    @property
+    def creates_exclusively(self) -> bool:
+        """Whether the storage itself decides who creates a file, as far as its library says.
+
+        What else an fsspec library does at most is to look first and then write. A service may
+        still not do what its library asks for: try it.
+        """
+        if self.is_local or _protocol(self.fs) == "memory":
+            return True
+        kind = type(self.fs)
+        write = kind._pipe_file if kind.async_impl else kind.pipe_file
+        known = "mode" in inspect.signature(write).parameters
+        return known and write is not fsspec.AbstractFileSystem.pipe_file
+
+    def modified(self, name: str) -> datetime | None:
+        """When a file was written, by the storage's clock; None where it does not say."""
+        with _failures("look for", self.join(name)):
+            self.fs.invalidate_cache()
+            try:
+                when: datetime = self.fs.modified(self._path(name))
+            except NotImplementedError:
+                return None
+        return when
+
     def read_json(self, name: str) -> Any:
         """The value that a JSON file holds."""
         try:
@@ -129,6 +180,14 @@ class Store:
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or the columns of it that are named."""
         return read_parquet(self.join(name), columns)
+
+    def dataset(self, names: Sequence[str]) -> ds.Dataset:
+        """Parquet files read as one, with pyarrow's filters; their checksums are verified."""
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
+        paths = [self._path(name) for name in names]
+        with _failures("read", self.url):
+            return ds.dataset(paths, format=kind, filesystem=self.fs)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file, compressed with zstd."""
@@ -177,6 +236,12 @@ class Store:
             self.fs.invalidate_cache()
             if self.fs.exists(self._path(name)):
                 self.fs.rm(self._path(name), recursive=True)
+
+    def size(self, name: str) -> int:
+        """The size of a file in bytes."""
+        with _failures("look for", self.join(name)):
+            self.fs.invalidate_cache()
+            return int(self.fs.size(self._path(name)))
 
     def sha256(self, name: str) -> str:
         """The SHA-256 of a file's bytes, in hexadecimal."""
@@ -423,6 +488,35 @@ def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+
+
+def _protocol(fs: fsspec.AbstractFileSystem) -> str:
+    return fs.protocol if isinstance(fs.protocol, str) else str(fs.protocol[0])
+
+
+def _error_code(error: OSError) -> str:
+    """What the service answered, where the error came from one."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _link_into_place(path: Path, data: bytes) -> None:
+    """Write a file whole, and give it its name only if nobody has the name.
+
+    Raises:
+        FileExistsError: somebody has.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(temporary, path)
+        _flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -204,7 +205,8 @@ class UpdateRank:
         solved = self._solved(index, layer, second_moment_KK)
         del second_moment_KK
         name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
-        file = f"delta/{name}.safetensors"
+        # No other attempt uses the name: what counts is what the layer's record names.
+        file = f"delta/{name}-{uuid4().hex}.safetensors"
         with ExitStack() as stack:
             writer = stack.enter_context(self._writer(file, name, parameter))
             for values in rows_in_turn(partition.own_values(self._engine, parameter)):

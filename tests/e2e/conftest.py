@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,8 @@ import ray
 
 from pipeline.config import JobConfig
 from pipeline.run import RunResult, run_job
+from pipeline.schema import read_targets
+from pipeline.store import Store
 from tests.conftest import GOLDEN
 
 GOOD_ROWS = 40
@@ -106,3 +109,13 @@ def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobC
         "update": {"ranks": 2},
     }
     return JobConfig.model_validate(values | changes)
+
+
+def targets_by_row(folder: Store) -> dict[int, np.ndarray]:
+    """Every target that a record of a run folder names, by row of the input."""
+    by_row: dict[int, np.ndarray] = {}
+    for name in folder.glob("records/targets-*.json"):
+        record = folder.read_json(f"records/{name}")
+        arrays = read_targets(folder.read_table(record["file"]))
+        by_row |= dict(zip(arrays.rows.tolist(), arrays.values, strict=True))
+    return by_row

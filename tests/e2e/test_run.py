@@ -24,7 +24,7 @@ from pipeline.schema import read_targets
 from pmet import Edit, EditRequest, evaluate
 from pmet.second_moment import MAX_TOKENS
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
+from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job, targets_by_row
 
 
 def folder(result: RunResult) -> Path:
@@ -50,6 +50,18 @@ def edited_names(result: RunResult) -> list[str]:
 
 def run_json(result: RunResult) -> dict[str, Any]:
     return json.loads((folder(result) / "run.json").read_text())
+
+
+def record_is_whole(result: RunResult, name: str) -> bool:
+    """Whether all files that a record names are there, as it says."""
+    record = result.folder.read_json(f"records/{name}")
+    files = record.get("files", {}) | (
+        {record["file"]: record["sha256"]} if "file" in record else {}
+    )
+    return record["bytes"].keys() == files.keys() and all(
+        result.folder.sha256(file) == digest and result.folder.size(file) == record["bytes"][file]
+        for file, digest in files.items()
+    )
 
 
 def test_the_run_folder_has_all_that_is_promised(run: Runner) -> None:
@@ -241,6 +253,20 @@ def test_a_job_keeps_what_pmet_statistics_computes(
     assert stage["detail"]["convergence"] == provenance["convergence"]
 
 
+def test_targets_of_an_earlier_run_are_not_computed_again(
+    run: Runner, inputs: Path, tmp_path: Path
+) -> None:
+    shared = {"workers": 2, "store": str(tmp_path / "store")}
+    first = run(targets=shared)
+    again = run_job(job(inputs, str(tmp_path / "out"), targets=shared, update={"ranks": 1}))
+    detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
+    assert (detail["targets"]["stored"], detail["targets"]["found"]) == (GOOD_ROWS, 0)
+    one, two = targets_by_row(first.folder), targets_by_row(again.folder)
+    assert all(np.array_equal(one[row].view(np.int32), two[row].view(np.int32)) for row in one)
+    assert again.metrics["after"] == pytest.approx(first.metrics["after"])
+    assert f"stored {GOOD_ROWS}" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_same_job_resumes_and_another_is_refused(
     run: Runner, inputs: Path, tmp_path: Path
 ) -> None:
@@ -251,7 +277,13 @@ def test_the_same_job_resumes_and_another_is_refused(
     (tmp_path / "out" / "records" / "layer-2.json").unlink()
     (tmp_path / "out" / "records" / "published.json").unlink()
     (tmp_path / "out" / "records" / "targets-00001.json").unlink()
+    stray = ["targets/00001-stray.parquet", "delta/stray.safetensors", "model/stray.safetensors"]
+    for name in stray:
+        (tmp_path / "out" / name).write_bytes(b"half of i")
     again = run_job(job(inputs, output))
+    assert not any((tmp_path / "out" / name).exists() for name in stray)
+    assert Edit.load(tmp_path / "out" / "delta").deltas.keys() == set(edited_names(again))
+    assert all(record_is_whole(again, name) for name in again.folder.glob("records/*.json"))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert detail["targets"]["shards"] == 1
     assert detail["targets"]["reused"] == 1
@@ -268,9 +300,12 @@ def test_a_damaged_shard_does_not_count_as_finished(
     output = tmp_path / "out"
     shutil.copytree(folder(run()), output)
     first = weights(run())
-    shard = output / "targets" / "00000.parquet"
+    record = json.loads((output / "records" / "targets-00000.json").read_text())
+    shard = output / record["file"]
     shard.write_bytes(shard.read_bytes()[:-20])
     (output / "records" / "layer-0.json").unlink()
+    model = output / "model" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-8] + bytes(8))
     again = run_job(job(inputs, str(output)))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert detail["targets"]["shards"] == 1

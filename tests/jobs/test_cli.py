@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import pytest
 import ray
 import yaml
 
+import pipeline.run
+from pipeline.errors import WorkerError
+from pipeline.lease import Holder, Lease
+from pipeline.stages import Context
+from pipeline.store import Store
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
@@ -103,6 +109,62 @@ def test_a_bad_job_is_one_clear_line_and_exit_2(
     assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
     assert not ray.is_initialized()
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_folder_that_another_run_writes_is_exit_2(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    with Lease.acquire(Store(tmp_path / "out")):
+        status, out, err = pmet("run", job())
+    assert status == 2
+    assert "out is being written by another run (process" in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert not ray.is_initialized()
+
+
+def test_a_run_that_loses_its_folder_is_exit_1_and_leaves_it_alone(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(context: Context) -> None:
+        there = replace(Holder.here(60.0), host="other", machine="other")
+        context.store.write_json("lease/000002.json", asdict(there))
+        context.folder.record("piece", {})
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", overtaken)
+    status, _, err = pmet("run", job())
+    assert status == 1
+    assert "was taken over by process" in err
+    assert "on other" in err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    assert not (tmp_path / "out" / "records").exists()
+
+
+def test_a_run_that_fails_gives_its_folder_back(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Context) -> None:
+        raise WorkerError("no worker can start")
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", broken)
+    assert pmet("run", job())[0] == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+    Lease.acquire(Store(tmp_path / "out")).release()
+
+
+def test_a_storage_without_conditional_writes_is_warned_of(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Context) -> None:
+        raise WorkerError("enough")
+
+    monkeypatch.setattr(Store, "creates_exclusively", False)
+    monkeypatch.setattr(pipeline.run, "_run_stages", broken)
+    _, _, err = pmet("run", job())
+    assert "warning: " in err
+    (event,) = json.loads((tmp_path / "out" / "run.json").read_text())["events"]
+    assert event["kind"] == "warning"
+    assert "start one at a time" in event["text"]
 
 
 def test_bad_tables_are_named(pmet: Invoke, job: Callable[..., Path], tmp_path: Path) -> None:

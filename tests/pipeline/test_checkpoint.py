@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.errors import ModelError
@@ -81,6 +81,28 @@ def test_an_object_store_gets_the_same_bytes(tmp_path: Path) -> None:
     local = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert remote.read_bytes("model/model.safetensors") == local
     remote.delete("model")
+
+
+def test_half_a_checkpoint_cannot_be_opened(tmp_path: Path) -> None:
+    published(BASE, tmp_path, {NAME})
+    AutoConfig.from_pretrained(tmp_path / "model")
+    files = len(Checkpoint.open(BASE).files())
+    (tmp_path / "model" / "left.over").touch()
+
+    def broken(name: str) -> None:
+        written.append(name)
+        if len(written) == files - 1:
+            raise OSError("no room")
+
+    written: list[str] = []
+    with pytest.raises(OSError, match="no room"):
+        publish(
+            Checkpoint.open(BASE), {NAME}, lambda _n, t: t, Store(tmp_path), "model", on_file=broken
+        )
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(written)
+    assert "model.safetensors" in written
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoConfig.from_pretrained(tmp_path / "model", local_files_only=True)
 
 
 def test_the_digest_follows_the_content(tmp_path: Path) -> None:

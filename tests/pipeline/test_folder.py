@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunFolderError
+from pipeline.errors import RunFolderError, StorageError
 from pipeline.folder import RunFolder
 
 DIGESTS = {"job": "1", "model": "a"}
@@ -44,6 +44,55 @@ def test_a_record_counts_only_with_its_whole_file(url: str) -> None:
     assert folder.recorded("piece") is None
     folder.store.delete("piece.bin")
     assert folder.recorded("piece") is None
+
+
+def test_a_record_of_many_files_counts_only_with_all_of_them(url: str) -> None:
+    folder = begun(url)
+    for name in ("m/a", "m/b"):
+        folder.store.write_bytes(name, name.encode())
+    folder.record("piece", {"files": {n: folder.store.sha256(n) for n in ("m/a", "m/b")}})
+    record = folder.recorded("piece")
+    assert record is not None
+    assert record["bytes"] == {"m/a": 3, "m/b": 3}
+    folder.store.write_bytes("m/b", b"m/B")
+    assert folder.recorded("piece") is None
+    folder.store.delete("m/b")
+    assert folder.recorded("piece") is None
+
+
+def test_what_follows_is_forgotten(url: str) -> None:
+    folder = begun(url)
+    for name in ("layer-1", "layer-2", "layer-10"):
+        folder.record(name, {})
+    folder.forget("layer-1", "layer-2", "published")
+    assert [folder.recorded(f"layer-{n}") is None for n in (1, 2, 10)] == [True, True, False]
+
+
+def test_nothing_is_recorded_before_its_file_is_there(url: str) -> None:
+    folder = begun(url)
+    with pytest.raises(StorageError, match=r"cannot look for .*piece\.bin"):
+        folder.record("piece", {"file": "piece.bin", "sha256": "0"})
+    assert folder.recorded("piece") is None
+
+
+def test_what_no_record_names_is_swept(url: str) -> None:
+    folder = begun(url)
+    for name in ("targets/1-a", "targets/1-b", "targets/.2-c.x.tmp", "targetsx/1"):
+        folder.store.write_bytes(name, b"x")
+    folder.sweep("targets", {"targets/1-b"})
+    assert folder.store.list("targets", unfinished=True) == ["targets/1-b"]
+    assert folder.store.exists("targetsx/1")
+
+
+def test_what_a_killed_attempt_was_writing_is_deleted(tmp_path: Path) -> None:
+    folder = begun(str(tmp_path))
+    writers = [folder.store.write_stream(n) for n in ("run.json", "records/p.json", "lease/1.json")]
+    for writer in writers:
+        writer.__enter__().write(b"half")
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 3
+    begun(str(tmp_path))
+    (left,) = tmp_path.rglob(".*.tmp")
+    assert left.parent.name == "lease", "another run's"
 
 
 def test_another_jobs_folder_is_refused_and_names_what_changed(url: str) -> None:

@@ -2,6 +2,8 @@ import hashlib
 import os
 import pickle
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
@@ -9,7 +11,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.errors import ModelError, RequestTableError, StorageError
 from pipeline.store import Store, expand, localized, read_file, read_parquet
@@ -113,6 +114,23 @@ class StorageSuite:
         assert store.read_bytes("old.bin") == b"old"
         assert store.list() == ["old.bin"]
         assert all(store.fs.info(f)["size"] == 3 for f in store.fs.find(store.root))
+
+    def test_of_many_writers_at_once_one_creates_a_file(self, store):
+        assert store.creates_exclusively
+        names = [f"writer {number}".encode() for number in range(8)]
+        with ThreadPoolExecutor(len(names)) as threads:
+            written = list(threads.map(lambda name: store.create_bytes("lock/1", name), names))
+        assert sum(written) == 1
+        assert store.read_bytes("lock/1") == names[written.index(True)]
+        assert store.create_bytes("lock/1", b"late") is False
+        assert store.list() == ["lock/1"]
+
+    def test_the_storage_says_when_a_file_was_written(self, store):
+        store.write_bytes("a", b"x")
+        first = store.modified("a")
+        assert abs((datetime.now(UTC) - first).total_seconds()) < 5
+        with pytest.raises(StorageError, match=r"cannot look for .*nowhere"):
+            store.modified("nowhere")
 
     def test_files_are_listed_by_folder_in_order(self, store):
         for name in ("b/2", "b/10", "a", "bc/1", "b/d/0"):
@@ -340,27 +358,10 @@ class TestMemory(RemoteSuite):
         return f"memory://{uuid.uuid4().hex}/run"
 
 
-@pytest.fixture(scope="module")
-def s3_server():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 class TestS3(RemoteSuite):
     @pytest.fixture
-    def url(self, s3_server, monkeypatch):
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        bucket = f"bucket-{uuid.uuid4().hex}"
-        boto3.client("s3").create_bucket(Bucket=bucket)
-        yield f"s3://{bucket}/runs/1"
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+    def url(self, s3_url):
+        return s3_url
 
     def test_keys_that_lead_out_of_the_cache_are_refused(self, store, tmp_path):
         bucket = store.root.split("/")[0]

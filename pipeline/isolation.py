@@ -1,0 +1,107 @@
+"""Which single requests make a computation fail: found by halving what fails.
+
+A request may kill whoever computes it: it runs into a fault of a library, or takes more memory than
+there is. The group that it is in is halved again and again until the request stands alone; it is
+put aside, and the others are computed without it. What ails everyone (no storage, a broken driver)
+shows itself by too many failures, and is an error of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import WorkerError
+from pipeline.shards import Shard
+
+GROUP_ATTEMPTS = 2
+"""Tries of a group of several requests: one that fails by chance is only cut further."""
+SINGLE_ATTEMPTS = 3
+"""Tries of a request by itself before it is put aside."""
+_MOST = 5
+_MOST_SHARE = 0.01
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Requests of one shard that are computed together.
+
+    Attributes:
+        shard: the shard.
+        places: their places among the accepted requests.
+    """
+
+    shard: Shard
+    places: tuple[int, ...]
+
+    def __str__(self) -> str:
+        first, last = self.places[0], self.places[-1]
+        if len(self.places) == 1:
+            return f"shard {self.shard.name} (request {first})"
+        if len(self.places) == len(self.shard):
+            return f"shard {self.shard.name} (requests {first} to {last})"
+        return f"shard {self.shard.name} ({len(self.places)} requests, {first} to {last})"
+
+    @property
+    def attempts(self) -> int:
+        """How often it is tried while requests are isolated."""
+        return SINGLE_ATTEMPTS if len(self.places) == 1 else GROUP_ATTEMPTS
+
+    def halves(self) -> tuple[Piece, Piece]:
+        """Both halves, in order; a single request has none."""
+        middle = len(self.places) // 2
+        return (
+            Piece(self.shard, self.places[:middle]),
+            Piece(self.shard, self.places[middle:]),
+        )
+
+
+def most_isolated(count: int) -> int:
+    """How many of a job's requests may be put aside: 5, or 1 %, but never more than half."""
+    return min(max(_MOST, int(_MOST_SHARE * count)), count // 2)
+
+
+def isolate(
+    failed: Mapping[Piece, str],
+    compute: Callable[[Sequence[Piece]], Mapping[Piece, str]],
+    put_aside: Callable[[Piece, str], None],
+    limit: int,
+) -> None:
+    """Halve what failed until single requests are left, and put those aside.
+
+    A round computes at most twice as many pieces as the ``limit``, and there are as many rounds as
+    a shard can be halved: to find one request of a shard of 256 takes some 20 failed attempts.
+
+    Args:
+        failed: the reason by piece.
+        compute: computes pieces, and returns the reason by piece for those that failed.
+        put_aside: told each single request that fails, and why.
+        limit: the most requests that may be put aside.
+
+    Raises:
+        WorkerError: more than that would have to be; the message has the root causes.
+    """
+    found: dict[Piece, str] = {}
+    suspects = dict(failed)
+    while suspects:
+        # Each suspect holds at least one request that fails, and no two share one.
+        _refuse_too_many(found | suspects, limit)
+        for piece, reason in suspects.items():
+            if len(piece.places) == 1:
+                found[piece] = reason
+                put_aside(piece, reason)
+        halves = [h for piece in suspects if len(piece.places) > 1 for h in piece.halves()]
+        suspects = dict(compute(halves)) if halves else {}
+
+
+def _refuse_too_many(failing: Mapping[Piece, str], limit: int) -> None:
+    if len(failing) <= limit:
+        return
+    shown = "; ".join(f"{piece}: {reason}" for piece, reason in list(failing.items())[:_SHOWN])
+    raise WorkerError(
+        f"at least {len(failing)} requests fail again and again, of which {limit} may be put "
+        f"aside; so many look like a fault of the job or of its machines: {shown}. What was "
+        "finished is kept: remove the cause and run the same job again",
+        cause_text=next(iter(failing.values())),
+    )

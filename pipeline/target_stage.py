@@ -1,0 +1,215 @@
+"""The stage that finds the targets: shards to workers, files and records to the run folder.
+
+A shard whose worker fails again and again is taken apart until the requests that cause it are
+found (`pipeline.isolation`); its file then holds the others'. Where the job names a store of
+targets, only what it has not is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.executor import Task
+from pipeline.isolation import Piece, isolate, most_isolated
+from pipeline.progress import Stage
+from pipeline.replica import TargetSummary
+from pipeline.schema import read_targets, targets_table
+from pipeline.shards import Shard
+from pipeline.stages import Context, FoundTargets
+from pipeline.target_store import TargetStore
+
+FOLDER = "targets"
+
+
+def find_targets(run: Context, templates: list[list[str]]) -> FoundTargets:
+    """Targets of all requests, a file a shard; what the run folder has is not computed again.
+
+    Raises:
+        WorkerError: no worker can start, or more requests fail than may be put aside.
+    """
+    plan = run.plan
+    found, todo, isolated = FoundTargets(), [], 0
+    for shard in plan.target_shards:
+        if record := run.folder.recorded(_record(shard)):
+            _note(found, shard, record)
+            isolated += len(record["isolated"])
+        else:
+            todo.append(shard)
+    with run.stage("targets", len(plan.table.requests)) as (bar, detail):
+        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
+        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo)}
+        detail |= {"early": 0, "found": 0, "isolated": isolated}
+        if todo:
+            _Search(run, templates, found, bar, detail).complete(todo)
+    return found
+
+
+@dataclass
+class _Work:
+    """A shard that is not finished: what there is of it, and what is still to come."""
+
+    shard: Shard
+    missing: set[int]
+    stored: int = 0
+    parts: list[TargetSummary] = field(default_factory=list)
+    isolated: dict[int, str] = field(default_factory=dict)
+
+
+class _Search:
+    """Computes the shards that are to be done, and commits each when it is complete."""
+
+    def __init__(
+        self,
+        run: Context,
+        templates: list[list[str]],
+        found: FoundTargets,
+        bar: Stage,
+        detail: dict[str, Any],
+    ) -> None:
+        self._run, self._templates, self._found = run, templates, found
+        self._bar, self._detail = bar, detail
+        self._works: dict[int, _Work] = {}
+        self._kept = TargetStore.of(run.plan, templates)
+        self._start = time.monotonic()
+
+    def complete(self, shards: Sequence[Shard]) -> None:
+        """Find the targets of these shards."""
+        self._works = {s.index: _Work(s, set(range(s.start, s.stop))) for s in shards}
+        if self._kept is not None:
+            self._take_stored(self._kept)
+        works = self._works.values()
+        pieces = [Piece(work.shard, tuple(sorted(work.missing))) for work in works]
+        failed = self._compute(pieces) if pieces else {}
+        if failed:
+            # Workers that nothing has happened to yet.
+            self._run.crew.release()
+            limit = most_isolated(len(self._run.plan.table.requests)) - self._detail["isolated"]
+            isolate(failed, self._isolating, self._put_aside, limit)
+
+    def _take_stored(self, kept: TargetStore) -> None:
+        """Take the targets that earlier runs have found; what is left is to be computed."""
+        self._detail["stored"] = 0
+        table, works = self._run.plan.table, list(self._works.values())
+        keys = {p: kept.key(table.requests[p]) for work in works for p in work.missing}
+        with kept.lookup(list(keys.values())) as stored:
+            for work in works:
+                there = [place for place in sorted(work.missing) if keys[place] in stored]
+                if there:
+                    rows = [table.rows[place] for place in there]
+                    arrays = stored.arrays([keys[place] for place in there], rows)
+                    self._take_part(work, targets_table(*arrays))
+                    work.stored = len(there)
+                    self._detail["stored"] += len(there)
+                    self._settle(work, there)
+
+    def _take_part(self, work: _Work, table: pa.Table) -> None:
+        file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
+        store = self._run.store
+        store.write_table(file, table)
+        work.parts.append(TargetSummary(file, store.sha256(file), {}, 0, len(table)))
+
+    def _isolating(self, pieces: Sequence[Piece]) -> dict[Piece, str]:
+        return self._compute(pieces, isolating=True)
+
+    def _compute(self, pieces: Sequence[Piece], *, isolating: bool = False) -> dict[Piece, str]:
+        """Compute pieces; returns the reason by piece for those given up."""
+        by_key = {str(piece): piece for piece in pieces}
+        tasks = [
+            Task(key, self._arguments(piece), piece.attempts if isolating else None)
+            for key, piece in by_key.items()
+        ]
+        failed = self._run.crew.try_all(
+            "find_targets", tasks, lambda task, summary: self._take(by_key[task.key], summary)
+        )
+        return {by_key[f.task.key]: f.reason for f in failed}
+
+    def _arguments(self, piece: Piece) -> tuple[Any, ...]:
+        plan = self._run.plan
+        return (
+            plan.target_source,
+            [plan.table.requests[place] for place in piece.places],
+            [plan.table.rows[place] for place in piece.places],
+            plan.hparams,
+            self._templates,
+            plan.batch_size,
+            min(1.0, plan.job.targets.gpus_per_worker or 1.0),
+            self._run.store,
+            f"{FOLDER}/{piece.shard.name}",
+        )
+
+    def _take(self, piece: Piece, summary: TargetSummary) -> None:
+        work = self._works[piece.shard.index]
+        if self._kept is not None:
+            requests = [self._run.plan.table.requests[place] for place in piece.places]
+            self._kept.write(requests, read_targets(self._run.store.read_table(summary.file)))
+        work.parts.append(summary)
+        self._detail["early"] += summary.early
+        self._detail["found"] += summary.count
+        rate = self._detail["found"] / (time.monotonic() - self._start)
+        self._bar.note(f"{rate:.3g} targets/s, {self._detail['early']} stopped early")
+        self._settle(work, piece.places)
+
+    def _put_aside(self, piece: Piece, reason: str) -> None:
+        work = self._works[piece.shard.index]
+        (place,) = piece.places
+        row = self._run.plan.table.rows[place]
+        text = f"whoever computes it fails, also by itself ({reason})"
+        work.isolated[row] = text
+        self._detail["isolated"] += 1
+        self._run.folder.event("isolated", f"row {row}: {text}")
+        self._run.progress.event(f"row {row} is put aside: {text}")
+        self._settle(work, piece.places)
+
+    def _settle(self, work: _Work, places: Sequence[int]) -> None:
+        self._bar.advance(len(places))
+        work.missing -= set(places)
+        if not work.missing:
+            self._commit(self._works.pop(work.shard.index))
+
+    def _commit(self, work: _Work) -> None:
+        failures = {row: why for part in work.parts for row, why in part.failures.items()}
+        if len(work.parts) != 1:
+            merged = self._merged(work)
+            work.parts.clear()
+            self._take_part(work, merged)
+        (whole,) = work.parts
+        record = {
+            "file": whole.file,
+            "sha256": whole.sha256,
+            "rows": whole.count,
+            "stored": work.stored,
+            "failures": {str(row): why for row, why in (failures | work.isolated).items()},
+            "isolated": sorted(work.isolated),
+        }
+        self._run.folder.record(_record(work.shard), record)
+        _note(self._found, work.shard, record)
+
+    def _merged(self, work: _Work) -> pa.Table:
+        """The targets of a shard that came in parts, in the order of its requests."""
+        width = self._run.plan.layout.value_width
+        tables = [self._run.store.read_table(part.file) for part in work.parts]
+        tables.append(targets_table([], np.empty((0, width), np.float32), [], []))
+        table = pa.concat_tables(tables)
+        shard = work.shard
+        order = {
+            row: i for i, row in enumerate(self._run.plan.table.rows[shard.start : shard.stop])
+        }
+        rows = table.column("row").to_pylist()
+        places = sorted(range(len(rows)), key=lambda i: order[rows[i]])
+        return table.take(pa.array(places, pa.int64()))
+
+
+def _record(shard: Shard) -> str:
+    return f"targets-{shard.name}"
+
+
+def _note(found: FoundTargets, shard: Shard, record: dict[str, Any]) -> None:
+    found.files[shard.index] = record["file"]
+    found.failures |= {int(row): reason for row, reason in record["failures"].items()}

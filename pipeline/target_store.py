@@ -1,0 +1,226 @@
+"""Targets of earlier runs, kept for later ones.
+
+A target follows from the model, the hyper-parameters, the context templates, the dtype, and the
+request itself, and is kept under the digest of all of these. Everything but the request is the
+*context*, which has a folder of its own:
+
+    <context>/context.json        what it is the digest of
+    <context>/<sha256>.parquet    a segment: targets that were found together; named by its content
+
+Segments are never changed, so that any number of runs may write at a time. A lookup lists the
+context's folder, reads the column of keys, and then of the segments that matter what is wanted.
+
+Shape letters: E requests, D model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.errors import StorageError
+from pipeline.plan import Plan
+from pipeline.schema import TargetArrays, targets_table
+from pipeline.store import Store
+from pmet.request import EditRequest
+
+FORMAT = 1
+_SEGMENT = ".parquet"
+_KEY, _FILE = "key", "__filename"
+# What the update reads, and no target depends on.
+_UPDATE_ONLY = {
+    "layers",
+    "mom2_update_weight",
+    "mom2_adjustment",
+    "mom2_dataset",
+    "mom2_n_samples",
+    "mom2_dtype",
+}
+
+
+class StoredTargets:
+    """The targets that a lookup has found; their values are in a temporary file.
+
+    Args:
+        keys: those found, in the order of the arrays.
+        values: (E, D) float32.
+        steps: (E,) int32, evaluations of the loss.
+        losses: (E,) float32, the last loss.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], values: np.ndarray, steps: np.ndarray, losses: np.ndarray
+    ) -> None:
+        self._places = {key: place for place, key in enumerate(keys)}
+        self._values, self._steps, self._losses = values, steps, losses
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @classmethod
+    def none(cls, width: int) -> StoredTargets:
+        """What a lookup that finds nothing gives."""
+        return cls([], np.empty((0, width), np.float32), np.empty(0, np.int32), np.empty(0))
+
+    def arrays(self, keys: Sequence[str], rows: Sequence[int]) -> TargetArrays:
+        """The targets of some keys that were found, for the rows of an input."""
+        places = [self._places[key] for key in keys]
+        return TargetArrays(
+            rows=np.array(rows, np.int64),
+            values=np.array(self._values[places]),
+            steps=self._steps[places],
+            losses=self._losses[places],
+        )
+
+
+@dataclass(frozen=True)
+class TargetStore:
+    """The store, for the requests of one context.
+
+    Attributes:
+        store: its folder.
+        context: what all targets of a run depend on, as JSON.
+        width: D.
+    """
+
+    store: Store
+    context: dict[str, Any]
+    width: int
+
+    @classmethod
+    def of(cls, plan: Plan, templates: Sequence[Sequence[str]]) -> TargetStore | None:
+        """The store that a job names; None where it names none."""
+        url = plan.job.targets.store
+        if url is None:
+            return None
+        context = {
+            "format": FORMAT,
+            # Configuration, weights and tokenizer.
+            "model": plan.digests["model"],
+            "hparams": plan.hparams.model_dump(mode="json", exclude=_UPDATE_ONLY),
+            "layer": plan.hparams.target_layer,
+            "context_templates": [text for group in templates for text in group],
+            "dtype": _dtype(plan),
+        }
+        return cls(Store(url), context, plan.layout.value_width)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the context, the name of its folder."""
+        return _sha256(self.context)
+
+    def key(self, request: EditRequest) -> str:
+        """SHA-256 of all that a request's target depends on."""
+        return _sha256([self.digest, request.prompt, request.subject, request.target_new])
+
+    def write(self, requests: Sequence[EditRequest], arrays: TargetArrays) -> None:
+        """Keep targets (E, D); what is not finite is left out.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        finite = np.isfinite(arrays.values).all(axis=1).nonzero()[0]
+        if not len(finite):
+            return
+        table = targets_table(
+            finite, arrays.values[finite], arrays.steps[finite], arrays.losses[finite]
+        )
+        keys = pa.array([self.key(requests[place]) for place in finite], pa.string())
+        table = table.set_column(0, _KEY, keys)
+        sink = BytesIO()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        data = sink.getvalue()
+        # All who write it write the same.
+        if not self.store.exists(said := f"{self.digest}/context.json"):
+            self.store.write_json(said, self.context)
+        self.store.write_bytes(f"{self.digest}/{hashlib.sha256(data).hexdigest()}{_SEGMENT}", data)
+
+    @contextmanager
+    def lookup(self, keys: Collection[str]) -> Iterator[StoredTargets]:
+        """Find the targets of some keys; they can be read for the time of a ``with`` block.
+
+        Where several segments have a target, the first by name gives it.
+
+        Raises:
+            StorageError: the store cannot be read, or a segment of it is damaged.
+        """
+        names = [name for name in self.store.list(self.digest) if name.endswith(_SEGMENT)]
+        with tempfile.TemporaryFile() as file:
+            with self._failures(names):
+                chosen = self._chosen(names, set(keys))
+                found = self._read(chosen, file) if chosen else StoredTargets.none(self.width)
+            yield found
+
+    def _chosen(self, names: Sequence[str], wanted: set[str]) -> dict[str, str]:
+        """The segment that each key is taken from, for those that there are."""
+        chosen: dict[str, str] = {}
+        if names:
+            table = self.store.dataset(names).to_table(columns=[_KEY, _FILE])
+            table = table.sort_by(_FILE)
+            for key, file in zip(*(table[n].to_pylist() for n in (_KEY, _FILE)), strict=True):
+                if key in wanted:
+                    chosen.setdefault(key, file)
+        return chosen
+
+    def _read(self, chosen: Mapping[str, str], file: IO[bytes]) -> StoredTargets:
+        """Read what was chosen, a batch of a segment at a time."""
+        count = len(chosen)
+        # Not in memory: the targets of a large job are gigabytes.
+        values = np.memmap(file, np.float32, mode="w+", shape=(count, self.width))
+        steps, losses = np.empty(count, np.int32), np.empty(count, np.float32)
+        keys: list[str] = []
+        names = sorted({f"{self.digest}/{PurePosixPath(path).name}" for path in chosen.values()})
+        columns = [_KEY, "target", "steps", "loss", _FILE]
+        for batch in self.store.dataset(names).to_batches(columns=columns):
+            pairs = list(zip(*(batch[name].to_pylist() for name in (_KEY, _FILE)), strict=True))
+            own = [i for i, (key, path) in enumerate(pairs) if chosen.get(key) == path]
+            here = slice(len(keys), len(keys) + len(own))
+            flat = batch["target"].flatten().to_numpy(zero_copy_only=False)
+            values[here] = flat.reshape(len(pairs), self.width)[own]
+            steps[here] = batch["steps"].to_numpy()[own]
+            losses[here] = batch["loss"].to_numpy()[own]
+            keys += [pairs[i][0] for i in own]
+        return StoredTargets(keys, values, steps, losses)
+
+    @contextmanager
+    def _failures(self, names: Sequence[str]) -> Iterator[None]:
+        """Name the segment that is not what its name says, where reading fails."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            damaged = [n for n in names if self.store.sha256(n) != PurePosixPath(n).stem]
+            where = self.store.join(*damaged[:1] or [self.digest])
+            remedy = "delete the file" if damaged else "check that the storage can be reached"
+            reason = " ".join(str(error).split())
+            raise StorageError(
+                f"targets.store: {where} cannot be read ({reason}); {remedy} and run again"
+            ) from error
+
+
+def _dtype(plan: Plan) -> str:
+    """What weights and activations are while targets are computed."""
+    source = plan.target_source
+    if source.dtype != "auto":
+        return source.dtype
+    stored = plan.stored[plan.hparams.target_layer].dtype
+    return str(stored if source.on_gpu else torch.float32).removeprefix("torch.")
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,319 @@
+"""The stage of targets: what is found, recorded and used again, and who is put aside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import isolation
+from pipeline.cluster import ray_session
+from pipeline.config import JobConfig
+from pipeline.crew import Crew
+from pipeline.errors import WorkerError
+from pipeline.executor import Pool, SerialPool, Task, WorkerPool
+from pipeline.folder import RunFolder
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import Progress
+from pipeline.replica import TargetSummary
+from pipeline.schema import read_targets, targets_table
+from pipeline.shards import plan_shards
+from pipeline.stages import Context, FoundTargets
+from pipeline.store import Store
+from pipeline.target_stage import find_targets
+from pmet.request import EditRequest
+from tests.conftest import GOLDEN
+
+COUNT, SHARD = 24, 8
+TEMPLATES = [["{}"]]
+
+
+class Oracle:
+    """A worker whose targets are easy to check, and which some subjects do no good.
+
+    A request's target is full of its row; a subject named in ``poison`` kills the process
+    (``kill``) or raises.
+    """
+
+    def __init__(self, poison: Mapping[str, str] | None = None, journal: str = "") -> None:
+        self.poison = poison or {}
+        self.journal = journal
+
+    def find_targets(
+        self,
+        source: Any,
+        requests: Sequence[EditRequest],
+        rows: Sequence[int],
+        hparams: Any,
+        templates: Any,
+        batch_size: Any,
+        share: float,
+        output: Store,
+        name: str,
+    ) -> TargetSummary:
+        if self.journal:
+            with open(self.journal, "a") as journal:
+                journal.write(f"{os.getpid()} {json.dumps(list(rows))}\n")
+        for request in requests:
+            what = self.poison.get(request.subject) or self.poison.get("everyone")
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif what:
+                raise RuntimeError(what)
+        values = np.repeat(np.array(rows, np.float32)[:, None], 64, axis=1)
+        file = f"{name}-{os.urandom(4).hex()}.parquet"
+        steps = np.array(rows, np.int32) % 25
+        output.write_table(file, targets_table(rows, values, steps, values[:, 0] / 7))
+        return TargetSummary(file, output.sha256(file), {}, 0, len(rows))
+
+
+class Team:
+    """Stands for a run's crew."""
+
+    def __init__(self, make: Callable[[], Pool]) -> None:
+        self.make = make
+        self.pool: Pool | None = None
+        self.tasks = 0
+
+    def try_all(self, method: str, tasks: Sequence[Task], take: Any) -> Any:
+        self.tasks += len(tasks)
+        self.pool = self.pool or self.make()
+        return self.pool.run(method, tasks, take)
+
+    def release(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("inputs")
+    facts = json.loads((GOLDEN / "facts.json").read_text())[:COUNT]
+    rows = [{k: f[k] for k in ("prompt", "subject", "target_new")} for f in facts]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
+    job = JobConfig.model_validate(
+        {
+            "model": str(GOLDEN / "gpt2" / "model"),
+            "requests": (str(folder / "requests.parquet"),),
+            "output": "unused",
+            "hparams": str(GOLDEN / "gpt2" / "hparams.json"),
+            "second_moments": str(GOLDEN / "gpt2" / "second_moments.safetensors"),
+            "targets": {"shard_size": SHARD},
+        }
+    )
+    return make_plan(job)
+
+
+def begun(plan: Plan, url: str) -> RunFolder:
+    folder = RunFolder(url)
+    folder.begin(plan.digests, seed=0)
+    return folder
+
+
+def found_in(
+    plan: Plan,
+    url: str,
+    poison: Mapping[str, str] | None = None,
+    make: Any = SerialPool,
+    **options: Any,
+) -> tuple[FoundTargets, RunFolder, Team]:
+    """Run the stage on a folder."""
+    folder = begun(plan, url)
+    journal = options.pop("journal", "")
+    team = Team(lambda: make(Oracle, init_args=(poison, journal), **options))
+    context = Context(plan, folder, cast(Crew, team), Progress())
+    try:
+        return find_targets(context, TEMPLATES), folder, team
+    finally:
+        team.release()
+
+
+def values(plan: Plan, found: FoundTargets, folder: RunFolder) -> dict[int, np.ndarray]:
+    """Every target by row; the files hold the rows of their shards, in the plan's order."""
+    by_row: dict[int, np.ndarray] = {}
+    for shard in plan.target_shards:
+        arrays = read_targets(folder.store.read_table(found.files[shard.index]))
+        planned = plan.table.rows[shard.start : shard.stop]
+        assert arrays.rows.tolist() == [r for r in planned if r in set(arrays.rows.tolist())]
+        by_row |= dict(zip(arrays.rows.tolist(), arrays.values, strict=True))
+    return by_row
+
+
+def subject(plan: Plan, place: int) -> str:
+    return plan.table.requests[place].subject
+
+
+def test_every_shard_is_found_recorded_and_used_again(plan: Plan, tmp_path: Path) -> None:
+    found, folder, team = found_in(plan, str(tmp_path))
+    assert team.tasks == 3
+    assert found.failures == {}
+    assert {r: v[0] for r, v in values(plan, found, folder).items()} == {
+        row: row for row in range(COUNT)
+    }
+    record = folder.recorded("targets-00001")
+    assert record is not None
+    assert record["rows"] == SHARD
+    assert record["sha256"] == folder.store.sha256(record["file"])
+    again, _, idle = found_in(plan, str(tmp_path))
+    assert idle.tasks == 0
+    assert again == found
+
+
+def test_poisonous_requests_are_put_aside_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
+    bad = {subject(plan, place): "the library fell over" for place in (3, 12)}
+    found, folder, _ = found_in(plan, str(tmp_path), bad)
+    rows = {plan.table.rows[place] for place in (3, 12)}
+    assert set(found.failures) == rows
+    for row in rows:
+        assert found.failures[row].startswith(
+            "whoever computes it fails, also by itself (RuntimeError: the library fell over"
+        )
+    got = values(plan, found, folder)
+    assert {r: v[0] for r, v in got.items()} == {r: r for r in range(COUNT) if r not in rows}
+    record = folder.recorded("targets-00000")
+    assert record is not None
+    assert record["isolated"] == [plan.table.rows[3]]
+    assert record["rows"] == SHARD - 1
+    assert folder.recorded("targets-00002")["isolated"] == []  # type: ignore[index]
+    assert [e["kind"] for e in folder.status["events"]] == ["isolated"] * 2
+    (stage,) = folder.status["stages"]
+    assert stage["detail"]["isolated"] == 2
+    # A resumed run tries none of it again.
+    again, _, idle = found_in(plan, str(tmp_path), bad)
+    assert idle.tasks == 0
+    assert again == found
+
+
+def test_a_request_that_kills_its_workers_is_put_aside(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One try of each: a worker that starts takes seconds.
+    monkeypatch.setattr(isolation, "GROUP_ATTEMPTS", 1)
+    monkeypatch.setattr(isolation, "SINGLE_ATTEMPTS", 1)
+    plan = replace(plan, target_shards=plan_shards(4, 4))
+    journal = tmp_path / "journal"
+    with ray_session("local", num_cpus=1):
+        found, folder, _ = found_in(
+            plan,
+            str(tmp_path / "run"),
+            {subject(plan, 2): "kill"},
+            WorkerPool,
+            count=1,
+            max_attempts=1,
+            journal=str(journal),
+        )
+    (row,) = found.failures
+    assert row == plan.table.rows[2]
+    assert "ActorDiedError" in found.failures[row]
+    assert "its worker process has died" in found.failures[row]
+    others = {r: r for r in plan.table.rows[:4] if r != row}
+    assert {r: v[0] for r, v in values(plan, found, folder).items()} == others
+    tried = [line.split(" ", 1) for line in journal.read_text().splitlines()]
+    deadly = [pid for pid, rows in tried if row in json.loads(rows)]
+    assert len(deadly) == len(set(deadly)) == 3
+
+
+def test_each_is_tried_several_times(plan: Plan, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    bad = {subject(plan, 5): "fell over"}
+    found_in(plan, str(tmp_path / "run"), bad, journal=str(journal))
+    tried = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
+    sizes = [len(rows) for rows in tried if plan.table.rows[5] in rows]
+    # Three times the shard, twice its half and its quarter, three times the request.
+    assert sizes == [8, 8, 8, 4, 4, 2, 2, 1, 1, 1]
+
+
+def test_what_ails_everyone_fails_the_run_and_rejects_nobody(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"^at least 6 .*RuntimeError: no room .*run the same"):
+        found_in(plan, str(tmp_path), {"everyone": "no room"})
+    folder = begun(plan, str(tmp_path))
+    assert not any(folder.recorded(f"targets-{s.name}") for s in plan.target_shards)
+    assert folder.status["events"] == []
+
+
+def test_those_put_aside_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
+    bad = {subject(plan, place): "fell over" for place in (0, 1, 2)}
+    first, folder, _ = found_in(plan, str(tmp_path), bad)
+    assert len(first.failures) == 3
+    folder.store.delete("records/targets-00001.json")
+    more = {subject(plan, place): "fell over" for place in (8, 9, 10)}
+    with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be put aside"):
+        found_in(plan, str(tmp_path), more)
+
+
+def test_a_shard_of_poison_alone_has_an_empty_file(plan: Plan, tmp_path: Path) -> None:
+    plan = replace(plan, target_shards=plan.target_shards[:2])
+    small = replace(plan.target_shards[0], start=7, stop=8)
+    plan = replace(plan, target_shards=[small, plan.target_shards[1]])
+    found, folder, _ = found_in(plan, str(tmp_path), {subject(plan, 7): "fell over"})
+    assert set(found.failures) == {plan.table.rows[7]}
+    assert len(read_targets(folder.store.read_table(found.files[0])).rows) == 0
+
+
+def storing(plan: Plan, url: str) -> Plan:
+    """The plan of the same job with a store of targets."""
+    targets = plan.job.targets.model_copy(update={"store": url})
+    return replace(plan, job=plan.job.model_copy(update={"targets": targets}))
+
+
+def with_new_facts(plan: Plan, *places: int) -> Plan:
+    requests = list(plan.table.requests)
+    for place in places:
+        old = requests[place]
+        requests[place] = EditRequest(old.prompt, old.subject, f"{old.target_new} again")
+    return replace(plan, table=replace(plan.table, requests=requests))
+
+
+def stage_detail(folder: RunFolder) -> dict[str, Any]:
+    (stage,) = folder.status["stages"]
+    return dict(stage["detail"])
+
+
+def test_another_run_computes_only_what_the_store_has_not(plan: Plan, any_url: str) -> None:
+    store = f"{any_url}/store"
+    first, folder, team = found_in(storing(plan, store), f"{any_url}/1")
+    assert team.tasks == 3
+    assert stage_detail(folder)["stored"] == 0
+    changed = with_new_facts(storing(plan, store), 3, 5)
+    second, other, team = found_in(changed, f"{any_url}/2")
+    assert team.tasks == 1, "shards that are stored as a whole need no worker"
+    detail = stage_detail(other)
+    assert (detail["stored"], detail["found"]) == (COUNT - 2, 2)
+    assert other.recorded("targets-00000")["stored"] == SHARD - 2  # type: ignore[index]
+    one, two = values(plan, first, folder), values(plan, second, other)
+    assert all(np.array_equal(one[row].view(np.int32), two[row].view(np.int32)) for row in one)
+    columns = ["row", "steps", "loss"]
+    for index, file in first.files.items():
+        stored = other.store.read_table(second.files[index], columns)
+        assert stored == folder.store.read_table(file, columns)
+    _, _, team = found_in(changed, f"{any_url}/3")
+    assert team.tasks == 0
+
+
+def test_what_was_found_before_a_failure_is_in_the_store(plan: Plan, tmp_path: Path) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    bad = {subject(plan, place): "fell over" for place in range(16, 24)}
+    with pytest.raises(WorkerError):
+        found_in(plan, str(tmp_path / "1"), bad)
+    _, folder, _ = found_in(plan, str(tmp_path / "2"))
+    assert stage_detail(folder)["stored"] == 16
+
+
+def test_a_request_put_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    found_in(plan, str(tmp_path / "1"), {subject(plan, 9): "fell over"})
+    found, folder, team = found_in(plan, str(tmp_path / "2"))
+    assert team.tasks == 1
+    assert stage_detail(folder) | {"stored": COUNT - 1, "found": 1} == stage_detail(folder)
+    assert found.failures == {}
+    assert len(values(plan, found, folder)) == COUNT
