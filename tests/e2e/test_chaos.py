@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     written, seconds = said.split()[-2:]
     draw, deaths, file = random.Random(SEED), [], None
     while len(deaths) < KILLS:
-        file = file or job_file(tmp_path / f"killed-{len(deaths)}", inputs)
+        file = file or job_file(tmp_path / f"killed-{len(list(tmp_path.iterdir()))}", inputs)
         kind = draw.choice(["inside", "after", "time"])
         when = draw.uniform(1, float(seconds)) if kind == "time" else draw.randint(1, int(written))
         status, said = drive(file, kind, when)
