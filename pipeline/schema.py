@@ -188,7 +188,7 @@ def _is_vector(type_: pa.DataType | None) -> bool:
 
 
 def _read(file: str) -> pa.Table:
-    """One file of requests, with its dictionary-encoded columns decoded."""
+    """One file of requests, checked for the columns that requests need."""
     try:
         table = map_parquet(file)
     except StorageError as error:
@@ -202,9 +202,6 @@ def _read(file: str) -> pa.Table:
             f"{file} has no column {', '.join(missing)}; requests need "
             f"{', '.join(REQUIRED_COLUMNS)}, and this file has {', '.join(names) or 'none'}"
         )
-    for index, column in enumerate(table.columns):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(index, names[index], column.cast(column.type.value_type))
     return table
 
 

@@ -316,6 +316,8 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
 def map_parquet(url: str) -> pa.Table:
     """A Parquet file anywhere, decoded to the local disk and mapped into memory.
 
+    Columns that are stored as dictionaries are plain ones here.
+
     The table's pages come and go as they are read; the file behind it has no name, and is gone when
     the table is.
 
@@ -327,9 +329,10 @@ def map_parquet(url: str) -> pa.Table:
         copy = str(Path(folder) / "decoded.arrow")
         with fs.open(path, "rb") as stream:
             file = pq.ParquetFile(stream)
-            with pa.OSFile(copy, "wb") as sink, pa.ipc.new_file(sink, file.schema_arrow) as writer:
+            schema = _without_dictionaries(file.schema_arrow)
+            with pa.OSFile(copy, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
                 for batch in file.iter_batches(_ROWS_AT_ONCE):
-                    writer.write_batch(batch)
+                    writer.write_batch(_decoded(batch))
         return pa.ipc.open_file(pa.memory_map(copy)).read_all()
 
 
@@ -364,6 +367,8 @@ def parquet_footer(url: str) -> tuple[pa.Schema, int]:
 def read_batches(url: str, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
     """The named columns of a Parquet file, at most ``rows`` rows at a time, in their order.
 
+    Dictionaries are decoded: where an index is damaged this is the place that says so.
+
     Raises:
         StorageError: it cannot be read or is damaged; what came before the damage has been given.
     """
@@ -371,7 +376,21 @@ def read_batches(url: str, columns: Sequence[str], rows: int) -> Iterator[pa.Rec
     with _failures("read", url), fs.open(path, "rb") as stream:
         batches = pq.ParquetFile(stream).iter_batches(rows, columns=list(columns))
         while (batch := next(batches, None)) is not None:
-            yield batch
+            yield _decoded(batch)
+
+
+def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows, without dictionaries."""
+    columns = [
+        column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
+    types = [t.value_type if pa.types.is_dictionary(t) else t for t in schema.types]
+    return pa.schema(list(zip(schema.names, types, strict=True)))
 
 
 def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
@@ -558,7 +577,7 @@ def _failures(action: str, where: str) -> Iterator[None]:
 def _remedy(action: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "check the path"
-    if action == "read" and isinstance(error, pa.ArrowInvalid):
+    if action == "read" and isinstance(error, pa.ArrowException):
         return "the file is damaged or not Parquet, write it again"
     if isinstance(error, ImportError):
         return "install the package it names"

@@ -91,6 +91,13 @@ def test_text_may_be_stored_in_any_way(read, type_):
     assert not any(pa.types.is_dictionary(type_) for type_ in found.table.schema.types)
 
 
+def test_row_groups_may_have_dictionaries_of_their_own(tmp_path):
+    table = table_of([fact(s) for s in "ABCDE"], subject=pa.dictionary(pa.int32(), pa.string()))
+    pq.write_table(table, tmp_path / "f.parquet", row_group_size=2)
+    found = read_requests(str(tmp_path / "f.parquet"))
+    assert [request.subject for request in found.requests] == list("ABCDE")
+
+
 @pytest.mark.parametrize("case_id", [3, "c3", 2**40, None])
 def test_case_ids_are_numbers_or_text(read, case_id):
     assert read(table_of([fact() | {"case_id": case_id}])).requests[0].case_id == case_id
