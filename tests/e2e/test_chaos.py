@@ -24,7 +24,7 @@ from pipeline.store import Store
 from tests.conftest import ROOT
 from tests.e2e.conftest import job, targets_by_row
 
-KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "3"))
+KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
 FINISHED, KILLED = 0, -signal.SIGKILL
 

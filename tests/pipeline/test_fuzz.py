@@ -20,7 +20,7 @@ from pipeline.config import load_job
 from pipeline.schema import read_requests
 from pmet.errors import PMETError
 
-COUNT = int(os.environ.get("PMET_FUZZ", "1000"))
+COUNT = int(os.environ.get("PMET_FUZZ", "500"))
 
 JOB = """\
 model: models/gpt2   # a folder

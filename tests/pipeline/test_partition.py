@@ -97,9 +97,11 @@ class Rank:
             parameter.all_gather()
         blocks = [(0, 0, delta)]
         if how == "rows":
-            blocks = [(top, 0, delta[top : top + 5]) for top in range(0, len(delta), 5)]
+            blocks = [(at, 0, delta[at : at + 27]) for at in range(0, len(delta), 27)]
         if how == "columns":
-            blocks = [(0, left, delta[:, left : left + 7]) for left in range(0, delta.shape[1], 7)]
+            blocks = [
+                (0, left, delta[:, left : left + 27]) for left in range(0, delta.shape[1], 27)
+            ]
         kept = own_values(self.engine, parameter).clone().double()
         squares = [add_block(self.engine, parameter, block, *at) for *at, block in blocks]
         after = own_values(self.engine, parameter).double()
@@ -229,8 +231,9 @@ def test_a_rank_holds_its_slices_and_little_else(tmp_path):
     with RankGroup(Rank, ranks=2, threads=1, deadline_s=120.0) as pair:
         peaks = pair.call_all("peak_of_loading_and_running", str(tmp_path))
     assert whole > 350 << 20
-    # What is read at a time; a gathered weight, and the buffer that it comes in.
-    room = (32 << 20) + 2 * largest
+    # What is read at a time; a gathered weight, and the buffer that it comes in; what the allocator
+    # keeps of small blocks. The whole model would be twice that more.
+    room = (72 << 20) + 2 * largest
     assert all(whole / 2 < peak < whole / 2 + room for peak in peaks), (whole, peaks)
 
 
