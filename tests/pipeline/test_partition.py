@@ -154,7 +154,7 @@ def cluster():
         yield
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}ranks")
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda ranks: f"{ranks}ranks")
 def group(request):
     with RankGroup(Rank, ranks=request.param, threads=1, deadline_s=120.0) as made:
         yield made
