@@ -11,6 +11,7 @@ the table is a process of its own, that starts Ray and the ranks anew.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import tempfile
 import threading
@@ -44,6 +45,16 @@ from pipeline.stages import Context, FoundTargets, update
 
 TEMPLATES = [["{}"], ["It is well known. {}", "In the year of the flood. {}"]]
 LAYERS = (1, 2)
+HPARAMS = {
+    "layers": LAYERS,
+    "v_num_grad_steps": 1,
+    "v_lr": 0.1,
+    "v_loss_layer": None,
+    "v_weight_decay": 0.5,
+    "clamp_norm_factor": 1,
+    "kl_factor": 0,
+    "mom2_update_weight": 10,
+}
 MIB = 2**20
 _TICK_S = 0.1
 
@@ -115,13 +126,9 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
     requests = folder / f"requests-{count}.parquet"
     pq.write_table(_requests(count), requests)
     hparams = folder / "hparams.json"
-    hparams.write_text(
-        f'{{"layers": {list(LAYERS)}, "v_num_grad_steps": 1, "v_lr": 0.1, "v_loss_layer": null, '
-        '"v_weight_decay": 0.5, "clamp_norm_factor": 1, "kl_factor": 0, '
-        '"mom2_update_weight": 10}'
-    )
+    hparams.write_text(json.dumps(HPARAMS))
     templates = folder / "templates.json"
-    templates.write_text(str(TEMPLATES).replace("'", '"'))
+    templates.write_text(json.dumps(TEMPLATES))
     job = JobConfig(
         model=str(folder / "model"),
         requests=(str(requests),),

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pipeline.errors import JobError, StorageError
-from pipeline.store import read_file
-from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
+from pipeline.errors import JobError
+from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml, read_yaml
 
 SIZE_LIMIT = 2**20
 
@@ -272,18 +271,13 @@ def dump_job(job: JobConfig) -> str:
 
 
 def _mapping(source: str) -> dict[str, Any]:
-    try:
-        data = read_file(source, limit=SIZE_LIMIT + 1)
-    except StorageError as error:
-        raise JobError(f"job file: {error}") from None
-    if len(data) > SIZE_LIMIT:
-        raise JobError(f"{source}: a job file has at most 1 MiB; put data into files of their own")
-    try:
-        values = parse_yaml(data.decode())
-    except UnicodeDecodeError as error:
-        raise JobError(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
-    except YAMLTextError as error:
-        raise JobError("\n".join(f"{source}: {problem}" for problem in error.problems)) from None
+    values = read_yaml(
+        source,
+        "job file",
+        limit=SIZE_LIMIT,
+        too_large="a job file has at most 1 MiB; put data into files of their own",
+        refusal=JobError,
+    )
     if not isinstance(values, dict):
         raise JobError(f"{source}: {_shown(values)} is not a job; give keys with values")
     return values

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import JobError, StorageError
-from pipeline.store import expand, read_column
+from pipeline.parquet import read_column
+from pipeline.store import expand
 from pmet.lookup import encode
 
 TOKENS = 1_000_000

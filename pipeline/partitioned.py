@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -9,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint, StoredTensor
+from pipeline.collective import share_of_rows
 from pipeline.errors import ModelError
 from pipeline.partition import deepspeed, owned_slice
-from pipeline.skeleton import skeleton_with_buffers, stored_parameters
+from pipeline.skeleton import skeleton_with_buffers
 
 Offload = Literal["none", "cpu"]
 
@@ -41,9 +43,8 @@ def load_partitioned(
     """
     config = zero_config(dtype, offload)
     checkpoint = Checkpoint.open(model_path)
-    module = skeleton_with_buffers(checkpoint, dtype)
-    places = {p: stored for p, stored in stored_parameters(module, checkpoint) if stored}
-    if len(places) == len(list(module.parameters())):
+    module, places = skeleton_with_buffers(checkpoint, dtype)
+    if all(places.values()):
         _read_slices(module, places, checkpoint, deepspeed().zero.Init(config_dict_or_path=config))
         return module, deepspeed().initialize(model=module, config=config)[0]
     return _load_with_transformers(model_path, dtype, config)
@@ -82,7 +83,7 @@ def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]
 
 def _read_slices(
     module: nn.Module,
-    places: dict[nn.Parameter, StoredTensor],
+    places: Mapping[nn.Parameter, StoredTensor | None],
     checkpoint: Checkpoint,
     zero: Any,
 ) -> None:
@@ -90,19 +91,21 @@ def _read_slices(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     made: dict[nn.Parameter, nn.Parameter] = {}
     for parameter, stored in places.items():
+        assert stored is not None
         # On the CPU memory is taken only where something is written, which is this rank's slice.
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=zero.local_device)
-        each = -(-whole.numel() // ranks)
-        own = whole.view(-1)[rank * each : (rank + 1) * each]
+        share = share_of_rows(whole.numel(), rank, ranks)
+        own = whole.view(-1)[share]
         for piece in range(0, len(own), _PIECE):
             values = torch.empty(min(_PIECE, len(own) - piece), dtype=own.dtype)
-            checkpoint.read_elements(stored, rank * each + piece, values)
+            checkpoint.read_elements(stored, share.start + piece, values)
             own[piece : piece + len(values)] = values
         made[parameter] = partitioned = nn.Parameter(whole)
         zero._convert_to_deepspeed_param(partitioned)
         partitioned.partition()  # type: ignore[attr-defined]
-        start, stop = owned_slice(partitioned)
-        assert stop - start == len(own), "DeepSpeed cuts parameters into other slices than these"
+        assert owned_slice(partitioned) == (share.start, share.stop), (
+            "DeepSpeed cuts parameters into other slices than these"
+        )
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(owner, name, made[parameter])

@@ -22,6 +22,7 @@ from pmet.request import EditRequest
 
 REQUIRED_COLUMNS = ("prompt", "subject", "target_new")
 OPTIONAL_COLUMNS = ("case_id", "target_true", "paraphrase_prompts", "neighborhood_prompts")
+REQUEST_COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
 NAMED_ROWS = 5  # of the rows that a row contradicts
 _BATCH = 1024  # rows that are Python objects at a time
 _CHUNK = 8192  # rows of a batch that requests are looked up in
@@ -196,8 +197,7 @@ def _digest(text: str) -> bytes:
 
 
 def _request_columns(table: pa.Table) -> pa.Table:
-    names = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
-    return table.select([name for name in names if name in table.column_names])
+    return table.select([name for name in REQUEST_COLUMNS if name in table.column_names])
 
 
 def _python_values(column: pa.ChunkedArray) -> list[Any]:

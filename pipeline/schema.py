@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import RequestTableError, StorageError
+from pipeline.parquet import map_parquet
 from pipeline.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
-from pipeline.store import expand, map_parquet
+from pipeline.store import expand
 from pmet.request import EditRequest
 
 

@@ -42,7 +42,9 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
         ) from None
 
 
-def skeleton_with_buffers(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+def skeleton_with_buffers(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[nn.Module, dict[nn.Parameter, StoredTensor | None]]:
     """The model of a checkpoint in evaluation mode, its parameters without storage.
 
     Parameters that share values are one parameter, as far as the checkpoint leaves one of them out.
@@ -50,6 +52,11 @@ def skeleton_with_buffers(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Modu
     Args:
         checkpoint: a model folder.
         dtype: of the parameters.
+
+    Returns:
+        The model; and for each parameter where the checkpoint stores it. None where it does so in
+        another form than the model has it, fused with others say, which transformers converts
+        while loading.
 
     Raises:
         ModelError: transformers cannot make the model.
@@ -62,26 +69,7 @@ def skeleton_with_buffers(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Modu
     stored = {name: checkpoint.stored(name, model.base_model_prefix) for name in model.state_dict()}
     _make_buffers(model, checkpoint, stored)
     model.tie_weights(missing_keys={name for name, tensor in stored.items() if tensor is None})
-    return cast(nn.Module, model.eval())
-
-
-def stored_parameters(
-    model: nn.Module, checkpoint: Checkpoint
-) -> list[tuple[nn.Parameter, StoredTensor | None]]:
-    """Each parameter once, and where the checkpoint stores it.
-
-    None where it does so in another form than the model has it, fused with others say, which
-    transformers converts while loading.
-    """
-    prefix = cast(Any, model).base_model_prefix
-    checkpoint = _in_todays_names(checkpoint, model)
-    found: dict[nn.Parameter, StoredTensor | None] = {}
-    # Shared parameters have several names, and the checkpoint may use any of them.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        stored = checkpoint.stored(name, prefix)
-        fits = stored is not None and stored.shape == tuple(parameter.shape)
-        found[parameter] = found.get(parameter) or (stored if fits else None)
-    return list(found.items())
+    return model.eval(), _places(model, stored)
 
 
 def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
@@ -103,6 +91,18 @@ def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
         if converted_by is None:
             named[loaded_as] = stored
     return replace(checkpoint, tensors=named)
+
+
+def _places(
+    model: nn.Module, stored: Mapping[str, StoredTensor | None]
+) -> dict[nn.Parameter, StoredTensor | None]:
+    found: dict[nn.Parameter, StoredTensor | None] = {}
+    # Shared parameters have several names, and the checkpoint may use any of them.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = stored.get(name)
+        fits = tensor is not None and tensor.shape == tuple(parameter.shape)
+        found[parameter] = found.get(parameter) or (tensor if fits else None)
+    return found
 
 
 def _make_buffers(

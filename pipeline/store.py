@@ -31,7 +31,6 @@ from pipeline.errors import ModelError, RequestTableError, StorageError
 
 CHUNK_BYTES = 4 * 2**20
 TEMPORARY_SUFFIX = ".tmp"
-_ROWS_AT_ONCE = 256
 # fsspec's memory looks whether there is a file, and then writes it.
 _MEMORY = Lock()
 # How object stores say that a file is there already, or is being created by somebody else.
@@ -47,7 +46,7 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         """Open the folder ``url``; it need not exist, the first write makes it."""
-        self.fs, root = _opened(str(url))
+        self.fs, root = opened(str(url))
         self.root = root.rstrip("/") or root
         self.is_local = _is_local(self.fs)
 
@@ -71,13 +70,13 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or a folder of this name."""
-        with _failures("look for", self.join(name)):
+        with failures("look for", self.join(name)):
             self.fs.invalidate_cache()
             return bool(self.fs.exists(self._path(name)))
 
     def glob(self, pattern: str) -> list[str]:
         """Names of the files directly in this folder that match, sorted: ``*.npz``, for example."""
-        with _failures("list", self.join(pattern)):
+        with failures("list", self.join(pattern)):
             self.fs.invalidate_cache()
             found: list[str] = self.fs.glob(self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
@@ -89,7 +88,7 @@ class Store:
         they are asked for (``unfinished``).
         """
         folder = self._path(prefix) if prefix else self.root
-        with _failures("list", _url(self.fs, folder)):
+        with failures("list", _url(self.fs, folder)):
             self.fs.invalidate_cache()
             found = self.fs.find(folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
@@ -98,19 +97,19 @@ class Store:
     @contextmanager
     def read_stream(self, name: str) -> Iterator[BinaryIO]:
         """A seekable file to read from; only what is read of it is fetched."""
-        with _failures("read", self.join(name)):
+        with failures("read", self.join(name)):
             stream = self.fs.open(self._path(name), "rb")
         with stream:
             yield stream
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
-        with _failures("read", self.join(name)):
+        with failures("read", self.join(name)):
             return bytes(self.fs.cat_file(self._path(name)))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all; what was there is replaced."""
-        with _failures("write", self.join(name)):
+        with failures("write", self.join(name)):
             if self.is_local:
                 with self.write_stream(name) as stream:
                     stream.write(data)
@@ -122,7 +121,7 @@ class Store:
 
         Of several that try at once one succeeds, where ``creates_exclusively``.
         """
-        with _failures("write", self.join(name)):
+        with failures("write", self.join(name)):
             try:
                 if self.is_local:
                     _link_into_place(Path(self._path(name)), data)
@@ -151,7 +150,7 @@ class Store:
 
     def modified(self, name: str) -> datetime | None:
         """When a file was written, by the storage's clock; None where it does not say."""
-        with _failures("look for", self.join(name)):
+        with failures("look for", self.join(name)):
             self.fs.invalidate_cache()
             try:
                 when: datetime = self.fs.modified(self._path(name))
@@ -186,12 +185,12 @@ class Store:
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
         paths = [self._path(name) for name in names]
-        with _failures("read", self.url):
+        with failures("read", self.url):
             return ds.dataset(paths, format=kind, filesystem=self.fs)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file, compressed with zstd."""
-        with _failures("write", self.join(name)), self.write_stream(name) as stream:
+        with failures("write", self.join(name)), self.write_stream(name) as stream:
             pq.write_table(table, stream, compression="zstd")
 
     @contextmanager
@@ -217,7 +216,7 @@ class Store:
             return
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / PurePosixPath(name).name
-            with _failures("read", self.join(name)):
+            with failures("read", self.join(name)):
                 self.fs.get_file(self._path(name), str(copy))
             yield copy
 
@@ -232,21 +231,21 @@ class Store:
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all that is in it; nothing happens where there is none."""
-        with _failures("delete", self.join(name)):
+        with failures("delete", self.join(name)):
             self.fs.invalidate_cache()
             if self.fs.exists(self._path(name)):
                 self.fs.rm(self._path(name), recursive=True)
 
     def size(self, name: str) -> int:
         """The size of a file in bytes."""
-        with _failures("look for", self.join(name)):
+        with failures("look for", self.join(name)):
             self.fs.invalidate_cache()
             return int(self.fs.size(self._path(name)))
 
     def sha256(self, name: str) -> str:
         """The SHA-256 of a file's bytes, in hexadecimal."""
         digest = hashlib.sha256()
-        with _failures("read", self.join(name)), self.fs.open(self._path(name), "rb") as file:
+        with failures("read", self.join(name)), self.fs.open(self._path(name), "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -261,17 +260,17 @@ class Store:
 
     @contextmanager
     def _renamed_into_place(self, path: Path) -> Iterator[BinaryIO]:
-        with _failures("write", str(path)):
+        with failures("write", str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
             stream = temporary.open("xb")
         try:
             with _closed_with(stream):
                 yield stream
-                with _failures("write", str(path)):
+                with failures("write", str(path)):
                     stream.flush()
                     os.fsync(stream.fileno())
-            with _failures("write", str(path)):
+            with failures("write", str(path)):
                 temporary.replace(path)
                 _flush_folder(path.parent)
         except BaseException:
@@ -282,7 +281,7 @@ class Store:
     def _uploaded(self, name: str) -> Iterator[BinaryIO]:
         with tempfile.NamedTemporaryFile() as spool:
             yield spool  # type: ignore[misc]
-            with _failures("write", self.join(name)):
+            with failures("write", self.join(name)):
                 spool.flush()
                 self.fs.put_file(spool.name, self._path(name))
 
@@ -293,8 +292,8 @@ def read_file(url: str, *, limit: int | None = None) -> bytes:
     Raises:
         StorageError: it cannot be read.
     """
-    fs, path = _opened(url)
-    with _failures("read", url), fs.open(path, "rb") as file:
+    fs, path = opened(url)
+    with failures("read", url), fs.open(path, "rb") as file:
         return bytes(file.read(-1 if limit is None else limit))
 
 
@@ -304,93 +303,13 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         StorageError: it cannot be read, is damaged, or has no such column.
     """
-    fs, path = _opened(url)
-    with _failures("read", url), fs.open(path, "rb") as stream:
+    fs, path = opened(url)
+    with failures("read", url), fs.open(path, "rb") as stream:
         file = pq.ParquetFile(stream)
         for name in columns or ():
             if name not in file.schema_arrow.names:
                 raise StorageError(f"{url} has no column {name!r}; write the file again")
         return file.read(columns=None if columns is None else list(columns))
-
-
-def map_parquet(url: str) -> pa.Table:
-    """A Parquet file anywhere, decoded to the local disk and mapped into memory.
-
-    Columns that are stored as dictionaries are plain ones here.
-
-    The table's pages come and go as they are read; the file behind it has no name, and is gone when
-    the table is.
-
-    Raises:
-        StorageError: it cannot be read, or is damaged.
-    """
-    fs, path = _opened(url)
-    with tempfile.TemporaryDirectory() as folder, _failures("read", url):
-        copy = str(Path(folder) / "decoded.arrow")
-        with fs.open(path, "rb") as stream:
-            file = pq.ParquetFile(stream)
-            schema = _without_dictionaries(file.schema_arrow)
-            with pa.OSFile(copy, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                for batch in file.iter_batches(_ROWS_AT_ONCE):
-                    writer.write_batch(_decoded(batch))
-        return pa.ipc.open_file(pa.memory_map(copy)).read_all()
-
-
-def read_column(url: str, name: str) -> Iterator[list[Any]]:
-    """The values of one column of a Parquet file, some at a time; nothing else of it is read.
-
-    Raises:
-        StorageError: the file cannot be read, is damaged, or has no such column.
-    """
-    fs, path = _opened(url)
-    with _failures("read", url), fs.open(path, "rb") as stream:
-        file = pq.ParquetFile(stream)
-        columns = file.schema_arrow.names
-        if name not in columns:
-            raise StorageError(f"{url} has no column {name}; it has {', '.join(columns)}")
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[name]):
-            yield batch.column(0).to_pylist()
-
-
-def parquet_footer(url: str) -> tuple[pa.Schema, int]:
-    """The columns and the number of rows of a Parquet file; nothing else of it is read.
-
-    Raises:
-        StorageError: it cannot be read or is damaged.
-    """
-    fs, path = _opened(url)
-    with _failures("read", url), fs.open(path, "rb") as stream:
-        file = pq.ParquetFile(stream)
-        return file.schema_arrow.remove_metadata(), file.metadata.num_rows
-
-
-def read_batches(url: str, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """The named columns of a Parquet file, at most ``rows`` rows at a time, in their order.
-
-    Dictionaries are decoded: where an index is damaged this is the place that says so.
-
-    Raises:
-        StorageError: it cannot be read or is damaged; what came before the damage has been given.
-    """
-    fs, path = _opened(url)
-    with _failures("read", url), fs.open(path, "rb") as stream:
-        batches = pq.ParquetFile(stream).iter_batches(rows, columns=list(columns))
-        while (batch := next(batches, None)) is not None:
-            yield _decoded(batch)
-
-
-def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same rows, without dictionaries."""
-    columns = [
-        column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-        for column in batch.columns
-    ]
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
-    types = [t.value_type if pa.types.is_dictionary(t) else t for t in schema.types]
-    return pa.schema(list(zip(schema.names, types, strict=True)))
 
 
 def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
@@ -423,10 +342,10 @@ def localized(url: str, cache_dir: str | Path) -> str:
     """
     if "://" not in url:
         return url
-    fs, root = _opened(url)
+    fs, root = opened(url)
     if _is_local(fs):
         return str(root)
-    with _failures("list", url):
+    with failures("list", url):
         fs.invalidate_cache()
         files: dict[str, dict] = fs.find(root, detail=True)
     if not files:
@@ -445,10 +364,10 @@ def _download(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str], ta
             name = file.removeprefix(root).lstrip("/") or PurePosixPath(file).name
             if ".." in PurePosixPath(name).parts:
                 raise StorageError(f"{file} would be copied outside its folder; rename it")
-            with _failures("copy", file):
+            with failures("copy", file):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 fs.get_file(file, str(partial / name))
-        with _failures("write", str(target)):
+        with failures("write", str(target)):
             _rename_unless_there(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -464,8 +383,8 @@ def _rename_unless_there(source: Path, target: Path) -> None:
 
 
 def _matches(pattern: str, deep: bool) -> list[str]:
-    fs, path = _opened(pattern)
-    with _failures("look for", pattern):
+    fs, path = opened(pattern)
+    with failures("look for", pattern):
         fs.invalidate_cache()
         kind = _kind(fs, path)
         if kind == "directory":
@@ -498,9 +417,9 @@ def _is_visible_parquet(path: str) -> bool:
     return name.endswith(".parquet") and not hidden
 
 
-def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and the path in it that a URL names; local paths become absolute."""
-    with _failures("open", url):
+    with failures("open", url):
         fs, path = fsspec.core.url_to_fs(url)
     return fs, path
 
@@ -561,7 +480,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _failures(action: str, where: str) -> Iterator[None]:
+def failures(action: str, where: str) -> Iterator[None]:
     """Rewrite what the storage libraries raise: each back end has exceptions of its own."""
     try:
         yield

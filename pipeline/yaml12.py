@@ -14,6 +14,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import StorageError
+from pipeline.store import read_file
+from pmet.errors import InputError
+
 MAX_DEPTH = 32
 
 _RESOLVERS = (
@@ -59,6 +63,35 @@ def parse_yaml(text: str) -> Any:
     if problems:
         raise YAMLTextError(problems)
     return value
+
+
+def read_yaml(
+    source: str, label: str, *, limit: int, too_large: str, refusal: type[InputError]
+) -> Any:
+    """The value of a YAML file that a person wrote.
+
+    Args:
+        source: a path or a URL.
+        label: what the file is, for the message where it cannot be read.
+        limit: its largest size in bytes.
+        too_large: what to say of a larger one.
+        refusal: raised where the file is not what it should be.
+
+    Raises:
+        InputError: of the kind ``refusal``; one line for each problem, naming the file.
+    """
+    try:
+        data = read_file(source, limit=limit + 1)
+    except StorageError as error:
+        raise refusal(f"{label}: {error}") from None
+    if len(data) > limit:
+        raise refusal(f"{source}: {too_large}")
+    try:
+        return parse_yaml(data.decode())
+    except UnicodeDecodeError as error:
+        raise refusal(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except YAMLTextError as error:
+        raise refusal("\n".join(f"{source}: {problem}" for problem in error.problems)) from None
 
 
 def dump_yaml(value: Any) -> str:

@@ -78,8 +78,11 @@ class LookupFile(Sequence[Lookups]):
         self._spill = Spill(memory=0)
         self._rows = array("q")
         self._group_sizes: tuple[int, ...] = ()
-        self.counts = array("q")
+
+    @property
+    def counts(self) -> list[int]:
         """E of each batch."""
+        return [rows // sum(self._group_sizes) for rows in self._rows]
 
     def append(self, lookups: Lookups) -> None:
         """Keep a batch; all have the same contexts."""
@@ -88,7 +91,6 @@ class LookupFile(Sequence[Lookups]):
         self._spill.put(len(self._rows), torch.cat(numbers))
         self._rows.append(len(lookups.lengths))
         self._group_sizes = lookups.group_sizes
-        self.counts.append(lookups.count)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -19,9 +19,10 @@ from jobs.facts.rows import JudgedRows
 from jobs.facts.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
 from pipeline.errors import RequestTableError, StorageError
+from pipeline.parquet import parquet_footer
 from pipeline.requests import REQUIRED_COLUMNS
 from pipeline.schema import Rejection, RequestTable, read_requests, readable
-from pipeline.store import expand, parquet_footer
+from pipeline.store import expand
 
 EXAMPLES = 5
 _LONGEST_SHOWN = 80

@@ -22,17 +22,8 @@ from jobs.facts.survey import ALWAYS, SettledFacts, Side, Survey, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.errors import FactDumpError
+from pipeline.requests import REQUEST_COLUMNS
 from pipeline.schema import with_columns
-
-REQUEST_COLUMNS = (
-    "prompt",
-    "subject",
-    "target_new",
-    "case_id",
-    "target_true",
-    "paraphrase_prompts",
-    "neighborhood_prompts",
-)
 
 
 def convert_dump(

@@ -13,12 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.facts.check import reason_kind
-from jobs.facts.convert import REQUEST_COLUMNS
 from jobs.facts.formats import counterfact, easyedit, mquake, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls
 from pipeline.errors import FactDumpError, StorageError
-from pipeline.requests import Repeats
+from pipeline.requests import REQUEST_COLUMNS, Repeats
 from pipeline.schema import with_columns
 from pipeline.store import expand, read_file
 from pmet.errors import RequestError

@@ -13,8 +13,9 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline.errors import FactDumpError, StorageError
+from pipeline.parquet import parquet_footer, plain_type, read_batches
 from pipeline.schema import aligned, common_types
-from pipeline.store import Store, expand, parquet_footer, read_batches
+from pipeline.store import Store, expand
 
 FACT = ("subject", "relation", "object")
 TIMES = ("updated_at", "valid_until")
@@ -236,16 +237,8 @@ def _column(batch: pa.RecordBatch, file: DumpFile, name: str) -> pa.Array:
         return pa.repeat(pa.scalar(file.folder[name], pa.string()), len(batch))
     if name not in file.stored:
         return pa.nulls(len(batch))
-    column = batch.column(file.stored[name])
-    return column.cast(_plain(column.type)) if _plain(column.type) != column.type else column
+    return batch.column(file.stored[name])
 
 
 def _decoded(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([field.with_type(_plain(field.type)) for field in schema])
-
-
-def _plain(type_: pa.DataType) -> pa.DataType:
-    """The type of a column once it is read: neither a dictionary nor a view."""
-    if pa.types.is_dictionary(type_):
-        return _plain(type_.value_type)
-    return pa.large_string() if pa.types.is_string_view(type_) else type_
+    return pa.schema([field.with_type(plain_type(field.type)) for field in schema])

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.facts.partitions import text_hash
+from jobs.facts.runs import places_in_runs
 
 COUNT = 10
 """Neighbors of a fact, at most: as many as CounterFact has."""
@@ -76,7 +77,7 @@ class Neighbors:
         sizes = self._counts[pools]
         taken = np.minimum(sizes, COUNT)
         starts = text_hash(subjects.take(pa.array(rows))) % sizes.astype(np.uint64)
-        turn = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+        turn = places_in_runs(taken)
         turn = (np.repeat(starts.astype(np.int64), taken) + turn) % np.repeat(sizes, taken)
         counts = np.zeros(len(subjects), np.int64)
         counts[rows] = taken

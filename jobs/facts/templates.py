@@ -25,9 +25,8 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.errors import FactDumpError, StorageError
-from pipeline.store import read_file
-from pipeline.yaml12 import YAMLTextError, parse_yaml
+from pipeline.errors import FactDumpError
+from pipeline.yaml12 import read_yaml
 
 SIZE_LIMIT = 4 * 2**20
 PLACE = "{}"
@@ -75,18 +74,13 @@ def load_templates(source: str) -> Templates:
     Raises:
         FactDumpError: one line for each problem, naming the file, the relation and the key.
     """
-    try:
-        data = read_file(source, limit=SIZE_LIMIT + 1)
-    except StorageError as error:
-        raise FactDumpError(f"templates: {error}") from None
-    if len(data) > SIZE_LIMIT:
-        raise FactDumpError(f"{source}: a templates file has at most {SIZE_LIMIT >> 20} MiB")
-    try:
-        values = parse_yaml(data.decode())
-    except UnicodeDecodeError as error:
-        raise FactDumpError(f"{source}: not UTF-8 text ({error}); save it as UTF-8") from None
-    except YAMLTextError as error:
-        raise FactDumpError("\n".join(f"{source}: {line}" for line in error.problems)) from None
+    values = read_yaml(
+        source,
+        "templates",
+        limit=SIZE_LIMIT,
+        too_large=f"a templates file has at most {SIZE_LIMIT >> 20} MiB",
+        refusal=FactDumpError,
+    )
     return parse_templates(values, source)
 
 

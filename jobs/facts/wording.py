@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.facts.runs import places_in_runs
 from jobs.facts.templates import PLACE, RelationTemplates, Templates
 
 
@@ -72,7 +73,7 @@ class Wording:
         """All paraphrases of each row, the subject filled in: lists of text."""
         counts = self._paraphrases.counts[relations]
         rows = np.repeat(np.arange(len(relations)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        within = places_in_runs(counts)
         numbers = self._paraphrases.first[relations][rows] + within
         return _lists(self._paraphrases.filled(numbers, subjects.take(pa.array(rows))), counts)
 
@@ -87,7 +88,7 @@ class Wording:
             counts: (rows,) how many neighbors each row has.
         """
         rows = np.repeat(np.arange(len(relations)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        within = places_in_runs(counts)
         choices = self._neighbors.counts[relations][rows]
         numbers = self._neighbors.first[relations][rows] + within % np.maximum(choices, 1)
         # A relation may have no templates here; then its rows have no neighbors.

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.skeleton import skeleton_with_buffers, stored_parameters
+from pipeline.skeleton import skeleton_with_buffers
 from tests.parity.test_families import VARIANTS, build
 
 
@@ -15,7 +15,7 @@ def test_every_family(variant, dtype, tmp_path):
     build(variant).to(dtype).save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     checkpoint = Checkpoint.open(tmp_path)
-    model = skeleton_with_buffers(checkpoint, dtype)
+    model, places = skeleton_with_buffers(checkpoint, dtype)
     buffers, expected = dict(model.named_buffers()), dict(whole.named_buffers())
     assert buffers.keys() == expected.keys()
     for name, buffer in expected.items():
@@ -24,7 +24,7 @@ def test_every_family(variant, dtype, tmp_path):
     assert not any(module.training for module in model.modules())
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert list(names.values()) == [name for name, _ in whole.named_parameters()]
-    for parameter, stored in stored_parameters(model, checkpoint):
+    for parameter, stored in places.items():
         assert parameter.is_meta
         assert parameter.dtype == dtype
         assert stored is not None
