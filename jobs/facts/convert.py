@@ -18,7 +18,7 @@ from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
 from jobs.facts.problems import FINE, PROBLEMS, UNCHANGED
 from jobs.facts.rows import trimmed
-from jobs.facts.survey import ALWAYS, SettledFacts, Side, Survey, survey
+from jobs.facts.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.errors import FactDumpError
