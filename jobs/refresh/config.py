@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from pipeline.config import (
     CountOrNull,
     EditSettings,
+    Maximum,
     Paths,
     PathsOrNull,
     Section,
@@ -71,6 +72,9 @@ class _Nights(Section):
     most_removed: Fraction = Field(
         default=0.5,
         description="Largest fraction of the live facts that may be gone from a dump; null: all.",
+    )
+    price_per_hour: Maximum = Field(
+        default=None, description="What an hour of the machines costs; null: no cost is reported."
     )
 
 

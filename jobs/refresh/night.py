@@ -31,6 +31,7 @@ from jobs.refresh.ledger import (
     concluded,
     merged,
 )
+from jobs.refresh.report import CHANGES, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
@@ -42,7 +43,7 @@ from pipeline.progress import Progress
 from pipeline.run import NO_TARGET, RunResult, run_plan
 from pipeline.stages import MODEL
 
-CHANGES, REQUESTS, SET_ASIDE = "changes.parquet", "requests.parquet", "set_aside.parquet"
+REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
 TEMPLATES = "context_templates.json"
 _OVER = ("promoted", "held", "superseded")
 
@@ -213,6 +214,8 @@ class _Work:
         except Exception as error:
             status = "superseded" if isinstance(error, CurrentMovedError) else "failed"
             self._say(status=status, error=str(error) or type(error).__name__, finished_at=_now())
+            if status == "superseded":
+                self._report()
             raise
 
     def _requests(self, tonight: Tonight, ledger: Ledger) -> pa.Table:
@@ -279,15 +282,20 @@ class _Work:
         )
         if result is not None and result.status == "held":
             self._say(status="held")
+            self._report()
             return self._refreshed("held")
         expected = 0 if self._current is None else self._current.promotion
-        self._lease.check()
+        self._report()
         promotion = self._home.promote(
             self._night.version, self._path(MODEL), expected=expected, by="refresh"
         )
         self._say(status="promoted", promotion=promotion.promotion)
         self._home.prune(self._config.keep)
         return self._refreshed("promoted")
+
+    def _report(self) -> None:
+        self._lease.check()
+        write_night_report(self._home, self._config, self._night.version)
 
     def _targets(self) -> dict[str, int]:
         """How many targets were computed, and how many the store had."""
