@@ -17,6 +17,7 @@ REPORT = "night.html"
 CHANGES = "changes.parquet"
 TREND = ("efficacy", "generalization", "specificity")
 TREND_NIGHTS = 60
+NOTHING_TOLD: dict[str, Any] = {"before": {}, "after": {}, "gates": [], "counts": {"edited": 0}}
 EXPLAINED = {
     "quarantined": "Left out of the model until the dump says something else of them, or "
     "pmet facts restore tells them again.",
@@ -33,12 +34,13 @@ def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
     """
     store, night = home.store, home.night(version)
     ledger = store.read_table(path(version, LEDGER)).to_pylist()
-    metrics = night["metrics"] or {"before": {}, "after": {}, "gates": []}
+    metrics = night["metrics"] or NOTHING_TOLD
     run = path(version, STATUS)
     seconds = _seconds(night)
     text = page("night.html.j2", "jobs").render(
         home=store.url,
         night=night,
+        told=metrics["counts"]["edited"],
         verdict=_verdict(night, metrics["gates"]),
         base=metrics["before"],
         last=_after(home, night["follows"]),
