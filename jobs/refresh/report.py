@@ -64,11 +64,9 @@ def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[s
     match night["status"]:
         case "held":
             names = ", ".join(str(gate["metric"]) for gate in gates if not gate["passed"])
-            before = (
-                "" if night["follows"] is None else f" Version {night['follows']} stays in use."
-            )
-            text = f"Held back by: {names}.{before}"
-            return {"kind": "bad", "title": "Held back", "text": text}
+            last = night["follows"]
+            stays = "" if last is None else f" Version {last} stays in use."
+            return {"kind": "bad", "title": "Held back", "text": f"By: {names}.{stays}"}
         case "superseded":
             return {"kind": "bad", "title": "Not put to use", "text": str(night["error"])}
         case _:
