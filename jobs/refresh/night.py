@@ -144,6 +144,9 @@ def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
     targets = config.targets
     if targets.store is None:
         targets = targets.model_copy(update={"store": store.join("targets")})
+    evaluate = config.evaluate
+    if evaluate.store is None:
+        evaluate = evaluate.model_copy(update={"store": store.join("measurements")})
     shared = JobConfig.model_fields.keys() & RefreshConfig.model_fields.keys()
     settings = {name: getattr(config, name) for name in shared}
     return JobConfig(
@@ -154,6 +157,7 @@ def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
             "second_moments": config.second_moments or store.join("second_moments"),
             "context_templates": templates,
             "targets": targets,
+            "evaluate": evaluate,
         }
     )
 
