@@ -274,7 +274,7 @@ def test_overrides_make_missing_keys_and_sections(job_file):
         ("model.x=1", "override model.x=1: unknown key model.x; known are model, requests, "),
         (
             "evaluate=5",
-            "override evaluate=5: unknown key evaluate; name one of evaluate.sample, evaluate.store",
+            "override evaluate=5: unknown key evaluate; name one of evaluate.sample, evaluate",
         ),
         ("seed", "override seed: write key=value"),
         ("=5", "override =5: unknown key ; known are model, requests, "),
