@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Literal
@@ -42,6 +43,7 @@ from pipeline.plan import Plan, default_cache, make_plan
 from pipeline.progress import Progress
 from pipeline.run import NO_TARGET, RunResult, run_plan
 from pipeline.stages import MODEL
+from pmet.errors import PMETError
 
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
 TEMPLATES = "context_templates.json"
@@ -201,6 +203,9 @@ class _Work:
         job = job_of(self._config, self._home, self._night.version)
         # Beside this night's run folder, and not this night's before anything has changed.
         begun = self._store.exists(self._path(NIGHT))
+        if not len(requests):
+            # What an attempt with other facts has left belongs to no model without any.
+            self._store.delete(self._path())
         self._write(REQUESTS, requests)
         plan = None
         if len(requests):
@@ -217,9 +222,12 @@ class _Work:
             return self._conclude(requests, ledger, changes, result)
         except Exception as error:
             status = "superseded" if isinstance(error, CurrentMovedError) else "failed"
-            self._say(status=status, error=str(error) or type(error).__name__, finished_at=_now())
-            if status == "superseded":
-                self._report()
+            # Where it cannot be said, what went wrong matters more.
+            with suppress(PMETError):
+                text = str(error) or type(error).__name__
+                self._say(status=status, error=text, finished_at=_now())
+                if status == "superseded":
+                    self._report()
             raise
 
     def _requests(self, tonight: Tonight, ledger: Ledger) -> pa.Table:
