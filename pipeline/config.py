@@ -54,6 +54,7 @@ PathsOrNull = Annotated[
 ]
 CountOrAuto = Annotated[_Count | Literal["auto"], _allowed("a whole number, 1 or more, or auto")]
 CountOrNull = Annotated[_Count | None, _allowed("a whole number, 1 or more, or null")]
+Flag = Annotated[bool, _allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
 GPUs = Annotated[_FromZero, _allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], _allowed("none or cpu")]
@@ -192,6 +193,10 @@ class JobConfig(_Section):
         default=None, description="JSON file of context templates; null: generated under the seed."
     )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
+    skip_known: Flag = Field(
+        default=False,
+        description="Leave out of the edit what the model already answers as wanted.",
+    )
     targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
         default=TargetsConfig(), description="How the targets are computed."
     )
@@ -222,6 +227,7 @@ class JobConfig(_Section):
                 "corpus": True,
                 "context_templates": True,
                 "seed": True,
+                "skip_known": True,
                 "targets": {"batch_size", "dtype", "shard_size"},
                 "update": {"shard_size"},
             },

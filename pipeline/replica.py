@@ -189,6 +189,11 @@ class Replica:
         said = metrics.answers(self._model, self._tokenizer, [r.text for r in requests])
         return Measured(scores["rows"], said)
 
+    def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
+        """Tell which requests of a shard a model already answers with their target."""
+        self._use(source)
+        return metrics.knows(self._model, self._tokenizer, requests)
+
     def sum_perplexity(self, source: ModelSource, texts: Sequence[str]) -> tuple[float, int]:
         """Sum of −log p over the tokens of ``texts``, and their number."""
         self._use(source)
