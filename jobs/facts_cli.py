@@ -53,6 +53,10 @@ def convert(
         str | None,
         typer.Option(help="The dump before this one: its objects are the true targets."),
     ] = None,
+    only_changed: Annotated[
+        bool,
+        typer.Option("--only-changed", help="Leave out facts that --previous holds as well."),
+    ] = False,
     format_: Annotated[
         str | None,
         typer.Option(
@@ -72,11 +76,14 @@ def convert(
     if format_ is not None and format_ not in names:
         raise FactDumpError(f"--format: {format_!r} is no format; name one of {', '.join(names)}")
     if format_ == "dump" or (format_ is None and is_parquet(expand(source, deep=True))):
-        conversion = _convert_dump(source, output, templates, previous, column, as_of)
+        conversion = _convert_dump(
+            source, output, templates, previous, column, as_of, only_changed=only_changed
+        )
     else:
         given = {
             "--templates": templates,
             "--previous": previous,
+            "--only-changed": only_changed,
             "--column": column,
             "--as-of": as_of,
         }
@@ -161,6 +168,8 @@ def _convert_dump(
     previous: str | None,
     column: Sequence[str] | None,
     as_of: str | None,
+    *,
+    only_changed: bool,
 ) -> Conversion:
     from jobs.facts.convert import convert_dump
     from jobs.facts.dump import open_dump
@@ -173,6 +182,8 @@ def _convert_dump(
             f"{source} is a fact dump, and nothing puts its relations into words; give a file "
             "with --templates"
         )
+    if only_changed and previous is None:
+        raise FactDumpError("--only-changed needs the earlier dump; give it with --previous")
     mapping = _mapping(column)
     refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
     return convert_dump(
@@ -181,6 +192,8 @@ def _convert_dump(
         output,
         previous=None if previous is None else open_dump(previous, mapping),
         as_of=_time("--as-of", as_of),
+        only_changed=only_changed,
+        may_be_none=only_changed,
     )
 
 

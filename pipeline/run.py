@@ -34,6 +34,10 @@ from pipeline.stages import (
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
 
+NO_TARGET = "no target: "
+"""What the reason of a request begins with that could be planned, and for which no target was
+found."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -74,6 +78,18 @@ def run_job(
     progress = progress or Progress()
     with progress.stage("plan"):
         plan = make_plan(job)
+    return run_plan(plan, progress=progress, fresh=fresh, address=address)
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    address: str | None = None,
+) -> RunResult:
+    """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
+    job, progress = plan.job, progress or Progress()
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         folder.begin(plan.digests, seed=job.seed, fresh=fresh)
@@ -124,7 +140,7 @@ def _conclude(
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
     run.folder.check()
-    late = [Rejection(row, f"no target: {reason}") for row, reason in found.failures.items()]
+    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)
     edited = sorted(found.edited(table.rows))
