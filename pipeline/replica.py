@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.schema import targets_table
+from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
 from pmet.budget import free_memory
@@ -53,7 +54,7 @@ def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
     )
     return model.eval()
 
@@ -62,7 +63,7 @@ def open_tokenizer(folder: str) -> Any:
     """The model's tokenizer, the fast one."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     )
     texts = ("prompt", "subject", "target_new", "before_answer", "after_answer")
     evil = {name: [EVIL + "{}" * (name == "prompt")] * 30 for name in texts}
+    # Of what is not shown, neither the name nor the text may get in.
+    evil |= {name: [EVIL] * 30 for name in ("case_id", "relation", EVIL, "../../x")}
     store.write_table("results.parquet", results_of(30, **evil))
     store.write_table(
         "rejected.parquet",
@@ -213,6 +215,14 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     assert {name for name, _ in page.attributes} == {name for name, _ in clean.attributes}
     assert EVIL.split("\u202e")[0] in "".join(page.words)
     assert str(79190 * 7907) not in page.text
+
+
+def test_a_run_folders_name_is_text(tmp_path, store):
+    evil = tmp_path / "<img src=x onerror=alert(1)>"
+    (tmp_path / "run").rename(evil)
+    page = Page(report(Store(evil)))
+    assert "img" not in page.tags
+    assert "<img src=x onerror=alert(1)>" in page.text
 
 
 def test_charts_take_their_colours_from_the_page(store):
