@@ -16,7 +16,6 @@ from transformers import (
 
 from pipeline.cluster import ray_session
 from pipeline.collective import in_lockstep, padded_steps
-from pipeline.errors import ModelError
 from pipeline.partition import (
     WeightSlice,
     add_block,
@@ -29,6 +28,7 @@ from pipeline.partition import (
 )
 from pipeline.partitioned import load_partitioned, zero_config
 from pipeline.rank_group import RankGroup
+from pmet.errors import PMETError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DOWN_PROJECTIONS = {
@@ -115,7 +115,7 @@ class Rank:
         """The error that a method raises, as the ranks that share a group go on after it."""
         try:
             getattr(self, method)(*args)
-        except (ModelError, ValueError, RuntimeError) as error:
+        except (PMETError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return "nothing was refused"
 
