@@ -9,13 +9,15 @@ from typing import Any, cast
 import pytest
 
 from pipeline import known
+from pipeline.checkpoint import Checkpoint
 from pipeline.executor import Task
 from pipeline.folder import RunFolder
 from pipeline.known import find_known, still_known
 from pipeline.progress import Progress
 from pipeline.replica import ModelSource
-from pipeline.stages import Context
+from pipeline.stages import Context, publish_model
 from pmet.request import EditRequest
+from tests.conftest import GOLDEN
 
 BASE, EDITED = ModelSource("base", False), ModelSource("edited", False)
 # Accepted requests are in an order of their own, and some rows were rejected.
@@ -71,6 +73,16 @@ def test_only_the_known_are_asked_again(asking: Any) -> None:
     again, idle = asking()
     assert still_known(again, find_known(again), EDITED) == {2, 7}
     assert idle.asked == []
+
+
+def test_another_model_is_asked_anew(asking: Any) -> None:
+    run, _ = asking()
+    still_known(run, find_known(run), EDITED)
+    run.plan.checkpoint = Checkpoint.open(GOLDEN / "gpt2" / "model")
+    publish_model(run, [])
+    again, team = asking()
+    still_known(again, find_known(again), EDITED)
+    assert [source for source, _ in team.asked] == ["edited", "edited"]
 
 
 def test_a_job_that_does_not_skip_them_asks_nobody(asking: Any) -> None:

@@ -77,11 +77,11 @@ def test_known_rows_have_figures_but_no_target() -> None:
         {1: "edited"} | dict.fromkeys(known, "known"),
         [pa.table({"row": [1], "steps": [5], "loss": [0.5]})],
         answered(known, known) | {2: figures(1.0, 1.0, 1)},
-        answered(known, [0]) | {2: figures(0.0, 1.0, 1)},
+        answered(known, [2]) | {2: figures(0.0, 1.0, 1)},
     ).to_pylist()
     assert [r["status"] for r in results] == ["known", "edited", "known"]
     assert [(r["steps"], r["loss"]) for r in results] == [(None, None), (5, 0.5), (None, None)]
     assert [r["before_efficacy_strict"] for r in results] == [1.0, None, None]
-    assert [r["after_efficacy_strict"] for r in results] == [1.0, None, None]
+    assert [r["after_efficacy_strict"] for r in results] == [0.0, None, None]
     # What was measured in full says more than the answer alone.
     assert [r["after_efficacy"] for r in results] == [None, None, 0.0]
