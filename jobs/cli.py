@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from jobs.facts_cli import facts
+from jobs.refresh_cli import refresh, rollback, versions
 
 app = typer.Typer(
     name="pmet",
@@ -27,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
+for command in (refresh, rollback, versions):
+    app.command()(command)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -159,6 +159,53 @@ def diff(
         show_diff(found, examples, out)
         if output is not None:
             out.print(write_diff(found, output, inputs), markup=False, soft_wrap=True)
+
+
+Home = Annotated[str, typer.Argument(help="The home of a refresh file: a path or a URL.")]
+Subject = Annotated[str, typer.Option(help="Subject of the fact, as the dump writes it.")]
+Relation = Annotated[str, typer.Option(help="Relation of the fact.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
+
+
+@facts.command()
+def retract(home: Home, subject: Subject, relation: Relation, reason: Reason = "") -> None:
+    """Take a fact back: the next refresh leaves it out, whatever the dump says, until restored."""
+    _say_of_fact(home, subject, relation, "retract", reason)
+
+
+@facts.command()
+def restore(home: Home, subject: Subject, relation: Relation, reason: Reason = "") -> None:
+    """Tell a fact again that was retracted or quarantined, from the next refresh on."""
+    _say_of_fact(home, subject, relation, "restore", reason)
+
+
+@facts.command()
+def ledger(
+    home: Home,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Of which version; the one in use, if not given.")
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only these: live, quarantined, rejected or retracted.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Facts shown.")] = 20,
+) -> None:
+    """Show which facts a model is meant to hold, and in which state each is."""
+    from jobs.refresh.home import Home as RefreshHome
+    from jobs.refresh.views import show_ledger
+
+    show_ledger(RefreshHome.open(home), version, state, limit, out)
+
+
+def _say_of_fact(
+    url: str, subject: str, relation: str, action: Literal["retract", "restore"], reason: str
+) -> None:
+    from jobs.refresh.home import Home as RefreshHome
+    from jobs.refresh.views import show_retraction
+
+    home = RefreshHome.open(url)
+    home.refuse_unknown(subject.strip(), relation.strip(), action)
+    show_retraction(home.retract(subject.strip(), relation.strip(), action, reason), out)
 
 
 def _convert_dump(

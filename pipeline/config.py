@@ -140,6 +140,11 @@ class EvaluateConfig(Section):
     sample: CountOrNull = Field(
         default=None, description="Requests measured, drawn under the seed; null: all of them."
     )
+    store: TextOrNull = Field(
+        default=None,
+        description="Folder of measurements of the base that runs share: what it has is not "
+        "measured again; null: none.",
+    )
 
 
 class GatesConfig(Section):

@@ -23,6 +23,7 @@ from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import RunFolder
+from pipeline.measurement_store import MeasurementStore, perplexity_key, request_key
 from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
@@ -227,10 +228,19 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     if record := run.folder.recorded(f"measured-{name}"):
         return Measurement({int(r): v for r, v in record["rows"].items()}, record["perplexity"])
     table, chosen = run.plan.table, _sample(run.plan)
-    parts = [chosen[i : i + MEASURED_TOGETHER] for i in range(0, len(chosen), MEASURED_TOGETHER)]
+    # The base says the same every time.
+    kept = MeasurementStore.of(run.plan) if source == run.plan.base else None
+    keys = {} if kept is None else {place: request_key(table.requests[place]) for place in chosen}
+    of_corpus = perplexity_key(run.plan)
+    said = {} if kept is None else kept.read({*keys.values(), of_corpus})
+    rows = {table.rows[place]: said[keys[place]] for place in keys if keys[place] in said}
+    todo = [place for place in chosen if table.rows[place] not in rows]
+    parts = [todo[i : i + MEASURED_TOGETHER] for i in range(0, len(todo), MEASURED_TOGETHER)]
     tasks = {f"measure {name} {number}": part for number, part in enumerate(parts)}
-    rows: dict[int, dict[str, Any]] = {}
-    with run.stage(f"measure {name}", len(chosen)) as (bar, _):
+    with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
+        if kept is not None:
+            detail["stored"] = len(rows)
+        bar.advance(len(rows))
 
         def take(task: Task, measured: Measured) -> None:
             part = tasks[task.key]
@@ -243,7 +253,10 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
             [Task(key, (source, [table.requests[i] for i in part])) for key, part in tasks.items()],
             take,
         )
-        perplexity = _perplexity(run, source)
+        perplexity = said[of_corpus] if of_corpus in said else _perplexity(run, source)
+    if kept is not None:
+        new = {keys[place]: rows[table.rows[place]] for place in todo}
+        kept.write(new if of_corpus in said else new | {of_corpus: perplexity})
     run.folder.record(f"measured-{name}", {"rows": rows, "perplexity": perplexity})
     return Measurement(rows, perplexity)
 

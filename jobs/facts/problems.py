@@ -98,3 +98,8 @@ def text_code(name: str, problem: int) -> int:
 def time_code(name: str) -> int:
     """The code of a column of times that holds something else."""
     return FIRST_TIME + _TIMES.index(name)
+
+
+def is_contradiction(reason: str) -> bool:
+    """Whether a row's reason is that it contradicts another row."""
+    return reason.startswith(PROBLEMS[CONTRADICTION].reason.partition("{row}")[0])
