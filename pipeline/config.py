@@ -59,6 +59,7 @@ PathsOrNull = Annotated[
 ]
 CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or more, or auto")]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
+Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
 GPUs = Annotated[_FromZero, allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
@@ -204,6 +205,10 @@ class EditSettings(Section):
         default=None, description="JSON file of context templates; null: generated under the seed."
     )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
+    skip_known: Flag = Field(
+        default=False,
+        description="Leave out of the edit what the model already answers as wanted.",
+    )
     targets: Annotated[TargetsConfig, BeforeValidator(as_section)] = Field(
         default=TargetsConfig(), description="How the targets are computed."
     )
@@ -245,6 +250,7 @@ class JobConfig(EditSettings, _Places):
                 "corpus": True,
                 "context_templates": True,
                 "seed": True,
+                "skip_known": True,
                 "targets": {"batch_size", "dtype", "shard_size"},
                 "update": {"shard_size"},
             },

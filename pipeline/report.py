@@ -45,22 +45,25 @@ def write_report(store: Store) -> None:
     run = _RUN | store.read_json("run.json")
     metrics = store.read_json("metrics.json") if store.exists("metrics.json") else {}
     job = store.read_bytes("job.yaml").decode() if store.exists("job.yaml") else ""
+    counts = metrics.get("counts") or run.get("counts") or {}
     results = _records(store, "results.parquet", _RESULT)
     rejected = _records(store, "rejected.parquet", (*_REQUEST, "reason"))
     text = page("report.html.j2").render(
         folder=store.url,
         job=job,
         run=run,
-        counts=metrics.get("counts") or run.get("counts") or {},
-        verdict=_verdict(run, metrics.get("gates", [])),
+        counts=counts,
+        known=metrics.get("known") or {},
+        verdict=_verdict(run, metrics.get("gates", []), counts),
         gates=metrics.get("gates", []),
         seconds=_elapsed(run),
         before=metrics.get("before", {}),
         after=metrics.get("after", {}),
         fractions=FRACTIONS,
         layers=_layers(run),
-        worst=_worst(results),
-        examples=_spread(r for r in results if r["after_answer"] is not None),
+        worst=_worst(filter(_is_edited, results)),
+        examples=_spread(r for r in results if _is_edited(r) and r["after_answer"] is not None),
+        lost=Cut([r for r in results if not _is_edited(r) and r["after_efficacy_strict"] == 0]),
         failed=Cut([r for r in results if r["status"] == "failed"]),
         rejected=Cut(rejected),
         events=Cut(run["events"]),
@@ -85,11 +88,20 @@ def _values(table: pa.Table, column: str) -> list[Any]:
     return values
 
 
-def _verdict(run: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _is_edited(result: _Record) -> bool:
+    return bool(result["status"] != "known")
+
+
+def _verdict(
+    run: Mapping[str, Any], gates: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]
+) -> dict[str, str]:
     """The first thing to know: a kind for its colour, a headline and a sentence."""
     status = run.get("status")
     if status == "complete" and gates:
         return {"kind": "good", "title": "Promoted", "text": "Every gate was passed."}
+    if status == "complete" and counts.get("known") and not counts.get("edited"):
+        text = "Every request was known already: nothing was edited, the model is the base's."
+        return {"kind": "good", "title": "Nothing to edit", "text": text}
     if status == "complete":
         return {"kind": "good", "title": "Complete", "text": "The job asked for no gates."}
     if status == "held":
