@@ -166,18 +166,18 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
 ) -> None:
     found = place(tmp_path)
     found.objects = dict(list(found.objects.items())[:8])
-    found.tonight()
+    found.tonight(quarantine_after=None)
     (subject,) = found.tell(30, 31)
-    found.tonight()
+    found.tonight(quarantine_after=None)
     relation = FACTS[30]["relation"]
     found.home.retract(subject, relation, "retract", "asked for")
-    result = found.tonight()
+    result = found.tonight(quarantine_after=None)
     assert result.night["changes"] == {"retracted": 1}
     assert found.weights(3) == found.weights(1) != found.weights(2)
     # And back: at once by rollback, with the next night by restore.
     assert found.home.rollback().version == 2
     found.home.retract(subject, relation, "restore")
-    found.tonight()
+    found.tonight(quarantine_after=None)
     assert found.weights(found.home.versions()[-1]) == found.weights(2)
 
 
