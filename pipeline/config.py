@@ -58,6 +58,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 
 GPUs = Annotated[_FromZero, _allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], _allowed("none or cpu")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], _allowed("auto, float32 or bfloat16")]
+SecondsOrNull = Annotated[
+    Annotated[float, Field(gt=0)] | None, _allowed("a number of seconds above 0, or null")
+]
 Minimum = Annotated[_Fraction | None, _allowed("a fraction from 0 to 1, or null")]
 Maximum = Annotated[_FromZero | None, _allowed("a number, 0 or more, or null")]
 
@@ -96,6 +99,11 @@ class TargetsConfig(_Section):
         default="auto",
         description="CPU threads for each worker; auto: one, so that results are the same to the "
         "bit on any machine.",
+    )
+    timeout: SecondsOrNull = Field(
+        default=86_400.0,
+        description="Seconds that a worker may take for one shard before it counts as hanging and "
+        "is replaced; null: any time.",
     )
     store: TextOrNull = Field(
         default=None,
@@ -209,8 +217,9 @@ class JobConfig(_Section):
         """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
 
         Left out are where results go, what is measured and demanded of them, and which machines
-        compute: the numbers of workers, ranks, threads and GPUs, and offloading; and the store of
-        targets, which has the same ones. The contents of files that are named are not read here.
+        compute: the numbers of workers, ranks, threads and GPUs, the time that they have, and
+        offloading; and the store of targets, which has the same ones. The contents of files that
+        are named are not read here.
         """
         values = self.model_dump(
             mode="json",
