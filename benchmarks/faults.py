@@ -144,7 +144,7 @@ def _computing(clock: Clock, name: str, but: int | None = None) -> psutil.Proces
     while True:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if child.pid != but and child.cmdline()[0].startswith(COMPUTING):
+                if child.pid != but and " ".join(child.cmdline()).startswith(COMPUTING):
                     clock.note(name)
                     return child
         time.sleep(_TICK_S)

@@ -217,7 +217,7 @@ class Store:
             return
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / PurePosixPath(name).name
-            attempt("read", self.join(name), self.fs.get_file, self._path(name), str(copy))
+            attempt("read", self.join(name), _fetch, self.fs, self._path(name), copy)
             yield copy
 
     @contextmanager
@@ -389,11 +389,16 @@ def _download(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str], ta
                 raise StorageError(f"{file} would be copied outside its folder; rename it")
             with failures("copy", file):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            attempt("copy", file, fs.get_file, file, str(partial / name))
+            attempt("copy", file, _fetch, fs, file, partial / name)
         with failures("write", str(target)):
             _rename_unless_there(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch(fs: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+    with _room(str(target)):
+        fs.get_file(source, str(target))
 
 
 def _rename_unless_there(source: Path, target: Path) -> None:

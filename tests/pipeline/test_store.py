@@ -381,6 +381,21 @@ class RemoteSuite(StorageSuite):
             localized(store.join("m"), tmp_path)
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_full_disk_is_named_where_a_file_is_copied_to(self, store, tmp_path, monkeypatch):
+        def full(*_args):
+            raise OSError(28, "No space left on device")
+
+        store.write_bytes("m/w", b"one")
+        monkeypatch.setattr(store.fs, "get_file", full)
+        said = rf"^cannot write {tmp_path}/.*/w \(.*No space left on device\); make room there"
+        with pytest.raises(StorageError, match=said):
+            localized(store.join("m"), tmp_path)
+        with (
+            pytest.raises(StorageError, match=r"^cannot write /.*/w \(.*; make room there"),
+            store.local_copy("m/w"),
+        ):
+            pass
+
     def test_a_missing_model_is_named(self, store, tmp_path):
         with pytest.raises(ModelError) as caught:
             localized(store.join("no-model"), tmp_path)
