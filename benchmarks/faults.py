@@ -45,19 +45,18 @@ class Clock:
 
 
 def main() -> None:
-    """Run the job undisturbed, killed and resumed, finished and called again, and with a kill."""
+    """Kill a driver, then a worker; resume what is left, and call the finished job again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         drive(output, die_after=4)
+        kept = drive(output, kill_worker=True)
         finished = targets(output)
         resumed = drive(output)
         assert finished <= targets(output), "a finished shard was found again"
         nothing = drive(output)
-        other = Path(folder) / "other"
-        kept = drive(other, kill_worker=True)
     rows: list[dict[str, Any]] = [
         {"what": "resumed, to where the rest of the targets begins", **told(resumed, "targets")},
         {"what": "… to the first of them being computed", **told(resumed, "computing")},
@@ -87,14 +86,15 @@ def drive(output: Path, *, die_after: int = 0, kill_worker: bool = False) -> dic
     Args:
         output: the run folder.
         die_after: finished shards after which the process is killed; 0: never.
-        kill_worker: whether to kill the worker when it has finished two shards.
+        kill_worker: whether to kill the worker when it has finished a shard, and then, when
+            another one computes, the process.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_drive, args=(output, die_after, kill_worker, queue))
     process.start()
     process.join()
-    return {} if process.exitcode else queue.get()
+    return queue.get() if kill_worker or process.exitcode == 0 else {}
 
 
 def _drive(output: Path, die_after: int, kill_worker: bool, queue: Queue[dict[str, float]]) -> None:
@@ -123,14 +123,17 @@ def _drive(output: Path, die_after: int, kill_worker: bool, queue: Queue[dict[st
         return stage(self, name, total)
 
     def watch() -> None:
-        shards_before = 2 if kill_worker else 0
-        for _ in range(shards_before):
+        if kill_worker:
             shards.acquire()
         first = _computing(clock, "computing")
         if kill_worker:
             first.kill()
             clock.note("kill")
             _computing(clock, "replaced", but=first.pid)
+            queue.put(clock.times)
+            queue.close()
+            queue.join_thread()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     RunFolder.record, RunFolder.event, Context.stage = counted, heard, begun  # type: ignore[method-assign,assignment]
     threading.Thread(target=watch, daemon=True).start()
