@@ -1,4 +1,4 @@
-"""What is finished is not done again, and what is not whole does not count, whatever has happened."""
+"""What is finished is not done again, what is not whole does not count: after faults of all kinds."""
 
 from __future__ import annotations
 
