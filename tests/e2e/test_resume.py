@@ -1,4 +1,4 @@
-"""What is finished is not done again, what is not whole does not count: after faults of all kinds."""
+"""What is finished is not done again, and what is not whole does not count, after any fault."""
 
 from __future__ import annotations
 
