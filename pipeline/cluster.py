@@ -26,6 +26,8 @@ LOCAL = "local"
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
 _KNOCK_S = 10.0
+_SILENT_END = "connection error code 2"
+_MEMORY_USED = re.compile(r"was ([\d.]+\s*\w?B)(?: used)? / ([\d.]+\s*\w?B)")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
@@ -69,6 +71,11 @@ def cluster_resources() -> tuple[float, float]:
     """Logical CPUs and GPUs of the whole cluster."""
     resources = ray.cluster_resources()
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def cpus_free() -> float:
+    """Logical CPUs of the cluster that nobody has reserved."""
+    return float(ray.available_resources().get("CPU", 0.0))
 
 
 def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
@@ -131,14 +138,17 @@ def limit_threads(threads: int | None) -> int | None:
 def root_cause(error: BaseException) -> str:
     """What really went wrong, in one line: exception type, message and the last traceback line.
 
-    An error that Ray wrapped is unwrapped; the death of a process is told with what Ray knows of
+    An error that Ray wrapped is unwrapped; the death of a process is told with what is known of
     it, without Ray's advice.
     """
     if isinstance(error, ray_exceptions.RayTaskError):
         return _told(original(error), _last_frame(str(error)))
+    if isinstance(error, ray_exceptions.OutOfMemoryError):
+        return f"{type(error).__name__}: {_short_of_memory(full_text(error))}"
+    if isinstance(error, ray_exceptions.RayActorError):
+        return f"{type(error).__name__}: {_death(full_text(error))}"
     if isinstance(error, ray_exceptions.RayError):
-        text = full_text(error).partition("Some common causes")[0]
-        return f"{type(error).__name__}: {one_line(text)}"
+        return f"{type(error).__name__}: {one_line(full_text(error))}"
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     return _told(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
@@ -220,6 +230,49 @@ def _search_path() -> list[str]:
         for folder in dict.fromkeys(folders)
         if not any(folder.is_relative_to(installation) for installation in installations)
     ]
+
+
+def _short_of_memory(text: str) -> str:
+    used = _MEMORY_USED.search(text)
+    how = f" ({used[1]} of {used[2]} were in use)" if used else ""
+    return f"memory was short: Ray ended the process before its machine had none left{how}"
+
+
+def _death(text: str) -> str:
+    """How a process ended, as far as Ray knows, and which one it was."""
+    told = text.partition("Some common causes")[0]
+    number = re.search(r"^\s*pid: (\d+)", told, re.MULTILINE)
+    machine = re.search(r"^\s*ip: (\S+)", told, re.MULTILINE)
+    if number is None or machine is None:
+        return one_line(told)
+    who = f"process {number[1]} on {machine[1]}"
+    if _SILENT_END not in told:
+        return f"{who}: {one_line(told[machine.end() :])}"
+    return (
+        f"its worker process has died without a word ({who}), as after signal 9 (SIGKILL): it "
+        "crashed, or somebody or the kernel killed it, which it does when memory is short"
+        f"{_kernel_says(machine[1])}"
+    )
+
+
+def _kernel_says(machine: str) -> str:
+    """Whether the kernel of this machine has killed for want of memory since the run began."""
+    if machine not in ("127.0.0.1", ray.util.get_node_ip_address()):
+        return ""
+    return " (and has done here since the run began)" if _oom_kills() > _OOM_KILLS_BEFORE else ""
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory; 0 where it does not say."""
+    try:
+        text = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+_OOM_KILLS_BEFORE = _oom_kills()
 
 
 def _told(error: BaseException, place: str) -> str:

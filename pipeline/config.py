@@ -64,6 +64,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4
 GPUs = Annotated[_FromZero, allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
+SecondsOrNull = Annotated[
+    Annotated[float, Field(gt=0)] | None, allowed("a number of seconds above 0, or null")
+]
 Minimum = Annotated[_Fraction | None, allowed("a fraction from 0 to 1, or null")]
 Maximum = Annotated[_FromZero | None, allowed("a number, 0 or more, or null")]
 
@@ -107,6 +110,11 @@ class TargetsConfig(Section):
         default="auto",
         description="CPU threads for each worker; auto: one, so that results are the same to the "
         "bit on any machine.",
+    )
+    timeout: SecondsOrNull = Field(
+        default=86_400.0,
+        description="Seconds that a worker may take for one shard before it counts as hanging and "
+        "is replaced; null: any time.",
     )
     store: TextOrNull = Field(
         default=None,
@@ -237,8 +245,9 @@ class JobConfig(EditSettings, _Places):
         """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
 
         Left out are where results go, what is measured and demanded of them, and which machines
-        compute: the numbers of workers, ranks, threads and GPUs, and offloading; and the store of
-        targets, which has the same ones. The contents of files that are named are not read here.
+        compute: the numbers of workers, ranks, threads and GPUs, the time that they have, and
+        offloading; and the store of targets, which has the same ones. The contents of files that
+        are named are not read here.
         """
         values = self.model_dump(
             mode="json",

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.cluster import default_workers, ray_session
+from pipeline.cluster import cpus_free, default_workers, ray_session
 from pipeline.errors import WorkerError
 from pipeline.executor import EventKind, FailedTask, Pool, Task, WorkerPool
 from pipeline.plan import Plan
+from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.replica import Replica
 
 _MOST_CPU_RANKS = 4
@@ -32,7 +33,7 @@ def run_all(
     shown = "; ".join(f"{f.task.key}: {f.reason}" for f in failed[:_SHOWN_SHARDS])
     raise WorkerError(
         f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
-        "What was finished is kept: remove the cause and run the same job again",
+        f"What was finished is kept: {remedy(shown, MEMORY_OF_WORKERS)}",
         cause_text=failed[0].reason,
     )
 
@@ -101,6 +102,15 @@ class Crew:
         self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
         return results[0]
 
+    def make_room_for_ranks(self) -> None:
+        """End the workers where the ranks need what they hold: GPUs, or the last free CPUs.
+
+        A cluster that has lost a machine may have room for either, though it had room for both.
+        """
+        update = self._plan.job.update
+        if self._pool is not None and (update.gpus_per_rank or cpus_free() < self.ranks):
+            self.release()
+
     def release(self) -> None:
         """End the workers; the next stage that needs them starts new ones."""
         if self._pool is not None:
@@ -136,6 +146,7 @@ class Crew:
                 num_cpus=self.threads,
                 num_gpus=self._plan.job.targets.gpus_per_worker,
                 threads=self.threads,
+                task_timeout_s=self._plan.job.targets.timeout,
                 on_event=self._on_event,
             )
         return self._pool

@@ -332,7 +332,7 @@ class WorkerPool(Pool):
                 self._refuse_to_wait()
 
     def _time_out(self, seat: _Seat, attempt: _Attempt, queue: _Queue) -> None:
-        reason = f"TimeoutError: took longer than {self._task_timeout_s:g} s"
+        reason = f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s"
         self._on_event("timeout", f"worker {seat.index} was ended on {attempt.task.key}: {reason}")
         self._start(seat)
         queue.failed(attempt, reason)

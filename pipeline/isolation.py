@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import WorkerError
+from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.shards import Shard
 
 GROUP_ATTEMPTS = 2
@@ -102,6 +103,6 @@ def _refuse_too_many(failing: Mapping[Piece, str], limit: int) -> None:
     raise WorkerError(
         f"at least {len(failing)} requests fail again and again, of which {limit} may be put "
         f"aside; so many look like a fault of the job or of its machines: {shown}. What was "
-        "finished is kept: remove the cause and run the same job again",
+        f"finished is kept: {remedy(shown, MEMORY_OF_WORKERS)}",
         cause_text=next(iter(failing.values())),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.schema import RequestTable, with_columns
+from pipeline.schema import RequestTable, readable, with_columns
 from pmet.metrics import METRICS, summarize
 
 # The figures of metrics.json that are fractions, in the order that people read them.
@@ -34,6 +34,9 @@ def results_table(
 ) -> pa.Table:
     """A row for every request that was not rejected: its input columns, its target's course, its
     figures.
+
+    Bytes in an extra column that are not UTF-8 are written as ``\\xNN``, so that any reader can
+    open the table.
 
     Args:
         table: the input.
@@ -63,7 +66,7 @@ def results_table(
             columns[f"{when}_{metric}"] = pa.array(values, pa.float64())
         answers = [measured.get(row, {}).get("answer") for row in rows]
         columns[f"{when}_answer"] = pa.array(answers, pa.string())
-    return with_columns(table.table.take(columns["row"]), columns)
+    return with_columns(readable(table.table.take(columns["row"])), columns)
 
 
 def answered(asked: Collection[int], right: Collection[int]) -> dict[int, dict[str, Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
+from pipeline.errors import StorageError
 from pipeline.folder import RunFolder
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
@@ -111,7 +113,9 @@ def _run_in(
             return _run_stages(Context(plan, folder, crew, progress))
     except BaseException as error:
         # A run that has lost its folder is stopped here: the status is the other run's to write.
-        folder.finish("failed", str(error) or type(error).__name__)
+        # Where the status cannot be written either, what went wrong first matters more.
+        with suppress(StorageError):
+            folder.finish("failed", str(error) or type(error).__name__)
         raise
 
 

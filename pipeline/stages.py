@@ -28,6 +28,7 @@ from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
+from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
 from pipeline.statistics import PARTS, MomentsJob, collect
@@ -166,9 +167,7 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
         run.folder.forget(*later, "published", "measured-after", "known-after")
-        if run.plan.job.update.gpus_per_rank:
-            # The ranks need the GPUs that the workers hold.
-            run.crew.release()
+        run.crew.make_room_for_ranks()
         with run.stage("update", len(layers)) as (bar, detail):
             bar.advance(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
@@ -273,7 +272,11 @@ def _edit_layers_with_retries(
             _edit_layers(run, templates, found, done, bar)
         except WorkerError as error:
             if attempt == UPDATE_ATTEMPTS:
-                raise
+                raise WorkerError(
+                    f"the update failed {attempt} times; the last time {error}. What was finished "
+                    f"is kept: {remedy(str(error), MEMORY_OF_RANKS)}",
+                    cause_text=error.cause_text,
+                ) from error
             run.folder.event("retry", f"update group, attempt {attempt}: {error}")
             run.progress.event(f"the update group is started again: {error}")
         else:

@@ -3,23 +3,25 @@
 On the local disk a file is written under a name of its own in the same folder, flushed to the
 disk and renamed. On an object store it is put in one operation, which either completes or leaves
 what was there before. Large files are spooled to a local temporary file first, so that an
-exception half-way uploads nothing.
+exception half-way uploads nothing. A storage that is out of reach is asked again for a while
+(`pipeline.patience`).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -28,11 +30,15 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import ModelError, RequestTableError, StorageError
+from pipeline.patience import is_transient, patiently
+
+Result = TypeVar("Result")
 
 CHUNK_BYTES = 4 * 2**20
 TEMPORARY_SUFFIX = ".tmp"
 # fsspec's memory looks whether there is a file, and then writes it.
 _MEMORY = Lock()
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # How object stores say that a file is there already, or is being created by somebody else.
 _TAKEN = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412"})
 
@@ -70,15 +76,12 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or a folder of this name."""
-        with failures("look for", self.join(name)):
-            self.fs.invalidate_cache()
-            return bool(self.fs.exists(self._path(name)))
+        return bool(attempt("look for", self.join(name), self._fresh, "exists", self._path(name)))
 
     def glob(self, pattern: str) -> list[str]:
         """Names of the files directly in this folder that match, sorted: ``*.npz``, for example."""
-        with failures("list", self.join(pattern)):
-            self.fs.invalidate_cache()
-            found: list[str] = self.fs.glob(self._path(pattern))
+        where = self.join(pattern)
+        found: list[str] = attempt("list", where, self._fresh, "glob", self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
@@ -88,50 +91,46 @@ class Store:
         they are asked for (``unfinished``).
         """
         folder = self._path(prefix) if prefix else self.root
-        with failures("list", _url(self.fs, folder)):
-            self.fs.invalidate_cache()
-            found = self.fs.find(folder)
+        found = attempt("list", _url(self.fs, folder), self._fresh, "find", folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
         return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
 
     @contextmanager
     def read_stream(self, name: str) -> Iterator[BinaryIO]:
         """A seekable file to read from; only what is read of it is fetched."""
-        with failures("read", self.join(name)):
-            stream = self.fs.open(self._path(name), "rb")
-        with stream:
+        with attempt("read", self.join(name), self.fs.open, self._path(name), "rb") as stream:
             yield stream
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
-        with failures("read", self.join(name)):
-            return bytes(self.fs.cat_file(self._path(name)))
+        return bytes(attempt("read", self.join(name), self.fs.cat_file, self._path(name)))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all; what was there is replaced."""
-        with failures("write", self.join(name)):
-            if self.is_local:
-                with self.write_stream(name) as stream:
-                    stream.write(data)
-            else:
-                self.fs.pipe_file(self._path(name), data)
+        if self.is_local:
+            with self.write_stream(name) as stream:
+                stream.write(data)
+        else:
+            attempt("write", self.join(name), self.fs.pipe_file, self._path(name), data)
 
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Write a file unless there is one of this name; returns whether it was written.
 
         Of several that try at once one succeeds, where ``creates_exclusively``.
         """
-        with failures("write", self.join(name)):
-            try:
-                if self.is_local:
-                    _link_into_place(Path(self._path(name)), data)
-                else:
-                    with _MEMORY if _protocol(self.fs) == "memory" else nullcontext():
-                        self.fs.pipe_file(self._path(name), data, mode="create")
-            except OSError as error:
-                if isinstance(error, FileExistsError) or _error_code(error) in _TAKEN:
-                    return False
-                raise
+        return attempt("write", self.join(name), self._create, self._path(name), data)
+
+    def _create(self, path: str, data: bytes) -> bool:
+        try:
+            if self.is_local:
+                _link_into_place(Path(path), data)
+            else:
+                with _MEMORY if _protocol(self.fs) == "memory" else nullcontext():
+                    self.fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if isinstance(error, FileExistsError) or _error_code(error) in _TAKEN:
+                return False
+            raise
         return True
 
     @property
@@ -150,13 +149,15 @@ class Store:
 
     def modified(self, name: str) -> datetime | None:
         """When a file was written, by the storage's clock; None where it does not say."""
-        with failures("look for", self.join(name)):
-            self.fs.invalidate_cache()
+
+        def look() -> datetime | None:
             try:
-                when: datetime = self.fs.modified(self._path(name))
+                when: datetime = self._fresh("modified", self._path(name))
             except NotImplementedError:
                 return None
-        return when
+            return when
+
+        return attempt("look for", self.join(name), look)
 
     def read_json(self, name: str) -> Any:
         """The value that a JSON file holds."""
@@ -216,8 +217,7 @@ class Store:
             return
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / PurePosixPath(name).name
-            with failures("read", self.join(name)):
-                self.fs.get_file(self._path(name), str(copy))
+            attempt("read", self.join(name), _fetch, self.fs, self._path(name), copy)
             yield copy
 
     @contextmanager
@@ -225,30 +225,40 @@ class Store:
         """A path on the local disk to write to; it appears as ``name`` when the block ends well."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / PurePosixPath(name).name
-            yield path
+            with _room(str(path)):
+                yield path
             with path.open("rb") as source, self.write_stream(name) as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all that is in it; nothing happens where there is none."""
-        with failures("delete", self.join(name)):
-            self.fs.invalidate_cache()
-            if self.fs.exists(self._path(name)):
+
+        def delete() -> None:
+            if self._fresh("exists", self._path(name)):
                 self.fs.rm(self._path(name), recursive=True)
+
+        attempt("delete", self.join(name), delete)
 
     def size(self, name: str) -> int:
         """The size of a file in bytes."""
-        with failures("look for", self.join(name)):
-            self.fs.invalidate_cache()
-            return int(self.fs.size(self._path(name)))
+        return int(attempt("look for", self.join(name), self._fresh, "size", self._path(name)))
 
     def sha256(self, name: str) -> str:
         """The SHA-256 of a file's bytes, in hexadecimal."""
-        digest = hashlib.sha256()
-        with failures("read", self.join(name)), self.fs.open(self._path(name), "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+
+        def read() -> str:
+            digest = hashlib.sha256()
+            with self.fs.open(self._path(name), "rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
+            return digest.hexdigest()
+
+        return attempt("read", self.join(name), read)
+
+    def _fresh(self, method: str, path: str) -> Any:
+        """Ask the file system for what is there now, not for what it remembers."""
+        self.fs.invalidate_cache()
+        return getattr(self.fs, method)(path)
 
     def _path(self, name: str) -> str:
         parts = PurePosixPath(name).parts
@@ -265,7 +275,7 @@ class Store:
             temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
             stream = temporary.open("xb")
         try:
-            with _closed_with(stream):
+            with _closed_with(stream), _room(str(path)):
                 yield stream
                 with failures("write", str(path)):
                     stream.flush()
@@ -280,10 +290,11 @@ class Store:
     @contextmanager
     def _uploaded(self, name: str) -> Iterator[BinaryIO]:
         with tempfile.NamedTemporaryFile() as spool:
-            yield spool  # type: ignore[misc]
+            with _room(spool.name):
+                yield spool  # type: ignore[misc]
             with failures("write", self.join(name)):
                 spool.flush()
-                self.fs.put_file(spool.name, self._path(name))
+            attempt("write", self.join(name), self.fs.put_file, spool.name, self._path(name))
 
 
 def read_file(url: str, *, limit: int | None = None) -> bytes:
@@ -293,8 +304,12 @@ def read_file(url: str, *, limit: int | None = None) -> bytes:
         StorageError: it cannot be read.
     """
     fs, path = opened(url)
-    with failures("read", url), fs.open(path, "rb") as file:
-        return bytes(file.read(-1 if limit is None else limit))
+
+    def read() -> bytes:
+        with fs.open(path, "rb") as file:
+            return bytes(file.read(-1 if limit is None else limit))
+
+    return attempt("read", url, read)
 
 
 def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -304,12 +319,16 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         StorageError: it cannot be read, is damaged, or has no such column.
     """
     fs, path = opened(url)
-    with failures("read", url), fs.open(path, "rb") as stream:
-        file = pq.ParquetFile(stream)
-        for name in columns or ():
-            if name not in file.schema_arrow.names:
-                raise StorageError(f"{url} has no column {name!r}; write the file again")
-        return file.read(columns=None if columns is None else list(columns))
+
+    def read() -> pa.Table:
+        with fs.open(path, "rb") as stream:
+            file = pq.ParquetFile(stream)
+            for name in columns or ():
+                if name not in file.schema_arrow.names:
+                    raise StorageError(f"{url} has no column {name!r}; write the file again")
+            return file.read(columns=None if columns is None else list(columns))
+
+    return attempt("read", url, read)
 
 
 def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
@@ -345,9 +364,13 @@ def localized(url: str, cache_dir: str | Path) -> str:
     fs, root = opened(url)
     if _is_local(fs):
         return str(root)
-    with failures("list", url):
+
+    def find() -> dict[str, dict]:
         fs.invalidate_cache()
-        files: dict[str, dict] = fs.find(root, detail=True)
+        found: dict[str, dict] = fs.find(root, detail=True)
+        return found
+
+    files = attempt("list", url, find)
     if not files:
         raise ModelError(f"there is no model at {url}: no files there; check the URL")
     state = repr([url, *((name, sorted(info.items())) for name, info in sorted(files.items()))])
@@ -366,11 +389,16 @@ def _download(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str], ta
                 raise StorageError(f"{file} would be copied outside its folder; rename it")
             with failures("copy", file):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(file, str(partial / name))
+            attempt("copy", file, _fetch, fs, file, partial / name)
         with failures("write", str(target)):
             _rename_unless_there(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch(fs: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+    with _room(str(target)):
+        fs.get_file(source, str(target))
 
 
 def _rename_unless_there(source: Path, target: Path) -> None:
@@ -384,22 +412,24 @@ def _rename_unless_there(source: Path, target: Path) -> None:
 
 def _matches(pattern: str, deep: bool) -> list[str]:
     fs, path = opened(pattern)
-    with failures("look for", pattern):
-        fs.invalidate_cache()
-        kind = _kind(fs, path)
-        if kind == "directory":
-            below = fs.find(path) if deep else fs.ls(path, detail=False)
-            found = [p for p in below if _is_visible_parquet(p.removeprefix(path))]
-        elif kind is not None:
-            found = [path]
-        else:
-            matches: dict[str, dict] = fs.glob(path, detail=True)
-            found = [p for p, info in matches.items() if info["type"] != "directory"]
+    found = attempt("look for", pattern, _found, fs, path, deep)
     if not found:
         raise RequestTableError(
             f"{pattern} matches no file; give a Parquet file, a folder of *.parquet or a glob"
         )
     return [_url(fs, p) for p in sorted(found)]
+
+
+def _found(fs: fsspec.AbstractFileSystem, path: str, deep: bool) -> list[str]:
+    fs.invalidate_cache()
+    kind = _kind(fs, path)
+    if kind == "directory":
+        below = fs.find(path) if deep else fs.ls(path, detail=False)
+        return [p for p in below if _is_visible_parquet(p.removeprefix(path))]
+    if kind is not None:
+        return [path]
+    matches: dict[str, dict] = fs.glob(path, detail=True)
+    return [p for p, info in matches.items() if info["type"] != "directory"]
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
@@ -479,6 +509,16 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def attempt(action: str, where: str, call: Callable[..., Result], *args: Any) -> Result:
+    """What ``call`` returns; tried again for a while where the storage is out of reach.
+
+    Raises:
+        StorageError: it failed.
+    """
+    with failures(action, where):
+        return patiently(lambda: call(*args))
+
+
 @contextmanager
 def failures(action: str, where: str) -> Iterator[None]:
     """Rewrite what the storage libraries raise: each back end has exceptions of its own."""
@@ -493,7 +533,21 @@ def failures(action: str, where: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _room(where: str) -> Iterator[None]:
+    """Rewrite only that there is no room: whatever else a block raises is not the storage's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        with failures("write", where):
+            raise
+
+
 def _remedy(action: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return "make room there, then run the same job again: what was finished is kept"
     if isinstance(error, FileNotFoundError):
         return "check the path"
     if action == "read" and isinstance(error, pa.ArrowException):
@@ -502,4 +556,9 @@ def _remedy(action: str, error: Exception) -> str:
         return "install the package it names"
     if isinstance(error, PermissionError) or "redential" in type(error).__name__:
         return "check the credentials and the permissions"
+    if is_transient(error):
+        return (
+            "check that the storage can be reached, then run the same job again: what was finished "
+            "is kept"
+        )
     return "check that the storage can be reached and has room"

@@ -8,7 +8,7 @@ targets, only what it has not is computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -16,6 +16,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
+from pipeline.errors import StorageError
 from pipeline.executor import Task
 from pipeline.isolation import Piece, isolate, most_isolated
 from pipeline.progress import Stage
@@ -97,6 +98,7 @@ class _Search:
         pieces = [Piece(work.shard, tuple(sorted(work.missing))) for work in works]
         failed = self._compute(pieces) if pieces else {}
         if failed:
+            _refuse_if_storage_fails(failed)
             # Workers that nothing has happened to yet.
             self._run.crew.release()
             wanted = len(self._run.plan.table.requests) - len(self._found.known)
@@ -219,6 +221,13 @@ class _Search:
         rows = table.column("row").to_pylist()
         places = sorted(range(len(rows)), key=lambda i: order[rows[i]])
         return table.take(pa.array(places, pa.int64()))
+
+
+def _refuse_if_storage_fails(failed: Mapping[Piece, str]) -> None:
+    """A storage that fails three times is no fault of a request: there is nobody to look for."""
+    for piece, reason in failed.items():
+        if reason.startswith(f"{StorageError.__name__}: "):
+            raise StorageError(f"{piece} cannot be finished: {reason}")
 
 
 def _record(shard: Shard) -> str:

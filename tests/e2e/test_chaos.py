@@ -1,32 +1,44 @@
-"""A job whose driver is killed again and again ends as an undisturbed one.
+"""A job that is disturbed again and again ends as an undisturbed one.
 
-``PMET_CHAOS_KILLS`` says how often it is killed, ``PMET_CHAOS_SEED`` draws when.
+Its driver is killed and started again; a worker or a rank is killed, which the running job has to
+see to by itself; and S3 goes away for a few seconds. ``PMET_CHAOS_KILLS`` says how often the
+driver is killed, ``PMET_CHAOS_SEED`` draws when, ``PMET_CHAOS_STORE`` says where the job's files
+are: ``local``, ``s3`` or both with a comma.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from pipeline.config import dump_job
 from pipeline.store import Store
-from tests.conftest import ROOT
+from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import job, targets_by_row
 
 KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
+STORES = os.environ.get("PMET_CHAOS_STORE", "s3").split(",")
 FINISHED, KILLED = 0, -signal.SIGKILL
+LIMIT_S = 300
+OUTAGE_S = (1.0, 6.0)
+# What Ray calls the processes of the workers and of the ranks.
+COMPUTING = re.compile(r"ray::(_WorkerProcess|_RankProcess)")
 
 # The driver: dies after a time, or in the middle of or right after the n-th file that it writes.
 DRIVER = """
@@ -37,10 +49,15 @@ from pipeline.run import run_job
 from pipeline.store import Store
 
 kind, when = sys.argv[2], float(sys.argv[3])
-written, start, write_stream = 0, time.monotonic(), Store.write_stream
+written, start = 0, time.monotonic()
+write_stream, write_bytes = Store.write_stream, Store.write_bytes
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+def die_soon():
+    # A request to S3 takes some milliseconds.
+    threading.Timer(0.004, die).start()
 
 @contextmanager
 def counted(self, name):
@@ -51,11 +68,21 @@ def counted(self, name):
         yield stream
         if kind == "inside" and number == when:
             stream.flush()
-            die()
+            die() if self.is_local else die_soon()
     if kind == "after" and number == when:
         die()
 
-Store.write_stream = counted
+def counted_bytes(self, name, data):
+    global written
+    if not self.is_local:
+        written += 1
+        if kind == "inside" and written == when:
+            die_soon()
+    write_bytes(self, name, data)
+    if not self.is_local and kind == "after" and written == when:
+        die()
+
+Store.write_stream, Store.write_bytes = counted, counted_bytes
 if kind == "time":
     timer = threading.Timer(when, die)
     timer.daemon = True
@@ -65,24 +92,115 @@ print(written, time.monotonic() - start)
 """
 
 
-def drive(file: Path, kind: str, when: float) -> tuple[int, str]:
+@dataclass
+class Place:
+    """Where jobs have their files, and what can happen to it."""
+
+    root: str
+    inputs: str
+    model: str
+    server: ThreadedMotoServer | None = None
+
+    def go_away(self, seconds: float) -> None:
+        """Be out of reach for a while."""
+        assert self.server is not None
+        host, port = self.server.get_host_and_port()
+        self.server.stop()
+        time.sleep(seconds)
+        self.server = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
+        self.server.start()
+
+
+@dataclass
+class Disturbance:
+    """What happens to one attempt at a job, in seconds from its start; None: nothing."""
+
+    driver: tuple[str, float] = ("never", 0)
+    worker: float | None = None
+    outage: tuple[float, float] | None = None
+    happened: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(params=STORES)
+def place(
+    request: pytest.FixtureRequest, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    if request.param == "local":
+        yield Place(str(tmp_path), str(inputs), str(GOLDEN / "gpt2" / "model"))
+        return
+    # Of its own: it is stopped and started again.
+    url = str(request.getfixturevalue("s3_url"))
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    # Copies of remote models, and what killed drivers leave of them.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    store = Store(url)
+    for folder, name in ((inputs, "inputs"), (GOLDEN / "gpt2" / "model", "model")):
+        for file in folder.iterdir():
+            store.write_bytes(f"{name}/{file.name}", file.read_bytes())
+    place = Place(url, store.join("inputs"), store.join("model"), server)
+    yield place
+    assert place.server is not None
+    place.server.stop()
+
+
+def drive(file: Path, disturbance: Disturbance, place: Place) -> tuple[int, str]:
     """Run a job until it ends or dies; returns the exit status and what was printed."""
-    done = subprocess.run(
+    kind, when = disturbance.driver
+    with subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(file), kind, str(when)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    ) as process:
+        start = time.monotonic()
+
+        def due(when: float | None) -> bool:
+            return when is not None and time.monotonic() - start >= when
+
+        kills, outage = disturbance.worker, disturbance.outage
+        while process.poll() is None:
+            if time.monotonic() - start > LIMIT_S:
+                process.kill()
+                pytest.fail(f"the job did not end: {process.communicate()[0]}")
+            if due(kills) and (killed := kill_one_of(process.pid)):
+                disturbance.happened.append(f"{killed} at {time.monotonic() - start:.0f} s")
+                kills = None
+            if outage is not None and due(outage[0]):
+                place.go_away(outage[1])
+                disturbance.happened.append(f"S3 away for {outage[1]:.0f} s at {outage[0]:.0f} s")
+                outage = None
+            time.sleep(0.02)
+        return process.returncode, process.communicate()[0]
 
 
-def job_file(folder: Path, inputs: Path) -> Path:
+def kill_one_of(driver: int) -> str | None:
+    """Kill a worker or a rank of a job that is under way; says which, if there is one."""
+    try:
+        children = psutil.Process(driver).children(recursive=True)
+        named = [(p, " ".join(p.cmdline()).strip()) for p in children]
+    except psutil.Error:
+        return None
+    computing = [(p, name) for p, name in named if COMPUTING.match(name)]
+    if not computing:
+        return None
+    process, name = random.choice(computing)
+    process.kill()
+    return name
+
+
+def job_file(folder: Path, place: Place) -> Path:
     settings = job(
-        inputs,
-        str(folder / "out"),
+        Path("unused"),
+        f"{place.root}/{folder.name}/out",
+        model=place.model,
+        requests=(f"{place.inputs}/requests.parquet",),
+        corpus=(f"{place.inputs}/corpus.parquet",),
         targets={"workers": 1, "shard_size": 8},
         update={"ranks": 1},
         evaluate={"sample": 8},
@@ -92,61 +210,90 @@ def job_file(folder: Path, inputs: Path) -> Path:
     return folder / "job.yaml"
 
 
-def files(output: Path) -> list[str]:
+def output(file: Path, place: Place) -> Store:
+    """The run folder of a job."""
+    return Store(f"{place.root}/{file.parent.name}/out")
+
+
+def files(folder: Store) -> list[str]:
     """All files, hidden ones too; without the mark of the attempt that wrote them."""
-    names = [str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()]
+    names = folder.list(unfinished=True)
     return sorted(re.sub(r"-[0-9a-f]{32}|\d{6}(?=\.json)", "", name) for name in names)
 
 
-def stage(output: Path) -> str:
+def stage(folder: Store) -> str:
     """Where a killed run was."""
-    said = Store(output).read_json("run.json") if (output / "run.json").exists() else {}
+    said = folder.read_json("run.json") if folder.exists("run.json") else {}
     return str(said.get("stage") or "between two stages")
 
 
-def assert_as_undisturbed(undisturbed: Path, output: Path) -> None:
+def weights(folder: Store) -> dict[str, torch.Tensor]:
+    with folder.local_copy("model/model.safetensors") as path:
+        return load_file(path)
+
+
+def assert_as_undisturbed(undisturbed: Store, folder: Store) -> None:
     """The same files, targets to the bit, weights, scores; nothing that an attempt has left."""
-    assert files(output) == files(undisturbed)
-    expected, values = (targets_by_row(Store(folder)) for folder in (undisturbed, output))
+    assert files(folder) == files(undisturbed)
+    expected, values = (targets_by_row(each) for each in (undisturbed, folder))
     assert expected.keys() == values.keys()
     assert all(np.array_equal(expected[r].view(np.int32), values[r].view(np.int32)) for r in values)
-    weights, others = (
-        load_file(folder / "model" / "model.safetensors") for folder in (undisturbed, output)
-    )
-    for name, weight in weights.items():
+    others = weights(folder)
+    for name, weight in weights(undisturbed).items():
         apart = torch.linalg.norm(weight - others[name])
         assert apart <= 1e-6 * torch.linalg.norm(weight), name
-    metrics, again = (
-        json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed, output)
-    )
+    metrics, again = (each.read_json("metrics.json") for each in (undisturbed, folder))
     assert again["counts"] == metrics["counts"]
     assert again["after"] == pytest.approx(metrics["after"], rel=1e-4)
-    assert json.loads((output / "run.json").read_text())["status"] == "complete"
+    assert folder.read_json("run.json")["status"] == "complete"
+
+
+def drawn(draw: random.Random, written: int, seconds: float, place: Place) -> Disturbance:
+    """What happens to an attempt at a job that takes so many writes and seconds."""
+    kind = draw.choice(["inside", "after", "time"])
+    when = draw.uniform(1, seconds) if kind == "time" else float(draw.randint(1, written))
+    return spared(draw, seconds, place, (kind, when))
+
+
+def spared(
+    draw: random.Random, seconds: float, place: Place, driver: tuple[str, float] = ("never", 0)
+) -> Disturbance:
+    """What happens to an attempt whose driver lives, unless told otherwise."""
+    outage = (draw.uniform(1, seconds), draw.uniform(*OUTAGE_S)) if place.server else None
+    return Disturbance(driver, draw.uniform(1, seconds), outage)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240 + 120 * KILLS)
-def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
-    inputs: Path, tmp_path: Path
+@pytest.mark.timeout(300 + 150 * KILLS)
+def test_a_run_that_is_disturbed_again_and_again_ends_as_an_undisturbed_one(
+    place: Place, tmp_path: Path
 ) -> None:
-    status, said = drive(job_file(tmp_path / "undisturbed", inputs), "never", 0)
+    undisturbed = job_file(tmp_path / "undisturbed", place)
+    status, said = drive(undisturbed, Disturbance(), place)
     assert status == FINISHED, said
     written, seconds = said.split()[-2:]
-    draw, deaths, file = random.Random(SEED), [], None
-    while len(deaths) < KILLS:
-        file = file or job_file(tmp_path / f"killed-{len(list(tmp_path.iterdir()))}", inputs)
-        kind = draw.choice(["inside", "after", "time"])
-        when = draw.uniform(1, float(seconds)) if kind == "time" else draw.randint(1, int(written))
-        status, said = drive(file, kind, when)
+    draw, told, deaths, file = random.Random(SEED), [], 0, None
+    random.seed(SEED)
+    number = 0
+
+    def attempt(make: Callable[[], Disturbance]) -> int:
+        nonlocal file, number
+        if file is None:
+            number += 1
+            file = job_file(tmp_path / f"disturbed-{number}", place)
+        disturbance = make()
+        status, said = drive(file, disturbance, place)
         assert status in (KILLED, FINISHED), said
-        if status == KILLED:
-            deaths.append(f"{kind} {when:.0f}, {stage(file.parent / 'out')}")
-        else:
-            # It had less left to do than that: another one is killed.
-            assert_as_undisturbed(tmp_path / "undisturbed" / "out", file.parent / "out")
+        kind, when = disturbance.driver
+        where = f"{kind} {when:.0f}, {stage(output(file, place))}" if status == KILLED else "ended"
+        told.append("; ".join([f"job {number}: {where}", *disturbance.happened]))
+        (tmp_path / "deaths.txt").write_text("\n".join([*told, f"{written} writes, {seconds} s"]))
+        if status == FINISHED:
+            assert_as_undisturbed(output(undisturbed, place), output(file, place))
             file = None
-    if file is not None:
-        status, said = drive(file, "never", 0)
-        assert status == FINISHED, said
-        assert_as_undisturbed(tmp_path / "undisturbed" / "out", file.parent / "out")
-    (tmp_path / "deaths.txt").write_text("\n".join([*deaths, f"{written} writes, {seconds} s"]))
+        return status
+
+    while deaths < KILLS:
+        deaths += attempt(lambda: drawn(draw, int(written), float(seconds), place)) == KILLED
+    # Whatever is unfinished goes to its end, with a kill that it has to see to by itself.
+    attempt(lambda: spared(draw, float(seconds) / 2, place))

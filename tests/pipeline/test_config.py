@@ -343,8 +343,8 @@ RESULT = [
 PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),
     *("targets.threads_per_worker=3", "update.ranks=3", "update.gpus_per_rank=1"),
-    *("targets.store=x", "update.offload=cpu", "evaluate.sample=3", "evaluate.store=x"),
-    "gates.efficacy=0.5",
+    *("targets.store=x", "targets.timeout=60", "update.offload=cpu", "evaluate.sample=3"),
+    *("evaluate.store=x", "gates.efficacy=0.5"),
 ]
 
 

@@ -1,19 +1,25 @@
 import hashlib
 import os
 import pickle
+import resource
+import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Timer
 
 import boto3
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 
+from pipeline import patience
 from pipeline.errors import ModelError, RequestTableError, StorageError
-from pipeline.store import Store, expand, localized, read_file, read_parquet
+from pipeline.store import Store, attempt, expand, localized, read_file, read_parquet
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "y", None]})
 
@@ -257,7 +263,7 @@ class TestLocal(StorageSuite):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "replace", full)
-        with pytest.raises(StorageError, match=r"cannot write .*/a .*No space left.*has room"):
+        with pytest.raises(StorageError, match=r"cannot write .*/a .*No space left.*make room"):
             store.write_bytes("a", b"x")
         assert list(store.local_path().iterdir()) == []
 
@@ -290,6 +296,36 @@ class TestLocal(StorageSuite):
         monkeypatch.setattr(pq, "write_table", refuse)
         with pytest.raises(StorageError, match=r"cannot write .*/t \(no such type\); check that"):
             store.write_table("t", TABLE)
+
+    def test_a_full_disk_is_named_with_what_to_do(self, store):
+        """The kernel refuses what is larger than a limit, as it does where there is no room."""
+        store.write_bytes("old", b"old")
+        block = os.urandom(1 << 20)
+
+        def stream():
+            with store.write_stream("old") as file:
+                file.write(block)
+
+        def target():
+            with store.local_target("old") as path:
+                path.write_bytes(block)
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for write in (
+            lambda: store.write_bytes("old", block),
+            lambda: store.create_bytes("new", block),
+            lambda: store.write_table("old", pa.table({"a": [block]})),
+            stream,
+            target,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
+            try:
+                with pytest.raises(StorageError, match=r"cannot write /.*/\w+ .*; make room there"):
+                    write()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [file.name for file in store.local_path().iterdir()] == ["old"]
+        assert store.read_bytes("old") == b"old"
 
     def test_links_are_files(self, tmp_path):
         pq.write_table(TABLE, tmp_path / "real.parquet")
@@ -340,9 +376,25 @@ class RemoteSuite(StorageSuite):
             return get_file(source, target)
 
         monkeypatch.setattr(store.fs, "get_file", failing)
+        monkeypatch.setattr(patience, "PATIENCE_S", 0)
         with pytest.raises(StorageError, match=r"cannot copy .*m/2 \(no answer\)"):
             localized(store.join("m"), tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_is_named_where_a_file_is_copied_to(self, store, tmp_path, monkeypatch):
+        def full(*_args):
+            raise OSError(28, "No space left on device")
+
+        store.write_bytes("m/w", b"one")
+        monkeypatch.setattr(store.fs, "get_file", full)
+        said = rf"^cannot write {tmp_path}/.*/w \(.*No space left on device\); make room there"
+        with pytest.raises(StorageError, match=said):
+            localized(store.join("m"), tmp_path)
+        with (
+            pytest.raises(StorageError, match=r"^cannot write /.*/w \(.*; make room there"),
+            store.local_copy("m/w"),
+        ):
+            pass
 
     def test_a_missing_model_is_named(self, store, tmp_path):
         with pytest.raises(ModelError) as caught:
@@ -388,11 +440,56 @@ class TestS3(RemoteSuite):
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         s3 = fsspec.get_filesystem_class("s3")
         monkeypatch.setattr(s3, "retries", 1)
+        monkeypatch.setattr(patience, "PATIENCE_S", 0)
         s3.clear_instance_cache()
         store = Store("s3://bucket/a")
         for action in (store.list, lambda: store.exists("b"), lambda: expand(store.join("c"))):
-            with pytest.raises(StorageError, match=r"s3://bucket/a.*can be reached"):
+            with pytest.raises(StorageError, match=r"s3://bucket/a.*can be reached, then run the"):
                 action()
+        s3.clear_instance_cache()
+
+    def test_a_storage_that_comes_back_is_asked_again(self, monkeypatch):
+        """Each request meets a server that starts only some time after it was made."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        # What the libraries do by themselves.
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3 = fsspec.get_filesystem_class("s3")
+        monkeypatch.setattr(s3, "retries", 1)
+        s3.clear_instance_cache()
+        store = Store("s3://away/a")
+
+        @contextmanager
+        def late():
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+            timer = Timer(0.7, server.start)
+            timer.start()
+            yield
+            timer.join()
+            server.stop()
+
+        def made_and_written():
+            store.fs.mkdir("away")
+            store.write_bytes("f", b"1")
+
+        with late():
+            attempt("write", "s3://away", made_and_written)
+        with late():
+            store.write_bytes("f", b"23")
+        for look, seen in (
+            (lambda: store.read_bytes("f"), b"23"),
+            (lambda: store.exists("f"), True),
+            (store.list, ["f"]),
+            (lambda: store.size("f"), 2),
+            (lambda: store.create_bytes("f", b"4"), False),
+            (lambda: read_file(store.join("f")), b"23"),
+        ):
+            with late():
+                assert look() == seen
         s3.clear_instance_cache()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 
-from pipeline import isolation
+from pipeline import crew, isolation, patience
 from pipeline.cluster import ray_session
 from pipeline.config import JobConfig
 from pipeline.crew import Crew
-from pipeline.errors import WorkerError
+from pipeline.errors import StorageError, WorkerError
 from pipeline.executor import Pool, SerialPool, Task, WorkerPool
 from pipeline.folder import RunFolder
 from pipeline.plan import Plan, make_plan
@@ -41,7 +43,7 @@ class Oracle:
     """A worker whose targets are easy to check, and which some subjects do no good.
 
     A request's target is full of its row; a subject named in ``poison`` kills the process
-    (``kill``) or raises.
+    (``kill``), never ends (``hang``), or raises.
     """
 
     def __init__(self, poison: Mapping[str, str] | None = None, journal: str = "") -> None:
@@ -67,6 +69,10 @@ class Oracle:
             what = self.poison.get(request.subject) or self.poison.get("everyone")
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif what == "hang":
+                time.sleep(3600)
+            elif what == "no storage":
+                raise StorageError("cannot write x (no room); make room there")
             elif what:
                 raise RuntimeError(what)
         values = np.repeat(np.array(rows, np.float32)[:, None], 64, axis=1)
@@ -74,6 +80,13 @@ class Oracle:
         steps = np.array(rows, np.int32) % 25
         output.write_table(file, targets_table(rows, values, steps, values[:, 0] / 7))
         return TargetSummary(file, output.sha256(file), {}, 0, len(rows))
+
+
+class Stuck(Oracle):
+    """A worker of a real crew."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__({os.environ["PMET_TEST_STUCK"]: "hang"})
 
 
 class Team:
@@ -216,12 +229,80 @@ def test_a_request_that_kills_its_workers_is_put_aside(
     (row,) = found.failures
     assert row == plan.table.rows[2]
     assert "ActorDiedError" in found.failures[row]
-    assert "its worker process has died" in found.failures[row]
+    assert "its worker process has died without a word" in found.failures[row]
     others = {r: r for r in plan.table.rows[:4] if r != row}
     assert {r: v[0] for r, v in values(plan, found, folder).items()} == others
     tried = [line.split(" ", 1) for line in journal.read_text().splitlines()]
     deadly = [pid for pid, rows in tried if row in json.loads(rows)]
     assert len(deadly) == len(set(deadly)) == 3
+
+
+def test_a_request_that_hangs_its_workers_is_put_aside(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "GROUP_ATTEMPTS", 1)
+    monkeypatch.setattr(isolation, "SINGLE_ATTEMPTS", 2)
+    plan = replace(plan, target_shards=plan_shards(2, 2))
+    targets = plan.job.targets.model_copy(update={"workers": 1, "timeout": 1.0})
+    plan = replace(plan, job=plan.job.model_copy(update={"targets": targets}))
+    hanging, other = subject(plan, 1), plan.table.rows[0]
+    monkeypatch.setattr(crew, "Replica", Stuck)
+    monkeypatch.setenv("PMET_TEST_STUCK", hanging)
+    events: list[str] = []
+    folder = begun(plan, str(tmp_path))
+    with Crew(plan, None, lambda kind, _: events.append(kind)) as team:
+        found = find_targets(Context(plan, folder, team, Progress()), TEMPLATES)
+    (row,) = found.failures
+    assert row == plan.table.rows[1]
+    assert found.failures[row].endswith("(TimeoutError: hung, or took longer than 1 s)")
+    assert {r: v[0] for r, v in values(plan, found, folder).items()} == {other: other}
+    # Three times the shard, twice the request by itself.
+    assert events.count("timeout") == 5
+
+
+def test_a_storage_that_fails_is_no_requests_fault(plan: Plan, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    bad = {subject(plan, 12): "no storage"}
+    said = r"^shard 00001 .*cannot write x \(no room\); make room"
+    with pytest.raises(StorageError, match=said):
+        found_in(plan, str(tmp_path / "run"), bad, journal=str(journal))
+    tried = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
+    assert len([rows for rows in tried if plan.table.rows[12] in rows]) == 3
+    # What the others have found is kept.
+    _, _, team = found_in(plan, str(tmp_path / "run"))
+    assert team.tasks == 1
+
+
+def test_a_storage_that_stays_away_fails_the_run_which_goes_on_later(
+    plan: Plan, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    done = []
+    record = RunFolder.record
+
+    def stop_after_the_first(self: RunFolder, name: str, value: Any) -> None:
+        record(self, name, value)
+        done.append(name)
+        server.stop()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "record", stop_after_the_first)
+        with pytest.raises(StorageError, match=r"s3://.*can be reached, then run the same job"):
+            found_in(plan, s3_url)
+    server = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
+    server.start()
+    found, folder, team = found_in(plan, s3_url)
+    assert len(done) == 1
+    assert team.tasks == 2
+    assert {r: v[0] for r, v in values(plan, found, folder).items()} == {
+        row: row for row in range(COUNT)
+    }
+    server.stop()
 
 
 def test_each_is_tried_several_times(plan: Plan, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""A machine of the cluster is lost while it computes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from pipeline.config import JobConfig
+from pipeline.run import run_job
+from tests.conftest import GOLDEN
+from tests.e2e.conftest import job, targets_by_row
+from tests.e2e.test_run import run_json, weights
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head with two logical CPUs, and another node with one."""
+    # Ray waits half a minute until it believes that a machine is lost.
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield cluster
+    cluster.shutdown()
+
+
+def small_job(inputs: Path, output: Path, **changes: Any) -> JobConfig:
+    return job(
+        inputs,
+        str(output),
+        corpus=None,
+        second_moments=str(GOLDEN / "gpt2" / "second_moments.safetensors"),
+        evaluate={"sample": 4},
+        targets={"workers": 3, "shard_size": 4},
+        **changes,
+    )
+
+
+def worker_of(raylet: int) -> psutil.Process | None:
+    """A process under a node's raylet that is computing targets just now."""
+    for child in psutil.Process(raylet).children(recursive=True):
+        if " ".join(child.cmdline()).startswith("ray::_WorkerProcess.call"):
+            return child
+    return None
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_machine_that_is_lost(
+    cluster: Cluster, inputs: Path, tmp_path: Path
+) -> None:
+    node = cluster.add_node(num_cpus=1)
+    raylet = node.all_processes["raylet"][0].process.pid
+    lost: list[float] = []
+
+    def lose_when_it_computes() -> None:
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            records = list((tmp_path / "out" / "records").glob("targets-*.json"))
+            if records and worker_of(raylet):
+                cluster.remove_node(node, allow_graceful=False)
+                lost.append(time.monotonic())
+                return
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=lose_when_it_computes)
+    watcher.start()
+    disturbed = run_job(small_job(inputs, tmp_path / "out"), address=cluster.address)
+    watcher.join()
+    assert lost
+    events = run_json(disturbed)["events"]
+    assert [e for e in events if e["kind"] == "death" and "was lost" in e["text"]], events
+    # Two CPUs are left, for as many workers or ranks.
+    undisturbed = run_job(small_job(inputs, tmp_path / "other"), address=cluster.address)
+    assert run_json(undisturbed)["events"] == []
+    assert disturbed.metrics["counts"] == undisturbed.metrics["counts"]
+    values, expected = targets_by_row(disturbed.folder), targets_by_row(undisturbed.folder)
+    assert values.keys() == expected.keys()
+    assert all(np.array_equal(values[r].view(np.int32), expected[r].view(np.int32)) for r in values)
+    others = weights(undisturbed)
+    for name, weight in weights(disturbed).items():
+        apart = torch.linalg.norm(weight - others[name])
+        assert apart <= 1e-6 * torch.linalg.norm(weight), name
