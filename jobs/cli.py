@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from jobs.facts_cli import facts
+from jobs.schedule_cli import schedule
 
 app = typer.Typer(
     name="pmet",
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
+app.add_typer(schedule)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
