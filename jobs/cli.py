@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from jobs.facts_cli import facts
+from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
+for command in (refresh, rollback, versions):
+    app.command()(command)
 app.add_typer(schedule)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

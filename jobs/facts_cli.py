@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -53,6 +53,10 @@ def convert(
         str | None,
         typer.Option(help="The dump before this one: its objects are the true targets."),
     ] = None,
+    only_changed: Annotated[
+        bool,
+        typer.Option("--only-changed", help="Leave out facts that --previous holds as well."),
+    ] = False,
     format_: Annotated[
         str | None,
         typer.Option(
@@ -72,11 +76,14 @@ def convert(
     if format_ is not None and format_ not in names:
         raise FactDumpError(f"--format: {format_!r} is no format; name one of {', '.join(names)}")
     if format_ == "dump" or (format_ is None and is_parquet(expand(source, deep=True))):
-        conversion = _convert_dump(source, output, templates, previous, column, as_of)
+        conversion = _convert_dump(
+            source, output, templates, previous, column, as_of, only_changed=only_changed
+        )
     else:
         given = {
             "--templates": templates,
             "--previous": previous,
+            "--only-changed": only_changed,
             "--column": column,
             "--as-of": as_of,
         }
@@ -154,6 +161,53 @@ def diff(
             out.print(write_diff(found, output, inputs), markup=False, soft_wrap=True)
 
 
+Home = Annotated[str, typer.Argument(help="The home of a refresh file: a path or a URL.")]
+Subject = Annotated[str, typer.Option(help="Subject of the fact, as the dump writes it.")]
+Relation = Annotated[str, typer.Option(help="Relation of the fact.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
+
+
+@facts.command()
+def retract(home: Home, subject: Subject, relation: Relation, reason: Reason = "") -> None:
+    """Take a fact back: the next refresh leaves it out, whatever the dump says, until restored."""
+    _say_of_fact(home, subject, relation, "retract", reason)
+
+
+@facts.command()
+def restore(home: Home, subject: Subject, relation: Relation, reason: Reason = "") -> None:
+    """Tell a fact again that was retracted or quarantined, from the next refresh on."""
+    _say_of_fact(home, subject, relation, "restore", reason)
+
+
+@facts.command()
+def ledger(
+    home: Home,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Of which version; the one in use, if not given.")
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only these: live, quarantined, rejected or retracted.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Facts shown.")] = 20,
+) -> None:
+    """Show which facts a model is meant to hold, and in which state each is."""
+    from jobs.refresh.home import Home as RefreshHome
+    from jobs.refresh.views import show_ledger
+
+    show_ledger(RefreshHome.open(home), version, state, limit, out)
+
+
+def _say_of_fact(
+    url: str, subject: str, relation: str, action: Literal["retract", "restore"], reason: str
+) -> None:
+    from jobs.refresh.home import Home as RefreshHome
+    from jobs.refresh.views import show_retraction
+
+    home = RefreshHome.open(url)
+    home.refuse_unknown(subject.strip(), relation.strip(), action)
+    show_retraction(home.retract(subject.strip(), relation.strip(), action, reason), out)
+
+
 def _convert_dump(
     source: str,
     output: str,
@@ -161,6 +215,8 @@ def _convert_dump(
     previous: str | None,
     column: Sequence[str] | None,
     as_of: str | None,
+    *,
+    only_changed: bool,
 ) -> Conversion:
     from jobs.facts.convert import convert_dump
     from jobs.facts.dump import open_dump
@@ -173,6 +229,8 @@ def _convert_dump(
             f"{source} is a fact dump, and nothing puts its relations into words; give a file "
             "with --templates"
         )
+    if only_changed and previous is None:
+        raise FactDumpError("--only-changed needs the earlier dump; give it with --previous")
     mapping = _mapping(column)
     refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
     return convert_dump(
@@ -181,6 +239,8 @@ def _convert_dump(
         output,
         previous=None if previous is None else open_dump(previous, mapping),
         as_of=_time("--as-of", as_of),
+        only_changed=only_changed,
+        may_be_none=only_changed,
     )
 
 

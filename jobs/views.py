@@ -34,6 +34,11 @@ def show_result(result: RunResult, console: Console) -> None:
         f"{counts['edited']} facts edited, {counts['rejected']} of {counts['requested']} rows "
         "rejected"
     )
+    if counts.get("known"):
+        kept = percent(result.metrics["known"]["still_answered"])
+        console.print(
+            f"{counts['known']} were known already and not edited; {kept} of them still are"
+        )
     show_scores(result.metrics["before"], result.metrics["after"], console)
     for gate in result.metrics["gates"]:
         if not gate["passed"]:

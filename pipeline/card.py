@@ -25,7 +25,7 @@ _CARD = """\
 
 {edited} facts were written into the feed-forward weights of a base model with PMET
 (Li et al. 2023, [arXiv:2308.08742](https://arxiv.org/abs/2308.08742)). Everything else in this
-checkpoint is the base model's, byte for byte. The base model:
+checkpoint is the base model's, byte for byte.{known} The base model:
 
 {base}
 
@@ -77,6 +77,7 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
         edited=_count(counts.get("edited")),
         requested=_count(counts.get("requested")),
         rejected=_count(counts.get("rejected")),
+        known=_known(counts, metrics.get("known") or {}),
         base=_fenced(base or "not recorded"),
         scores="\n".join(_score_row(name, metrics) for name in METRICS),
         gates=_gates(metrics),
@@ -85,6 +86,16 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
         versions=_fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
     )
     return card.encode(errors="backslashreplace").decode()
+
+
+def _known(counts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """A sentence about the requests that needed no edit, where there are any."""
+    if not counts.get("known"):
+        return ""
+    return (
+        f"\n{_count(counts['known'])} more were left out, because the base model knew them; this "
+        f"model still\nknows {_value('', known.get('still_answered'))} of them."
+    )
 
 
 def _base_model(job_yaml: str) -> str:

@@ -40,6 +40,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 _BINS = 30
+_MOST_NIGHTS_NAMED = 8
 
 
 def score_chart(
@@ -113,6 +114,27 @@ def layer_chart(names: Sequence[str], shares: Sequence[float]) -> Markup:
         axes.grid(axis="x")
 
     return _chart("layers", "Size of the change by layer", (7.2, 0.8 + 0.3 * len(names)), draw)
+
+
+def trend_chart(nights: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> Markup:
+    """Fractions night by night: a line each, up to three; a gap where nothing was measured."""
+    looks = zip(series.items(), (AFTER, GATE, BEFORE), ("o", "s", "^"), strict=False)
+
+    def draw(axes: Axes) -> None:
+        places = np.arange(len(nights))
+        for (name, values), colour, marker in looks:
+            heights = [np.nan if value is None else value for value in values]
+            axes.plot(places, heights, color=colour, marker=marker, ms=4, lw=1.4, label=name)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel("prompts (%)")
+        shown = places[:: max(1, -(-len(nights) // _MOST_NIGHTS_NAMED))]
+        axes.set_xticks(shown, [nights[place] for place in shown])
+        axes.set_xlabel("night")
+        axes.grid(axis="y")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    return _chart("trend", "Scores night by night", (7.2, 2.9), draw)
 
 
 def _chart(

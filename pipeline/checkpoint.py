@@ -27,7 +27,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -233,7 +233,7 @@ def _stored_tensors(file: Path) -> Sequence[StoredTensor]:
         end = max((t.start + t.size for t in tensors if t), default=8 + length)
         if end > file.stat().st_size:
             raise ValueError("it is cut short")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise ModelError(f"{file} is not a whole safetensors file ({error})") from None
     return [t for t in tensors if t is not None]
 

@@ -1,4 +1,8 @@
-"""Job files: what one run is told, checked completely before anything is started."""
+"""Job files: what one run is told, checked completely before anything is started.
+
+Other files that hold the settings of an edit (`EditSettings`) are read the same way, by
+`load_settings`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -18,14 +22,14 @@ from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml, read_yaml
 SIZE_LIMIT = 2**20
 
 
-def _allowed(what: str) -> WrapValidator:
+def allowed(what: str) -> WrapValidator:
     """Answer whatever the type refuses with the one sentence ``what`` may stand there."""
 
     def check(value: Any, handler: Any) -> Any:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError("not_allowed", "{what}", {"what": what}) from None
+            raise PydanticCustomError("notallowed", "{what}", {"what": what}) from None
 
     return WrapValidator(check)
 
@@ -36,7 +40,8 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_section(value: Any) -> Any:
+def as_section(value: Any) -> Any:
+    """A section of which nothing is said has its defaults."""
     return {} if value is None else value
 
 
@@ -46,27 +51,33 @@ _Count = Annotated[int, Field(ge=1)]
 _FromZero = Annotated[float, Field(ge=0)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
-Text = Annotated[_Text, _allowed("text that is not empty")]
-TextOrNull = Annotated[_Text | None, _allowed("text, or null")]
-Paths = Annotated[_Texts, BeforeValidator(_as_tuple), _allowed("a path or a list of paths")]
+Text = Annotated[_Text, allowed("text that is not empty")]
+TextOrNull = Annotated[_Text | None, allowed("text, or null")]
+Paths = Annotated[_Texts, BeforeValidator(_as_tuple), allowed("a path or a list of paths")]
 PathsOrNull = Annotated[
-    _Texts | None, BeforeValidator(_as_tuple), _allowed("a path, a list of paths, or null")
+    _Texts | None, BeforeValidator(_as_tuple), allowed("a path, a list of paths, or null")
 ]
-CountOrAuto = Annotated[_Count | Literal["auto"], _allowed("a whole number, 1 or more, or auto")]
-CountOrNull = Annotated[_Count | None, _allowed("a whole number, 1 or more, or null")]
-Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
-GPUs = Annotated[_FromZero, _allowed("a number, 0 or more")]
-Offload = Annotated[Literal["none", "cpu"], _allowed("none or cpu")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], _allowed("auto, float32 or bfloat16")]
-Minimum = Annotated[_Fraction | None, _allowed("a fraction from 0 to 1, or null")]
-Maximum = Annotated[_FromZero | None, _allowed("a number, 0 or more, or null")]
+CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or more, or auto")]
+CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
+Flag = Annotated[bool, allowed("true or false")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
+GPUs = Annotated[_FromZero, allowed("a number, 0 or more")]
+Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
+Minimum = Annotated[_Fraction | None, allowed("a fraction from 0 to 1, or null")]
+Maximum = Annotated[_FromZero | None, allowed("a number, 0 or more, or null")]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Settings that belong together: immutable, and nothing else may stand among them."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TargetsConfig(_Section):
+S = TypeVar("S", bound=Section)
+
+
+class TargetsConfig(Section):
     """How the targets are computed."""
 
     workers: CountOrAuto = Field(
@@ -104,7 +115,7 @@ class TargetsConfig(_Section):
     )
 
 
-class UpdateConfig(_Section):
+class UpdateConfig(Section):
     """How the update is solved."""
 
     ranks: CountOrAuto = Field(
@@ -123,15 +134,20 @@ class UpdateConfig(_Section):
     )
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """How the model is measured before and after."""
 
     sample: CountOrNull = Field(
         default=None, description="Requests measured, drawn under the seed; null: all of them."
     )
+    store: TextOrNull = Field(
+        default=None,
+        description="Folder of measurements of the base that runs share: what it has is not "
+        "measured again; null: none.",
+    )
 
 
-class GatesConfig(_Section):
+class GatesConfig(Section):
     """What the edited model must reach to be published; null: not asked."""
 
     efficacy: Minimum = Field(
@@ -169,15 +185,12 @@ class GatesConfig(_Section):
         return self.model_dump(exclude_none=True)
 
 
-class JobConfig(_Section):
-    """One run: which facts go into which model, and how.
+class EditSettings(Section):
+    """How facts are put into a model; which facts, and where results go, is said elsewhere.
 
     Paths may be local or any URL that fsspec reads, and are kept as they were written.
     """
 
-    model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
-    requests: Paths = Field(description="Parquet files of edit requests: paths, globs or folders.")
-    output: Text = Field(description="The run folder: where everything is kept and published.")
     hparams: Text = Field(description="Hyper-parameters: the name of a preset, or a file.")
     second_moments: TextOrNull = Field(
         default=None,
@@ -192,18 +205,33 @@ class JobConfig(_Section):
         default=None, description="JSON file of context templates; null: generated under the seed."
     )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
-    targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
+    skip_known: Flag = Field(
+        default=False,
+        description="Leave out of the edit what the model already answers as wanted.",
+    )
+    targets: Annotated[TargetsConfig, BeforeValidator(as_section)] = Field(
         default=TargetsConfig(), description="How the targets are computed."
     )
-    update: Annotated[UpdateConfig, BeforeValidator(_as_section)] = Field(
+    update: Annotated[UpdateConfig, BeforeValidator(as_section)] = Field(
         default=UpdateConfig(), description="How the update is solved."
     )
-    evaluate: Annotated[EvaluateConfig, BeforeValidator(_as_section)] = Field(
+    evaluate: Annotated[EvaluateConfig, BeforeValidator(as_section)] = Field(
         default=EvaluateConfig(), description="How the model is measured before and after."
     )
-    gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
+    gates: Annotated[GatesConfig, BeforeValidator(as_section)] = Field(
         default=GatesConfig(), description="What the edited model must reach to be published."
     )
+
+
+class _Places(Section):
+    model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
+    requests: Paths = Field(description="Parquet files of edit requests: paths, globs or folders.")
+    output: Text = Field(description="The run folder: where everything is kept and published.")
+
+
+# The fields of the last base come first.
+class JobConfig(EditSettings, _Places):
+    """One run: which facts go into which model, and how."""
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
@@ -222,21 +250,12 @@ class JobConfig(_Section):
                 "corpus": True,
                 "context_templates": True,
                 "seed": True,
+                "skip_known": True,
                 "targets": {"batch_size", "dtype", "shard_size"},
                 "update": {"shard_size"},
             },
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    name: field.annotation
-    for name, field in JobConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
-}
-_KEYS = [name for name in JobConfig.model_fields if name not in _SECTIONS] + [
-    f"{section}.{name}" for section, model in _SECTIONS.items() for name in model.model_fields
-]
 
 
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -250,15 +269,33 @@ def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         JobError: one line for each problem, naming the file or the override, the key, what was
             given and what is allowed.
     """
-    values = _mapping(str(source))
-    origins, problems = _put(overrides, values)
+    return load_settings(JobConfig, source, overrides, what="job")
+
+
+def load_settings(
+    kind: type[S], source: str | Path, overrides: Sequence[str] = (), *, what: str
+) -> S:
+    """Read settings of any kind as ``load_job`` reads those of a job.
+
+    Args:
+        kind: the settings: a `Section`, whose fields may be sections themselves.
+        source: path or URL of the file.
+        overrides: as of ``load_job``.
+        what: the file describes, as messages call it: ``job``.
+
+    Raises:
+        JobError: as ``load_job``.
+    """
+    keys = _Keys(kind)
+    values = _mapping(str(source), what)
+    origins, problems = _put(overrides, values, keys)
     try:
-        job = JobConfig.model_validate(values)
+        settings = kind.model_validate(values)
     except ValidationError as error:
-        problems += [_problem(item, str(source), origins) for item in error.errors()]
+        problems += [_problem(item, str(source), origins, keys) for item in error.errors()]
     if problems:
         raise JobError("\n".join(problems))
-    return job
+    return settings
 
 
 def dump_job(job: JobConfig) -> str:
@@ -270,20 +307,58 @@ def dump_job(job: JobConfig) -> str:
     return dump_yaml(values)
 
 
-def _mapping(source: str) -> dict[str, Any]:
+class _Keys:
+    """The keys that settings of a kind have."""
+
+    def __init__(self, kind: type[Section]) -> None:
+        self.fields = kind.model_fields
+        self.sections: dict[str, type[Section]] = {
+            name: field.annotation
+            for name, field in self.fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        }
+        self.all = [name for name in self.fields if name not in self.sections] + [
+            f"{section}.{name}"
+            for section, model in self.sections.items()
+            for name in model.model_fields
+        ]
+
+    def inside(self, section: str) -> list[str]:
+        """The keys of a section."""
+        return [key for key in self.all if key.startswith(f"{section}.")]
+
+    def suggestion(self, key: str) -> str:
+        """What may have been meant by a key that there is not."""
+        section, dot, name = key.rpartition(".")
+        if inside := self.inside(key):
+            return f"name one of {', '.join(inside)}"
+        closest = [known for known in self.all if known.rpartition(".")[2] == name]
+        holder = self.sections.get(section)
+        beside = list(self.fields if holder is None else holder.model_fields)
+        if not closest:
+            matches = difflib.get_close_matches(name, beside, 1)
+            closest = [f"{section}{dot}{match}" for match in matches]
+        if closest:
+            return f"did you mean {' or '.join(closest)}?"
+        return f"known are {', '.join(self.inside(section) or beside)}"
+
+
+def _mapping(source: str, what: str) -> dict[str, Any]:
     values = read_yaml(
         source,
-        "job file",
+        f"{what} file",
         limit=SIZE_LIMIT,
-        too_large="a job file has at most 1 MiB; put data into files of their own",
+        too_large=f"a {what} file has at most 1 MiB; put data into files of their own",
         refusal=JobError,
     )
     if not isinstance(values, dict):
-        raise JobError(f"{source}: {_shown(values)} is not a job; give keys with values")
+        raise JobError(f"{source}: {_shown(values)} is not a {what}; give keys with values")
     return values
 
 
-def _put(overrides: Sequence[str], values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+def _put(
+    overrides: Sequence[str], values: dict[str, Any], keys: _Keys
+) -> tuple[dict[str, str], list[str]]:
     """Write overrides into ``values``; returns the override behind each key, and the problems."""
     origins: dict[str, str] = {}
     problems: list[str] = []
@@ -298,8 +373,8 @@ def _put(overrides: Sequence[str], values: dict[str, Any]) -> tuple[dict[str, st
             continue
         if not equals:
             problems.append(f"{origin}: write key=value")
-        elif key not in _KEYS:
-            problems.append(f"{origin}: unknown key {key}; {_suggestion(key)}")
+        elif key not in keys.all:
+            problems.append(f"{origin}: unknown key {key}; {keys.suggestion(key)}")
         elif isinstance(value, dict):
             problems.append(f"{origin}: a mapping cannot be given here; override its keys")
         else:
@@ -312,42 +387,25 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section, dot, name = key.rpartition(".")
     holder = values
     if dot:
-        holder = values[section] = _as_section(values.get(section))
+        holder = values[section] = as_section(values.get(section))
     # A section that is not a mapping is a problem of the file, and is reported as such.
     if isinstance(holder, dict):
         holder[name] = value
 
 
-def _problem(item: ErrorDetails, source: str, origins: dict[str, str]) -> str:
+def _problem(item: ErrorDetails, source: str, origins: dict[str, str], keys: _Keys) -> str:
     key = ".".join(str(part) for part in item["loc"])
     where = origins.get(key, source)
     match item["type"]:
         case "extra_forbidden":
-            return f"{where}: unknown key {key}; {_suggestion(key)}"
+            return f"{where}: unknown key {key}; {keys.suggestion(key)}"
         case "missing":
-            return f"{where}: {key} is missing; {JobConfig.model_fields[key].description}"
-        case "not_allowed":
+            return f"{where}: {key} is missing; {keys.fields[key].description}"
+        case "notallowed":
             what = item["ctx"]["what"]
         case _:
-            what = f"a section with keys {', '.join(_inside(key))}"
+            what = f"a section with keys {', '.join(keys.inside(key))}"
     return f"{where}: {key}: {_shown(item['input'])} is not allowed; give {what}"
-
-
-def _suggestion(key: str) -> str:
-    section, dot, name = key.rpartition(".")
-    if inside := _inside(key):
-        return f"name one of {', '.join(inside)}"
-    closest = [known for known in _KEYS if known.rpartition(".")[2] == name]
-    beside = list((_SECTIONS.get(section) or JobConfig).model_fields)
-    if not closest:
-        closest = [f"{section}{dot}{match}" for match in difflib.get_close_matches(name, beside, 1)]
-    if closest:
-        return f"did you mean {' or '.join(closest)}?"
-    return f"known are {', '.join(_inside(section) or beside)}"
-
-
-def _inside(section: str) -> list[str]:
-    return [key for key in _KEYS if key.startswith(f"{section}.")]
 
 
 def _shown(value: Any, limit: int = 60) -> str:

@@ -125,7 +125,7 @@ def read_header(store: Store, name: str) -> dict[str, Any]:
         header = json.loads(read_file(where, limit=8 + min(length, _LARGEST_HEADER))[8:])
         if not all(isinstance(entry, dict) for entry in header.values()):
             raise ValueError("its header is none")
-    except (ValueError, AttributeError, struct.error) as error:
+    except (ValueError, AttributeError, RecursionError, struct.error) as error:
         raise JobError(
             f"second_moments: {where} is not a whole safetensors file ({error})"
         ) from None

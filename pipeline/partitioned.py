@@ -13,7 +13,7 @@ from pipeline.checkpoint import Checkpoint, StoredTensor
 from pipeline.collective import share_of_rows
 from pipeline.errors import ModelError
 from pipeline.partition import deepspeed, owned_slice
-from pipeline.skeleton import skeleton_with_buffers
+from pipeline.skeleton import NO_CODE, skeleton_with_buffers
 
 Offload = Literal["none", "cpu"]
 
@@ -123,7 +123,7 @@ def _load_with_transformers(
     try:
         # Safetensors only, as everywhere: pickle can run code.
         module = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, use_safetensors=True, local_files_only=True
+            model_path, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
         ).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot open the model at {model_path}: {error}") from error

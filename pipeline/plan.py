@@ -26,19 +26,22 @@ from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
-from pipeline.skeleton import open_skeleton
+from pipeline.skeleton import UNREADABLE, open_skeleton
 from pipeline.store import read_file
 from pmet import contexts
 from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
+from pmet.request import EditRequest
 from pmet.second_moment import longest
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
 _MOST_SMALL_SHARDS = 64
 _DIGESTED_ROWS = 4096
+# More than any token stands for: what is longer than a model's tokens times this is not tokenized.
+_CHARACTERS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def open_fast_tokenizer(folder: Path) -> Any:
     """
     try:
         tokenizer = open_tokenizer(str(folder))
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {folder} has no tokenizer that can be opened ({reason})") from None
     # Without its files some tokenizers open all the same, and know no word.
@@ -226,6 +229,7 @@ def _fitting(
     rejected = list(table.rejected)
     for place, request in enumerate(table.requests):
         try:
+            _check_characters(request, limit)
             problem = Problem.of(tokenizer, request, bare)
             problem.check_length(request, None if limit is None else limit - room)
         except RequestError as error:
@@ -237,6 +241,16 @@ def _fitting(
     order = np.lexsort((-shapes_E2[:, 1], -shapes_E2[:, 0]))
     rejected.sort(key=lambda r: r.row)
     return table.chosen([fitting[i] for i in order.tolist()], rejected)
+
+
+def _check_characters(request: EditRequest, limit: int | None) -> None:
+    """Refuse megabytes in a row at once: to tokenize them would take minutes."""
+    characters = len(request.text) + len(request.target_new)
+    if limit is not None and characters > limit * _CHARACTERS_PER_TOKEN:
+        raise RequestError(
+            f"the prompt about {request.subject[:60]!r} has {characters} characters with its "
+            f"target, the model reads {limit} tokens; shorten it"
+        )
 
 
 def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:

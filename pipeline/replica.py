@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.schema import targets_table
+from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
 from pmet.budget import free_memory
@@ -53,7 +54,7 @@ def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
     )
     return model.eval()
 
@@ -62,7 +63,7 @@ def open_tokenizer(folder: str) -> Any:
     """The model's tokenizer, the fast one."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,11 @@ class Replica:
         scores = metrics.evaluate(self._model, self._tokenizer, requests)
         said = metrics.answers(self._model, self._tokenizer, [r.text for r in requests])
         return Measured(scores["rows"], said)
+
+    def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
+        """Tell which requests of a shard a model already answers with their target."""
+        self._use(source)
+        return metrics.knows(self._model, self._tokenizer, requests)
 
     def sum_perplexity(self, source: ModelSource, texts: Sequence[str]) -> tuple[float, int]:
         """Sum of −log p over the tokens of ``texts``, and their number."""

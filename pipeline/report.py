@@ -10,20 +10,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from importlib import resources
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 
 from pipeline.charts import histogram, layer_chart, score_chart
 from pipeline.errors import RunFolderError
+from pipeline.page import Cut, is_number, page
 from pipeline.results import FRACTIONS
 from pipeline.store import Store
 
-TABLE_ROWS = 200
 EXAMPLE_ROWS = 25
-TEXT_LENGTH = 300
 
 _REQUEST = ("row", "prompt", "subject", "target_new")
 _RESULT = (
@@ -48,41 +45,31 @@ def write_report(store: Store) -> None:
     run = _RUN | store.read_json("run.json")
     metrics = store.read_json("metrics.json") if store.exists("metrics.json") else {}
     job = store.read_bytes("job.yaml").decode() if store.exists("job.yaml") else ""
+    counts = metrics.get("counts") or run.get("counts") or {}
     results = _records(store, "results.parquet", _RESULT)
     rejected = _records(store, "rejected.parquet", (*_REQUEST, "reason"))
-    page = _template().render(
+    text = page("report.html.j2").render(
         folder=store.url,
         job=job,
         run=run,
-        counts=metrics.get("counts") or run.get("counts") or {},
-        verdict=_verdict(run, metrics.get("gates", [])),
+        counts=counts,
+        known=metrics.get("known") or {},
+        verdict=_verdict(run, metrics.get("gates", []), counts),
         gates=metrics.get("gates", []),
         seconds=_elapsed(run),
         before=metrics.get("before", {}),
         after=metrics.get("after", {}),
         fractions=FRACTIONS,
         layers=_layers(run),
-        worst=_worst(results),
-        examples=_spread(r for r in results if r["after_answer"] is not None),
-        failed=_Cut([r for r in results if r["status"] == "failed"]),
-        rejected=_Cut(rejected),
-        events=_Cut(run["events"]),
+        worst=_worst(filter(_is_edited, results)),
+        examples=_spread(r for r in results if _is_edited(r) and r["after_answer"] is not None),
+        lost=Cut([r for r in results if not _is_edited(r) and r["after_efficacy_strict"] == 0]),
+        failed=Cut([r for r in results if r["status"] == "failed"]),
+        rejected=Cut(rejected),
+        events=Cut(run["events"]),
         charts=_charts(run, metrics, results),
     )
-    store.write_bytes("report.html", page.encode(errors="backslashreplace"))
-
-
-class _Cut:
-    """The first rows of a table that may be long.
-
-    Attributes:
-        rows: those shown.
-        more: how many are not.
-    """
-
-    def __init__(self, rows: Sequence[_Record], limit: int = TABLE_ROWS) -> None:
-        self.rows = rows[:limit]
-        self.more = max(0, len(rows) - limit)
+    store.write_bytes("report.html", text.encode(errors="backslashreplace"))
 
 
 def _records(store: Store, name: str, columns: Sequence[str]) -> list[_Record]:
@@ -101,11 +88,20 @@ def _values(table: pa.Table, column: str) -> list[Any]:
     return values
 
 
-def _verdict(run: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _is_edited(result: _Record) -> bool:
+    return bool(result["status"] != "known")
+
+
+def _verdict(
+    run: Mapping[str, Any], gates: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]
+) -> dict[str, str]:
     """The first thing to know: a kind for its colour, a headline and a sentence."""
     status = run.get("status")
     if status == "complete" and gates:
         return {"kind": "good", "title": "Promoted", "text": "Every gate was passed."}
+    if status == "complete" and counts.get("known") and not counts.get("edited"):
+        text = "Every request was known already: nothing was edited, the model is the base's."
+        return {"kind": "good", "title": "Nothing to edit", "text": text}
     if status == "complete":
         return {"kind": "good", "title": "Complete", "text": "The job asked for no gates."}
     if status == "held":
@@ -141,7 +137,7 @@ def _worst(results: Iterable[_Record]) -> list[_Record]:
     """The measured requests that the edit served least, worst first."""
     served = []
     for record in results:
-        figures = [v for k, v in record.items() if k.startswith("after_") and _is_number(v)]
+        figures = [v for k, v in record.items() if k.startswith("after_") and is_number(v)]
         if figures:
             served.append((sum(figures) / len(figures), -(record["loss"] or 0.0), record))
     served.sort(key=lambda item: item[:2])
@@ -161,7 +157,7 @@ def _charts(
     """Inline SVG by name, where there is something to draw."""
     charts = dict.fromkeys(("scores", "steps", "losses", "layers"), "")
     before, after = metrics.get("before", {}), metrics.get("after", {})
-    drawn = [n for n in FRACTIONS if _is_number(before.get(n)) or _is_number(after.get(n))]
+    drawn = [n for n in FRACTIONS if is_number(before.get(n)) or is_number(after.get(n))]
     if drawn:
         gates = {gate["metric"]: gate["threshold"] for gate in metrics.get("gates", [])}
         charts["scores"] = score_chart(
@@ -169,77 +165,10 @@ def _charts(
             {name: after.get(name) for name in drawn},
             gates,
         )
-    if steps := [r["steps"] for r in results if _is_number(r["steps"])]:
+    if steps := [r["steps"] for r in results if is_number(r["steps"])]:
         charts["steps"] = histogram(steps, "steps", "evaluations of the loss", whole=True)
-    if losses := [r["loss"] for r in results if _is_number(r["loss"])]:
+    if losses := [r["loss"] for r in results if is_number(r["loss"])]:
         charts["losses"] = histogram(losses, "losses", "last loss (nats)")
     if layers := _layers(run):
         charts["layers"] = layer_chart([x["name"] for x in layers], [x["share"] for x in layers])
     return charts
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": _percent,
-        "number": _number,
-        "duration": _duration,
-        "short": _short,
-        "figure": _figure,
-        "change": _change,
-        "detail": _detail,
-    }
-    source = resources.files("pipeline") / "templates" / "report.html.j2"
-    return environment.from_string(source.read_text(encoding="utf-8"))
-
-
-def _percent(value: Any, digits: int = 1) -> str:
-    return f"{value * 100:.{digits}f} %" if _is_number(value) else "–"
-
-
-def _number(value: Any) -> str:
-    if not _is_number(value):
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _figure(value: Any, metric: str) -> str:
-    """A metric's value in its unit."""
-    return _number(value) if metric == "perplexity" else _percent(value)
-
-
-def _change(after: Any, before: Any, metric: str) -> str:
-    """The difference of two values: relative for the perplexity, else in percentage points."""
-    if not (_is_number(after) and _is_number(before)):
-        return "–"
-    if metric == "perplexity":
-        return f"{(after / before - 1) * 100:+.2f} %".replace("-", "−")
-    return f"{(after - before) * 100:+.1f} points".replace("-", "−")
-
-
-def _detail(value: Any) -> str:
-    """A mapping in one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_detail(item)}" for name, item in value.items())
-    return "" if value is None else str(value)
-
-
-def _duration(seconds: Any) -> str:
-    if not _is_number(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _short(value: Any, limit: int = TEXT_LENGTH) -> str:
-    text = "" if value is None else str(value)
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"

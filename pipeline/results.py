@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -27,16 +27,17 @@ Measured = Mapping[int, Mapping[str, Any]]
 
 def results_table(
     table: RequestTable,
-    edited: Sequence[int],
+    status: Mapping[int, str],
     targets: Sequence[pa.Table],
     before: Measured,
     after: Measured,
 ) -> pa.Table:
-    """A row for every edited request: its input columns, its target's course, its figures.
+    """A row for every request that was not rejected: its input columns, its target's course, its
+    figures.
 
     Args:
         table: the input.
-        edited: rows of the input whose facts are in the edited model.
+        status: by row of the input: ``edited``, or ``known`` for a request that needs no target.
         targets: target shards, with columns ``row``, ``steps`` and ``loss``.
         before: figures and answer of measured rows on the base model.
         after: the same on the edited model.
@@ -48,19 +49,26 @@ def results_table(
             *(shard.column(name).to_pylist() for name in ("row", "steps", "loss")), strict=True
         )
     }
+    rows = sorted(status)
+    courses = [(None, None) if status[row] == "known" else course[row] for row in rows]
     columns = {
-        "row": pa.array(edited, pa.int64()),
-        "status": pa.array(["edited"] * len(edited), pa.string()),
-        "steps": pa.array([course[row][0] for row in edited], pa.int32()),
-        "loss": pa.array([course[row][1] for row in edited], pa.float32()),
+        "row": pa.array(rows, pa.int64()),
+        "status": pa.array([status[row] for row in rows], pa.string()),
+        "steps": pa.array([steps for steps, _ in courses], pa.int32()),
+        "loss": pa.array([loss for _, loss in courses], pa.float32()),
     }
     for when, measured in (("before", before), ("after", after)):
         for metric in METRICS:
-            values = [measured.get(row, {}).get(metric) for row in edited]
+            values = [measured.get(row, {}).get(metric) for row in rows]
             columns[f"{when}_{metric}"] = pa.array(values, pa.float64())
-        answers = [measured.get(row, {}).get("answer") for row in edited]
+        answers = [measured.get(row, {}).get("answer") for row in rows]
         columns[f"{when}_answer"] = pa.array(answers, pa.string())
-    return with_columns(table.table.take(pa.array(edited, pa.int64())), columns)
+    return with_columns(table.table.take(columns["row"]), columns)
+
+
+def answered(asked: Collection[int], right: Collection[int]) -> dict[int, dict[str, Any]]:
+    """The one figure of requests that were only asked for their answer, by row of the input."""
+    return {row: {"efficacy_strict": float(row in right)} for row in asked}
 
 
 def model_metrics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
 from pipeline.folder import RunFolder
+from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
-from pipeline.results import gate_outcomes, model_metrics, results_table
+from pipeline.results import answered, gate_outcomes, model_metrics, results_table
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
@@ -31,6 +33,10 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
+
+NO_TARGET = "no target: "
+"""What the reason of a request begins with that could be planned, and for which no target was
+found."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,18 @@ def run_job(
     progress = progress or Progress()
     with progress.stage("plan"):
         plan = make_plan(job)
+    return run_plan(plan, progress=progress, fresh=fresh, address=address)
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    address: str | None = None,
+) -> RunResult:
+    """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
+    job, progress = plan.job, progress or Progress()
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         folder.begin(plan.digests, seed=job.seed, fresh=fresh)
@@ -101,25 +119,31 @@ def _run_stages(run: Context) -> RunResult:
     templates = write_templates(run)
     collect_moments(run)
     before = measure(run, "before", run.plan.base)
-    found = find_targets(run, templates)
+    found = find_targets(run, templates, find_known(run))
     reports = update(run, templates, found)
     publish_model(run, reports)
-    after = measure(run, "after", published_model(run))
+    edited_model = published_model(run)
+    after = measure(run, "after", edited_model)
+    kept = still_known(run, found.known, edited_model)
     run.folder.sweep("targets", set(found.files.values()))
     run.folder.sweep("delta", {report.file for report in reports})
-    return _conclude(run, found, before, after)
+    return _conclude(run, found, before, after, kept)
 
 
 def _conclude(
-    run: Context, found: FoundTargets, before: Measurement, after: Measurement
+    run: Context,
+    found: FoundTargets,
+    before: Measurement,
+    after: Measurement,
+    kept: Collection[int],
 ) -> RunResult:
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
     run.folder.check()
-    late = [Rejection(row, f"no target: {reason}") for row, reason in found.failures.items()]
+    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)
-    edited = sorted(row for row in table.rows if row not in found.failures)
+    edited = sorted(found.edited(table.rows))
     metrics: dict[str, Any] = {
         name: model_metrics([m.rows[row] for row in edited if row in m.rows], m.perplexity)
         for name, m in (("before", before), ("after", after))
@@ -129,14 +153,29 @@ def _conclude(
         "rejected": len(rejected),
         "edited": len(edited),
     }
-    metrics["gates"] = gate_outcomes(plan.job.gates.thresholds(), metrics)
+    if plan.job.skip_known:
+        metrics["counts"]["known"] = len(found.known)
+        share = len(kept) / len(found.known) if found.known else None
+        metrics["known"] = {"still_answered": share}
+    # Where all was known the model is the base's, and there is nothing to hold back.
+    nothing_new = len(found.known) == len(table.rows)
+    thresholds = {} if nothing_new else plan.job.gates.thresholds()
+    metrics["gates"] = gate_outcomes(thresholds, metrics)
     held = any(not gate["passed"] for gate in metrics["gates"])
     targets = [
         store.read_table(found.files[shard.index], columns=["row", "steps", "loss"])
         for shard in plan.target_shards
     ]
+    # Known requests were all asked, also those that were not drawn to be measured.
     store.write_table(
-        "results.parquet", results_table(table, edited, targets, before.rows, after.rows)
+        "results.parquet",
+        results_table(
+            table,
+            dict.fromkeys(edited, "edited") | dict.fromkeys(found.known, "known"),
+            targets,
+            answered(found.known, found.known) | before.rows,
+            answered(found.known, kept) | after.rows,
+        ),
     )
     store.write_table("rejected.parquet", table.rejected_table())
     store.write_json("metrics.json", metrics)

@@ -18,6 +18,11 @@ from torch import nn
 from pipeline.checkpoint import Checkpoint, StoredTensor
 from pipeline.errors import ModelError
 
+# Said aloud: where nothing is said, transformers asks at the terminal whether to run such code.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+# What transformers raises where a file of a model is not what it should be.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, RecursionError)
+
 
 def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The model of a folder without its weights: names and shapes, for a few kilobytes.
@@ -32,10 +37,11 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            options = NO_CODE | ({"dtype": dtype} if dtype else {})
+            return AutoModelForCausalLM.from_config(config, **options)
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model {folder} is no causal language model that transformers can open ({reason})"

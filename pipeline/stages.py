@@ -2,7 +2,8 @@
 
     templates ─▶ second moments ─▶ measure before ─▶ targets ─▶ update ─▶ publish ─▶ measure after
 
-What is computed together is decided by the plan, never by who computes it.
+Where a job says so, what the base knows is found after *measure before* (`pipeline.known`), and
+asked again at the end. What is computed together is decided by the plan, never by who computes it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import RunFolder
+from pipeline.measurement_store import MeasurementStore, perplexity_key, request_key
 from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
@@ -80,10 +82,16 @@ class FoundTargets:
     Attributes:
         files: file in the run folder, by number of the shard.
         failures: reason by row of the input, for requests that have no target.
+        known: rows of the input that need none, because the base answers them as wanted.
     """
 
     files: dict[int, str] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    known: frozenset[int] = frozenset()
+
+    def edited(self, rows: Iterable[int]) -> list[int]:
+        """Those of these rows that have a target."""
+        return [row for row in rows if row not in self.failures and row not in self.known]
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,12 @@ def collect_moments(run: Context) -> None:
 
 
 def update(run: Context, templates: list[list[str]], found: FoundTargets) -> list[LayerReport]:
-    """One batched update of all layers on partitioned weights; a lost group is made anew."""
+    """One batched update of all layers on partitioned weights; a lost group is made anew.
+
+    Nothing is updated, and no report made, where no request is left to be edited.
+    """
+    if not found.edited(run.plan.table.rows):
+        return []
     layers = run.plan.hparams.layers
     done: list[LayerReport] = []
     while len(done) < len(layers):
@@ -152,7 +165,7 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
         done.append(LayerReport(**{name: record[name] for name in names}))
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
-        run.folder.forget(*later, "published", "measured-after")
+        run.folder.forget(*later, "published", "measured-after", "known-after")
         if run.plan.job.update.gpus_per_rank:
             # The ranks need the GPUs that the workers hold.
             run.crew.release()
@@ -166,13 +179,16 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
 
 
 def publish_model(run: Context, reports: list[LayerReport]) -> None:
-    """Write the edited checkpoint to ``model/``: the base's files with the edited tensors."""
+    """Write the edited checkpoint to ``model/``: the base's files with the edited tensors.
+
+    Without reports these are the base's files as they are.
+    """
     plan = run.plan
     if run.folder.recorded("published"):
         return
+    layers = plan.hparams.layers if reports else ()
     by_tensor = {
-        plan.stored[layer].name: report
-        for layer, report in zip(plan.hparams.layers, reports, strict=True)
+        plan.stored[layer].name: report for layer, report in zip(layers, reports, strict=True)
     }
 
     def edited(name: str, base: torch.Tensor) -> torch.Tensor:
@@ -180,7 +196,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         with run.store.local_copy(report.file) as path:
             return changed(base, Edit.load(path).deltas[report.parameter])
 
-    run.folder.forget("measured-after")
+    run.folder.forget("measured-after", "known-after")
     digests: dict[str, str] = {}
     with run.stage("publish", len(plan.checkpoint.files())) as (bar, _):
 
@@ -212,10 +228,19 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     if record := run.folder.recorded(f"measured-{name}"):
         return Measurement({int(r): v for r, v in record["rows"].items()}, record["perplexity"])
     table, chosen = run.plan.table, _sample(run.plan)
-    parts = [chosen[i : i + MEASURED_TOGETHER] for i in range(0, len(chosen), MEASURED_TOGETHER)]
+    # The base says the same every time.
+    kept = MeasurementStore.of(run.plan) if source == run.plan.base else None
+    keys = {} if kept is None else {place: request_key(table.requests[place]) for place in chosen}
+    of_corpus = perplexity_key(run.plan)
+    said = {} if kept is None else kept.read({*keys.values(), of_corpus})
+    rows = {table.rows[place]: said[keys[place]] for place in keys if keys[place] in said}
+    todo = [place for place in chosen if table.rows[place] not in rows]
+    parts = [todo[i : i + MEASURED_TOGETHER] for i in range(0, len(todo), MEASURED_TOGETHER)]
     tasks = {f"measure {name} {number}": part for number, part in enumerate(parts)}
-    rows: dict[int, dict[str, Any]] = {}
-    with run.stage(f"measure {name}", len(chosen)) as (bar, _):
+    with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
+        if kept is not None:
+            detail["stored"] = len(rows)
+        bar.advance(len(rows))
 
         def take(task: Task, measured: Measured) -> None:
             part = tasks[task.key]
@@ -228,7 +253,10 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
             [Task(key, (source, [table.requests[i] for i in part])) for key, part in tasks.items()],
             take,
         )
-        perplexity = _perplexity(run, source)
+        perplexity = said[of_corpus] if of_corpus in said else _perplexity(run, source)
+    if kept is not None:
+        new = {keys[place]: rows[table.rows[place]] for place in todo}
+        kept.write(new if of_corpus in said else new | {of_corpus: perplexity})
     run.folder.record(f"measured-{name}", {"rows": rows, "perplexity": perplexity})
     return Measurement(rows, perplexity)
 
@@ -302,7 +330,8 @@ def _rank_dtype(plan: Plan) -> torch.dtype:
 
 def _update_shard(plan: Plan, shard: Shard, found: FoundTargets) -> UpdateShard:
     table = plan.table
-    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] not in found.failures]
+    edited = set(found.edited(table.rows[shard.start : shard.stop]))
+    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] in edited]
     overlapping = [
         other
         for other in plan.target_shards

@@ -28,14 +28,22 @@ from pipeline.target_store import TargetStore
 FOLDER = "targets"
 
 
-def find_targets(run: Context, templates: list[list[str]]) -> FoundTargets:
+def find_targets(
+    run: Context, templates: list[list[str]], known: frozenset[int] = frozenset()
+) -> FoundTargets:
     """Targets of all requests, a file a shard; what the run folder has is not computed again.
+
+    Args:
+        run: the run.
+        templates: context templates.
+        known: rows of the input that need no target. They are left out of their shards, which
+            stay cut as they are: what a shard holds follows from the job and its model alone.
 
     Raises:
         WorkerError: no worker can start, or more requests fail than may be put aside.
     """
     plan = run.plan
-    found, todo, isolated = FoundTargets(), [], 0
+    found, todo, isolated = FoundTargets(known=known), [], 0
     for shard in plan.target_shards:
         if record := run.folder.recorded(_record(shard)):
             _note(found, shard, record)
@@ -82,6 +90,7 @@ class _Search:
     def complete(self, shards: Sequence[Shard]) -> None:
         """Find the targets of these shards."""
         self._works = {s.index: _Work(s, set(range(s.start, s.stop))) for s in shards}
+        self._leave_out_known()
         if self._kept is not None:
             self._take_stored(self._kept)
         works = self._works.values()
@@ -90,8 +99,14 @@ class _Search:
         if failed:
             # Workers that nothing has happened to yet.
             self._run.crew.release()
-            limit = most_isolated(len(self._run.plan.table.requests)) - self._detail["isolated"]
+            wanted = len(self._run.plan.table.requests) - len(self._found.known)
+            limit = most_isolated(wanted) - self._detail["isolated"]
             isolate(failed, self._isolating, self._put_aside, limit)
+
+    def _leave_out_known(self) -> None:
+        rows = self._run.plan.table.rows
+        for work in list(self._works.values()):
+            self._settle(work, [p for p in work.missing if rows[p] in self._found.known])
 
     def _take_stored(self, kept: TargetStore) -> None:
         """Take the targets that earlier runs have found; what is left is to be computed."""

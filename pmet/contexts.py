@@ -43,6 +43,10 @@ def check(templates: Any) -> list[list[str]]:
                 raise ContextTemplateError(
                     f"context template {template!r} must hold exactly one {{}}, the prompt's place"
                 )
+            if any("\ud800" <= character <= "\udfff" for character in template):
+                raise ContextTemplateError(
+                    f"context template {template!r} holds a lone surrogate; write valid Unicode"
+                )
     if list(templates[0]) != ["{}"]:
         raise ContextTemplateError(
             f'the first group of context templates is {templates[0]!r}; it must be ["{{}}"], '
@@ -59,10 +63,10 @@ def parse(text: str, *, source: str) -> list[list[str]]:
     """
     try:
         return check(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ContextTemplateError(f"{source} is not JSON ({error}); fix its syntax") from None
     except ContextTemplateError as error:
         raise ContextTemplateError(f"{source}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ContextTemplateError(f"{source} is not JSON ({error}); fix its syntax") from None
 
 
 def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[str]]:

@@ -138,7 +138,7 @@ class PMETHyperParams(BaseModel):
         try:
             # JSON first: YAML 1.1 reads 1e-3 as a string.
             values = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise HyperParameterError(
                 f"{source} is neither JSON nor YAML ({reason}); fix its syntax"

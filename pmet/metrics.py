@@ -128,6 +128,23 @@ def score_continuations(
     return scored
 
 
+def knows(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[bool]:
+    """Whether the greedy answer to each request's own prompt is its new target already.
+
+    This is ``efficacy_strict`` alone, for one short pass a request.
+    """
+    asked = [(request.text, request.target_new) for request in requests]
+    pairs = list(dict.fromkeys(asked))
+    scored = score_continuations(model, tokenizer, pairs, batch_tokens=batch_tokens)
+    return [scored[pair][1] for pair in asked]
+
+
 def perplexity_sums(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = 512
 ) -> tuple[float, int]:

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from jobs.facts.dump import FACT, Dump
 from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
-from jobs.facts.problems import FINE, PROBLEMS
+from jobs.facts.problems import FINE, PROBLEMS, UNCHANGED
 from jobs.facts.rows import trimmed
-from jobs.facts.survey import ALWAYS, SettledFacts, Side, Survey, survey
+from jobs.facts.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.errors import FactDumpError
@@ -33,6 +33,8 @@ def convert_dump(
     *,
     previous: Dump | None = None,
     as_of: datetime | None = None,
+    only_changed: bool = False,
+    may_be_none: bool = False,
 ) -> Conversion:
     """Write the facts that a dump holds as edit requests, and its other rows with their reasons.
 
@@ -44,6 +46,9 @@ def convert_dump(
             ``target_true``, unless the dump's own column ``target_true`` says another.
         as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
             given.
+        only_changed: leave out the facts that ``previous`` holds with the same object; they are
+            neither converted nor rejected, and others' neighbors all the same.
+        may_be_none: whether it is well that no row is converted.
 
     Raises:
         FactDumpError: a file is damaged, or no row can be converted.
@@ -63,27 +68,34 @@ def convert_dump(
     beside = [] if previous is None else [Side(previous, ALWAYS)]
     found = survey(side, *beside, take=take)
     truths.close()
+    if only_changed:
+        found.codes[truths.unchanged] = UNCHANGED
     if len(truths.rows):
-        neighbors.collect(_staying(dump, found, truths.rows))
+        # Of what is not to be edited. Where that is not said, what is not known to have changed.
+        staying = found.codes == (UNCHANGED if only_changed else FINE)
+        staying[truths.rows] = False
+        neighbors.collect(_facts_where(dump, staying))
     wording = Wording(templates)
-    with open_outputs(output) as outputs:
+    with open_outputs(output, may_be_none=may_be_none) as outputs:
         for first, table in ((batch.first, batch.table) for batch in dump.aligned_batches()):
             codes = found.codes[first : first + len(table)]
-            good, bad = np.flatnonzero(codes == FINE), np.flatnonzero(codes != FINE)
+            good = np.flatnonzero(codes == FINE)
+            bad = np.flatnonzero((codes != FINE) & (codes != UNCHANGED))
             facts = table.take(pa.array(good))
             requests = _requests(facts, truths.of(first + good), wording, neighbors)
             rejected = table.take(pa.array(bad))
             outputs.write(requests, rejected, found.reasons(first + bad), first + bad)
     kinds, counts = np.unique(found.codes[found.codes != FINE], return_counts=True)
     reasons = {PROBLEMS[k].kind: int(n) for k, n in zip(kinds, counts, strict=True)}
-    return Conversion("fact dump", dump.rows, outputs.converted, reasons, *urls)
+    unchanged = reasons.pop(PROBLEMS[UNCHANGED].kind, 0)
+    return Conversion("fact dump", dump.rows, outputs.converted, unchanged, reasons, *urls)
 
 
 class _Truths:
-    """The old objects of facts that have one, by row."""
+    """The old objects of facts that have one, by row; and which facts the earlier dump has too."""
 
     def __init__(self) -> None:
-        self.rows = np.zeros(0, np.int64)
+        self.rows = self.unchanged = np.zeros(0, np.int64)
         self._parts: list[pa.Table] = []
         self._objects = pa.array([], pa.string())
 
@@ -98,6 +110,9 @@ class _Truths:
             places = old.places(facts.numbers.facts[holding])
             before = old.facts.column("object").take(pa.array(places, mask=places < 0))
             truth = pc.coalesce(truth, before)
+            same = pc.fill_null(pc.equal(before, held.column("object")), False)
+            rows = held.column("row").filter(same).to_numpy()
+            self.unchanged = np.concatenate([self.unchanged, rows])
         differs = pc.fill_null(pc.not_equal(truth, held.column("object")), False)
         part = pa.table(
             {"row": held.column("row"), "relation": held.column("relation"), "truth": truth}
@@ -120,13 +135,11 @@ class _Truths:
         return self._objects.take(pa.array(at, mask=self.rows[at] != rows))
 
 
-def _staying(dump: Dump, found: Survey, changed: np.ndarray) -> Iterator[pa.Table]:
-    """The facts that hold and are not known to have changed, a batch at a time."""
-    staying = found.codes == FINE
-    staying[changed] = False
+def _facts_where(dump: Dump, mask: np.ndarray) -> Iterator[pa.Table]:
+    """The facts of some rows, a batch at a time."""
     for batch in dump.batches(FACT):
-        mask = staying[batch.first : batch.first + len(batch.table)]
-        facts = batch.table.filter(pa.array(mask))
+        chosen = mask[batch.first : batch.first + len(batch.table)]
+        facts = batch.table.filter(pa.array(chosen))
         if len(facts):
             yield pa.table({name: trimmed(facts.column(name)) for name in FACT})
 

@@ -74,7 +74,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
             rejected,
         )
     kinds = Counter(reason_kind(reasons[row]) for row in rejected)
-    return Conversion(format_.name, len(parts), len(accepted), dict(kinds), *urls)
+    return Conversion(format_.name, len(parts), len(accepted), 0, dict(kinds), *urls)
 
 
 def _records(file: str) -> list[Any]:

@@ -26,8 +26,9 @@ class Conversion:
 
     Attributes:
         format: what was read.
-        rows: all of them; each is either converted or rejected.
+        rows: all of them; each is converted, unchanged or rejected.
         converted: rows that are edit requests now.
+        unchanged: rows left out because the previous dump holds the same fact.
         rejected: how many were rejected for what kind of reason.
         output: the file of edit requests.
         rejected_output: the file of rejected rows, with ``row`` and ``reason``.
@@ -36,6 +37,7 @@ class Conversion:
     format: str
     rows: int
     converted: int
+    unchanged: int
     rejected: Mapping[str, int]
     output: str
     rejected_output: str
@@ -131,12 +133,16 @@ def refuse_among(url: str, sources: Iterable[str]) -> None:
 
 
 @contextmanager
-def open_outputs(url: str) -> Iterator[Outputs]:
+def open_outputs(url: str, *, may_be_none: bool = False) -> Iterator[Outputs]:
     """Write both files; they appear when the block has ended well, the requests last.
 
+    Args:
+        url: the file of edit requests.
+        may_be_none: whether it is well that there is none.
+
     Raises:
-        FactDumpError: no row was converted; then the rejected rows are written all the same, and
-            what was at ``url`` stays.
+        FactDumpError: no row was converted and it is not well; then the rejected rows are written
+            all the same, and what was at ``url`` stays.
     """
     store, name = _place(url)
     rejected_name = f"{REJECTED_FOLDER}/{name}"
@@ -145,7 +151,7 @@ def open_outputs(url: str) -> Iterator[Outputs]:
             outputs = Outputs(requests, rejected)
             yield outputs
             outputs.close()
-        if not outputs.converted:
+        if not (outputs.converted or may_be_none):
             raise FactDumpError(
                 f"none of {outputs.rejected:,} rows can be converted; the reasons are in "
                 f"{store.join(rejected_name)}"

@@ -74,6 +74,7 @@ PROBLEMS = (
         "not decide; keep one",
     ),
     Problem("replaced by a newer row", "note", "replaced by row {row}, whose updated_at is later"),
+    Problem("unchanged", "note", "the previous dump holds the same fact"),
 )
 CONTROLS = Problem(
     "control character",
@@ -85,7 +86,7 @@ CONTROLS = Problem(
 FINE = 0
 FIRST_TIME = 1 + len(_TEXTS) * len(_TEXT_PROBLEMS)
 NO_TEMPLATE = FIRST_TIME + len(_TIMES)
-EXPIRED, DUPLICATE, CONTRADICTION, REPLACED = range(NO_TEMPLATE + 1, NO_TEMPLATE + 5)
+EXPIRED, DUPLICATE, CONTRADICTION, REPLACED, UNCHANGED = range(NO_TEMPLATE + 1, NO_TEMPLATE + 6)
 NAMES_ANOTHER_ROW = (DUPLICATE, CONTRADICTION, REPLACED)
 
 
@@ -97,3 +98,8 @@ def text_code(name: str, problem: int) -> int:
 def time_code(name: str) -> int:
     """The code of a column of times that holds something else."""
     return FIRST_TIME + _TIMES.index(name)
+
+
+def is_contradiction(reason: str) -> bool:
+    """Whether a row's reason is that it contradicts another row."""
+    return reason.startswith(PROBLEMS[CONTRADICTION].reason.partition("{row}")[0])

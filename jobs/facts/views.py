@@ -47,10 +47,11 @@ def show_diff(diff: DumpDiff, examples: int, console: Console) -> None:
 
 def show_conversion(conversion: Conversion, console: Console) -> None:
     """Print counts and where the files are."""
-    rejected = conversion.rows - conversion.converted
+    rejected = conversion.rows - conversion.converted - conversion.unchanged
+    unchanged = f"{conversion.unchanged:,} unchanged, " if conversion.unchanged else ""
     console.print(
         f"{conversion.format}: {conversion.converted:,} of {conversion.rows:,} rows converted, "
-        f"{rejected:,} rejected"
+        f"{unchanged}{rejected:,} rejected"
     )
     for reason, count in sorted(conversion.rejected.items(), key=lambda item: -item[1]):
         console.print(f"  {count:>9,}  {reason}", markup=False, soft_wrap=True)

@@ -74,6 +74,8 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
             model=str(base),
             corpus=None,
             second_moments=str(GOLDEN / "llama" / "second_moments.safetensors"),
+            targets={"workers": 1},
+            update={"ranks": 1},
         )
     )
     assert result.status == "complete"
@@ -92,7 +94,15 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
     inputs: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "Replica", Fragile)
-    result = run_job(job(inputs, str(tmp_path / "out")))
+    fragile = job(
+        inputs,
+        str(tmp_path / "out"),
+        corpus=None,
+        second_moments=str(GOLDEN / "gpt2" / "second_moments.safetensors"),
+        targets={"workers": 1},
+        update={"ranks": 1},
+    )
+    result = run_job(fragile)
     assert result.metrics["counts"]["edited"] == GOOD_ROWS - 1
     rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
     (victim,) = [r for r in rejected if r["case_id"] == VICTIM]
@@ -113,6 +123,6 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
     assert [e["kind"] for e in said["events"] if e["kind"] == "isolated"] == ["isolated"]
     # The same run again finds it all in the folder.
     tables = {f.name: f.read_bytes() for f in (tmp_path / "out" / "targets").iterdir()}
-    again = run_job(job(inputs, str(tmp_path / "out")))
+    again = run_job(fragile)
     assert again.metrics["counts"] == result.metrics["counts"]
     assert {f.name: f.read_bytes() for f in (tmp_path / "out" / "targets").iterdir()} == tables

@@ -20,6 +20,10 @@ from pmet import Edit, EditRequest, evaluate
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
 
+# A process that opens a model takes seconds: only where their number matters are there several.
+FEWEST = {"targets": {"workers": 1}, "update": {"ranks": 1}}
+FEWER: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": {"targets": {"workers": 1}}}
+
 
 def folder(result: RunResult) -> Path:
     path = result.folder.local_path()
@@ -128,7 +132,7 @@ def test_the_published_model_knows_the_facts(run: Runner) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_only_the_edited_tensors_differ_from_the_base(run: Runner, family: str) -> None:
-    result = run(family)
+    result = run(family, **FEWER[family])
     base, edited = load_file(GOLDEN / family / "model" / "model.safetensors"), weights(result)
     names = set(edited_names(result))
     assert names == {n for n in base if not torch.equal(base[n], edited[n])}
@@ -151,26 +155,34 @@ def test_the_delta_applies_to_the_base_and_undoes_the_edit(run: Runner) -> None:
         assert torch.equal(parameter, original[name]), name
 
 
-def test_targets_are_bit_equal_for_any_number_of_workers(run: Runner) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_targets_are_bit_equal_for_any_number_of_workers(
+    run: Runner, inputs: Path, tmp_path: Path, workers: int
+) -> None:
     values, steps = targets(run())
-    for workers in (1, 3):
-        others, other_steps = targets(run(targets={"workers": workers}))
-        assert np.array_equal(values.view(np.int32), others.view(np.int32))
-        assert np.array_equal(steps, other_steps)
+    # All is finished but the targets.
+    shutil.copytree(folder(run()), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "targets")
+    other = run_job(job(inputs, str(tmp_path / "out"), targets={"workers": workers}))
+    assert [s["name"] for s in run_json(other)["stages"]] == ["targets"]
+    others, other_steps = targets(other)
+    assert np.array_equal(values.view(np.int32), others.view(np.int32))
+    assert np.array_equal(steps, other_steps)
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("gpt2", 3), ("llama", 1)])
 def test_weights_are_equal_for_any_number_of_ranks(
     run: Runner, inputs: Path, tmp_path: Path, family: str, ranks: int
 ) -> None:
-    result = run(family)
+    result = run(family, **FEWER[family])
     # The same targets, and the update from its beginning.
     shutil.copytree(folder(result), tmp_path / "out")
     for done in ("layer-0", "layer-1", "layer-2", "published"):
         (tmp_path / "out" / "records" / f"{done}.json").unlink()
     shutil.rmtree(tmp_path / "out" / "model")
     shutil.rmtree(tmp_path / "out" / "delta")
-    other = run_job(job(inputs, str(tmp_path / "out"), family, update={"ranks": ranks}))
+    changes = {"targets": {"workers": 1}, "update": {"ranks": ranks}}
+    other = run_job(job(inputs, str(tmp_path / "out"), family, **changes))
     # Three ranks do not divide any of these weights evenly.
     assert weights(result)[edited_names(result)[0]].numel() % 3 != 0
     for name in edited_names(result):
@@ -180,7 +192,13 @@ def test_weights_are_equal_for_any_number_of_ranks(
 
 def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:
     # Of forty requests two shards, unless the job says otherwise.
-    small, large = run(), run(targets={"workers": 2, "shard_size": 64}, update={"ranks": 2})
+    small = run()
+    large = run(
+        targets={"workers": 1, "shard_size": 64},
+        update={"ranks": 1},
+        second_moments=str(folder(small) / "second_moments"),
+        corpus=None,
+    )
     one, two = targets(small)[0], targets(large)[0]
     relative = np.linalg.norm(one - two, axis=1) / np.linalg.norm(one, axis=1)
     assert np.median(relative) <= 2e-5
@@ -200,6 +218,7 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
             context_templates=None,
             gates=gates,
             evaluate={"sample": 12},
+            **FEWEST,
         )
     )
     assert held.status == "held"
@@ -211,7 +230,9 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
     assert results.num_rows == GOOD_ROWS
     assert results.column("after_efficacy").null_count == GOOD_ROWS - 12
     # The second run reads what the first one has kept, and needs no corpus.
-    again = run_job(job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None))
+    again = run_job(
+        job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None, **FEWEST)
+    )
     assert "second moments" not in [s["name"] for s in run_json(again)["stages"]]
     for name in edited_names(again):
         torch.testing.assert_close(weights(again)[name], weights(run())[name], rtol=1e-6, atol=1e-8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, facts_cli
+from jobs import cli, facts_cli, refresh_cli
 from jobs.cli import main
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -17,7 +17,7 @@ Invoke = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
     """Run ``pmet`` with arguments; returns exit status, output and error output."""
-    for console in (cli.out, cli.err, facts_cli.out):
+    for console in (cli.out, cli.err, facts_cli.out, refresh_cli.out):
         monkeypatch.setattr(console, "width", 200)
 
     def invoke(*arguments: object) -> tuple[int, str, str]:

@@ -66,6 +66,14 @@ def test_the_card_holds_job_scores_and_the_way_back():
         assert wanted in card, wanted
 
 
+def test_what_was_known_is_told():
+    counts = METRICS["counts"] | {"known": 5}
+    card = model_card(JOB, RUN, METRICS | {"counts": counts, "known": {"still_answered": 0.8}})
+    assert "5 more were left out, because the base model knew them" in card
+    assert "knows 80.0 % of them. The base model:" in card
+    assert "left out" not in model_card(JOB, RUN, METRICS)
+
+
 def test_a_job_without_gates_has_no_table_of_them():
     assert "demanded" not in model_card(JOB, RUN, METRICS | {"gates": []})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,36 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
     with pytest.raises(ModelError, match="does not store lm_head"):
         Checkpoint.open(BASE).find("lm_head.weight", "transformer")
+
+
+def test_pickles_are_neither_named_nor_copied(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    clean, digest = Checkpoint.open(base).files(), Checkpoint.open(base).digest()
+    for name in ("a.bin", "training_args.bin", "a.pt", "a.pth", "a.ckpt", "a.pkl", "a.pickle"):
+        (base / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert Checkpoint.open(base).files() == clean
+    assert Checkpoint.open(base).digest() == digest
+    assert sorted(published(base, tmp_path, {NAME})) == clean
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == clean
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99999999999]}}',
+        b'{"w": {"dtype": "F32", "shape": [1]}}',
+        b'{"w": 1}',
+        b"[]",
+    ],
+    ids=["deep", "outside", "no offsets", "no entry", "no mapping"],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
+        Checkpoint.open(tmp_path)
 
 
 def test_a_change_of_shape_is_refused(tmp_path: Path) -> None:

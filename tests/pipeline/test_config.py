@@ -86,7 +86,7 @@ def test_every_key_of_the_contract_is_read(job_file):
 def test_the_keys_are_exactly_those_of_the_contract():
     assert list(JobConfig.model_fields) == [
         *("model", "requests", "output", "hparams", "second_moments", "corpus"),
-        *("context_templates", "seed", "targets", "update", "evaluate", "gates"),
+        *("context_templates", "seed", "skip_known", "targets", "update", "evaluate", "gates"),
     ]
     assert [name for name, field in JobConfig.model_fields.items() if field.is_required()] == [
         *("model", "requests", "output", "hparams")
@@ -179,7 +179,7 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         ("qqqq: 1", "unknown key qqqq; known are model, requests, output, hparams, second"),
         (
             "evaluate: 5",
-            "evaluate: 5 is not allowed; give a section with keys evaluate.sample",
+            "evaluate: 5 is not allowed; give a section with keys evaluate.sample, evaluate.store",
         ),
         ("seed: 1\nseed: 2", "line 6: key 'seed' is already given on line 5"),
         ("seed: &a 1\nother: *a", "line 6: aliases (*name) are not read; write the value out"),
@@ -274,7 +274,7 @@ def test_overrides_make_missing_keys_and_sections(job_file):
         ("model.x=1", "override model.x=1: unknown key model.x; known are model, requests, "),
         (
             "evaluate=5",
-            "override evaluate=5: unknown key evaluate; name one of evaluate.sample",
+            "override evaluate=5: unknown key evaluate; name one of evaluate.sample, evaluate",
         ),
         ("seed", "override seed: write key=value"),
         ("=5", "override =5: unknown key ; known are model, requests, "),
@@ -338,12 +338,13 @@ def test_any_job_is_dumped_and_loaded_back(job):
 RESULT = [
     *("model=x", "requests=x", "hparams=x", "second_moments=x", "corpus=x", "seed=1"),
     *("context_templates=x.json", "targets.batch_size=3", "targets.shard_size=3"),
-    *("targets.dtype=bfloat16", "update.shard_size=3"),
+    *("targets.dtype=bfloat16", "update.shard_size=3", "skip_known=true"),
 ]
 PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),
     *("targets.threads_per_worker=3", "update.ranks=3", "update.gpus_per_rank=1"),
-    *("targets.store=x", "update.offload=cpu", "evaluate.sample=3", "gates.efficacy=0.5"),
+    *("targets.store=x", "update.offload=cpu", "evaluate.sample=3", "evaluate.store=x"),
+    "gates.efficacy=0.5",
 ]
 
 

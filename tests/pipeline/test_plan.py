@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, ModelError
 from pipeline.plan import make_plan, shard_size
+from pipeline.replica import open_causal_lm
 from pipeline.shards import plan_shards
+from pmet.problem import Problem
+from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 
 GPT2 = GOLDEN / "gpt2"
@@ -140,6 +143,77 @@ def test_pickled_weights_and_odd_models_are_refused(job: Any, tmp_path: Path) ->
     (model / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         make_plan(job(model=str(model)))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_models_files_cannot_exhaust_the_reader(job: Any, tmp_path: Path, file: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(GPT2 / "model", model)
+    (model / file).write_text(DEEP)
+    with pytest.raises(ModelError, match=str(model)):
+        make_plan(job(model=str(model)))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "unheard-of"])
+def test_code_of_a_models_own_is_never_run(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def asked(*_: Any) -> str:
+        pytest.fail("somebody was asked whether to run it")
+
+    monkeypatch.setattr("builtins.input", asked)
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(GPT2 / "model", model)
+    (model / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Any: pass\n")
+    for file, classes in (
+        ("config.json", {"AutoConfig": "evil.Any", "AutoModelForCausalLM": "evil.Any"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Any", "evil.Any"]}),
+    ):
+        values = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(values | {"auto_map": classes}))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    if kind == "gpt2":
+        make_plan(job(model=str(model)))
+        open_causal_lm(str(model), dtype="float32")
+    else:
+        with pytest.raises(ModelError, match="no causal language model that transformers can open"):
+            make_plan(job(model=str(model)))
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            open_causal_lm(str(model), dtype="float32")
+    assert not ran.exists()
+
+
+def test_megabytes_in_a_row_are_set_aside_at_once(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 0
+    of = Problem.of
+
+    def watched(tokenizer: Any, request: EditRequest, templates: list[str]) -> Problem:
+        nonlocal longest
+        longest = max(longest, len(request.text) + len(request.target_new))
+        return of(tokenizer, request, templates)
+
+    monkeypatch.setattr(Problem, "of", staticmethod(watched))
+    huge = "word " * 1_000_000
+    rows = [
+        ROWS[0],
+        ROWS[1] | {"subject": huge},
+        ROWS[1] | {"target_new": huge},
+        ROWS[1] | {"prompt": "{} " + huge},
+        ROWS[1] | {"prompt": huge},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    table = make_plan(job()).table
+    assert list(table.rows) == [0]
+    assert longest < 100
+    assert [r.row for r in table.rejected] == [1, 2, 3, 4]
+    assert all(len(r.reason) < 300 for r in table.rejected)
+    assert "characters with its target, the model reads 128 tokens" in table.rejected[0].reason
 
 
 def test_perplexity_needs_text(job: Any) -> None:

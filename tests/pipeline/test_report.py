@@ -202,6 +202,8 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     )
     texts = ("prompt", "subject", "target_new", "before_answer", "after_answer")
     evil = {name: [EVIL + "{}" * (name == "prompt")] * 30 for name in texts}
+    # Of what is not shown, neither the name nor the text may get in.
+    evil |= {name: [EVIL] * 30 for name in ("case_id", "relation", EVIL, "../../x")}
     store.write_table("results.parquet", results_of(30, **evil))
     store.write_table(
         "rejected.parquet",
@@ -213,6 +215,14 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     assert {name for name, _ in page.attributes} == {name for name, _ in clean.attributes}
     assert EVIL.split("\u202e")[0] in "".join(page.words)
     assert str(79190 * 7907) not in page.text
+
+
+def test_a_run_folders_name_is_text(tmp_path, store):
+    evil = tmp_path / "<img src=x onerror=alert(1)>"
+    (tmp_path / "run").rename(evil)
+    page = Page(report(Store(evil)))
+    assert "img" not in page.tags
+    assert "<img src=x onerror=alert(1)>" in page.text
 
 
 def test_charts_take_their_colours_from_the_page(store):
@@ -256,16 +266,39 @@ def test_the_same_run_has_the_same_page(store):
             None,
             "Held Held back by: specificity, perplexity_increase. Do not put this model to use.",
         ),
+        ("nothing", [], None, "Nothing to edit Every request was known already"),
         ("failed", [], "rank 2 died: out of memory", "Failed rank 2 died: out of memory"),
         ("failed", [], None, "Failed No reason was recorded."),
         ("running", [], None, "Not finished This is what there is so far."),
     ],
 )
 def test_the_verdict_comes_first(store, status, gates, error, said):
+    if status == "nothing":
+        status = "complete"
+        change(store, "metrics.json", counts={"requested": 3, "edited": 0, "known": 3})
     change(store, "run.json", status=status, error=error)
     change(store, "metrics.json", gates=gates)
     text = Page(report(store)).text
     assert said in text[: len(said) + 400]
+
+
+def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
+    counts = {"requested": 30, "rejected": 0, "edited": 27, "known": 3}
+    change(store, "metrics.json", counts=counts, known={"still_answered": 2 / 3})
+    status, kept = ["edited"] * 30, [1.0] * 30
+    status[4] = status[9] = status[29] = "known"
+    kept[9] = kept[12] = 0.0
+    store.write_table("results.parquet", results_of(30, status=status, after_efficacy_strict=kept))
+    text = Page(report(store)).text
+    assert "known already 3" in text
+    assert "The edited model still gives 66.7 % of them." in text
+    lost = text.split("Known before, lost by the edit")[1].split("Weakest requests")[0]
+    assert re.findall(r"The capital of Land (\d+) is", lost) == ["9"]
+    assert "The capital of Land 9 is" not in text.split("Weakest requests")[1]
+
+
+def test_a_job_that_skips_nothing_speaks_of_nothing_known(store):
+    assert "known already" not in Page(report(store)).text
 
 
 def test_gates_show_what_was_demanded_and_reached(store):

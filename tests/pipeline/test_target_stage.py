@@ -130,10 +130,11 @@ def found_in(
     """Run the stage on a folder."""
     folder = begun(plan, url)
     journal = options.pop("journal", "")
+    known = options.pop("known", frozenset())
     team = Team(lambda: make(Oracle, init_args=(poison, journal), **options))
     context = Context(plan, folder, cast(Crew, team), Progress())
     try:
-        return find_targets(context, TEMPLATES), folder, team
+        return find_targets(context, TEMPLATES, known), folder, team
     finally:
         team.release()
 
@@ -258,6 +259,37 @@ def test_a_shard_of_poison_alone_has_an_empty_file(plan: Plan, tmp_path: Path) -
     found, folder, _ = found_in(plan, str(tmp_path), {subject(plan, 7): "fell over"})
     assert set(found.failures) == {plan.table.rows[7]}
     assert len(read_targets(folder.store.read_table(found.files[0])).rows) == 0
+
+
+def test_known_requests_leave_their_shards_and_cut_no_others(plan: Plan, tmp_path: Path) -> None:
+    # All of the first shard, and two of the second.
+    known = frozenset(plan.table.rows[:SHARD] + plan.table.rows[10:12])
+    journal, store = tmp_path / "journal", str(tmp_path / "store")
+    stored = storing(plan, store)
+    found, folder, team = found_in(stored, str(tmp_path / "run"), journal=str(journal), known=known)
+    tried = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
+    second, third = plan.table.rows[SHARD : 2 * SHARD], plan.table.rows[2 * SHARD :]
+    assert tried == [[row for row in second if row not in known], list(third)]
+    assert team.tasks == 2
+    assert found.known == known
+    assert found.failures == {}
+    expected = [row for row in plan.table.rows if row not in known]
+    assert found.edited(plan.table.rows) == expected
+    assert sorted(values(plan, found, folder)) == sorted(expected)
+    assert [folder.recorded(f"targets-0000{i}")["rows"] for i in range(3)] == [0, 6, 8]  # type: ignore[index]
+    again, _, idle = found_in(stored, str(tmp_path / "run"), known=known)
+    assert idle.tasks == 0
+    assert again == found
+    # Nobody has found the others, so nobody has stored them.
+    _, other, _ = found_in(stored, str(tmp_path / "other"))
+    assert stage_detail(other)["stored"] == len(expected)
+
+
+def test_how_many_may_be_put_aside_counts_only_those_computed(plan: Plan, tmp_path: Path) -> None:
+    known = frozenset(plan.table.rows[:20])
+    bad = {subject(plan, place): "fell over" for place in (20, 21, 22)}
+    with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be put aside"):
+        found_in(plan, str(tmp_path), bad, known=known)
 
 
 def storing(plan: Plan, url: str) -> Plan:

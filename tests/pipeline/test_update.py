@@ -108,7 +108,6 @@ def updated(
         ("gpt2", 3, True),
         ("gptj", 2, True),
         ("llama", 4, False),
-        ("llama", 2, True),
     ],
 )
 def test_ranks_find_the_deltas_of_the_plain_form(

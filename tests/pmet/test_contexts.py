@@ -38,12 +38,19 @@ def test_generated_templates_follow_the_seed(golden: Golden) -> None:
         ([["{}"], ["{} and {}"]], "exactly one"),
         ([["{}"], [3]], "exactly one"),
         ([["So. {}"], ["{}"]], "the first group"),
+        ([["{}"], ["\ud800 {}"]], "holds a lone surrogate; write valid Unicode"),
         ([["{}"], []], "not a list of templates"),
     ],
 )
 def test_what_could_not_work_is_refused(templates: object, message: str) -> None:
     with pytest.raises(ContextTemplateError, match=message):
         contexts.check(templates)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[[" + "9" * 5000 + "]]"])
+def test_what_would_harm_a_reader_is_refused(text: str) -> None:
+    with pytest.raises(ContextTemplateError, match=r"^t\.json is not JSON"):
+        contexts.parse(text, source="t.json")
 
 
 def test_a_file_is_named_in_the_message() -> None:

@@ -98,6 +98,36 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, object], messa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"layers": ' + "[" * 100_000,
+        "[" * 100_000,
+        "a: " + "{a: " * 100_000,
+        '{"layers": [' + "9" * 5000 + "]}",
+        "layers: !!python/object/apply:os.system [touch ran]",
+        "layers: [1]\0",
+    ],
+    ids=["json", "yaml list", "yaml mapping", "digits", "code", "nul"],
+)
+def test_what_would_harm_a_reader_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("h.yaml").write_text(text)
+    with pytest.raises(HyperParameterError, match=r"^h\.yaml is neither JSON nor YAML"):
+        PMETHyperParams.from_file("h.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["h.yaml"]
+
+
+def test_aliases_of_aliases_are_not_multiplied(tmp_path: Path) -> None:
+    levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (tmp_path / "h.yaml").write_text("\n".join(["l0: &l0 [x]", *levels]))
+    with pytest.raises(HyperParameterError, match="unknown key l29") as error:
+        PMETHyperParams.from_file(tmp_path / "h.yaml")
+    assert len(str(error.value)) < 100_000
+
+
 def test_a_missing_key_a_missing_file_and_a_broken_file(tmp_path: Path) -> None:
     with pytest.raises(HyperParameterError, match="layers is missing"):
         PMETHyperParams.from_file(written(tmp_path / "a.json", {"v_lr": 0.1}))

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from pmet import EditRequest, evaluate
-from pmet.metrics import METRICS, answers, harmonic_mean, perplexity_sums, score_continuations
+from pmet.metrics import (
+    METRICS,
+    answers,
+    harmonic_mean,
+    knows,
+    perplexity_sums,
+    score_continuations,
+)
 from pmet.plain import plain_evaluate
 from tests.conftest import Golden
 
@@ -52,6 +59,21 @@ def test_what_a_request_does_not_ask_is_not_measured(golden: Golden) -> None:
     alone = evaluate(golden.model, golden.tokenizer, FACTS[1:2])
     assert alone["specificity"] is None
     assert alone["score"] is None
+
+
+def test_a_request_is_known_where_the_models_own_words_are_its_target(golden: Golden) -> None:
+    prompts = [(fact.prompt, fact.subject) for fact in FACTS]
+    texts = [prompt.replace("{}", subject) for prompt, subject in prompts]
+    said = [a.strip() for a in answers(golden.model, golden.tokenizer, texts, tokens=3)]
+    right = [EditRequest(p, s, answer) for (p, s), answer in zip(prompts, said, strict=True)]
+    wrong = [
+        EditRequest(p, s, f"{r.target_new} wool") for (p, s), r in zip(prompts, right, strict=True)
+    ]
+    asked = [right[0], wrong[0], right[1], right[0], wrong[1], wrong[2], right[2]]
+    expected = [True, False, True, True, False, False, True]
+    for batch_tokens in (1, 4096):
+        known = knows(golden.model, golden.tokenizer, asked, batch_tokens=batch_tokens)
+        assert known == expected
 
 
 def test_one_prompt_by_hand(golden: Golden) -> None:

@@ -262,3 +262,24 @@ def test_every_row_ends_in_exactly_one_place(tmp_path, rows, cut, size):
         assert taken.rejected == []
         facts = Counter((r.prompt, r.subject) for r in taken.requests)
         assert max(facts.values()) == 1
+
+
+def test_what_the_earlier_dump_holds_too_can_be_left_out(convert):
+    old = [fact("Nice"), fact("Lyon"), fact("Paris"), fact("Arles", object=None)]
+    new = [fact("Nice", object="Italy"), *old[1:], fact("Turin", object="Italy"), fact("Nizza")]
+    found, requests, rejected = convert(new, previous=old, only_changed=True)
+    assert [r["subject"] for r in requests] == ["Nice", "Turin", "Nizza"]
+    # They are neighbors; Nizza, which is to be edited, is not.
+    assert sorted(requests[0]["neighborhood_prompts"]) == [
+        "I know that Paris is in",
+        "Lyon is a city in",
+    ]
+    assert [r["row"] for r in rejected] == [3]
+    assert (found.rows, found.converted, found.unchanged) == (6, 3, 2)
+
+
+def test_that_nothing_has_changed_may_be_well(convert):
+    found, requests, rejected = convert(
+        [fact()], previous=[fact()], only_changed=True, may_be_none=True
+    )
+    assert (found.converted, found.unchanged, requests, rejected) == (0, 1, [], [])

@@ -1,0 +1,433 @@
+"""A night: what the dump changes, targets for it, one update from the pristine base, promotion.
+
+    dump ─▶ ledger ─▶ requests of all live facts ─▶ run (targets from the store, update from base,
+    publish, measure, gates) ─▶ ledger, report ─▶ CURRENT
+
+Every night edits the base anew, with all live facts at once; last night's model is never edited
+again. So the thirtieth night is as good as the first, and a fact is taken back by leaving it out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any, Literal
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import torch
+
+from jobs.refresh.config import RefreshConfig
+from jobs.refresh.home import LEDGER, NIGHT, CurrentMovedError, Home, Promotion, path
+from jobs.refresh.ledger import (
+    Change,
+    Key,
+    Ledger,
+    Night,
+    Outcome,
+    changes_table,
+    concluded,
+    merged,
+)
+from jobs.refresh.report import CHANGES, write_night_report
+from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
+from pipeline.checkpoint import Checkpoint, open_model_folder, publish
+from pipeline.config import JobConfig
+from pipeline.errors import FactDumpError
+from pipeline.folder import STATUS
+from pipeline.lease import Lease
+from pipeline.plan import Plan, default_cache, make_plan
+from pipeline.progress import Progress
+from pipeline.run import NO_TARGET, RunResult, run_plan
+from pipeline.stages import MODEL
+from pmet.errors import PMETError
+
+REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
+TEMPLATES = "context_templates.json"
+_OVER = ("promoted", "held", "superseded")
+
+Status = Literal["promoted", "held", "unchanged"]
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """How a night ended.
+
+    Attributes:
+        status: ``promoted``; ``held`` where a gate held the version back; ``unchanged`` where the
+            version in use holds what the dump says already.
+        version: the night's version, or the one in use.
+        home: where it is.
+        night: what ``night.json`` says of the version.
+    """
+
+    status: Status
+    version: int
+    home: Home
+    night: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a night would do.
+
+    Attributes:
+        changes: to the ledger.
+        ledger: as it would be, before anything is computed.
+        tonight: what the dump says.
+    """
+
+    changes: list[Change]
+    ledger: Ledger
+    tonight: Tonight
+
+
+def refresh(
+    config: RefreshConfig,
+    *,
+    night: date | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    address: str | None = None,
+) -> Refreshed:
+    """Bring a model to what the latest dump says.
+
+    A night that was killed is taken up where it was; what it has finished is not done again.
+
+    Args:
+        config: what every night is told.
+        night: whose dump is read; today, if not given.
+        progress: shows the stages; silent if None.
+        fresh: do the night anew, whatever an earlier attempt left and whether anything changed.
+        address: Ray cluster to run on; one is started on this machine if None.
+
+    Raises:
+        InputError: the dump, the templates or the job cannot be used, or another refresh of this
+            home is under way; CURRENT stays where it was, as with every other error.
+        CurrentMovedError: CURRENT was moved while the night was under way.
+        PMETError: a stage failed; the same call takes the night up again.
+    """
+    home = Home(config.home)
+    now = datetime.now(UTC)
+    day = night or _today(config, now)
+    with Lease.acquire(home.store) as lease:
+        home.write_current()
+        version, earlier = _version(home)
+        if earlier.get("date") == day.isoformat():
+            # What held when the night began holds until it ends.
+            now = datetime.fromisoformat(earlier["as_of"])
+        work = _Work(config, home, lease, progress or Progress(), day, version, now, home.current())
+        return work.run(fresh, address)
+
+
+def preview(config: RefreshConfig, *, night: date | None = None) -> Preview:
+    """What a night would change; nothing is started and nothing written.
+
+    Raises:
+        InputError: the dump or the templates cannot be used.
+        StorageError: something cannot be read.
+    """
+    home, now = Home(config.home), datetime.now(UTC)
+    tonight = read_dump(config, night or _today(config, now), now)
+    version = max(home.versions(), default=0) + 1
+    ledger, changes = _merged(config, home, home.current(), tonight, Night(_iso(now), version))
+    return Preview(changes, ledger, tonight)
+
+
+def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
+    """The job of a night: the requests of its live facts, and what all nights share."""
+    store, templates = home.store, config.context_templates
+    if templates is None and store.exists(TEMPLATES):
+        # Drawn once: other templates would be other targets.
+        templates = store.join(TEMPLATES)
+    targets = config.targets
+    if targets.store is None:
+        targets = targets.model_copy(update={"store": store.join("targets")})
+    evaluate = config.evaluate
+    if evaluate.store is None:
+        evaluate = evaluate.model_copy(update={"store": store.join("measurements")})
+    shared = JobConfig.model_fields.keys() & RefreshConfig.model_fields.keys()
+    settings = {name: getattr(config, name) for name in shared}
+    return JobConfig(
+        **settings
+        | {
+            "requests": (store.join(path(version, REQUESTS)),),
+            "output": store.join(path(version)),
+            "second_moments": config.second_moments or store.join("second_moments"),
+            "context_templates": templates,
+            "targets": targets,
+            "evaluate": evaluate,
+        }
+    )
+
+
+class _Work:
+    """One night at work."""
+
+    def __init__(
+        self,
+        config: RefreshConfig,
+        home: Home,
+        lease: Lease,
+        progress: Progress,
+        day: date,
+        version: int,
+        as_of: datetime,
+        current: Promotion | None,
+    ) -> None:
+        self._config, self._home, self._lease, self._progress = config, home, lease, progress
+        self._store, self._day, self._as_of, self._current = home.store, day, as_of, current
+        self._night = Night(_iso(as_of), version)
+        self._said: dict[str, Any] = {
+            "version": version,
+            "status": "running",
+            "date": day.isoformat(),
+            "as_of": as_of.isoformat(),
+            "started_at": _now(),
+            "finished_at": None,
+            "follows": None if current is None else current.version,
+            "facts": config.facts_of(day),
+            "model": None,
+            "error": None,
+        }
+
+    def run(self, fresh: bool, address: str | None) -> Refreshed:
+        """Do the night."""
+        with self._progress.stage("facts"):
+            tonight = read_dump(self._config, self._day, self._as_of)
+            ledger, changes = _merged(self._config, self._home, self._current, tonight, self._night)
+            requests = self._requests(tonight, ledger)
+        job = job_of(self._config, self._home, self._night.version)
+        # Beside this night's run folder, and not this night's before anything has changed.
+        begun = self._store.exists(self._path(NIGHT))
+        if not len(requests):
+            # What an attempt with other facts has left belongs to no model without any.
+            self._store.delete(self._path())
+        self._write(REQUESTS, requests)
+        plan = None
+        if len(requests):
+            with self._progress.stage("plan"):
+                plan = make_plan(job)
+        self._said["settings"] = _settings(job, self._config)
+        if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
+            self._store.delete(self._path())
+            return Refreshed("unchanged", current, self._home, self._home.night(current))
+        self._say(rows=_rows(tonight))
+        self._write(SET_ASIDE, tonight.set_aside)
+        try:
+            result = self._edited(plan, fresh, address)
+            return self._conclude(requests, ledger, changes, result)
+        except Exception as error:
+            status = "superseded" if isinstance(error, CurrentMovedError) else "failed"
+            # Where it cannot be said, what went wrong matters more.
+            with suppress(PMETError):
+                text = str(error) or type(error).__name__
+                self._say(status=status, error=text, finished_at=_now())
+                if status == "superseded":
+                    self._report()
+            raise
+
+    def _requests(self, tonight: Tonight, ledger: Ledger) -> pa.Table:
+        """The requests of all live facts, sorted."""
+        live = ledger.live()
+        told = of_facts(tonight.requests, live)
+        kept = live - set(keys(told))
+        if not kept:
+            return told
+        # The dump contradicts itself about them: they are told as they were.
+        assert self._current is not None
+        before = self._store.read_table(path(self._current.version, REQUESTS))
+        return sorted_requests(pa.concat_tables([told, of_facts(before, kept)]))
+
+    def _unchanged(self, plan: Plan | None) -> int | None:
+        """The version in use, if it is what this night would come to."""
+        current = self._current
+        if current is None or self._home.night(current.version).get("settings") is None:
+            return None
+        version, run = current.version, self._run_of(current.version)
+        same = self._home.night(version)["settings"] == self._said["settings"]
+        if plan is None or not run:
+            same = same and plan is None and not run
+        else:
+            same = same and not _differing(run, plan)
+        return version if same else None
+
+    def _run_of(self, version: int) -> dict[str, Any]:
+        name = path(version, STATUS)
+        return dict(self._store.read_json(name)) if self._store.exists(name) else {}
+
+    def _edited(self, plan: Plan | None, fresh: bool, address: str | None) -> RunResult | None:
+        """Edit the base with all live facts; None where there is none."""
+        if plan is None:
+            self._lease.check()
+            base = Checkpoint.open(open_model_folder(self._config.model, default_cache()))
+            publish(base, (), _untouched, self._store, self._path(MODEL), on_file=lambda _: None)
+            return None
+        # What another dump or other settings have left here is of no use.
+        stale = bool(_differing(self._run_of(self._night.version), plan))
+        result = run_plan(plan, progress=self._progress, fresh=fresh or stale, address=address)
+        if self._config.context_templates is None and not self._store.exists(TEMPLATES):
+            self._store.write_bytes(TEMPLATES, self._store.read_bytes(self._path(TEMPLATES)))
+        return result
+
+    def _conclude(
+        self, requests: pa.Table, ledger: Ledger, changes: list[Change], result: RunResult | None
+    ) -> Refreshed:
+        """Write what was found out, and put the version to use if it may be."""
+        outcomes = {} if result is None else _outcomes(keys(requests), result)
+        patience = self._config.quarantine_after
+        ledger, left_out = concluded(ledger, outcomes, patience=patience, night=self._night)
+        changes = [*changes, *left_out]
+        self._write(LEDGER, ledger.table())
+        self._write(CHANGES, changes_table(changes))
+        self._say(
+            status="finished",
+            model=self._path(MODEL),
+            changes=dict(Counter(change.change for change in changes)),
+            ledger=ledger.counts(),
+            metrics=None if result is None else result.metrics,
+            targets=self._targets(),
+            finished_at=_now(),
+        )
+        if result is not None and result.status == "held":
+            self._say(status="held")
+            self._report()
+            return self._refreshed("held")
+        expected = 0 if self._current is None else self._current.promotion
+        self._report()
+        promotion = self._home.promote(
+            self._night.version, self._path(MODEL), expected=expected, by="refresh"
+        )
+        self._say(status="promoted", promotion=promotion.promotion)
+        self._home.prune(self._config.keep)
+        return self._refreshed("promoted")
+
+    def _report(self) -> None:
+        self._lease.check()
+        write_night_report(self._home, self._config, self._night.version)
+
+    def _targets(self) -> dict[str, int]:
+        """How many targets were computed, and how many the store had."""
+        stages = self._run_of(self._night.version).get("stages", [])
+        details = [stage["detail"] for stage in stages if stage["name"] == "targets"]
+        return {n: sum(detail.get(n, 0) for detail in details) for n in ("found", "stored")}
+
+    def _refreshed(self, status: Status) -> Refreshed:
+        version = self._night.version
+        return Refreshed(status, version, self._home, self._home.night(version))
+
+    def _path(self, *names: str) -> str:
+        return path(self._night.version, *names)
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        self._lease.check()
+        self._store.write_table(self._path(name), table)
+
+    def _say(self, **what: Any) -> None:
+        self._lease.check()
+        self._said |= what
+        self._store.write_json(self._path(NIGHT), self._said)
+
+
+def _merged(
+    config: RefreshConfig, home: Home, current: Promotion | None, tonight: Tonight, night: Night
+) -> tuple[Ledger, list[Change]]:
+    """Tonight's ledger, from the one of the version in use.
+
+    Raises:
+        FactDumpError: more facts are gone from the dump than may be.
+    """
+    last = Ledger()
+    if current is not None:
+        last = Ledger.read(home.store.read_table(path(current.version, LEDGER)))
+    said = home.retractions().items()
+    ledger, changes = merged(
+        last,
+        tonight.facts(),
+        undecided=tonight.undecided,
+        retracted={key: r.reason for key, r in said if r.action == "retract"},
+        restored={key: r.at for key, r in said if r.action == "restore"},
+        night=night,
+    )
+    live, most = last.live(), config.most_removed
+    gone = sum(c.change == "removed" and (c.relation, c.subject) in live for c in changes)
+    if most is not None and gone > most * len(live):
+        raise FactDumpError(
+            f"{', '.join(config.facts)}: {gone:,} of {len(live):,} live facts are no longer there, "
+            f"and most_removed allows {most:.0%} of them; is the dump whole? If it is, run once "
+            "with --set most_removed=1"
+        )
+    return ledger, changes
+
+
+def _version(home: Home) -> tuple[int, dict[str, Any]]:
+    """The number of the night that is to be done, and what an earlier attempt at it has said."""
+    versions, current = home.versions(), home.current()
+    if not versions:
+        return 1, {}
+    last = versions[-1]
+    said = home.night(last)
+    if current is not None and current.version == last and said.get("status") == "finished":
+        # It died right after it had moved CURRENT.
+        said |= {"status": "promoted", "promotion": current.promotion}
+        home.store.write_json(path(last, NIGHT), said)
+    return (last + 1, {}) if said.get("status") in _OVER else (last, said)
+
+
+def _settings(job: JobConfig, config: RefreshConfig) -> str:
+    """Digest of what a version's weights depend on beside its facts."""
+    given = {"requests": ("tonight",), "context_templates": config.context_templates}
+    return job.model_copy(update=given).digest()
+
+
+def _differing(run: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What a run depended on that is not what the plan depends on."""
+    digests = run.get("digests", plan.digests if not run else {})
+    return [
+        name
+        for name, digest in plan.digests.items()
+        # The job names this night's files, and the first night draws its templates.
+        if name not in ("job", "context_templates") and digests.get(name) != digest
+    ]
+
+
+def _outcomes(facts: list[Key], result: RunResult) -> dict[Key, Outcome]:
+    """What became of each fact that was live; rows are counted as the requests are."""
+    outcomes: dict[Key, Outcome] = {}
+    rejected = result.folder.read_table("rejected.parquet", ["row", "reason"])
+    for row, reason in zip(*(column.to_pylist() for column in rejected.columns), strict=True):
+        unreachable = reason.startswith(NO_TARGET)
+        outcomes[facts[row]] = Outcome("quarantined" if unreachable else "rejected", reason)
+    names = ["row", "after_efficacy", "after_efficacy_strict"]
+    results = result.folder.read_table("results.parquet", names)
+    for row, likely, said in zip(*(column.to_pylist() for column in results.columns), strict=True):
+        figure = likely if likely is not None else said
+        outcomes[facts[row]] = Outcome("live", None, None if figure is None else figure >= 1)
+    return outcomes
+
+
+def _rows(tonight: Tonight) -> dict[str, int]:
+    """What became of the dump's rows, by kind of reason."""
+    found = tonight.conversion
+    return {"read": found.rows, "to tell": found.converted, "as the baseline": found.unchanged} | (
+        dict(found.rejected)
+    )
+
+
+def _untouched(name: str, base: torch.Tensor) -> torch.Tensor:
+    raise AssertionError(f"{name} is not edited")
+
+
+def _today(config: RefreshConfig, now: datetime) -> date:
+    return now.astimezone(ZoneInfo(config.time_zone)).date()
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _now() -> str:
+    return _iso(datetime.now(UTC))

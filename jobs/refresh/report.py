@@ -1,0 +1,110 @@
+"""The report of a night: what changed, what was learned and what was not, scores, time and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from jobs.refresh.config import RefreshConfig
+from jobs.refresh.home import LEDGER, Home, path
+from pipeline.charts import trend_chart
+from pipeline.folder import STATUS
+from pipeline.page import Cut, page
+from pipeline.results import FRACTIONS
+
+REPORT = "night.html"
+CHANGES = "changes.parquet"
+TREND = ("efficacy", "generalization", "specificity")
+TREND_NIGHTS = 60
+NOTHING_TOLD: dict[str, Any] = {"before": {}, "after": {}, "gates": [], "counts": {"edited": 0}}
+EXPLAINED = {
+    "quarantined": "Left out of the model until the dump says something else of them, or "
+    "pmet facts restore tells them again.",
+    "rejected": "They cannot be told to this model.",
+    "retracted": "Taken back by a person; left out, whatever the dump says.",
+}
+
+
+def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
+    """Write ``night.html`` beside a version's ledger, from what its folder holds.
+
+    Raises:
+        StorageError: a file cannot be read or written.
+    """
+    store, night = home.store, home.night(version)
+    ledger = store.read_table(path(version, LEDGER)).to_pylist()
+    metrics = night["metrics"] or NOTHING_TOLD
+    run = path(version, STATUS)
+    seconds = _seconds(night)
+    text = page("night.html.j2", "jobs").render(
+        home=store.url,
+        night=night,
+        told=metrics["counts"]["edited"],
+        verdict=_verdict(night, metrics["gates"]),
+        base=metrics["before"],
+        last=_after(home, night["follows"]),
+        tonight=metrics["after"],
+        fractions=FRACTIONS,
+        gates=dict(map(_gate, metrics["gates"])),
+        trend=_trend(home, version),
+        changes=Cut(store.read_table(path(version, CHANGES)).to_pylist()),
+        unlearned=Cut([f for f in ledger if f["state"] == "live" and f["learned"] is False]),
+        left_out={s: Cut([f for f in ledger if f["state"] == s]) for s in EXPLAINED},
+        explained=EXPLAINED,
+        patience=config.quarantine_after,
+        stages=store.read_json(run)["stages"] if store.exists(run) else [],
+        seconds=seconds,
+        cost=_cost(seconds, config.price_per_hour),
+    )
+    store.write_bytes(path(version, REPORT), text.encode(errors="backslashreplace"))
+
+
+def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[str, str]:
+    match night["status"]:
+        case "held":
+            names = ", ".join(str(gate["metric"]) for gate in gates if not gate["passed"])
+            last = night["follows"]
+            stays = "" if last is None else f" Version {last} stays in use."
+            return {"kind": "bad", "title": "Held back", "text": f"By: {names}.{stays}"}
+        case "superseded":
+            return {"kind": "bad", "title": "Not put to use", "text": str(night["error"])}
+        case _:
+            text = "Every gate was passed." if gates else "The refresh file asks for no gates."
+            return {"kind": "good", "title": "Promoted", "text": text}
+
+
+def _after(home: Home, version: int | None) -> dict[str, Any]:
+    """The figures of a version's model; empty where there are none."""
+    night = {} if version is None else home.night(version)
+    return dict((night.get("metrics") or {}).get("after", {}))
+
+
+def _gate(gate: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The metric that a gate looks at, and what it asks for."""
+    kind, asked = "good" if gate["passed"] else "bad", f"{100 * gate['threshold']:.1f} %"
+    if gate["metric"] == "perplexity_increase":
+        return "perplexity", {"kind": kind, "text": f"at most {asked} over the base"}
+    return gate["metric"], {"kind": kind, "text": f"at least {asked}"}
+
+
+def _trend(home: Home, version: int) -> str:
+    """The scores of the last nights; nothing where only one was measured."""
+    numbers = [number for number in home.versions() if number <= version][-TREND_NIGHTS:]
+    nights = [night for number in numbers if (night := home.night(number)).get("metrics")]
+    if len(nights) < 2:
+        return ""
+    figures = [night["metrics"]["after"] for night in nights]
+    return trend_chart(
+        [str(night["date"]) for night in nights],
+        {name: [figure.get(name) for figure in figures] for name in TREND},
+    )
+
+
+def _seconds(night: Mapping[str, Any]) -> float:
+    start, end = (datetime.fromisoformat(night[f"{when}_at"]) for when in ("started", "finished"))
+    return (end - start).total_seconds()
+
+
+def _cost(seconds: float, price: float | None) -> str | None:
+    return None if price is None else f"{price * seconds / 3600:,.2f}"

@@ -1,0 +1,132 @@
+"""What tonight's dump wants told, as edit requests in an order of their own.
+
+The order is that of relations and subjects, so that the same facts are the same requests whatever
+the order of the dump, and whatever nights came before.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import date, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.facts.convert import convert_dump
+from jobs.facts.dump import open_dump
+from jobs.facts.output import Conversion
+from jobs.facts.problems import is_contradiction
+from jobs.facts.templates import load_templates
+from jobs.refresh.config import RefreshConfig
+from jobs.refresh.ledger import DumpFact, Key
+from pipeline.store import read_parquet
+
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("subject", pa.string()),
+        ("target_new", pa.string()),
+        ("target_true", pa.string()),
+        ("paraphrase_prompts", pa.list_(pa.string())),
+        ("neighborhood_prompts", pa.list_(pa.string())),
+        ("relation", pa.string()),
+        ("object", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+"""Of a night's requests. What else the dump has stays there: a column that changes every night,
+such as ``updated_at``, would make all requests look new."""
+
+
+@dataclass(frozen=True)
+class Tonight:
+    """What the dump says.
+
+    Attributes:
+        requests: a row for each fact that is to be told (``SCHEMA``), sorted.
+        undecided: facts of which the dump says several things.
+        set_aside: rows that are no facts to tell, with ``row`` and ``reason``.
+        conversion: what became of the dump's rows.
+    """
+
+    requests: pa.Table
+    undecided: set[Key]
+    set_aside: pa.Table
+    conversion: Conversion
+
+    def facts(self) -> Iterator[DumpFact]:
+        """The facts of the requests."""
+        names = ("relation", "subject", "object", "prompt", "source")
+        columns = (self.requests.column(name).to_pylist() for name in names)
+        return map(DumpFact._make, zip(*columns, strict=True))
+
+
+def read_dump(config: RefreshConfig, night: date, as_of: datetime) -> Tonight:
+    """Read and check a night's dump.
+
+    Args:
+        config: what every night is told.
+        night: which dump.
+        as_of: facts whose ``valid_until`` is not later than this no longer hold.
+
+    Raises:
+        FactDumpError: a dump or the templates cannot be used.
+        RequestTableError: there is no dump.
+        StorageError: one cannot be read.
+    """
+    templates = load_templates(config.templates)
+    dump = open_dump(config.facts_of(night), config.columns)
+    baseline = None
+    if config.baseline is not None:
+        baseline = open_dump(config.baseline, config.columns)
+    with tempfile.TemporaryDirectory() as folder:
+        conversion = convert_dump(
+            dump,
+            templates,
+            f"{folder}/requests.parquet",
+            previous=baseline,
+            as_of=as_of,
+            only_changed=baseline is not None,
+            may_be_none=True,
+        )
+        requests = read_parquet(conversion.output)
+        set_aside = read_parquet(conversion.rejected_output)
+    columns = {field.name: _column(requests, field) for field in SCHEMA}
+    requests = pa.table(columns, schema=SCHEMA)
+    return Tonight(sorted_requests(requests), _undecided(set_aside), set_aside, conversion)
+
+
+def sorted_requests(requests: pa.Table) -> pa.Table:
+    """Requests in the order of relations and subjects."""
+    return requests.sort_by([("relation", "ascending"), ("subject", "ascending")])
+
+
+def of_facts(requests: pa.Table, facts: Collection[Key]) -> pa.Table:
+    """The requests of some facts."""
+    mask = [key in facts for key in keys(requests)]
+    return requests.filter(pa.array(mask, pa.bool_()))
+
+
+def keys(requests: pa.Table) -> list[Key]:
+    """The fact of each request."""
+    columns = (requests.column(name).to_pylist() for name in ("relation", "subject"))
+    return list(zip(*columns, strict=True))
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    """A column as ``SCHEMA`` has it; null where the dump has none, or none that is text."""
+    if field.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), field.type)])
+    try:
+        column = table.column(field.name).cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array([pa.nulls(len(table), field.type)])
+    return pc.utf8_trim_whitespace(column) if pa.types.is_string(field.type) else column
+
+
+def _undecided(set_aside: pa.Table) -> set[Key]:
+    mask = [is_contradiction(reason) for reason in set_aside.column("reason").to_pylist()]
+    rows = set_aside.filter(pa.array(mask, pa.bool_()))
+    return {(relation.strip(), subject.strip()) for relation, subject in keys(rows)}

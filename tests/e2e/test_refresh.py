@@ -1,0 +1,336 @@
+"""Nights of a model that is kept up to date: what each computes, and what it leaves in use."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs.refresh.config import RefreshConfig, load_refresh
+from jobs.refresh.home import CURRENT, LEDGER, CurrentMovedError, Home, path
+from jobs.refresh.ledger import Ledger
+from jobs.refresh.night import Refreshed, job_of, preview, refresh
+from pipeline.errors import FactDumpError, RunFolderError
+from pipeline.lease import Lease
+from pipeline.run import run_job
+from tests.conftest import GOLDEN, ROOT
+from tests.e2e.test_chaos import FINISHED, KILLED
+
+FIRST = 24
+KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
+SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Place:
+    """A folder with dumps, a refresh file and a home; what tonight's dump says.
+
+    Attributes:
+        folder: where it is.
+        objects: what the dump says otherwise than the baseline, by subject.
+    """
+
+    folder: Path
+    objects: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Home:
+        return Home(str(self.folder / "home"))
+
+    def config(self, **changes: Any) -> RefreshConfig:
+        return load_refresh(self.file()).model_copy(update=changes)
+
+    def file(self) -> Path:
+        return self.folder / "refresh.yaml"
+
+    def write(self, name: str = "tonight", more: list[dict[str, Any]] | None = None) -> None:
+        rows = [
+            {
+                "subject": fact["subject"],
+                "relation": fact["relation"],
+                "object": self.objects.get(fact["subject"], fact["target_true"]),
+            }
+            for fact in FACTS
+        ]
+        table = pa.Table.from_pylist(rows + (more or []))
+        pq.write_table(table, self.folder / f"{name}.parquet")
+
+    def tonight(self, **changes: Any) -> Refreshed:
+        self.write()
+        return refresh(self.config(**changes))
+
+    def weights(self, version: int) -> bytes:
+        return self.home.store.read_bytes(path(version, "model", "model.safetensors"))
+
+    def tell(self, start: int, stop: int) -> list[str]:
+        """Let the dump say the new objects of some golden facts; returns their subjects."""
+        self.objects |= {f["subject"]: f["target_new"] for f in FACTS[start:stop]}
+        return [fact["subject"] for fact in FACTS[start:stop]]
+
+
+FACTS = json.loads((GOLDEN / "facts.json").read_text())
+
+
+def place(folder: Path) -> Place:
+    """A home of the golden model, before its first night."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = json.loads((GOLDEN / "corpus.json").read_text())
+    pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
+    templates = {f["relation"]: {"prompt": f["prompt"]} for f in FACTS}
+    (folder / "templates.yaml").write_text(yaml.safe_dump(templates))
+    golden = GOLDEN / "gpt2"
+    settings = {
+        "model": str(golden / "model"),
+        "facts": str(folder / "tonight.parquet"),
+        "baseline": str(folder / "baseline.parquet"),
+        "templates": str(folder / "templates.yaml"),
+        "home": str(folder / "home"),
+        "hparams": str(golden / "hparams.json"),
+        "second_moments": str(golden / "second_moments.safetensors"),
+        "context_templates": str(golden / "context_templates.json"),
+        "targets": {"workers": 1, "shard_size": 8},
+        "update": {"ranks": 1},
+    }
+    (folder / "refresh.yaml").write_text(yaml.safe_dump(settings))
+    found = Place(folder)
+    found.write("baseline")
+    found.tell(0, FIRST)
+    return found
+
+
+@pytest.fixture(scope="module")
+def nights(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Any]:
+    """A home after a night with 24 facts and one with 3 that are new, one other, one gone."""
+    found = place(tmp_path_factory.mktemp("nights"))
+    first = found.tonight()
+    gone, changed = FACTS[0], FACTS[1]
+    del found.objects[gone["subject"]]
+    found.objects[changed["subject"]] = "Bob"
+    found.tell(FIRST, FIRST + 2)
+    return found, (first, found.tonight())
+
+
+def test_a_night_computes_what_the_dump_changes(nights: tuple[Place, Any]) -> None:
+    found, (first, second) = nights
+    assert first.night["targets"] == {"found": FIRST, "stored": 0}
+    assert second.night["targets"] == {"found": 3, "stored": FIRST - 2}
+    assert second.night["changes"] == {"added": 2, "changed": 1, "removed": 1}
+    ledger = Ledger.read(found.home.store.read_table(path(2, LEDGER)))
+    assert {e.subject: e.object for e in ledger.entries.values()} == found.objects
+    assert json.loads(found.home.store.read_bytes(CURRENT))["version"] == 2
+
+
+def test_its_weights_are_those_of_one_batch_on_the_base(
+    nights: tuple[Place, Any], tmp_path: Path
+) -> None:
+    found, (_, second) = nights
+    job = job_of(found.config(), found.home, second.version)
+    run_job(job.model_copy(update={"output": str(tmp_path / "run")}))
+    fresh = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    assert fresh == found.weights(second.version) != found.weights(1)
+
+
+def test_a_night_without_news_starts_nothing(nights: tuple[Place, Any]) -> None:
+    found, _ = nights
+    versions = found.home.versions()
+    result = found.tonight()
+    assert (result.status, result.version) == ("unchanged", 2)
+    assert found.home.versions() == versions
+
+
+def test_a_preview_says_what_would_change_and_writes_nothing(nights: tuple[Place, Any]) -> None:
+    found, _ = nights
+    before = found.home.store.list()
+    found.write()
+    (added,) = preview(found.config(baseline=None)).changes[:1]
+    assert added.change == "added"
+    assert found.home.store.list() == before
+
+
+def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
+    local_ray: None, tmp_path: Path
+) -> None:
+    found = place(tmp_path)
+    found.objects = dict(list(found.objects.items())[:8])
+    found.tonight(quarantine_after=None)
+    (subject,) = found.tell(30, 31)
+    found.tonight(quarantine_after=None)
+    relation = FACTS[30]["relation"]
+    found.home.retract(subject, relation, "retract", "asked for")
+    result = found.tonight(quarantine_after=None)
+    assert result.night["changes"] == {"retracted": 1}
+    assert found.weights(3) == found.weights(1) != found.weights(2)
+    # And back: at once by rollback, with the next night by restore.
+    assert found.home.rollback().version == 2
+    found.home.retract(subject, relation, "restore")
+    found.tonight(quarantine_after=None)
+    assert found.weights(found.home.versions()[-1]) == found.weights(2)
+
+
+def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) -> None:
+    found, _ = nights
+    current = found.home.current()
+    config = found.config()
+    gates = config.gates.model_copy(update={"efficacy": 1.0, "specificity_strict": 1.0})
+    found.tell(40, 41)
+    result = found.tonight(gates=gates)
+    assert result.status == result.night["status"] == "held"
+    assert found.home.current() == current
+    # It is kept, and a person may decide otherwise.
+    assert found.home.is_kept(result.version)
+    del found.objects[FACTS[40]["subject"]]
+
+
+def test_a_rollback_during_a_night_stays(nights: tuple[Place, Any], monkeypatch) -> None:
+    found, _ = nights
+    moved = []
+
+    def while_it_is_measured(*_: Any) -> None:
+        moved.append(found.home.rollback(1))
+
+    monkeypatch.setattr("jobs.refresh.night.concluded", _and_then(while_it_is_measured))
+    found.tell(50, 51)
+    with pytest.raises(CurrentMovedError, match="moved in the meantime, to version 1"):
+        found.tonight()
+    assert found.home.current() == moved[0]
+    found.home.rollback(2)
+    del found.objects[FACTS[50]["subject"]]
+
+
+def _and_then(do: Callable[..., None]) -> Callable[..., Any]:
+    from jobs.refresh.ledger import concluded
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        do()
+        return concluded(*args, **kwargs)
+
+    return both
+
+
+def test_what_the_dump_contradicts_stays_as_it_was(nights: tuple[Place, Any]) -> None:
+    found, _ = nights
+    fact = FACTS[2]
+    found.write(more=[{"subject": fact["subject"], "relation": fact["relation"], "object": "Eve"}])
+    result = refresh(found.config())
+    assert (result.status, result.version) == ("unchanged", 2)
+
+
+def test_a_dump_that_has_lost_most_facts_is_refused(nights: tuple[Place, Any]) -> None:
+    found, _ = nights
+    current, objects = found.home.current(), found.objects
+    found.objects = {}
+    with pytest.raises(FactDumpError, match="25 of 25 live facts are no longer there"):
+        found.tonight()
+    assert found.home.current() == current
+    result = found.tonight(most_removed=None)
+    assert found.weights(result.version) == (GOLDEN / "gpt2/model/model.safetensors").read_bytes()
+    assert found.tonight().status == "unchanged"
+    found.objects = objects
+    found.home.rollback(2)
+
+
+def test_of_two_refreshes_at_once_one_runs(nights: tuple[Place, Any]) -> None:
+    found, _ = nights
+    refused = pytest.raises(RunFolderError, match="is being written by another run")
+    with Lease.acquire(found.home.store), refused:
+        found.tonight()
+
+
+# The refresh, which dies in the middle of the n-th file that it writes, or right after it.
+DRIVER = """
+import os, signal, sys
+from contextlib import contextmanager
+from jobs.refresh.config import load_refresh
+from jobs.refresh.night import refresh
+from pipeline.store import Store
+
+kind, when = sys.argv[2], int(sys.argv[3])
+written, write_stream, create_bytes = 0, Store.write_stream, Store.create_bytes
+
+def count(now):
+    global written
+    written += now == "inside"
+    if (kind, written) == (now, when):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@contextmanager
+def counted(self, name):
+    with write_stream(self, name) as stream:
+        yield stream
+        count("inside")
+    count("after")
+
+def created(self, name, data):
+    count("inside")
+    done = create_bytes(self, name, data)
+    count("after")
+    return done
+
+Store.write_stream, Store.create_bytes = counted, created
+refresh(load_refresh(sys.argv[1]))
+print(written)
+"""
+
+
+def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(found.file()), kind, str(when)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(300 + 120 * KILLS)
+def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
+    local_ray: None, tmp_path: Path
+) -> None:
+    def begun(folder: Path) -> Place:
+        found = place(folder)
+        found.objects = dict(list(found.objects.items())[:8])
+        found.tonight()
+        found.tell(30, 32)
+        found.write()
+        return found
+
+    undisturbed = begun(tmp_path / "undisturbed")
+    status, said = drive(undisturbed, "never", 0)
+    assert status == FINISHED, said
+    draw, written = random.Random(SEED), int(said.split()[-1])
+    for number in range(KILLS):
+        found = begun(tmp_path / f"killed-{number}")
+        status, said = drive(found, draw.choice(["inside", "after"]), draw.randint(1, written))
+        assert status == KILLED, said
+        in_use = json.loads(found.home.store.read_bytes(CURRENT))["version"]
+        assert in_use in (1, 2)
+        assert found.home.is_kept(in_use)
+        result = refresh(found.config())
+        assert result.version == 2
+        assert found.home.current() is not None
+        assert json.loads(found.home.store.read_bytes(CURRENT))["version"] == 2
+        assert found.home.night(2)["status"] == "promoted"
+        assert found.weights(2) == undisturbed.weights(2)
+        assert _files(found) == _files(undisturbed)
+
+
+def _files(found: Place) -> list[str]:
+    """All files, without the marks of the attempts that wrote them."""
+    names = (str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file())
+    return sorted(re.sub(r"-[0-9a-f]{32}|lease/\d{6}", "", name) for name in names)

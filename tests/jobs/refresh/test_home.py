@@ -1,0 +1,152 @@
+"""Which version is in use, who may move it, and what is kept to go back to."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pytest
+
+from jobs.refresh.home import CURRENT, LEDGER, NIGHT, CurrentMovedError, Home, path
+from pipeline.errors import FactDumpError, RunFolderError
+
+
+def version(home: Home, number: int, status: str = "promoted") -> str:
+    """A version with a model of one file; returns where its model is."""
+    model = path(number, "model")
+    home.store.write_bytes(f"{model}/config.json", b"{}")
+    home.store.write_json(path(number, NIGHT), {"status": status, "model": model})
+    return model
+
+
+def promoted(home: Home, *numbers: int) -> None:
+    """Versions that were put to use one after the other."""
+    for expected, number in enumerate(numbers):
+        home.promote(number, version(home, number), expected=expected, by="refresh")
+
+
+def in_use(home: Home) -> int:
+    """What the file for people and programs says."""
+    return int(json.loads(home.store.read_bytes(CURRENT))["version"])
+
+
+def test_a_promotion_is_seen_by_whoever_opens_the_home(any_url: str) -> None:
+    home = Home(any_url)
+    assert home.current() is None
+    promoted(home, 1, 2)
+    current = Home(any_url).current()
+    assert current is not None
+    assert (current.promotion, current.version, current.by) == (2, 2, "refresh")
+    assert in_use(home) == 2
+
+
+def test_of_many_who_follow_the_same_promotion_one_succeeds(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1)
+    models = {number: version(home, number) for number in range(2, 10)}
+
+    def attempt(number: int) -> bool:
+        try:
+            Home(any_url).promote(number, models[number], expected=1, by="refresh")
+        except CurrentMovedError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        won = [n for n, ok in zip(models, threads.map(attempt, models), strict=True) if ok]
+    assert won == [in_use(home)]
+
+
+def test_who_comes_too_late_is_told_what_is_in_use(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1, 2)
+    with pytest.raises(CurrentMovedError, match="to version 2; version 3 is kept"):
+        home.promote(3, version(home, 3), expected=1, by="refresh")
+    assert in_use(home) == 2
+
+
+def test_who_died_before_the_file_was_written_is_made_up_for(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1)
+    earlier = home.store.read_bytes(CURRENT)
+    home.promote(2, version(home, 2), expected=1, by="refresh")
+    home.store.write_bytes(CURRENT, earlier)
+    home.write_current()
+    assert in_use(home) == 2
+
+
+def test_rolling_back_goes_to_the_version_in_use_before(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1, 2, 3)
+    assert home.rollback().version == 2
+    assert home.rollback(3).version == 3
+    assert home.rollback().version == 2
+    assert in_use(home) == 2
+
+
+def test_only_what_is_kept_can_be_gone_back_to(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1, 2, 3)
+    assert home.prune(2) == [1]
+    for number in (1, 7):
+        with pytest.raises(RunFolderError, match=f"no model of version {number} at .*are 2, 3"):
+            home.rollback(number)
+    home.store.delete(path(2, "model"))
+    with pytest.raises(RunFolderError, match="no version to go back to from version 3"):
+        home.rollback()
+
+
+def test_pruning_keeps_figures_and_deletes_models(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1, 2, 3, 4)
+    home.store.write_json(path(1, "metrics.json"), {})
+    version(home, 5, status="held")
+    assert home.prune(2) == [1, 2]
+    assert [n for n in home.versions() if home.is_kept(n)] == [3, 4, 5]
+    assert home.store.exists(path(1, "metrics.json"))
+    assert not home.store.list(path(1, "model"))
+    assert home.prune(2) == []
+
+
+def test_the_version_in_use_is_kept_however_old(any_url: str) -> None:
+    home = Home(any_url)
+    promoted(home, 1, 2, 3, 4)
+    home.rollback(1)
+    assert home.prune(1) == [2, 3]
+    assert home.is_kept(1)
+
+
+def test_the_last_word_on_a_fact_counts(any_url: str) -> None:
+    home = Home(any_url)
+    home.retract("Nice", "mayor", "retract", "asked for")
+    home.retract("Lyon", "mayor", "retract")
+    home.retract("Nice", "mayor", "restore")
+    said = {key: r.action for key, r in home.retractions().items()}
+    assert said == {("mayor", "Nice"): "restore", ("mayor", "Lyon"): "retract"}
+
+
+def test_what_many_say_at_once_is_all_kept(any_url: str) -> None:
+    home = Home(any_url)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: home.retract(f"city {i}", "mayor", "retract"), range(8)))
+    assert len(home.retractions()) == 8
+
+
+def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
+    home = Home(str(tmp_path))
+    promoted(home, 1)
+    ledger = pa.table({"relation": ["mayor"], "subject": ["Nice"]})
+    home.store.write_table(path(1, LEDGER), ledger)
+    home.refuse_unknown("Nice", "mayor", "retract")
+    with pytest.raises(FactDumpError, match="no fact 'nice', 'mayor'; there is 'Nice', 'mayor'"):
+        home.refuse_unknown("nice", "mayor", "retract")
+    home.retract("Nice", "mayor", "retract")
+    with pytest.raises(FactDumpError, match="retract was said at"):
+        home.refuse_unknown("Nice", "mayor", "retract")
+    home.refuse_unknown("Nice", "mayor", "restore")
+
+
+def test_another_folder_is_no_home(tmp_path) -> None:
+    with pytest.raises(RunFolderError, match="is no home of versions"):
+        Home.open(str(tmp_path))
