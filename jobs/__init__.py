@@ -1,1 +1,1 @@
-"""What people touch: the command line, job files, fact dumps and the demo."""
+"""What people touch: the command line, job files, fact dumps, schedules and the demo."""

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
+from jobs.schedule_cli import schedule
 
 app = typer.Typer(
     name="pmet",
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(facts)
 for command in (refresh, rollback, versions):
     app.command()(command)
+app.add_typer(schedule)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

@@ -7,6 +7,7 @@ They extend the tree of ``pmet.errors``:
     │   ├── JobError            a job file, key or value
     │   ├── RequestTableError   a request file that cannot be read, or a column that is missing
     │   ├── FactDumpError       a fact dump, a templates file or a dataset to convert
+    │   ├── ScheduleError       a schedule, its cron expression or its time zone
     │   ├── RunFolderError      a run folder that does not fit the job
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
@@ -29,6 +30,10 @@ class RequestTableError(InputError):
 
 class FactDumpError(InputError):
     """A fact dump, a templates file or a dataset cannot be used; the message names it."""
+
+
+class ScheduleError(InputError):
+    """A schedule is missing, there already, or has a value that cannot be used."""
 
 
 class RunFolderError(InputError):

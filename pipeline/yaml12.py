@@ -129,7 +129,8 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         # Plain and single-quoted text folds what YAML takes for line breaks.
-        style = '"' if re.search("[\\r\\x85\\u2028\\u2029]", text) else None
+        odd = re.search("[\\r\\x85\\u2028\\u2029]", text)
+        style = '"' if odd else "|" if "\n" in text else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

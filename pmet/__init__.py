@@ -10,8 +10,9 @@ the same parts on a cluster.
     edit.apply(model)
 """
 
-from pmet.delta import Edit
-from pmet.edit import compute_edit
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pmet.errors import (
     ArchitectureError,
     ContextTemplateError,
@@ -25,10 +26,14 @@ from pmet.errors import (
     PMETError,
     RequestError,
 )
-from pmet.hparams import PMETHyperParams
-from pmet.metrics import evaluate
-from pmet.request import EditRequest
-from pmet.targets import Targets, compute_targets
+
+if TYPE_CHECKING:
+    from pmet.delta import Edit
+    from pmet.edit import compute_edit
+    from pmet.hparams import PMETHyperParams
+    from pmet.metrics import evaluate
+    from pmet.request import EditRequest
+    from pmet.targets import Targets, compute_targets
 
 __all__ = [
     "ArchitectureError",
@@ -50,3 +55,25 @@ __all__ = [
     "compute_targets",
     "evaluate",
 ]
+
+# What needs torch is imported when it is first asked for: a command that only reads files or tells
+# what went wrong does not wait for it.
+_MODULES = {
+    "Edit": "pmet.delta",
+    "compute_edit": "pmet.edit",
+    "PMETHyperParams": "pmet.hparams",
+    "evaluate": "pmet.metrics",
+    "EditRequest": "pmet.request",
+    "Targets": "pmet.targets",
+    "compute_targets": "pmet.targets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pmet' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,202 @@
+"""The store of schedules and nights, which any number of runners may share.
+
+    schedules/NAME.json                       a schedule
+    nights/NAME/20261124T010000Z-01.json      what the first attempt at that due time did
+    logs/NAME/20261124T010000Z-01.log         what it printed
+    running/NAME.json                         the night that has begun and not ended
+    leases/NAME/                              who may run the schedule's nights
+
+A night's file is created once and never changed. Who writes below a name, but for the schedule
+itself, holds its lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from jobs.schedule.due import is_settled
+from jobs.schedule.records import Night, Schedule
+from pipeline.errors import RunFolderError, ScheduleError
+from pipeline.lease import Lease
+from pipeline.store import Store
+
+_Record = TypeVar("_Record", Schedule, Night)
+
+
+class Book:
+    """The schedules of one store, and their logs.
+
+    Every method raises ``StorageError`` where the store fails, and ``ScheduleError`` for a file
+    that is not what it should be.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Open the store at ``url``, a path or any fsspec URL; it need not exist."""
+        self._store = Store(url)
+
+    @property
+    def url(self) -> str:
+        """The store: an absolute path or a URL."""
+        return self._store.url
+
+    def names(self) -> list[str]:
+        """The names of all schedules, sorted."""
+        return [PurePosixPath(name).stem for name in self._store.glob("schedules/*.json")]
+
+    def get(self, name: str) -> Schedule:
+        """A schedule.
+
+        Raises:
+            ScheduleError: there is none of this name.
+        """
+        names = self.names()
+        if name not in names:
+            there = f"there are {', '.join(names)}" if names else "there is none yet"
+            raise ScheduleError(
+                f"{self.url} has no schedule {name!r}; {there}. Add it with pmet schedule add, or "
+                f"name another store with --store or PMET_SCHEDULES"
+            )
+        return self._read(_schedule(name), Schedule)
+
+    def add(self, schedule: Schedule, *, replace: bool = False) -> None:
+        """Add a schedule.
+
+        Raises:
+            ScheduleError: there is one of this name, and it shall not be replaced.
+        """
+        name = _schedule(schedule.name)
+        if replace:
+            self._store.write_bytes(name, schedule.to_json())
+        elif not self._store.create_bytes(name, schedule.to_json()):
+            raise ScheduleError(
+                f"there is a schedule {schedule.name!r} already; give --replace to change it, or "
+                "choose another name"
+            )
+
+    def enable(self, name: str, enabled: bool, now: datetime) -> Schedule:
+        """Let a schedule's nights be due, or not; those of the time between are not made up."""
+        schedule = self.get(name)
+        if schedule.enabled != enabled:
+            schedule = schedule.model_copy(update={"enabled": enabled, "since": now})
+            self._store.write_bytes(_schedule(name), schedule.to_json())
+        return schedule
+
+    def remove(self, name: str, *, purge: bool = False) -> None:
+        """Remove a schedule, and with ``purge`` its log.
+
+        Raises:
+            ScheduleError: there is no such schedule, or its log is being written.
+        """
+        # A removed schedule may have left a log that is to go, too.
+        if not (purge and self._nights(name)):
+            self.get(name)
+        if not purge:
+            self._store.delete(_schedule(name))
+            return
+        try:
+            with self.lease(name):
+                for file in (_schedule(name), f"nights/{name}", f"logs/{name}", _running(name)):
+                    self._store.delete(file)
+        except RunFolderError:
+            raise ScheduleError(
+                f"a night of {name!r} is running, and writes the log; stop its runner or wait, "
+                "then remove it"
+            ) from None
+        self._store.delete(f"leases/{name}")
+
+    def lease(self, name: str) -> Lease:
+        """The right to run the nights of a schedule.
+
+        Raises:
+            RunFolderError: another runner has it; the message says which.
+        """
+        return Lease.acquire(Store(self._store.join("leases", name)))
+
+    def nights(self, name: str) -> Iterator[Night]:
+        """All attempts at a schedule's nights, the latest first, read one by one."""
+        return (self._read(file, Night) for file in reversed(self._nights(name)))
+
+    def recent(self, schedule: Schedule) -> list[Night]:
+        """The attempts since, and with, those at the last due time that is settled."""
+        found: list[Night] = []
+        for due, attempts in itertools.groupby(self.nights(schedule.name), lambda n: n.due):
+            found = [*reversed(list(attempts)), *found]
+            if is_settled(due, found, schedule.retries):
+                break
+        return found
+
+    def running(self, name: str) -> Night | None:
+        """The night that has begun and not ended; its runner may have died since."""
+        if not self._store.exists(_running(name)):
+            return None
+        return self._read(_running(name), Night)
+
+    def begin(self, night: Night) -> None:
+        """Note that a night has begun."""
+        self._store.write_bytes(_running(night.schedule), night.to_json())
+
+    def end(self, night: Night) -> None:
+        """Add a night to the log; what the log has of it already stays."""
+        self._store.create_bytes(f"nights/{_stem(night)}.json", night.to_json())
+        self._store.delete(_running(night.schedule))
+
+    def log_name(self, night: Night) -> str:
+        """The file that has a night's output, from the store."""
+        return f"logs/{_stem(night)}.log"
+
+    def location(self, name: str) -> str:
+        """The full path or URL of a file of the store."""
+        return self._store.join(name)
+
+    @contextmanager
+    def output_file(self, name: str) -> Iterator[Path]:
+        """A local file for a night's output.
+
+        It is the one in the store, where that is a local folder, so that it can be followed; else
+        it is uploaded when the block ends.
+        """
+        local = self._store.local_path(name)
+        if local is not None:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            yield local
+        else:
+            with self._store.local_target(name) as path:
+                yield path
+
+    def _nights(self, name: str) -> list[str]:
+        return self._store.list(f"nights/{name}")
+
+    def _read(self, file: str, kind: type[_Record]) -> _Record:
+        try:
+            return kind.model_validate_json(self._store.read_bytes(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ScheduleError(
+                f"{self._store.join(file)} is damaged or of another version ({where}: "
+                f"{first['msg']}); delete it, and add the schedule again if it was one"
+            ) from None
+
+
+def open_book(url: str) -> Book:
+    """The store at a path or URL; ``~`` is the home folder."""
+    return Book(str(Path(url).expanduser()) if url.startswith("~") else url)
+
+
+def _schedule(name: str) -> str:
+    return f"schedules/{name}.json"
+
+
+def _running(name: str) -> str:
+    return f"running/{name}.json"
+
+
+def _stem(night: Night) -> str:
+    return f"{night.schedule}/{night.due:%Y%m%dT%H%M%SZ}-{night.attempt:02d}"

@@ -1,0 +1,156 @@
+"""The process of a night: started, watched, and stopped when it has to be."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+from jobs.schedule.records import Outcome, Schedule
+from pipeline.errors import StorageError
+
+# Seconds that a night has to end by itself once it was told to.
+STOP_S = 60.0
+CHECK_S = 15.0
+_TAIL_BYTES = 8192
+_TAIL_LINES = 10
+_LONGEST_LINE = 300
+_OUTCOMES: dict[int | None, Outcome] = {0: "done", 2: "bad input", 3: "held back"}
+# Colours and cursor moves, and whatever else a terminal would obey.
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Clock:
+    """The time, and waiting that a signal or the end of a process cuts short.
+
+    Attributes:
+        stopped: whether the runner was told to stop.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        # Unlike an event it may be used by a signal handler in whatever this thread is doing.
+        self._events: SimpleQueue[None] = SimpleQueue()
+
+    def now(self) -> datetime:
+        """The time, in UTC."""
+        return datetime.now(UTC)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something happens, at most so long."""
+        with suppress(Empty):
+            self._events.get(timeout=max(0.0, seconds))
+
+    def wake(self) -> None:
+        """End the wait that is going on, or the next one."""
+        self._events.put(None)
+
+    def stop(self) -> None:
+        """Tell the runner to stop."""
+        self.stopped = True
+        self.wake()
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT as the word to stop."""
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, lambda *_: self.stop()) for number in signals]
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
+
+
+def refresh_command(schedule: Schedule) -> list[str]:
+    """What a night runs: ``pmet refresh``, by this interpreter, whatever lies in the folder."""
+    return [sys.executable, "-P", "-m", "jobs", "refresh", schedule.refresh]
+
+
+def run_night(
+    command: Sequence[str],
+    *,
+    directory: str | None,
+    output: Path,
+    clock: Clock,
+    check: Callable[[], None],
+    stop_s: float = STOP_S,
+) -> int:
+    """Run a command to its end, or until the clock is stopped.
+
+    Args:
+        command: program and arguments; no shell reads them.
+        directory: where it runs; None: here.
+        output: file for what it prints.
+        clock: its ``stopped`` ends the command, with SIGTERM first.
+        check: called every quarter of a minute; what it raises ends the command, too, but for
+            ``StorageError``: that the store is out of reach for a while ends no night.
+        stop_s: seconds from SIGTERM to SIGKILL.
+
+    Returns:
+        Its exit status, or minus the signal that ended it.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    tied = [sys.executable, "-P", "-m", "jobs.schedule.tied", str(os.getpid()), *command]
+    with output.open("wb") as file:
+        # A session of its own: Ctrl-C reaches the runner, and the runner tells the night.
+        process = subprocess.Popen(
+            tied,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    watch = Thread(target=_wake_at_end, args=(process, clock), name="night", daemon=True)
+    watch.start()
+    try:
+        while process.poll() is None and not clock.stopped:
+            clock.wait(CHECK_S)
+            with suppress(StorageError):
+                check()
+    finally:
+        if process.poll() is None:
+            _stop(process, stop_s)
+    return process.returncode
+
+
+def outcome_of(exit_status: int) -> Outcome:
+    """What an exit status of ``pmet refresh`` says."""
+    return _OUTCOMES.get(exit_status, "failed")
+
+
+def last_lines(file: Path) -> tuple[str, ...]:
+    """The last lines of a night's output, as text that a terminal can show."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+        text = _CONTROL.sub("", stream.read().decode(errors="replace"))
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return tuple(line[:_LONGEST_LINE] for line in lines[-_TAIL_LINES:])
+
+
+def _wake_at_end(process: subprocess.Popen[bytes], clock: Clock) -> None:
+    process.wait()
+    clock.wake()
+
+
+def _stop(process: subprocess.Popen[bytes], stop_s: float) -> None:
+    process.terminate()
+    try:
+        process.wait(stop_s)
+    except subprocess.TimeoutExpired:
+        # With whatever it has started: the night leads a group of processes.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
