@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import dump_job
-from pipeline.plan import Plan
-from pipeline.run import RunResult
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+    from pipeline.run import RunResult
 
 SHOWN_REJECTIONS = 10
 

@@ -23,12 +23,13 @@ from pipeline.lease import FOLDER as LEASE
 from pipeline.store import TEMPORARY_SUFFIX, Store
 
 STATUS = "run.json"
+MODEL = "model"
 _OWN = (
     "context_templates.json",
     "delta",
     "job.yaml",
     "metrics.json",
-    "model",
+    MODEL,
     "records",
     "rejected.parquet",
     "report.html",

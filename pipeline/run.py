@@ -12,7 +12,7 @@ from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
 from pipeline.errors import StorageError
-from pipeline.folder import RunFolder
+from pipeline.folder import MODEL, RunFolder
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.plan import Plan, make_plan
@@ -22,7 +22,6 @@ from pipeline.results import answered, gate_outcomes, model_metrics, results_tab
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
-    MODEL,
     Context,
     FoundTargets,
     Measurement,

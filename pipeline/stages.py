@@ -22,7 +22,7 @@ from pipeline.checkpoint import publish
 from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
-from pipeline.folder import RunFolder
+from pipeline.folder import MODEL, RunFolder
 from pipeline.measurement_store import MeasurementStore, perplexity_key, request_key
 from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
@@ -36,7 +36,6 @@ from pipeline.store import Store, localized
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
-MODEL = "model"
 # The model card: written at the end, over what the base has under this name.
 CARD = "README.md"
 PERPLEXITY_TEXTS = 256

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.errors import FactDumpError, RunFolderError, StorageError
-from pipeline.stages import MODEL
+from pipeline.folder import MODEL
 from pipeline.store import Store
 from pmet.errors import PMETError
 

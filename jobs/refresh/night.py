@@ -37,12 +37,11 @@ from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requ
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
-from pipeline.folder import STATUS
+from pipeline.folder import MODEL, STATUS
 from pipeline.lease import Lease
 from pipeline.plan import Plan, default_cache, make_plan
 from pipeline.progress import Progress
 from pipeline.run import NO_TARGET, RunResult, run_plan
-from pipeline.stages import MODEL
 from pmet.errors import PMETError
 
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 from rich.console import Console
@@ -13,9 +13,11 @@ from rich.text import Text
 from jobs.facts.check import shown
 from jobs.refresh.home import LEDGER, Home, Retraction, path
 from jobs.refresh.ledger import Change
-from jobs.refresh.night import Preview, Refreshed
 from jobs.views import percent
 from pipeline.errors import FactDumpError, RunFolderError
+
+if TYPE_CHECKING:
+    from jobs.refresh.night import Preview, Refreshed
 
 STATES = ("live", "quarantined", "rejected", "retracted")
 KINDS = (
@@ -68,16 +70,16 @@ def show_preview(preview: Preview, console: Console) -> None:
 
 
 def show_versions(home: Home, console: Console) -> None:
-    """Print a row a version."""
+    """Print a row a version, by its number."""
     current = home.current()
-    table = Table("version", "date", "", "facts", "changes", "efficacy", "specificity", "model")
+    table = Table("", "date", "", "live", "changes", "efficacy", "specificity", "model", box=None)
     for version in home.versions():
         night = home.night(version)
         after = (night.get("metrics") or {}).get("after", {})
         in_use = current is not None and current.version == version
         table.add_row(
             f"{version}",
-            night.get("date", "–"),
+            Text(night.get("date", "–"), no_wrap=True),
             "in use" if in_use else night.get("status", "not begun"),
             f"{night.get('ledger', {}).get('live', '–')}",
             _counts(night.get("changes", {}), KINDS),
