@@ -57,6 +57,7 @@ CountOrNull = Annotated[_Count | None, _allowed("a whole number, 1 or more, or n
 Seed = Annotated[int, Field(ge=0, lt=2**32), _allowed("a whole number from 0 to 4294967295")]
 GPUs = Annotated[_FromZero, _allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], _allowed("none or cpu")]
+SharedKeys = Annotated[Literal["joint", "mean"], _allowed("joint or mean")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], _allowed("auto, float32 or bfloat16")]
 Minimum = Annotated[_Fraction | None, _allowed("a fraction from 0 to 1, or null")]
 Maximum = Annotated[_FromZero | None, _allowed("a number, 0 or more, or null")]
@@ -86,6 +87,12 @@ class TargetsConfig(_Section):
         default="auto",
         description="Of weights and activations while targets are computed; auto: float32 on a "
         "CPU, as stored on a GPU. Free vectors, losses and optimiser are float32 in any case.",
+    )
+    shared_keys: SharedKeys = Field(
+        default="joint",
+        description="Targets of requests with one subject and the same text in front of it, which "
+        "have one key; joint: one for all of them, mean: one each, whose mean is written, as "
+        "published.",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
@@ -222,7 +229,7 @@ class JobConfig(_Section):
                 "corpus": True,
                 "context_templates": True,
                 "seed": True,
-                "targets": {"batch_size", "dtype", "shard_size"},
+                "targets": {"batch_size", "dtype", "shard_size", "shared_keys"},
                 "update": {"shard_size"},
             },
         )
