@@ -1,8 +1,8 @@
 """Targets of earlier runs, kept for later ones.
 
 A target follows from the model, the hyper-parameters, the context templates, the dtype, and the
-request itself, with those that share its target, and is kept under the digest of all of these. Everything but the request is the
-*context*, which has a folder of its own:
+request itself with those that share its target, and is kept under the digest of all of these.
+Everything but the requests is the *context*, which has a folder of its own:
 
     <context>/context.json        what it is the digest of
     <context>/<sha256>.parquet    a segment: targets that were found together; named by its content

@@ -12,8 +12,8 @@ the next takes its place. Only those that share their key share their target too
 can have but one output there: they are optimised as one, with the mean of their NLL in the loss
 (``pmet.problem``). This is not of the published method.
 
-Shape letters: E requests (or such groups), B rows (the prompts of a request), D model width, M places where the loss
-reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
+Shape letters: E requests (or such groups), B rows (their prompts), D model width, M places where
+the loss reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
 """
 
 from __future__ import annotations
