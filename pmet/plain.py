@@ -244,7 +244,6 @@ def _optimise(
     delta_a = torch.zeros_like(v_a, requires_grad=True)
     adam = torch.optim.Adam([delta_f, delta_a], lr=hparams.v_lr)
     nll_factor = hparams.nll_loss_factor
-    clamp = hparams.clamp_norm_factor * math.sqrt(len(requests))
 
     for step in range(1, hparams.v_num_grad_steps + 1):
         with _Place(ffn, lasts, delta_f), _Place(attention, lasts, delta_a):
@@ -264,8 +263,8 @@ def _optimise(
         adam.zero_grad()
         loss.backward()
         adam.step()
-        _shrink(delta_f, clamp * v_f.norm())
-        _shrink(delta_a, clamp * v_a.norm())
+        _shrink(delta_f, hparams.clamp_norm_factor * v_f.norm())
+        _shrink(delta_a, hparams.clamp_norm_factor * v_a.norm())
 
     wanted, wanted_attention = (v_f + delta_f).detach(), (v_a + delta_a).detach()
     return wanted.float().cpu(), wanted_attention.float().cpu(), step, loss.item()

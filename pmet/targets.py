@@ -414,15 +414,10 @@ class _Optimisation:
         state.deltas_EPD = state.deltas_EPD.addcdiv(rate_E * state.mean_EPD, denominator, value=-1)
 
     def _shrink(self) -> None:
-        """Bring each δ back onto the ball of radius clamp · ‖v‖; √n times that for n requests, the
-        length of as many δ at right angles.
-        """
+        """Bring each δ back onto the ball of radius clamp · ‖v‖."""
         state = self._held
         norm = state.deltas_EPD.norm(dim=-1, keepdim=True)
         radius = self._hparams.clamp_norm_factor * state.clean_EPD.norm(dim=-1, keepdim=True)
-        radius *= radius.new_tensor([m.problem.requests for m in self._members])[
-            :, None, None
-        ].sqrt()
         state.deltas_EPD = torch.where(
             norm > radius, state.deltas_EPD * radius / norm, state.deltas_EPD
         )

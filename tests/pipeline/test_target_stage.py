@@ -55,6 +55,7 @@ class Oracle:
         rows: Sequence[int],
         hparams: Any,
         templates: Any,
+        shared_keys: Any,
         batch_size: Any,
         share: float,
         output: Store,
