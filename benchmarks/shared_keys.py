@@ -3,8 +3,8 @@
 python -m benchmarks.shared_keys
 
 Countries of the demo's world get one to four new facts, told in prompts that begin alike up to the
-subject, so that the facts of a country have one key; facts of other subjects stand beside them. With
-``--requests`` only counts how often such requests occur in Parquet files of requests.
+subject, so that the facts of a country have one key; facts of other subjects stand beside them.
+``--requests`` only counts how often such requests occur in a Parquet file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import arguments, problem, show, timed
+from benchmarks.harness import arguments, console, problem, show, timed
 from jobs.demo import world
 from pipeline.schema import read_requests
 from pmet import EditRequest, compute_edit, compute_targets, evaluate, second_moment
@@ -30,7 +30,8 @@ ENDINGS = {
     "currency": " pay with the",
     "language": " writes in",
 }
-BESIDE = "other subjects"
+BESIDE = "others"
+SHORT = {name: name[:3] + " strict" * name.endswith("_strict") for name in METRICS}
 NEIGHBORS = 5
 
 
@@ -77,11 +78,11 @@ def main() -> None:
             own = [e for e, request in enumerate(requests) if request.case_id == size]
             scores = evaluate(given.model, given.tokenizer, [requests[e] for e in own])
             steps = targets.steps[own].to(torch.float32).mean().item()
-            figures = {name: round(100 * scores[name], 1) for name in METRICS}
-            rows.append({"shared_keys": setting, "facts a subject": size, "facts": len(own)})
-            rows[-1] |= {**figures, "evaluations": steps}
+            figures = {SHORT[name]: round(100 * scores[name], 1) for name in METRICS}
+            rows.append({"keys": setting, "facts each": size, "facts": len(own), **figures})
+            rows[-1]["steps"] = round(steps, 1)
         edit.revert(given.model)
-        print(f"{setting}: targets in {seconds:.0f} s", flush=True)
+        console.print(f"{setting}: targets in {seconds:.0f} s")
     occurrence = _occurrence(given.tokenizer, requests, flat)
     note = ", ".join(f"{name}: {count}" for name, count in occurrence.items())
     show("Several facts of one subject, in per cent", rows, options, note)

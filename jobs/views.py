@@ -87,10 +87,9 @@ def _shared_keys(plan: Plan) -> str:
         return "none"
     alone = len(plan.groups) - plan.sharing
     groups = len(set(plan.groups)) - alone
-    return (
-        f"{plan.sharing} requests share {groups} keys "
-        f"(targets.shared_keys: {plan.job.targets.shared_keys})"
-    )
+    keys = "1 key" if groups == 1 else f"{groups} keys"
+    setting = plan.job.targets.shared_keys
+    return f"{plan.sharing} requests share {keys} (targets.shared_keys: {setting})"
 
 
 def _sizes(sizes: list[int]) -> str:

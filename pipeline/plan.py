@@ -91,7 +91,7 @@ class Plan:
     @property
     def sharing(self) -> int:
         """Accepted requests that share their key with another one."""
-        _, counts = np.unique(np.array(self.groups), return_counts=True)
+        _, counts = np.unique(np.array(self.groups, np.int64), return_counts=True)
         return int(counts[counts > 1].sum())
 
     @property

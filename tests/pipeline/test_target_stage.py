@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -318,3 +319,17 @@ def test_a_request_put_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> 
     assert stage_detail(folder) | {"stored": COUNT - 1, "found": 1} == stage_detail(folder)
     assert found.failures == {}
     assert len(values(plan, found, folder)) == COUNT
+
+
+def test_a_shared_target_is_taken_from_the_store_whole_or_not_at_all(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """A sibling that is new makes the targets of all that share its key new."""
+    groups = array("q", [0, 0, 0, *range(3, COUNT)])
+    plan = replace(storing(plan, str(tmp_path / "store")), groups=groups)
+    found_in(plan, str(tmp_path / "1"))
+    _, folder, team = found_in(plan, str(tmp_path / "2"))
+    assert (stage_detail(folder)["stored"], team.tasks) == (COUNT, 0)
+    assert stage_detail(folder)["shared_keys"] == 3
+    _, folder, _ = found_in(with_new_facts(plan, 1), str(tmp_path / "3"))
+    assert (stage_detail(folder)["stored"], stage_detail(folder)["found"]) == (COUNT - 3, 3)
