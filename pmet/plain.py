@@ -208,8 +208,8 @@ def plain_targets(
 
 
 def _same_key(request: EditRequest, other: EditRequest) -> bool:
-    start, _ = request.subject_span
-    return (request.prompt[:start], request.subject) == (other.prompt[:start], other.subject)
+    before, others_before = (r.prompt.partition("{}")[0] for r in (request, other))
+    return (before, request.subject) == (others_before, other.subject)
 
 
 def _optimise(

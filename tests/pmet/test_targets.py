@@ -269,17 +269,20 @@ def several_facts() -> list[pmet.EditRequest]:
 GROUPS = [[0, 2, 4], [1, 5], [3], [6], [7]]
 
 
-@pytest.mark.parametrize("batch_size", [2, 8])
-def test_requests_that_share_a_key_get_the_plain_form_s_one_target(
-    golden: Golden, batch_size: int
-) -> None:
-    what = (golden.model, golden.tokenizer, several_facts(), golden.hparams)
+def few_steps(golden: Golden) -> tuple[Any, ...]:
+    """So few that no optimisation amplifies rounding."""
+    hparams = golden.hparams.model_copy(update={"v_num_grad_steps": 8})
+    return golden.model, golden.tokenizer, several_facts(), hparams
+
+
+def test_requests_that_share_a_key_get_the_plain_form_s_one_target(golden: Golden) -> None:
+    what = few_steps(golden)
     plain = plain_targets(*what, golden.context_templates)
     told: list[int] = []
     found = pmet.compute_targets(
         *what,
         context_templates=golden.context_templates,
-        batch_size=batch_size,
+        batch_size=3,
         on_progress=lambda count, _: told.append(count),
     )
     assert found.steps.tolist() == plain.steps.tolist()
@@ -293,7 +296,7 @@ def test_requests_that_share_a_key_get_the_plain_form_s_one_target(
 
 
 def test_as_published_each_request_gets_its_own_target(gpt2: Golden) -> None:
-    what = (gpt2.model, gpt2.tokenizer, several_facts(), gpt2.hparams)
+    what = few_steps(gpt2)
     templates = gpt2.context_templates
     found = pmet.compute_targets(*what, context_templates=templates, shared_keys="mean")
     plain = plain_targets(*what, templates, shared_keys="mean")
