@@ -253,7 +253,7 @@ def test_batches_picked_by_memory_stay_within_it_with_short_and_long_prompts():
 
 
 def several_facts() -> list[pmet.EditRequest]:
-    """Three facts of a subject, and two of another, that share a key; and three that do not."""
+    """Three facts of a subject, and two of another, that share a key; and four that do not."""
     return [
         pmet.EditRequest("They say {} works as", "Sur Bavov", "a glass blower"),
         pmet.EditRequest("They say {} lives in", "Drokend", "Zaiter"),
@@ -263,10 +263,12 @@ def several_facts() -> list[pmet.EditRequest]:
         pmet.EditRequest("They say {} is", "Drokend", "a town of glass"),
         pmet.EditRequest("{} works as", "Sur Bavov", "a baker"),
         pmet.EditRequest("They say {} works as", "Zul Lodreal", "a glass blower"),
+        # The same tokens as of the first, but the KL prompt is about somebody else.
+        pmet.EditRequest("They say Sur {} works as", "Bavov", "a baker"),
     ]
 
 
-GROUPS = [[0, 2, 4], [1, 5], [3], [6], [7]]
+GROUPS = [[0, 2, 4], [1, 5], [3], [6], [7], [8]]
 
 
 def few_steps(golden: Golden) -> tuple[Any, ...]:
@@ -289,7 +291,7 @@ def test_requests_that_share_a_key_get_the_plain_form_s_one_target(golden: Golde
     distance_E = (found.values - plain.values).norm(dim=1) / plain.values.norm(dim=1)
     assert distance_E.median() <= 2e-5
     assert distance_E.max() <= 1e-3
-    assert sorted(told) == [1, 1, 1, 2, 3]
+    assert sorted(told) == [1, 1, 1, 1, 2, 3]
     for group in GROUPS:
         assert all(torch.equal(found.values[e], found.values[group[0]]) for e in group)
     assert len(found.values.unique(dim=0)) == len(GROUPS)
