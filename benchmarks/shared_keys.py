@@ -78,7 +78,7 @@ def main() -> None:
             own = [e for e, request in enumerate(requests) if request.case_id == size]
             scores = evaluate(given.model, given.tokenizer, [requests[e] for e in own])
             steps = targets.steps[own].to(torch.float32).mean().item()
-            figures = {SHORT[name]: round(100 * scores[name], 1) for name in METRICS}
+            figures = {SHORT[name]: _per_cent(scores[name]) for name in METRICS}
             rows.append({"keys": setting, "facts each": size, "facts": len(own), **figures})
             rows[-1]["steps"] = round(steps, 1)
         edit.revert(given.model)
@@ -128,6 +128,10 @@ def beside(count: int) -> list[EditRequest]:
     rows = [row for row in world.requests(count=250) if row["subject"] not in about]
     rows = [{k: v for k, v in row.items() if k != "relation"} for row in rows[:count]]
     return [EditRequest(**row | {"case_id": BESIDE}) for row in rows]
+
+
+def _per_cent(share: float | None) -> float | str:
+    return "–" if share is None else round(100 * share, 1)
 
 
 def _occurrence(
