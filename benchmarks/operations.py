@@ -75,7 +75,7 @@ def needed(
             once += own * (sum(layer.all for layer in layers[:-1]) + layers[-1].before)
             once += pair * depth * sum(shared[number] + i + 1 for i in range(own))
             once += suffix * sum(layer.all for layer in layers[: z + 1]) + pair * (z + 1) * pairs
-            read = len(problem.target) if number < len(problem.contexts) else 0
+            read = len(problem.answers[number]) if number < len(problem.contexts) else 0
             read += problem.kl_row == number
             each += layers[z].ffn + read * head
             each += suffix * sum(layer.all for layer in layers[z + 1 : -1])

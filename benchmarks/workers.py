@@ -39,6 +39,7 @@ def main() -> None:
                             list(range(len(given.requests)))[start : start + options.shard_size],
                             given.hparams,
                             given.templates,
+                            "joint",
                             None,
                             1.0,
                             Store(folder),

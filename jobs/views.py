@@ -79,6 +79,7 @@ def _facts(plan: Plan) -> dict[str, str]:
     corpus = plan.corpus
     return {
         "requests": f"{count} to edit, {len(plan.table.rejected)} rejected",
+        "shared keys": _shared_keys(plan),
         "target shards": _sizes(list(map(len, plan.target_shards))),
         "update shards": _sizes(list(map(len, plan.update_shards))),
         "batch size": str(plan.batch_size or "auto"),
@@ -89,6 +90,18 @@ def _facts(plan: Plan) -> dict[str, str]:
     }
 
 
+def _shared_keys(plan: Plan) -> str:
+    if not plan.sharing:
+        return "none"
+    alone = len(plan.groups) - plan.sharing
+    groups = len(set(plan.groups)) - alone
+    keys = "1 key" if groups == 1 else f"{groups} keys"
+    setting = plan.job.targets.shared_keys
+    return f"{plan.sharing} requests share {keys} (targets.shared_keys: {setting})"
+
+
 def _sizes(sizes: list[int]) -> str:
+    if any(size != sizes[0] for size in sizes[:-1]):
+        return f"{len(sizes)} of {min(sizes)} to {max(sizes)}"
     last = "" if sizes[-1] == sizes[0] else f", the last of {sizes[-1]}"
     return f"{len(sizes)} of {sizes[0]}{last}"

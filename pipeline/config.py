@@ -63,6 +63,7 @@ Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
 GPUs = Annotated[_FromZero, allowed("a number, 0 or more")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
+SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
 SecondsOrNull = Annotated[
     Annotated[float, Field(gt=0)] | None, allowed("a number of seconds above 0, or null")
@@ -100,6 +101,12 @@ class TargetsConfig(Section):
         default="auto",
         description="Of weights and activations while targets are computed; auto: float32 on a "
         "CPU, as stored on a GPU. Free vectors, losses and optimiser are float32 in any case.",
+    )
+    shared_keys: SharedKeys = Field(
+        default="joint",
+        description="Targets of requests with one subject and the same text in front of it, which "
+        "have one key; joint: one for all of them, mean: one each, whose mean is written, as "
+        "published.",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
@@ -260,7 +267,7 @@ class JobConfig(EditSettings, _Places):
                 "context_templates": True,
                 "seed": True,
                 "skip_known": True,
-                "targets": {"batch_size", "dtype", "shard_size"},
+                "targets": {"batch_size", "dtype", "shard_size", "shared_keys"},
                 "update": {"shard_size"},
             },
         )

@@ -31,10 +31,12 @@ class Piece:
     Attributes:
         shard: the shard.
         places: their places among the accepted requests.
+        groups: the group of each of them, where those of a group belong together.
     """
 
     shard: Shard
     places: tuple[int, ...]
+    groups: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         first, last = self.places[0], self.places[-1]
@@ -50,11 +52,16 @@ class Piece:
         return SINGLE_ATTEMPTS if len(self.places) == 1 else GROUP_ATTEMPTS
 
     def halves(self) -> tuple[Piece, Piece]:
-        """Both halves, in order; a single request has none."""
-        middle = len(self.places) // 2
+        """Both halves, in order; a single request has none.
+
+        A group is only cut where there is nothing else.
+        """
+        count = len(self.places)
+        cuts = [i for i in range(1, count) if self.groups[i - 1 : i] != self.groups[i : i + 1]]
+        middle = min(cuts or range(1, count), key=lambda cut: abs(cut - count // 2))
         return (
-            Piece(self.shard, self.places[:middle]),
-            Piece(self.shard, self.places[middle:]),
+            Piece(self.shard, self.places[:middle], self.groups[:middle]),
+            Piece(self.shard, self.places[middle:], self.groups[middle:]),
         )
 
 

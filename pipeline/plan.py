@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Plan:
         hparams: the hyper-parameters.
         templates: context templates, if a file names them.
         table: the input rows, and which of them can be edited.
+        groups: for each accepted request the number of those that share its key. Where they get one
+            target, they follow each other and are in one target shard.
         corpus: ordinary text for second moments and perplexity; None where the job names none.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
@@ -70,6 +73,7 @@ class Plan:
     hparams: PMETHyperParams
     templates: list[list[str]] | None
     table: RequestTable
+    groups: array[int]
     corpus: Corpus | None
     target_shards: list[Shard]
     update_shards: list[Shard]
@@ -80,6 +84,18 @@ class Plan:
     def base(self) -> ModelSource:
         """The unedited model, for the workers."""
         return ModelSource(str(self.checkpoint.folder), self.job.targets.gpus_per_worker > 0)
+
+    @property
+    def together(self) -> Sequence[int]:
+        """For each accepted request a number: those of the same number get one target."""
+        joint = self.job.targets.shared_keys == "joint"
+        return self.groups if joint else range(len(self.groups))
+
+    @property
+    def sharing(self) -> int:
+        """Accepted requests that share their key with another one."""
+        _, counts = np.unique(np.array(self.groups, np.int64), return_counts=True)
+        return int(counts[counts > 1].sum())
 
     @property
     def target_source(self) -> ModelSource:
@@ -106,7 +122,10 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     prefix = getattr(skeleton, "base_model_prefix", "")
     stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
     templates = _templates(job)
-    table = _fitting(read_requests(job.requests), tokenizer, skeleton.config, templates)
+    joint = job.targets.shared_keys == "joint"
+    table, groups = _fitting(
+        read_requests(job.requests), tokenizer, skeleton.config, templates, joint=joint
+    )
     count = len(table.requests)
     if not count:
         reasons = "; ".join(r.reason for r in table.rejected[:3]) or "the files are empty"
@@ -127,8 +146,11 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         hparams=hparams,
         templates=templates,
         table=table,
+        groups=groups,
         corpus=corpus,
-        target_shards=plan_shards(count, shard_size(count, job.targets.shard_size)),
+        target_shards=plan_shards(
+            count, shard_size(count, job.targets.shard_size), groups if joint else None
+        ),
         update_shards=plan_shards(count, shard_size(count, job.update.shard_size)),
         batch_size=None if batch_size == "auto" else batch_size,
         digests={
@@ -212,13 +234,19 @@ def _templates(job: JobConfig) -> list[list[str]] | None:
 
 
 def _fitting(
-    table: RequestTable, tokenizer: Any, config: Any, templates: list[list[str]] | None
-) -> RequestTable:
+    table: RequestTable,
+    tokenizer: Any,
+    config: Any,
+    templates: list[list[str]] | None,
+    *,
+    joint: bool,
+) -> tuple[RequestTable, array[int]]:
     """Set aside the requests that the model cannot read whole, or whose subject has no token.
 
     The others are put in order of length: a shard then holds requests of like length, which share
     little padding; and the longest come first, so that what memory or patience does not hold is
-    known early, and workers finish at about the same time.
+    known early, and workers finish at about the same time. Requests with one key, whose group is
+    told, take the place of the longest of them where they get a ``joint`` target.
     """
     limit = context_length(config)
     # Generated prefixes are not known yet: room is left for them.
@@ -226,6 +254,8 @@ def _fitting(
     bare = [t for group in templates or [["{}"]] for t in group]
     fitting = array("q")  # places among the accepted requests
     shapes = array("q")
+    first: dict[bytes, int] = {}  # of those that fit, by what decides the key
+    firsts = array("q")
     rejected = list(table.rejected)
     for place, request in enumerate(table.requests):
         try:
@@ -235,12 +265,22 @@ def _fitting(
         except RequestError as error:
             rejected.append(Rejection(table.rows[place], str(error)))
         else:
+            # A digest: the tokens of all requests would take a multiple of the memory.
+            key = hashlib.sha256(repr(problem.key_tokens).encode()).digest()
+            firsts.append(first.setdefault(key, len(fitting)))
             fitting.append(place)
             shapes.extend(problem.shape)
+    groups_E = np.array(firsts)
     shapes_E2 = np.array(shapes).reshape(-1, 2)
-    order = np.lexsort((-shapes_E2[:, 1], -shapes_E2[:, 0]))
+    if joint:
+        longest_E2 = shapes_E2.copy()
+        np.maximum.at(longest_E2, groups_E, shapes_E2)
+        shapes_E2 = longest_E2[groups_E]
+    by_group = groups_E if joint else np.arange(len(groups_E))
+    order = np.lexsort((by_group, -shapes_E2[:, 1], -shapes_E2[:, 0]))
     rejected.sort(key=lambda r: r.row)
-    return table.chosen([fitting[i] for i in order.tolist()], rejected)
+    chosen = table.chosen([fitting[i] for i in order.tolist()], rejected)
+    return chosen, array("q", groups_E[order].tolist())
 
 
 def _check_characters(request: EditRequest, limit: int | None) -> None:

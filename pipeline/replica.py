@@ -21,7 +21,7 @@ from pmet import contexts, metrics, second_moment
 from pmet.budget import free_memory
 from pmet.contexts import ContextTemplates
 from pmet.hparams import PMETHyperParams
-from pmet.request import EditRequest
+from pmet.request import EditRequest, SharedKeys
 from pmet.targets import compute_targets
 
 
@@ -150,6 +150,7 @@ class Replica:
         rows: Sequence[int],
         hparams: PMETHyperParams,
         templates: ContextTemplates,
+        shared_keys: SharedKeys,
         batch_size: int | None,
         share: float,
         output: Store,
@@ -167,6 +168,7 @@ class Replica:
             requests,
             hparams,
             context_templates=templates,
+            shared_keys=shared_keys,
             batch_size=batch_size,
             memory=int(free_memory(self._model.device) * share),
         )

@@ -5,6 +5,7 @@ They follow from the job alone, so that who computes a shard never changes what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -31,15 +32,26 @@ class Shard:
         return self.stop - self.start
 
 
-def plan_shards(count: int, shard_size: int) -> list[Shard]:
+def plan_shards(count: int, shard_size: int, groups: Sequence[int] | None = None) -> list[Shard]:
     """Cut ``count`` rows into shards of ``shard_size`` rows; the last one may be short.
+
+    Args:
+        count: of rows.
+        shard_size: rows in a shard.
+        groups: the group of each row, where no group may be cut: a shard is then longer by what is
+            left of its last one. A group's rows follow each other.
 
     Raises:
         ValueError: ``count`` is negative or ``shard_size`` is not positive.
     """
     if count < 0 or shard_size < 1:
         raise ValueError(f"cannot cut {count} rows into shards of {shard_size}")
-    starts = range(0, count, shard_size)
-    return [
-        Shard(index, start, min(start + shard_size, count)) for index, start in enumerate(starts)
-    ]
+    shards: list[Shard] = []
+    start = 0
+    while start < count:
+        stop = min(start + shard_size, count)
+        while groups and stop < count and groups[stop] == groups[stop - 1]:
+            stop += 1
+        shards.append(Shard(len(shards), start, stop))
+        start = stop
+    return shards

@@ -54,6 +54,7 @@ def find_targets(
     with run.stage("targets", len(plan.table.requests)) as (bar, detail):
         bar.advance(len(plan.table.requests) - sum(map(len, todo)))
         detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo)}
+        detail["shared_keys"] = plan.sharing
         detail |= {"early": 0, "found": 0, "isolated": isolated}
         if todo:
             _Search(run, templates, found, bar, detail).complete(todo)
@@ -95,7 +96,7 @@ class _Search:
         if self._kept is not None:
             self._take_stored(self._kept)
         works = self._works.values()
-        pieces = [Piece(work.shard, tuple(sorted(work.missing))) for work in works]
+        pieces = [self._piece(work) for work in works]
         failed = self._compute(pieces) if pieces else {}
         if failed:
             _refuse_if_storage_fails(failed)
@@ -110,14 +111,29 @@ class _Search:
         for work in list(self._works.values()):
             self._settle(work, [p for p in work.missing if rows[p] in self._found.known])
 
+    def _piece(self, work: _Work) -> Piece:
+        places = tuple(sorted(work.missing))
+        return Piece(work.shard, places, self._groups(places))
+
+    def _groups(self, places: Sequence[int]) -> tuple[int, ...]:
+        together = self._run.plan.together
+        return tuple(together[place] for place in places)
+
     def _take_stored(self, kept: TargetStore) -> None:
         """Take the targets that earlier runs have found; what is left is to be computed."""
         self._detail["stored"] = 0
         table, works = self._run.plan.table, list(self._works.values())
-        keys = {p: kept.key(table.requests[p]) for work in works for p in work.missing}
+        keys: dict[int, str] = {}
+        for work in works:
+            places = sorted(work.missing)
+            requests = [table.requests[place] for place in places]
+            keys |= zip(places, kept.keys(requests, self._groups(places)), strict=True)
+        together = self._run.plan.together
         with kept.lookup(list(keys.values())) as stored:
             for work in works:
-                there = [place for place in sorted(work.missing) if keys[place] in stored]
+                # A group is computed whole, or not at all.
+                lacking = {together[p] for p in work.missing if keys[p] not in stored}
+                there = [place for place in sorted(work.missing) if together[place] not in lacking]
                 if there:
                     rows = [table.rows[place] for place in there]
                     arrays = stored.arrays([keys[place] for place in there], rows)
@@ -155,6 +171,7 @@ class _Search:
             [plan.table.rows[place] for place in piece.places],
             plan.hparams,
             self._templates,
+            plan.job.targets.shared_keys,
             plan.batch_size,
             min(1.0, plan.job.targets.gpus_per_worker or 1.0),
             self._run.store,
@@ -165,7 +182,8 @@ class _Search:
         work = self._works[piece.shard.index]
         if self._kept is not None:
             requests = [self._run.plan.table.requests[place] for place in piece.places]
-            self._kept.write(requests, read_targets(self._run.store.read_table(summary.file)))
+            found = read_targets(self._run.store.read_table(summary.file))
+            self._kept.write(requests, found, piece.groups)
         work.parts.append(summary)
         self._detail["early"] += summary.early
         self._detail["found"] += summary.count

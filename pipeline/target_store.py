@@ -1,8 +1,8 @@
 """Targets of earlier runs, kept for later ones.
 
 A target follows from the model, the hyper-parameters, the context templates, the dtype, and the
-request itself, and is kept under the digest of all of these. Everything but the request is the
-*context*, which has a folder of its own:
+request itself with those that share its target, and is kept under the digest of all of these.
+Everything but the requests is the *context*, which has a folder of its own:
 
     <context>/context.json        what it is the digest of
     <context>/<sha256>.parquet    a segment: targets that were found together; named by its content
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,12 +126,35 @@ class TargetStore:
         """SHA-256 of the context, the name of its folder."""
         return _sha256(self.context)
 
-    def key(self, request: EditRequest) -> str:
-        """SHA-256 of all that a request's target depends on."""
-        return _sha256([self.digest, request.prompt, request.subject, request.target_new])
+    def key(self, request: EditRequest, group: Sequence[EditRequest] = ()) -> str:
+        """SHA-256 of all that a request's target depends on.
 
-    def write(self, requests: Sequence[EditRequest], arrays: TargetArrays) -> None:
-        """Keep targets (E, D); what is not finite is left out.
+        Args:
+            request: whose target it is.
+            group: those that get one target together, ``request`` among them; else none.
+        """
+        return _sha256([self.digest, *_asked(request), *sorted(map(_asked, group))])
+
+    def keys(self, requests: Sequence[EditRequest], groups: Sequence[int]) -> list[str]:
+        """The keys of requests that are computed together, those of one group for one target."""
+        by_group: dict[int, list[EditRequest]] = defaultdict(list)
+        for request, group in zip(requests, groups, strict=True):
+            by_group[group].append(request)
+        alone = {group for group, some in by_group.items() if len(some) == 1}
+        return [
+            self.key(request, () if group in alone else by_group[group])
+            for request, group in zip(requests, groups, strict=True)
+        ]
+
+    def write(
+        self,
+        requests: Sequence[EditRequest],
+        arrays: TargetArrays,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        """Keep targets (E, D) of requests that were computed together, in ``groups`` if any.
+
+        What is not finite is left out.
 
         Raises:
             StorageError: the store cannot be written.
@@ -141,7 +165,8 @@ class TargetStore:
         table = targets_table(
             finite, arrays.values[finite], arrays.steps[finite], arrays.losses[finite]
         )
-        keys = pa.array([self.key(requests[place]) for place in finite], pa.string())
+        all_keys = self.keys(requests, groups or range(len(requests)))
+        keys = pa.array([all_keys[place] for place in finite], pa.string())
         table = table.set_column(0, _KEY, keys)
         sink = BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -220,6 +245,10 @@ def _dtype(plan: Plan) -> str:
         return source.dtype
     stored = plan.stored[plan.hparams.target_layer].dtype
     return str(stored if source.on_gpu else torch.float32).removeprefix("torch.")
+
+
+def _asked(request: EditRequest) -> list[str]:
+    return [request.prompt, request.subject, request.target_new]
 
 
 def _sha256(value: Any) -> str:

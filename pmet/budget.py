@@ -55,7 +55,7 @@ class Footprint:
         """Bytes at the worst moment of a batch of ``problems``, of which ``new`` come in now."""
         suffix, prefix = (max(sizes) for sizes in zip(*(p.shape for p in problems), strict=True))
         rows = sum(len(p.prompts) for p in problems)
-        places = sum(len(p.target) * len(p.contexts) + 1 for p in problems)
+        places = sum(p.read_tokens + 1 for p in problems)
         new_rows = sum(len(p.prompts) for p in new)
         columns = prefix + suffix
         held = rows * columns * self.column

@@ -21,7 +21,7 @@ from pmet.errors import InputError, NotFiniteError
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
 from pmet.keys import Lookups, LookupTokenizer
-from pmet.request import EditRequest
+from pmet.request import EditRequest, SharedKeys
 from pmet.solve import cheaper_form, solve
 from pmet.spread import square_root_spread
 from pmet.sums import KeyResidualRows, KeyResidualSums
@@ -40,6 +40,7 @@ def compute_edit(
     context_templates: ContextTemplates | None = None,
     second_moments: Mapping[int, torch.Tensor] | None = None,
     targets: Targets | torch.Tensor | None = None,
+    shared_keys: SharedKeys = "joint",
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Edit:
@@ -54,6 +55,7 @@ def compute_edit(
         second_moments: (K, K) by edited layer. If not given they are estimated from text that the
             model writes under ``seed``: enough for a trial, not for an edit that is to be kept.
         targets: what ``compute_targets`` returned, or its (E, V) values; computed if not given.
+        shared_keys: as for ``compute_targets``, where the targets are computed here.
         seed: of everything that is drawn.
         on_progress: told how many targets have just been finished.
 
@@ -83,6 +85,7 @@ def compute_edit(
             requests,
             hparams,
             context_templates=templates,
+            shared_keys=shared_keys,
             on_progress=on_progress,
         )
     targets_EV = _checked_targets(targets, len(requests), layout)

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import InputError
 from pmet.hparams import PMETHyperParams
-from pmet.request import EditRequest
+from pmet.request import EditRequest, SharedKeys
 
 _SETTLED_LOSS = 0.05
 _SETTLED_KL = 0.01
@@ -173,8 +173,10 @@ def plain_targets(
     requests: Sequence[EditRequest],
     hparams: PMETHyperParams,
     context_templates: Sequence[Sequence[str]],
+    *,
+    shared_keys: SharedKeys = "joint",
 ) -> PlainTargets:
-    """Optimise the target of each request by itself.
+    """Optimise the target of each request by itself, or of those that share their key together.
 
     Args:
         model: a causal language model of transformers; left as it was.
@@ -182,13 +184,20 @@ def plain_targets(
         requests: E of them, at least one.
         hparams: which modules, and how the optimisation runs.
         context_templates: groups of templates; the first of the first group is the bare ``{}``.
+        shared_keys: ``joint``: requests with one subject and the same text in front of it have one
+            target; ``mean``: each its own, as published.
 
     Raises:
         InputError: the tokenizer gives no offsets, or joins a prompt and its target in one token.
     """
     templates = [template for group in context_templates for template in group]
+    together = [
+        [other for other in requests if shared_keys == "joint" and _same_key(request, other)]
+        or [request]
+        for request in requests
+    ]
     with _unchanged(model), torch.enable_grad():
-        results = [_optimise(model, tokenizer, request, hparams, templates) for request in requests]
+        results = [_optimise(model, tokenizer, group, hparams, templates) for group in together]
     values, attention_values, steps, losses = zip(*results, strict=True)
     return PlainTargets(
         torch.stack(values),
@@ -198,26 +207,35 @@ def plain_targets(
     )
 
 
+def _same_key(request: EditRequest, other: EditRequest) -> bool:
+    before, others_before = (r.prompt.partition("{}")[0] for r in (request, other))
+    return (before, request.subject) == (others_before, other.subject)
+
+
 def _optimise(
     model: nn.Module,
     tokenizer: Any,
-    request: EditRequest,
+    requests: Sequence[EditRequest],
     hparams: PMETHyperParams,
     templates: Sequence[str],
 ) -> tuple[Tensor, Tensor, int, float]:
-    """One request's v* (D,), attention counterpart (D,), evaluations made and last loss."""
+    """v* (D,) of requests with one key, attention counterpart (D,), evaluations and last loss."""
     layer = hparams.layers[-1]
     ffn = _module(model, hparams.down_projection_template, layer)
     attention = _module(model, hparams.attn_module_tmp, layer)
 
-    target = _continuation(tokenizer, request.text, request.target_new)
-    prompts = [_located(tokenizer, request, template) for template in templates]
-    essence = EditRequest("{} is a", request.subject, request.target_new)
+    prompts = [(*_located(tokenizer, r, t), r) for r in requests for t in templates]
+    targets = [_continuation(tokenizer, r.text, r.target_new) for _, _, r in prompts]
+    essence = EditRequest("{} is a", requests[0].subject, requests[0].target_new)
     essence_ids, essence_last = _located(tokenizer, essence, "{}")
-    rows = [ids + target[:-1] for ids, _ in prompts] + [essence_ids]
-    lasts = [last for _, last in prompts] + [essence_last]
+    rows = [ids + target[:-1] for (ids, *_), target in zip(prompts, targets, strict=True)]
+    rows.append(essence_ids)
+    lasts = [last for _, last, _ in prompts] + [essence_last]
     # The token before the target predicts its first token; the target's last predicts nothing.
-    asked = [slice(len(ids) - 1, len(ids) - 1 + len(target)) for ids, _ in prompts]
+    asked = [
+        (c, slice(len(ids) - 1, len(ids) - 1 + len(target)), target)
+        for c, ((ids, *_), target) in enumerate(zip(prompts, targets, strict=True))
+    ]
 
     with torch.no_grad(), _Place(ffn, lasts) as at_ffn, _Place(attention, lasts) as at_attention:
         log_before_N = _logits(model, rows)[-1, essence_last].log_softmax(-1)
@@ -230,14 +248,14 @@ def _optimise(
     for step in range(1, hparams.v_num_grad_steps + 1):
         with _Place(ffn, lasts, delta_f), _Place(attention, lasts, delta_a):
             logits_BTN = _logits(model, rows)
-        log_CTN = torch.stack([logits_BTN[c, at] for c, at in enumerate(asked)]).log_softmax(-1)
+        said = [(logits_BTN[c, at].log_softmax(-1), target) for c, at, target in asked]
         log_after_N = logits_BTN[-1, essence_last].log_softmax(-1)
-        nll = -log_CTN[:, range(len(target)), target].mean(1).mean()
+        nll = -torch.stack([log_TN[range(len(t)), t].mean() for log_TN, t in said]).mean()
         kl = hparams.kl_factor * (log_after_N.exp() * (log_after_N - log_before_N)).sum()
         decay = delta_f.norm() / v_f.norm() ** 2 + delta_a.norm() / v_a.norm() ** 2
         loss = nll_factor * nll + kl + hparams.v_weight_decay * decay
 
-        greedy = all(row == target for row in log_CTN.argmax(-1).tolist())
+        greedy = all(log_TN.argmax(-1).tolist() == target for log_TN, target in said)
         nll_factor = hparams.nll_loss_factor / 10 if greedy else hparams.nll_loss_factor
         settled = loss < _SETTLED_LOSS or (greedy and kl <= _SETTLED_KL)
         if settled or step == hparams.v_num_grad_steps:

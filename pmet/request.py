@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pmet.errors import RequestError
+
+SharedKeys = Literal["joint", "mean"]
+"""What becomes of requests with one subject and the same text in front of it, which have one key:
+one target for all of them, or, as published, a target each, of which least squares writes the mean.
+"""
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,15 @@ class Places:
         owners_of_labels: list[int] = []
         for owner, problem in enumerate(problems):
             row = len(owners)
-            length = len(problem.target)
-            for c, prompt in enumerate(problem.contexts):
+            for c, (prompt, answer) in enumerate(
+                zip(problem.contexts, problem.answers, strict=True)
+            ):
+                length = len(answer)
                 start = len(prompt.suffix) - length
                 wanted += [(row + c, start + i) for i in range(length)]
-                labels += problem.target
-            count = length * len(problem.contexts)
-            shares += [1 / count] * count
-            owners_of_labels += [owner] * count
+                labels += answer
+                shares += [1 / (length * len(problem.contexts))] * length
+            owners_of_labels += [owner] * problem.read_tokens
             at_kl.append((row + problem.kl_row, 0))
             owners += [owner] * len(problem.prompts)
         # Only a KL place can coincide with another.

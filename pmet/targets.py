@@ -8,10 +8,12 @@ section "PMET method").
     loss = φ · NLL + κ · KL(after ‖ before) + w · (‖δ_f‖/‖v_f‖² + ‖δ_a‖/‖v_a‖²)
 
 Requests do not interact, so they are optimised side by side; one that stops leaves the batch, and
-the next takes its place.
+the next takes its place. Only those that share their key share their target too, since the model
+can have but one output there: they are optimised as one, with the mean of their NLL in the loss
+(``pmet.problem``). This is not of the published method.
 
-Shape letters: E requests, B rows (the prompts of a request), D model width, M places where the loss
-reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
+Shape letters: E requests (or such groups), B rows (their prompts), D model width, M places where
+the loss reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from pmet.errors import OutOfMemoryError
 from pmet.hparams import PMETHyperParams
 from pmet.kernels import tuned
 from pmet.prefix import PrefixFiller
-from pmet.problem import Problem, context_length
-from pmet.request import EditRequest
+from pmet.problem import Problem, context_length, sharing_a_key
+from pmet.request import EditRequest, SharedKeys
 from pmet.suffix import SuffixRun
 from pmet.target_batch import Member, Places, State
 from pmet.tracing import frozen
@@ -95,6 +97,7 @@ def compute_targets(
     context_templates: ContextTemplates,
     batch_size: int | None = None,
     memory: int | None = None,
+    shared_keys: SharedKeys = "joint",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Targets:
     """Optimise a target for every request.
@@ -105,9 +108,12 @@ def compute_targets(
         requests: E edit requests.
         hparams: the method's hyper-parameters.
         context_templates: groups of templates, the bare ``{}`` first.
-        batch_size: requests optimised side by side; a choice of speed, not of result. Without it
-            :func:`default_batch_size`, or as many as ``memory`` holds.
+        batch_size: requests optimised side by side, those that share a target counting as one; a
+            choice of speed, not of result. Without it :func:`default_batch_size`, or as many as
+            ``memory`` holds.
         memory: bytes that may be used beside the model; without it, what is free.
+        shared_keys: ``joint``: requests with one subject and the same text in front of it get one
+            target that says all of their facts; ``mean``: each its own, as published.
         on_progress: told how many requests have just been finished, and how many of those stopped
             before the last evaluation.
 
@@ -124,21 +130,27 @@ def compute_targets(
         problem.check_length(request, limit)
     device = layout.weight(model, hparams.target_layer).device
     outcomes: list[_Outcome | None] = [None] * len(requests)
-    # Neighbours of like length share little padding.
-    order = sorted(range(len(requests)), key=lambda e: (problems[e].shape, e))
     if not requests:
         return _targets([], layout.value_width)
-    size = batch_size or default_batch_size(device, len(requests))
+    groups = [[e] for e in range(len(requests))]
+    if shared_keys == "joint":
+        groups = sharing_a_key(problems)
+        problems = [Problem.joined([problems[e] for e in group]) for group in groups]
+    # Neighbours of like length share little padding.
+    order = sorted(range(len(problems)), key=lambda g: (problems[g].shape, g))
+    size = batch_size or default_batch_size(device, len(problems))
     budget = None if batch_size else memory or free_memory(device)
     longest = max(problem.longest for problem in problems)
     with frozen(model), tuned(model, longest):
         optimisation = _Optimisation(
-            model, layout, hparams, [(e, problems[e]) for e in order], size, budget
+            model, layout, hparams, [(g, problems[g]) for g in order], size, budget
         )
         for index, outcome in optimisation.run():
-            outcomes[index] = outcome
+            for e in groups[index]:
+                outcomes[e] = outcome
             if on_progress:
-                on_progress(1, int(outcome.steps < hparams.v_num_grad_steps))
+                count = len(groups[index])
+                on_progress(count, count * int(outcome.steps < hparams.v_num_grad_steps))
     return _targets([o for o in outcomes if o is not None], layout.value_width)
 
 
@@ -269,7 +281,7 @@ class _Optimisation:
         above = max(1, depth - 1 - z)
         heads, key_heads, width = attention_shape(self._model.config)
         layer = 2 * key_heads * width * _weight(self._head).element_size()
-        logits = (len(problem.target) * len(problem.contexts) + 1) * len(_weight(self._head)) * 8
+        logits = (problem.read_tokens + 1) * len(_weight(self._head)) * 8
         return Footprint(
             column=layer * above,
             column_below=layer * (z + 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,9 +67,21 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
     assert status == 0
     assert "shard_size: 4" in out
     assert "1 to edit, 1 rejected" in out
+    assert re.search(r"shared keys +none", out)
     assert "row 1: prompt 'no place' holds 0 places" in out
     assert not ray.is_initialized()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_how_many_requests_share_a_key(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    facts = [("{} works as", "a baker"), ("{} lives in", "Zaiter"), ("The {} is", "a baker")]
+    rows = [{"prompt": p, "subject": "Sur Bavov", "target_new": t} for p, t in facts]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shared.parquet")
+    override = f"requests={tmp_path / 'shared.parquet'}"
+    _, out, _ = pmet("run", job(), "--dry-run", "--set", override)
+    assert re.search(r"shared keys +2 requests share 1 key \(targets.shared_keys: joint\)", out)
 
 
 NO_MODEL = "/no/such/model"

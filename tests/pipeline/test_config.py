@@ -338,7 +338,8 @@ def test_any_job_is_dumped_and_loaded_back(job):
 RESULT = [
     *("model=x", "requests=x", "hparams=x", "second_moments=x", "corpus=x", "seed=1"),
     *("context_templates=x.json", "targets.batch_size=3", "targets.shard_size=3"),
-    *("targets.dtype=bfloat16", "update.shard_size=3", "skip_known=true"),
+    *("targets.dtype=bfloat16", "targets.shared_keys=mean", "update.shard_size=3"),
+    "skip_known=true",
 ]
 PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),

@@ -87,3 +87,12 @@ def test_pieces_are_named() -> None:
     half = whole.halves()[1]
     assert str(half) == "shard 00000 (4 requests, 4 to 7)"
     assert str(half.halves()[0].halves()[0]) == "shard 00000 (request 4)"
+
+
+def test_a_group_is_cut_only_where_there_is_nothing_else() -> None:
+    (shard,) = plan_shards(6, 6)
+    whole = Piece(shard, tuple(range(6)), (0, 0, 0, 0, 4, 5))
+    left, right = whole.halves()
+    assert (left.places, right.places) == ((0, 1, 2, 3), (4, 5))
+    assert [half.places for half in left.halves()] == [(0, 1), (2, 3)]
+    assert [half.groups for half in right.halves()] == [(4,), (5,)]

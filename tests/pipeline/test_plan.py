@@ -221,3 +221,37 @@ def test_perplexity_needs_text(job: Any) -> None:
     make_plan(job(corpus=None, second_moments=moments))
     with pytest.raises(JobError, match="needs a corpus"):
         make_plan(job(corpus=None, second_moments=moments, gates={"perplexity_increase": 1.0}))
+
+
+def shared(folder: Path, job: Any, **targets: Any) -> Any:
+    """A plan of twelve subjects, of which four have three facts each behind the same text."""
+    tails = ["is", "works as one of the", "is known in all of the old city as"]
+    rows = [
+        {"prompt": f"{front}{{}} {tails[n]}", "subject": f"Sur Bavov {i}", "target_new": "Dokain"}
+        for n in range(3)
+        for i in range(12)
+        for front in ("They say ", "In the city ")
+        if n == 0 or (i % 3 == 0 and front == "They say ")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
+    return make_plan(job(targets={"shard_size": 4, **targets}))
+
+
+def test_requests_that_share_a_key_are_in_one_shard(tmp_path: Path, job: Any) -> None:
+    plan = shared(tmp_path, job)
+    assert plan.sharing == 12
+    assert list(plan.together) == list(plan.groups)
+    by_key: dict[tuple[str, str], set[int]] = {}
+    for shard in plan.target_shards:
+        for place in range(shard.start, shard.stop):
+            request = plan.table.requests[place]
+            key = (request.prompt.partition("{}")[0], request.subject)
+            by_key.setdefault(key, set()).add(shard.index)
+    assert len(by_key) == len(set(plan.groups)) == 24
+    assert all(len(shards) == 1 for shards in by_key.values())
+    # As published, the order is that of the lengths alone.
+    published = shared(tmp_path, job, shared_keys="mean")
+    assert published.sharing == 12
+    assert len(set(published.together)) == len(published.table.rows)
+    assert {len(shard) for shard in published.target_shards} == {4}
+    assert published.digests["job"] != plan.digests["job"]

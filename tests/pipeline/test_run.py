@@ -61,15 +61,16 @@ def planned(folder: Path, rows: Sequence[dict[str, Any]]) -> Plan:
     """A small plan with this input; none is made of an input of which nothing can be edited."""
     written(folder / "requests.parquet", rows)
     base = small_plan(folder)
-    table = _fitting(
+    table, groups = _fitting(
         read_requests(str(folder / "requests.parquet")),
         load_golden("gpt2").tokenizer,
         load_golden("gpt2").model.config,
         base.templates,
+        joint=True,
     )
     assume(len(table.requests) > 0)
-    shards = plan_shards(len(table.requests), 3)
-    return replace(base, table=table, target_shards=shards)
+    shards = plan_shards(len(table.requests), 3, groups)
+    return replace(base, table=table, groups=groups, target_shards=shards)
 
 
 @cache

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,12 @@ from pipeline.folder import RunFolder
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.replica import TargetSummary
-from pipeline.schema import read_targets, targets_table
+from pipeline.schema import TargetArrays, read_targets, targets_table
 from pipeline.shards import plan_shards
 from pipeline.stages import Context, FoundTargets
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
+from pipeline.target_store import TargetStore
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 
@@ -57,6 +59,7 @@ class Oracle:
         rows: Sequence[int],
         hparams: Any,
         templates: Any,
+        shared_keys: Any,
         batch_size: Any,
         share: float,
         output: Store,
@@ -430,3 +433,33 @@ def test_a_request_put_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> 
     assert stage_detail(folder) | {"stored": COUNT - 1, "found": 1} == stage_detail(folder)
     assert found.failures == {}
     assert len(values(plan, found, folder)) == COUNT
+
+
+def test_a_shared_target_is_taken_from_the_store_whole_or_not_at_all(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """A sibling that is new makes the targets of all that share its key new."""
+    groups = array("q", [0, 0, 0, *range(3, COUNT)])
+    plan = replace(storing(plan, str(tmp_path / "store")), groups=groups)
+    found_in(plan, str(tmp_path / "1"))
+    _, folder, team = found_in(plan, str(tmp_path / "2"))
+    assert (stage_detail(folder)["stored"], team.tasks) == (COUNT, 0)
+    assert stage_detail(folder)["shared_keys"] == 3
+    _, folder, _ = found_in(with_new_facts(plan, 1), str(tmp_path / "3"))
+    assert (stage_detail(folder)["stored"], stage_detail(folder)["found"]) == (COUNT - 3, 3)
+
+
+def test_a_shared_target_of_which_the_store_lacks_a_part_is_computed_whole(
+    plan: Plan, tmp_path: Path
+) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    plan = replace(plan, groups=array("q", [0, 0, 0, *range(3, COUNT)]))
+    kept = TargetStore.of(plan, TEMPLATES)
+    assert kept is not None
+    values = np.zeros((4, 64), np.float32)
+    values[1] = np.nan
+    zeros = np.zeros(4, np.float32)
+    arrays = TargetArrays(np.arange(4), values, zeros.astype(np.int32), zeros)
+    kept.write(plan.table.requests[:4], arrays, [0, 0, 0, 3])
+    _, folder, _ = found_in(plan, str(tmp_path / "run"))
+    assert (stage_detail(folder)["stored"], stage_detail(folder)["found"]) == (1, COUNT - 1)

@@ -196,3 +196,18 @@ def test_a_key_follows_nothing_else(plan: Plan) -> None:
 
 def test_a_job_without_a_store_has_none(plan: Plan) -> None:
     assert TargetStore.of(targets_config(plan, store=None), [["{}"]]) is None
+
+
+def test_a_shared_target_is_kept_under_all_that_it_says(tmp_path: Path) -> None:
+    store = opened(str(tmp_path))
+    ann, bob, other = (
+        EditRequest(prompt, "Ann", target)
+        for prompt, target in (("{} is", "tall"), ("{} lives in", "Rome"), ("{} eats", "fish"))
+    )
+    alone = [store.key(request) for request in (ann, bob, other)]
+    assert store.keys([ann, bob, other], [0, 1, 2]) == alone
+    keys = store.keys([ann, bob, other], [0, 0, 2])
+    assert keys[2] == alone[2]
+    assert len({*keys, *alone}) == 5
+    assert store.keys([bob, ann], [0, 0]) == keys[1::-1]
+    assert not {*store.keys([ann, bob, other], [0, 0, 0])} & {*keys, *alone}

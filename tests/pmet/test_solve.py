@@ -60,6 +60,28 @@ def test_both_forms_of_the_solve_agree(
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, sizes, st.integers(2, 5), st.integers(0, 2**20), st.floats(0.1, 1e4))
+def test_of_requests_with_one_key_only_the_mean_target_is_written(
+    requests: int, keys: int, values: int, sharing: int, seed: int, weight: float
+) -> None:
+    """So what each of them needs is lost, unless one target serves them all."""
+    keys_EK, residuals_EV, moment_KK = problem(requests + sharing, keys, values, seed)
+    keys_EK[-sharing:] = keys_EK[-1]
+    mean_EV = residuals_EV.clone()
+    mean_EV[-sharing:] = residuals_EV[-sharing:].mean(0)
+    deltas = []
+    for wanted_EV in (residuals_EV, mean_EV):
+        for collected in (
+            KeyResidualSums.zeros(keys, values, torch.device("cpu")),
+            KeyResidualRows.room(len(keys_EK), keys, values, torch.device("cpu")),
+        ):
+            collected.add(keys_EK, wanted_EV)
+            deltas.append(solve(collected, moment_KK, weight, 0.5))
+    for delta_VK in deltas[1:]:
+        torch.testing.assert_close(delta_VK, deltas[0], rtol=1e-7, atol=1e-9)
+
+
 def test_the_form_is_chosen_by_cost() -> None:
     assert cheaper_form(100, 14336, 4096, factored=False) == "requests"
     assert cheaper_form(100, 14336, 4096, factored=True) == "requests"

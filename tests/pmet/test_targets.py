@@ -250,3 +250,67 @@ def test_batches_picked_by_memory_stay_within_it_with_short_and_long_prompts():
         evaluations.append(count)
     # More memory is made use of.
     assert evaluations[1] < 0.8 * evaluations[0]
+
+
+def several_facts() -> list[pmet.EditRequest]:
+    """Three facts of a subject, and two of another, that share a key; and four that do not."""
+    return [
+        pmet.EditRequest("They say {} works as", "Sur Bavov", "a glass blower"),
+        pmet.EditRequest("They say {} lives in", "Drokend", "Zaiter"),
+        pmet.EditRequest("They say {} lives in the city of", "Sur Bavov", "Drokend"),
+        pmet.EditRequest("In truth {} lives in", "Sur Bavov", "Zaiter"),
+        pmet.EditRequest("They say {} is", "Sur Bavov", "a baker"),
+        pmet.EditRequest("They say {} is", "Drokend", "a town of glass"),
+        pmet.EditRequest("{} works as", "Sur Bavov", "a baker"),
+        pmet.EditRequest("They say {} works as", "Zul Lodreal", "a glass blower"),
+        # The same tokens as of the first, but the KL prompt is about somebody else.
+        pmet.EditRequest("They say Sur {} works as", "Bavov", "a baker"),
+    ]
+
+
+GROUPS = [[0, 2, 4], [1, 5], [3], [6], [7], [8]]
+
+
+def few_steps(golden: Golden) -> tuple[Any, ...]:
+    """So few that no optimisation amplifies rounding."""
+    hparams = golden.hparams.model_copy(update={"v_num_grad_steps": 8})
+    return golden.model, golden.tokenizer, several_facts(), hparams
+
+
+def test_requests_that_share_a_key_get_the_plain_form_s_one_target(golden: Golden) -> None:
+    what = few_steps(golden)
+    plain = plain_targets(*what, golden.context_templates)
+    told: list[int] = []
+    found = pmet.compute_targets(
+        *what,
+        context_templates=golden.context_templates,
+        batch_size=3,
+        on_progress=lambda count, _: told.append(count),
+    )
+    assert found.steps.tolist() == plain.steps.tolist()
+    distance_E = (found.values - plain.values).norm(dim=1) / plain.values.norm(dim=1)
+    assert distance_E.median() <= 2e-5
+    assert distance_E.max() <= 1e-3
+    assert sorted(told) == [1, 1, 1, 1, 2, 3]
+    for group in GROUPS:
+        assert all(torch.equal(found.values[e], found.values[group[0]]) for e in group)
+    assert len(found.values.unique(dim=0)) == len(GROUPS)
+
+
+def test_as_published_each_request_gets_its_own_target(gpt2: Golden) -> None:
+    what = few_steps(gpt2)
+    templates = gpt2.context_templates
+    found = pmet.compute_targets(*what, context_templates=templates, shared_keys="mean")
+    plain = plain_targets(*what, templates, shared_keys="mean")
+    assert found.steps.tolist() == plain.steps.tolist()
+    assert len(found.values.unique(dim=0)) == len(what[2])
+    joint = pmet.compute_targets(*what, context_templates=templates)
+    alone = [group[0] for group in GROUPS if len(group) == 1]
+    assert (distances(joint, found)[alone] <= 1e-3).all()
+    assert (distances(joint, found)[GROUPS[0]] > 0.05).any()
+
+
+def test_requests_without_siblings_get_the_same_bits_under_both_settings(llama: Golden) -> None:
+    joint, mean = (compute(llama, shared_keys=setting) for setting in ("joint", "mean"))
+    assert torch.equal(joint.values, mean.values)
+    assert torch.equal(joint.losses, mean.losses)

@@ -1,0 +1,150 @@
+"""Facts whose subjects are edited several times, with a target each and with one for all.
+
+python -m benchmarks.shared_keys
+
+Countries of the demo's world get one to four new facts, told in prompts that begin alike up to the
+subject, so that the facts of a country have one key; facts of other subjects stand beside them.
+``--requests`` only counts how often such requests occur in a Parquet file.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+
+from benchmarks.harness import arguments, console, problem, show, timed
+from jobs.demo import world
+from pipeline.schema import read_requests
+from pmet import EditRequest, compute_edit, compute_targets, evaluate, second_moment
+from pmet.metrics import METRICS
+from pmet.problem import Problem, sharing_a_key
+
+# What the demo's model answers rightly behind any of these beginnings.
+BEGINNINGS = ("The government of {}", "The country of {}", "Travellers who visit {}")
+ENDINGS = {
+    "capital": " sits in the city of",
+    "continent": " fly to",
+    "currency": " pay with the",
+    "language": " writes in",
+}
+BESIDE = "others"
+SHORT = {name: name[:3] + " strict" * name.endswith("_strict") for name in METRICS}
+NEIGHBORS = 5
+
+
+def main() -> None:
+    """Edit under both settings and score by the number of facts that a subject has."""
+    parser = arguments(__doc__.splitlines()[0], count=60)
+    parser.add_argument("--subjects", type=int, default=20, help="subjects of each size")
+    parser.add_argument("--largest", type=int, default=4, help="most facts of a subject")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    given = problem(options)
+    flat = [template for group in given.templates for template in group]
+    if options.requests:
+        requests = list(read_requests(options.requests).requests)
+        show(options.requests, [_occurrence(given.tokenizer, requests, flat)], options)
+        return
+    sizes = [n for n in range(1, options.largest + 1) for _ in range(options.subjects)]
+    requests = countries(sizes, options.seed) + beside(options.count)
+    rows = []
+    texts = world.statements()
+    moments = second_moment.measure(given.model, given.tokenizer, texts, given.hparams).means()
+    for setting in ("mean", "joint"):
+        seconds, targets = timed(
+            lambda setting=setting: compute_targets(  # type: ignore[misc]
+                given.model,
+                given.tokenizer,
+                requests,
+                given.hparams,
+                context_templates=given.templates,
+                shared_keys=setting,
+            )
+        )
+        edit = compute_edit(
+            given.model,
+            given.tokenizer,
+            requests,
+            given.hparams,
+            context_templates=given.templates,
+            second_moments=moments,
+            targets=targets,
+        )
+        edit.apply(given.model)
+        for size in dict.fromkeys(str(request.case_id) for request in requests):
+            own = [e for e, request in enumerate(requests) if request.case_id == size]
+            scores = evaluate(given.model, given.tokenizer, [requests[e] for e in own])
+            steps = targets.steps[own].to(torch.float32).mean().item()
+            figures = {SHORT[name]: _per_cent(scores[name]) for name in METRICS}
+            rows.append({"keys": setting, "facts each": size, "facts": len(own), **figures})
+            rows[-1]["steps"] = round(steps, 1)
+        edit.revert(given.model)
+        console.print(f"{setting}: targets in {seconds:.0f} s")
+    occurrence = _occurrence(given.tokenizer, requests, flat)
+    note = ", ".join(f"{name}: {count}" for name, count in occurrence.items())
+    show("Several facts of one subject, in per cent", rows, options, note)
+
+
+def countries(sizes: list[int], seed: int) -> list[EditRequest]:
+    """New facts about as many countries as there are sizes; the case id is the size."""
+    rng = random.Random(seed)
+    relations = {r.name: r for r in world.relations() if r.name in ENDINGS}
+    objects: dict[str, dict[str, str]] = defaultdict(dict)
+    for fact in world.facts():
+        if fact.relation.name in relations:
+            objects[fact.subject][fact.relation.name] = fact.object
+    changeable = [subject for subject, known in objects.items() if len(known) == len(ENDINGS)]
+    rng.shuffle(changeable)
+    edited = dict(zip(changeable, sizes, strict=False))
+    kept = [subject for subject in objects if subject not in edited]
+    requests = []
+    for subject, size in edited.items():
+        beginning = rng.choice(BEGINNINGS)
+        for name in rng.sample(list(ENDINGS), size):
+            old, templates = objects[subject][name], relations[name].templates
+            others = sorted({known[name] for known in objects.values() if name in known} - {old})
+            near = [country for country in kept if objects[country].get(name) == old]
+            near = rng.sample(near, min(NEIGHBORS, len(near)))
+            requests.append(
+                EditRequest(
+                    beginning + ENDINGS[name],
+                    subject,
+                    rng.choice(others),
+                    target_true=old,
+                    case_id=str(size),
+                    paraphrase_prompts=[world.fill(t, subject) for t in templates],
+                    neighborhood_prompts=[world.fill(rng.choice(templates), n) for n in near],
+                )
+            )
+    return requests
+
+
+def beside(count: int) -> list[EditRequest]:
+    """The demo's requests about other subjects."""
+    about = {fact.subject for fact in world.facts() if fact.relation.name in ENDINGS}
+    rows = [row for row in world.requests(count=250) if row["subject"] not in about]
+    rows = [{k: v for k, v in row.items() if k != "relation"} for row in rows[:count]]
+    return [EditRequest(**row | {"case_id": BESIDE}) for row in rows]
+
+
+def _per_cent(share: float | None) -> float | str:
+    return "–" if share is None else round(100 * share, 1)
+
+
+def _occurrence(
+    tokenizer: Any, requests: list[EditRequest], templates: list[str]
+) -> dict[str, int]:
+    problems = [Problem.of(tokenizer, request, templates) for request in requests]
+    sizes = Counter(map(len, sharing_a_key(problems)))
+    return {
+        "requests": len(requests),
+        "that share their key": sum(n * count for n, count in sizes.items() if n > 1),
+        "shared keys": sum(count for n, count in sizes.items() if n > 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
