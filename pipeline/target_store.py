@@ -2,44 +2,35 @@
 
 A target follows from the model, the hyper-parameters, the context templates, the dtype, and the
 request itself with those that share its target, and is kept under the digest of all of these.
-Everything but the requests is the *context*, which has a folder of its own:
-
-    <context>/context.json        what it is the digest of
-    <context>/<sha256>.parquet    a segment: targets that were found together; named by its content
-
-Segments are never changed, so that any number of runs may write at a time. A lookup lists the
-context's folder, reads the column of keys, and then of the segments that matter what is wanted.
+Everything but the requests is the *context*, whose targets are kept in segments
+(`pipeline.segments`): those that were found together are one. A lookup reads the column of keys,
+and then of the segments that matter what is wanted.
 
 Shape letters: E requests, D model width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from pipeline.errors import StorageError
 from pipeline.plan import Plan
 from pipeline.schema import TargetArrays, targets_table
+from pipeline.segments import Segments, digest_of
 from pipeline.store import Store
 from pmet.request import EditRequest
 
 FORMAT = 1
-_SEGMENT = ".parquet"
 _KEY, _FILE = "key", "__filename"
 # What the update reads, and no target depends on.
 _UPDATE_ONLY = {
@@ -122,9 +113,14 @@ class TargetStore:
         return cls(Store(url), context, plan.layout.value_width)
 
     @cached_property
+    def segments(self) -> Segments:
+        """The segments of the context."""
+        return Segments(self.store, "targets.store", self.context)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the context, the name of its folder."""
-        return _sha256(self.context)
+        return self.segments.digest
 
     def key(self, request: EditRequest, group: Sequence[EditRequest] = ()) -> str:
         """SHA-256 of all that a request's target depends on.
@@ -133,7 +129,7 @@ class TargetStore:
             request: whose target it is.
             group: those that get one target together, ``request`` among them; else none.
         """
-        return _sha256([self.digest, *_asked(request), *sorted(map(_asked, group))])
+        return digest_of([self.digest, *_asked(request), *sorted(map(_asked, group))])
 
     def keys(self, requests: Sequence[EditRequest], groups: Sequence[int]) -> list[str]:
         """The keys of requests that are computed together, those of one group for one target."""
@@ -168,13 +164,7 @@ class TargetStore:
         all_keys = self.keys(requests, groups or range(len(requests)))
         keys = pa.array([all_keys[place] for place in finite], pa.string())
         table = table.set_column(0, _KEY, keys)
-        sink = BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        data = sink.getvalue()
-        # All who write it write the same.
-        if not self.store.exists(said := f"{self.digest}/context.json"):
-            self.store.write_json(said, self.context)
-        self.store.write_bytes(f"{self.digest}/{hashlib.sha256(data).hexdigest()}{_SEGMENT}", data)
+        self.segments.write(table)
 
     @contextmanager
     def lookup(self, keys: Collection[str]) -> Iterator[StoredTargets]:
@@ -185,9 +175,9 @@ class TargetStore:
         Raises:
             StorageError: the store cannot be read, or a segment of it is damaged.
         """
-        names = [name for name in self.store.list(self.digest) if name.endswith(_SEGMENT)]
+        names = self.segments.names()
         with tempfile.TemporaryFile() as file:
-            with self._failures(names):
+            with self.segments.reading(names):
                 chosen = self._chosen(names, set(keys))
                 found = self._read(chosen, file) if chosen else StoredTargets.none(self.width)
             yield found
@@ -223,20 +213,6 @@ class TargetStore:
             keys += [pairs[i][0] for i in own]
         return StoredTargets(keys, values, steps, losses)
 
-    @contextmanager
-    def _failures(self, names: Sequence[str]) -> Iterator[None]:
-        """Name the segment that is not what its name says, where reading fails."""
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            damaged = [n for n in names if self.store.sha256(n) != PurePosixPath(n).stem]
-            where = self.store.join(*damaged[:1] or [self.digest])
-            remedy = "delete the file" if damaged else "check that the storage can be reached"
-            reason = " ".join(str(error).split())
-            raise StorageError(
-                f"targets.store: {where} cannot be read ({reason}); {remedy} and run again"
-            ) from error
-
 
 def _dtype(plan: Plan) -> str:
     """What weights and activations are while targets are computed."""
@@ -249,7 +225,3 @@ def _dtype(plan: Plan) -> str:
 
 def _asked(request: EditRequest) -> list[str]:
     return [request.prompt, request.subject, request.target_new]
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
