@@ -176,9 +176,10 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
     assert found.weights(3) == found.weights(1) != found.weights(2)
     # And back: at once by rollback, with the next night by restore.
     assert found.home.rollback().version == 2
+    assert found.home.rollback().version == 3
     found.home.retract(subject, relation, "restore")
-    found.tonight(quarantine_after=None)
-    assert found.weights(found.home.versions()[-1]) == found.weights(2)
+    assert found.tonight(quarantine_after=None).night["changes"] == {"restored": 1}
+    assert found.weights(4) == found.weights(2)
 
 
 def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) -> None:
