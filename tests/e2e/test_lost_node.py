@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -32,15 +31,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def small_job(inputs: Path, output: Path, **changes: Any) -> JobConfig:
+def small_job(inputs: Path, output: Path, *, workers: int, ranks: int) -> JobConfig:
     return job(
         inputs,
         str(output),
         corpus=None,
         second_moments=str(GOLDEN / "gpt2" / "second_moments.safetensors"),
         evaluate={"sample": 4},
-        targets={"workers": 3, "shard_size": 4},
-        **changes,
+        targets={"workers": workers, "shard_size": 4},
+        update={"ranks": ranks},
     )
 
 
@@ -72,13 +71,16 @@ def test_a_run_goes_on_without_a_machine_that_is_lost(
 
     watcher = threading.Thread(target=lose_when_it_computes)
     watcher.start()
-    disturbed = run_job(small_job(inputs, tmp_path / "out"), address=cluster.address)
+    disturbed = run_job(
+        small_job(inputs, tmp_path / "out", workers=3, ranks=2), address=cluster.address
+    )
     watcher.join()
     assert lost
     events = run_json(disturbed)["events"]
     assert [e for e in events if e["kind"] == "death" and "was lost" in e["text"]], events
-    # Two CPUs are left, for as many workers or ranks.
-    undisturbed = run_job(small_job(inputs, tmp_path / "other"), address=cluster.address)
+    undisturbed = run_job(
+        small_job(inputs, tmp_path / "other", workers=1, ranks=1), address=cluster.address
+    )
     assert run_json(undisturbed)["events"] == []
     assert disturbed.metrics["counts"] == undisturbed.metrics["counts"]
     values, expected = targets_by_row(disturbed.folder), targets_by_row(undisturbed.folder)

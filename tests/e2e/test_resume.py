@@ -30,6 +30,9 @@ from tests.conftest import GOLDEN
 from tests.e2e.conftest import GOOD_ROWS, Runner, job, targets_by_row
 from tests.e2e.test_run import edited_names, folder, record_is_whole, run_json, weights
 
+# Who computes decides nothing, and fewer processes start sooner.
+ONE: dict[str, Any] = {"targets": {"workers": 1}, "update": {"ranks": 1}}
+
 
 def test_a_job_keeps_what_pmet_statistics_computes(
     run: Runner, inputs: Path, tmp_path: Path
@@ -61,9 +64,9 @@ def test_a_job_keeps_what_pmet_statistics_computes(
 def test_targets_of_an_earlier_run_are_not_computed_again(
     run: Runner, inputs: Path, tmp_path: Path
 ) -> None:
-    shared = {"workers": 2, "store": str(tmp_path / "store")}
-    first = run(targets=shared)
-    again = run_job(job(inputs, str(tmp_path / "out"), targets=shared, update={"ranks": 1}))
+    shared = ONE | {"targets": {"workers": 1, "store": str(tmp_path / "store")}}
+    first = run(**shared)
+    again = run_job(job(inputs, str(tmp_path / "out"), **shared))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert (detail["targets"]["stored"], detail["targets"]["found"]) == (GOOD_ROWS, 0)
     one, two = targets_by_row(first.folder), targets_by_row(again.folder)
@@ -85,7 +88,7 @@ def test_the_same_job_resumes_and_another_is_refused(
     stray = ["targets/00001-stray.parquet", "delta/stray.safetensors", "model/stray.safetensors"]
     for name in stray:
         (tmp_path / "out" / name).write_bytes(b"half of i")
-    again = run_job(job(inputs, output))
+    again = run_job(job(inputs, output, **ONE))
     assert not any((tmp_path / "out" / name).exists() for name in stray)
     assert Edit.load(tmp_path / "out" / "delta").deltas.keys() == set(edited_names(again))
     assert all(record_is_whole(again, name) for name in again.folder.glob("records/*.json"))
@@ -111,7 +114,7 @@ def test_a_damaged_shard_does_not_count_as_finished(
     (output / "records" / "layer-0.json").unlink()
     model = output / "model" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8] + bytes(8))
-    again = run_job(job(inputs, str(output)))
+    again = run_job(job(inputs, str(output), **ONE))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert detail["targets"]["shards"] == 1
     assert all(torch.equal(weights(again)[n], w) for n, w in first.items())
@@ -159,7 +162,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
     first = run()
     output = copied(first, tmp_path / "out", "layer-1", "layer-2")
     monkeypatch.setattr(stages, "UpdateRank", Mortal)
-    again = run_job(job(inputs, str(output)))
+    again = run_job(job(inputs, str(output), **ONE))
     assert (output / "killed").exists()
     assert (output / "journal").read_text().splitlines() == [
         *("redo 0", "edit 1", "edit 2"),
@@ -190,20 +193,20 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(StorageError, match=said):
-            run_job(job(inputs, str(output)))
+            run_job(job(inputs, str(output), **ONE))
         assert run_json_of(output)["status"] == "failed"
         with monkeypatch.context() as patched:
             # Not even the status can be written.
             patched.setattr(RunFolder, "finish", full)
             with pytest.raises(StorageError, match=said):
-                run_job(job(inputs, str(output)))
+                run_job(job(inputs, str(output), **ONE))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((output / "model").glob("*.safetensors"))
     assert not list((output / "model").glob(".*"))
     assert not (output / "model" / "config.json").exists()
     assert not (output / "records" / "published.json").exists()
-    again = run_job(job(inputs, str(output)))
+    again = run_job(job(inputs, str(output), **ONE))
     assert again.status == "complete"
     assert all(torch.equal(weights(first)[name], w) for name, w in weights(again).items())
 
