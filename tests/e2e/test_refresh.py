@@ -131,6 +131,10 @@ def test_a_night_computes_what_the_dump_changes(nights: tuple[Place, Any]) -> No
     assert first.night["targets"] == {"found": FIRST, "stored": 0}
     assert second.night["targets"] == {"found": 3, "stored": FIRST - 2}
     assert second.night["changes"] == {"added": 2, "changed": 1, "removed": 1}
+    stages = found.home.store.read_json(path(2, "run.json"))["stages"]
+    (before,) = [s["detail"] for s in stages if s["name"] == "measure before"]
+    # Most facts have kept their prompts; what the base says to them is known.
+    assert FIRST // 2 < before["stored"] <= FIRST - 2
     ledger = Ledger.read(found.home.store.read_table(path(2, LEDGER)))
     assert {e.subject: e.object for e in ledger.entries.values()} == found.objects
     assert json.loads(found.home.store.read_bytes(CURRENT))["version"] == 2

@@ -162,7 +162,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
     first = run()
     output = copied(first, tmp_path / "out", "layer-1", "layer-2")
     monkeypatch.setattr(stages, "UpdateRank", Mortal)
-    again = run_job(job(inputs, str(output), **ONE))
+    again = run_job(job(inputs, str(output)))
     assert (output / "killed").exists()
     assert (output / "journal").read_text().splitlines() == [
         *("redo 0", "edit 1", "edit 2"),
