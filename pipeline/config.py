@@ -7,7 +7,6 @@ Other files that hold the settings of an edit (`EditSettings`) are read the same
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from pipeline.digest import digest_of
 from pipeline.errors import JobError
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml, read_yaml
 
@@ -29,7 +29,7 @@ def allowed(what: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError("notallowed", "{what}", {"what": what}) from None
+            raise PydanticCustomError("not_allowed", "{what}", {"what": what}) from None
 
     return WrapValidator(check)
 
@@ -40,8 +40,7 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def as_section(value: Any) -> Any:
-    """A section of which nothing is said has its defaults."""
+def _as_section(value: Any) -> Any:
     return {} if value is None else value
 
 
@@ -68,7 +67,7 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32
 SecondsOrNull = Annotated[
     Annotated[float, Field(gt=0)] | None, allowed("a number of seconds above 0, or null")
 ]
-Minimum = Annotated[_Fraction | None, allowed("a fraction from 0 to 1, or null")]
+FractionOrNull = Annotated[_Fraction | None, allowed("a fraction from 0 to 1, or null")]
 Maximum = Annotated[_FromZero | None, allowed("a number, 0 or more, or null")]
 
 
@@ -165,28 +164,30 @@ class EvaluateConfig(Section):
 class GatesConfig(Section):
     """What the edited model must reach to be published; null: not asked."""
 
-    efficacy: Minimum = Field(
+    efficacy: FractionOrNull = Field(
         default=None,
         description="Least fraction of edited prompts where the new target is more probable.",
     )
-    generalization: Minimum = Field(
+    generalization: FractionOrNull = Field(
         default=None,
         description="Least fraction of paraphrases where the new target is more probable.",
     )
-    specificity: Minimum = Field(
+    specificity: FractionOrNull = Field(
         default=None,
         description="Least fraction of neighbors where the true target stays more probable.",
     )
-    score: Minimum = Field(default=None, description="Least harmonic mean of the three above.")
-    efficacy_strict: Minimum = Field(
+    score: FractionOrNull = Field(
+        default=None, description="Least harmonic mean of the three above."
+    )
+    efficacy_strict: FractionOrNull = Field(
         default=None,
         description="Least fraction of edited prompts answered greedily with the new target.",
     )
-    generalization_strict: Minimum = Field(
+    generalization_strict: FractionOrNull = Field(
         default=None,
         description="Least fraction of paraphrases answered greedily with the new target.",
     )
-    specificity_strict: Minimum = Field(
+    specificity_strict: FractionOrNull = Field(
         default=None,
         description="Least fraction of neighbors answered greedily with the true target.",
     )
@@ -224,16 +225,16 @@ class EditSettings(Section):
         default=False,
         description="Leave out of the edit what the model already answers as wanted.",
     )
-    targets: Annotated[TargetsConfig, BeforeValidator(as_section)] = Field(
+    targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
         default=TargetsConfig(), description="How the targets are computed."
     )
-    update: Annotated[UpdateConfig, BeforeValidator(as_section)] = Field(
+    update: Annotated[UpdateConfig, BeforeValidator(_as_section)] = Field(
         default=UpdateConfig(), description="How the update is solved."
     )
-    evaluate: Annotated[EvaluateConfig, BeforeValidator(as_section)] = Field(
+    evaluate: Annotated[EvaluateConfig, BeforeValidator(_as_section)] = Field(
         default=EvaluateConfig(), description="How the model is measured before and after."
     )
-    gates: Annotated[GatesConfig, BeforeValidator(as_section)] = Field(
+    gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
         default=GatesConfig(), description="What the edited model must reach to be published."
     )
 
@@ -271,7 +272,7 @@ class JobConfig(EditSettings, _Places):
                 "update": {"shard_size"},
             },
         )
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return digest_of(values)
 
 
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -403,7 +404,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section, dot, name = key.rpartition(".")
     holder = values
     if dot:
-        holder = values[section] = as_section(values.get(section))
+        holder = values[section] = _as_section(values.get(section))
     # A section that is not a mapping is a problem of the file, and is reported as such.
     if isinstance(holder, dict):
         holder[name] = value
@@ -417,7 +418,7 @@ def _problem(item: ErrorDetails, source: str, origins: dict[str, str], keys: _Ke
             return f"{where}: unknown key {key}; {keys.suggestion(key)}"
         case "missing":
             return f"{where}: {key} is missing; {keys.fields[key].description}"
-        case "notallowed":
+        case "not_allowed":
             what = item["ctx"]["what"]
         case _:
             what = f"a section with keys {', '.join(keys.inside(key))}"

@@ -8,18 +8,17 @@ Work without a record, or with the record of another job, does not count.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+from pipeline.digest import digest_of
 from pipeline.errors import RunFolderError
 from pipeline.lease import FOLDER as LEASE
+from pipeline.numbered import now_text
 from pipeline.store import TEMPORARY_SUFFIX, Store
 
 STATUS = "run.json"
@@ -71,9 +70,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder holds the work of another job.
         """
-        self._digest = hashlib.sha256(
-            json.dumps(dict(digests), sort_keys=True).encode()
-        ).hexdigest()
+        self._digest = digest_of(dict(digests))
         if fresh:
             self.check()
             for name in _OWN:
@@ -89,7 +86,7 @@ class RunFolder:
         self._clear_unfinished()
         self.status = {
             "status": "running",
-            "started_at": _now(),
+            "started_at": now_text(),
             "finished_at": None,
             "attempt": (earlier or {}).get("attempt", 0) + 1,
             "seed": seed,
@@ -121,7 +118,7 @@ class RunFolder:
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Say how the run ended: complete, held or failed."""
-        self.status |= {"status": status, "finished_at": _now(), "error": error}
+        self.status |= {"status": status, "finished_at": now_text(), "error": error}
         self.write()
 
     def event(self, kind: str, text: str) -> None:
@@ -207,10 +204,6 @@ def _files(record: Mapping[str, Any]) -> dict[str, str]:
 def _is_unfinished(file: str) -> bool:
     name = file.rpartition("/")[2]
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,6 @@ within that while are told apart; it is all that such a storage allows.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import threading
@@ -28,7 +27,8 @@ from uuid import uuid4
 import psutil  # type: ignore[import-untyped]
 
 from pipeline.errors import LeaseLostError, RunFolderError, StorageError
-from pipeline.store import Store
+from pipeline.numbered import last_number, now_text, numbered
+from pipeline.store import Store, json_bytes
 
 FOLDER = "lease"
 EXPIRES_S = 60.0
@@ -71,7 +71,7 @@ class Holder:
     @classmethod
     def here(cls, expires_s: float) -> Holder:
         """This process."""
-        pid, now = os.getpid(), _now()
+        pid, now = os.getpid(), now_text()
         began = psutil.Process(pid).create_time()
         return cls(uuid4().hex, platform.node(), _machine(), pid, began, now, now, expires_s)
 
@@ -131,14 +131,14 @@ class Lease:
         exclusive, now = _probe(store)
         holder = Holder.here(expires_s)
         for _ in range(_CLAIMS):
-            number = _last_number(store)
+            number = last_number(store, FOLDER)
             if number:
-                _refuse_if_held(store, _name(number), now)
-            name = _name(number + 1)
+                _refuse_if_held(store, numbered(FOLDER, number), now)
+            name = numbered(FOLDER, number + 1)
             if _claim(store, name, holder, None if exclusive else settle_s):
                 with suppress(StorageError):
                     for earlier in range(max(1, number - 1), number + 1):
-                        store.delete(_name(earlier))
+                        store.delete(numbered(FOLDER, earlier))
                 return cls(store, name, holder, exclusive)
         raise RunFolderError(
             f"{store.url} is being taken by other runs again and again; start one run at a time"
@@ -154,7 +154,7 @@ class Lease:
         # Heard of again before it looks: nobody takes over between the look and the write.
         if time.monotonic() - self._renewed > self._holder.expires_s / 2:
             self.renew()
-        last = _last_number(self._store)
+        last = last_number(self._store, FOLDER)
         if last == int(PurePosixPath(self._name).stem):
             if self.exclusive or _read(self._store, self._name).token == self._holder.token:
                 return
@@ -169,7 +169,7 @@ class Lease:
             if not self.exclusive and _read(self._store, self._name).token != self._holder.token:
                 return
             started = time.monotonic()
-            self._write(replace(self._holder, renewed_at=_now()))
+            self._write(replace(self._holder, renewed_at=now_text()))
             self._renewed = started
 
     def release(self) -> None:
@@ -182,7 +182,7 @@ class Lease:
         # Where it does not work, the lease expires by itself; what else went wrong matters more.
         with suppress(StorageError):
             if _read(self._store, self._name).token == self._holder.token:
-                self._write(replace(self._holder, renewed_at=_now(), released_at=_now()))
+                self._write(replace(self._holder, renewed_at=now_text(), released_at=now_text()))
 
     def __enter__(self) -> Self:
         return self
@@ -206,7 +206,7 @@ class Lease:
 
     def _loss(self, last: int) -> str:
         try:
-            who = f"was taken over by {_read(self._store, _name(last))}"
+            who = f"was taken over by {_read(self._store, numbered(FOLDER, last))}"
         except StorageError:
             who = "is no longer held by this run: its lease file is gone or another's"
         return (
@@ -256,7 +256,7 @@ def _refuse_if_held(store: Store, name: str, now: datetime | None) -> None:
 
 def _claim(store: Store, name: str, holder: Holder, settle_s: float | None) -> bool:
     """Create a lease; False if another run was faster."""
-    data = json.dumps(asdict(holder), indent=2).encode()
+    data = json_bytes(asdict(holder))
     if settle_s is None:
         # A request that was answered too late and sent again finds its own file.
         return store.create_bytes(name, data) or _read(store, name).token == holder.token
@@ -276,16 +276,6 @@ def _read(store: Store, name: str) -> Holder:
         ) from None
 
 
-def _last_number(store: Store) -> int:
-    """The highest lease there is; 0 without one."""
-    stems = (PurePosixPath(name).stem for name in store.list(FOLDER))
-    return max((int(stem) for stem in stems if stem.isdecimal()), default=0)
-
-
-def _name(number: int) -> str:
-    return f"{FOLDER}/{number:06d}.json"
-
-
 def _machine() -> str:
     """What process numbers can be compared in: two containers of one host count by themselves."""
     parts = [platform.node()]
@@ -293,7 +283,3 @@ def _machine() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

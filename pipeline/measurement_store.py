@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.digest import digest_of
 from pipeline.plan import Plan
-from pipeline.segments import Segments, digest_of
+from pipeline.segments import Segments
 from pipeline.store import Store
 from pmet.request import EditRequest
 

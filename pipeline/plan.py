@@ -7,7 +7,6 @@ its configuration, its tokenizer and the headers of its weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from array import array
@@ -22,6 +21,7 @@ import pyarrow as pa
 from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.config import JobConfig
 from pipeline.corpus import Corpus, read_corpus
+from pipeline.digest import digest_of
 from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
 from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
@@ -156,10 +156,10 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         digests={
             "job": job.digest(),
             "model": digest,
-            "hparams": _digest(hparams.model_dump(mode="json")),
+            "hparams": digest_of(hparams.model_dump(mode="json")),
             "requests": _table_digest(table.table),
             "corpus": corpus.digest if corpus else "",
-            "context_templates": _digest(templates),
+            "context_templates": digest_of(templates),
         },
     )
 
@@ -321,11 +321,6 @@ def _check_second_moments(
             f"second_moments: there is no file {url}; correct the path, or name a folder to keep "
             "what is computed from the corpus"
         )
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _table_digest(table: pa.Table) -> str:

@@ -11,7 +11,6 @@ leaves whole segments or none.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -21,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.digest import digest_of
 from pipeline.errors import StorageError
 from pipeline.store import Store
 
@@ -80,8 +80,3 @@ class Segments:
             raise StorageError(
                 f"{self._setting}: {where} cannot be read ({reason}); {remedy} and run again"
             ) from error
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256, in hexadecimal, of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

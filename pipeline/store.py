@@ -174,8 +174,7 @@ class Store:
         Raises:
             ValueError: the value holds NaN or infinity, which JSON does not have.
         """
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        self.write_bytes(name, (text + "\n").encode())
+        self.write_bytes(name, json_bytes(value))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or the columns of it that are named."""
@@ -295,6 +294,15 @@ class Store:
             with failures("write", self.join(name)):
                 spool.flush()
             attempt("write", self.join(name), self.fs.put_file, spool.name, self._path(name))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON files hold it: UTF-8, indented, keys in the order given.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not have.
+    """
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_file(url: str, *, limit: int | None = None) -> bytes:

@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.digest import digest_of
 from pipeline.plan import Plan
 from pipeline.schema import TargetArrays, targets_table
-from pipeline.segments import Segments, digest_of
+from pipeline.segments import Segments
 from pipeline.store import Store
 from pmet.request import EditRequest
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import zoneinfo
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
+from jobs.schedule.records import TimeZone
 from pipeline.config import (
     CountOrNull,
     EditSettings,
+    FractionOrNull,
     Maximum,
     Paths,
     PathsOrNull,
@@ -25,24 +26,10 @@ from pipeline.config import (
 DATE = "{date}"
 
 
-def _zone(name: str) -> str:
-    # What it raises depends on what the name looks like on the disk.
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError) as error:
-        raise ValueError(name) from error
-    return name
-
-
 _Name = Annotated[str, Field(min_length=1)]
 Columns = Annotated[dict[_Name, _Name], allowed("our names of columns with the dump's names")]
-Fraction = Annotated[
-    Annotated[float, Field(ge=0, le=1)] | None, allowed("a fraction from 0 to 1, or null")
-]
 Versions = Annotated[Annotated[int, Field(ge=1)], allowed("a whole number, 1 or more")]
-Zone = Annotated[
-    Annotated[str, AfterValidator(_zone)], allowed("a time zone, such as UTC or Europe/Berlin")
-]
+Zone = Annotated[TimeZone, allowed("a time zone, such as UTC or Europe/Berlin")]
 
 
 class _Nights(Section):
@@ -69,7 +56,7 @@ class _Nights(Section):
         description="Nights in a row that a fact may be told and not learned before it is left "
         "out; null: any number.",
     )
-    most_removed: Fraction = Field(
+    most_removed: FractionOrNull = Field(
         default=0.5,
         description="Largest fraction of the live facts that may be gone from a dump; null: all.",
     )

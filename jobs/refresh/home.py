@@ -15,9 +15,7 @@ the next to come puts it right.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -25,7 +23,8 @@ import pyarrow as pa
 
 from pipeline.errors import FactDumpError, RunFolderError, StorageError
 from pipeline.folder import MODEL
-from pipeline.store import Store
+from pipeline.numbered import last_number, now_text, numbered
+from pipeline.store import Store, json_bytes
 from pmet.errors import PMETError
 
 CURRENT, PROMOTIONS, VERSIONS, RETRACTIONS = "CURRENT", "promotions", "versions", "retractions"
@@ -47,7 +46,7 @@ class Promotion:
     Attributes:
         promotion: its number, from 1.
         version: that is in use since.
-        model: its checkpoint; relative to the home, or the base model where no fact is live.
+        model: its checkpoint, relative to the home.
         at: when, ISO 8601 in UTC.
         by: ``refresh`` or ``rollback``.
     """
@@ -93,7 +92,7 @@ class Home:
         """A home that there is.
 
         Raises:
-            RunFolderError: nothing was ever promoted or retracted there.
+            RunFolderError: no night was ever begun there.
         """
         home = cls(url)
         if not home.versions():
@@ -105,18 +104,13 @@ class Home:
 
     def current(self) -> Promotion | None:
         """The version in use; None before the first promotion."""
-        number = _last_number(self.store, PROMOTIONS)
-        if not number:
-            return None
-        said = self.store.read_json(_numbered(PROMOTIONS, number))
-        return Promotion(**{field.name: said[field.name] for field in fields(Promotion)})
+        return self._promotion(last_number(self.store, PROMOTIONS))
 
-    def promote(self, version: int, model: str, *, expected: int, by: Mover) -> Promotion:
+    def promote(self, version: int, *, expected: int, by: Mover) -> Promotion:
         """Put a version to use.
 
         Args:
             version: its number.
-            model: see `Promotion`.
             expected: number of the promotion that is to be followed; 0 for none.
             by: who does it.
 
@@ -124,9 +118,9 @@ class Home:
             CurrentMovedError: another promotion has followed it.
             StorageError: the home cannot be written.
         """
-        promotion = Promotion(expected + 1, version, model, _now(), by)
-        name = _numbered(PROMOTIONS, promotion.promotion)
-        data = _json(asdict(promotion))
+        promotion = Promotion(expected + 1, version, path(version, MODEL), now_text(), by)
+        name = numbered(PROMOTIONS, promotion.promotion)
+        data = json_bytes(asdict(promotion))
         # A request that was answered too late and sent again finds its own file.
         if not (self.store.create_bytes(name, data) or self.store.read_bytes(name) == data):
             raise CurrentMovedError(
@@ -140,10 +134,10 @@ class Home:
     def write_current(self) -> None:
         """Make the file ``CURRENT`` say what the highest promotion says."""
         while (promotion := self.current()) is not None:
-            data = _json(asdict(promotion))
+            data = json_bytes(asdict(promotion))
             if not self.store.exists(CURRENT) or self.store.read_bytes(CURRENT) != data:
                 self.store.write_bytes(CURRENT, data)
-            if _last_number(self.store, PROMOTIONS) == promotion.promotion:
+            if last_number(self.store, PROMOTIONS) == promotion.promotion:
                 return
 
     def rollback(self, to: int | None = None) -> Promotion:
@@ -160,10 +154,10 @@ class Home:
         if current is None:
             raise RunFolderError(f"nothing was ever promoted at {self.store.url}")
         version = self._before(current) if to is None else to
-        model = self._kept_model(version)
-        promotion = self.promote(version, model, expected=current.promotion, by="rollback")
+        self._refuse_unless_kept(version)
+        promotion = self.promote(version, expected=current.promotion, by="rollback")
         # It may have been pruned just now: who prunes marks first, and then looks what is in use.
-        self._kept_model(version)
+        self._refuse_unless_kept(version)
         return promotion
 
     def versions(self) -> list[int]:
@@ -179,11 +173,16 @@ class Home:
 
     def is_kept(self, version: int) -> bool:
         """Whether a version can be put to use."""
-        store = self.store
-        if store.exists(path(version, PRUNED)) or self.night(version).get("model") is None:
-            return False
-        model = self.night(version)["model"]
-        return bool(model != path(version, MODEL) or store.exists(f"{model}/config.json"))
+        return (
+            not self.store.exists(path(version, PRUNED))
+            and self.night(version).get("model") is not None
+            and self.store.exists(path(version, MODEL, "config.json"))
+        )
+
+    def scores(self, version: int | None) -> dict[str, Any]:
+        """The figures of a version's model; empty where nothing was measured."""
+        night = {} if version is None else self.night(version)
+        return dict((night.get("metrics") or {}).get("after", {}))
 
     def prune(self, keep: int) -> list[int]:
         """Delete the models of old versions; returns their numbers.
@@ -191,7 +190,7 @@ class Home:
         Kept are the version in use, the ``keep`` last that were promoted, and what gates held back
         since the first of these. Of the others the ledger, the figures and the report stay.
         """
-        numbers = range(1, 1 + _last_number(self.store, PROMOTIONS))
+        numbers = range(1, 1 + last_number(self.store, PROMOTIONS))
         promoted = [p.version for n in numbers if (p := self._promotion(n)) is not None]
         if not promoted:
             return []
@@ -202,7 +201,7 @@ class Home:
             held = version not in promoted and version > recent[0]
             if version in kept or held or self.store.exists(path(version, PRUNED)):
                 continue
-            self.store.write_json(path(version, PRUNED), {"at": _now()})
+            self.store.write_json(path(version, PRUNED), {"at": now_text()})
             current = self.current()
             if current is not None and current.version == version:
                 self.store.delete(path(version, PRUNED))
@@ -220,11 +219,11 @@ class Home:
         Raises:
             StorageError: the home cannot be written.
         """
-        retraction = Retraction(subject, relation, action, reason, _now())
-        data = _json(asdict(retraction))
+        retraction = Retraction(subject, relation, action, reason, now_text())
+        data = json_bytes(asdict(retraction))
         for _ in range(_TRIES):
-            number = _last_number(self.store, RETRACTIONS) + 1
-            if self.store.create_bytes(_numbered(RETRACTIONS, number), data):
+            number = last_number(self.store, RETRACTIONS) + 1
+            if self.store.create_bytes(numbered(RETRACTIONS, number), data):
                 return retraction
         raise StorageError(
             f"{self.store.join(RETRACTIONS)} is being written by many at once; try again"
@@ -265,7 +264,7 @@ class Home:
         return found
 
     def _promotion(self, number: int) -> Promotion | None:
-        name = _numbered(PROMOTIONS, number)
+        name = numbered(PROMOTIONS, number)
         return Promotion(**self.store.read_json(name)) if self.store.exists(name) else None
 
     def _before(self, current: Promotion) -> int:
@@ -279,13 +278,12 @@ class Home:
             f"{self.store.url}; kept are {self._kept()}"
         )
 
-    def _kept_model(self, version: int) -> str:
+    def _refuse_unless_kept(self, version: int) -> None:
         if not self.is_kept(version):
             raise RunFolderError(
                 f"there is no model of version {version} at {self.store.url}; kept are "
                 f"{self._kept()}"
             )
-        return str(self.night(version)["model"])
 
     def _kept(self) -> str:
         return ", ".join(map(str, filter(self.is_kept, self.versions()))) or "none"
@@ -294,20 +292,3 @@ class Home:
 def path(version: int, *names: str) -> str:
     """The name of a version's folder in the home, or of something in it."""
     return "/".join((VERSIONS, f"{version:04d}", *names))
-
-
-def _numbered(folder: str, number: int) -> str:
-    return f"{folder}/{number:06d}.json"
-
-
-def _last_number(store: Store, folder: str) -> int:
-    stems = (PurePosixPath(name).stem for name in store.list(folder))
-    return max((int(stem) for stem in stems if stem.isdecimal()), default=0)
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

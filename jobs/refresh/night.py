@@ -39,6 +39,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
 from pipeline.folder import MODEL, STATUS
 from pipeline.lease import Lease
+from pipeline.numbered import now_text
 from pipeline.plan import Plan, default_cache, make_plan
 from pipeline.progress import Progress
 from pipeline.run import NO_TARGET, RunResult, run_plan
@@ -185,7 +186,7 @@ class _Work:
             "status": "running",
             "date": day.isoformat(),
             "as_of": as_of.isoformat(),
-            "started_at": _now(),
+            "started_at": now_text(),
             "finished_at": None,
             "follows": None if current is None else current.version,
             "facts": config.facts_of(day),
@@ -224,7 +225,7 @@ class _Work:
             # Where it cannot be said, what went wrong matters more.
             with suppress(PMETError):
                 text = str(error) or type(error).__name__
-                self._say(status=status, error=text, finished_at=_now())
+                self._say(status=status, error=text, finished_at=now_text())
                 if status == "superseded":
                     self._report()
             raise
@@ -289,7 +290,7 @@ class _Work:
             ledger=ledger.counts(),
             metrics=None if result is None else result.metrics,
             targets=self._targets(),
-            finished_at=_now(),
+            finished_at=now_text(),
         )
         if result is not None and result.status == "held":
             self._say(status="held")
@@ -297,9 +298,7 @@ class _Work:
             return self._refreshed("held")
         expected = 0 if self._current is None else self._current.promotion
         self._report()
-        promotion = self._home.promote(
-            self._night.version, self._path(MODEL), expected=expected, by="refresh"
-        )
+        promotion = self._home.promote(self._night.version, expected=expected, by="refresh")
         self._say(status="promoted", promotion=promotion.promotion)
         self._home.prune(self._config.keep)
         return self._refreshed("promoted")
@@ -426,7 +425,3 @@ def _today(config: RefreshConfig, now: datetime) -> date:
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
-
-
-def _now() -> str:
-    return _iso(datetime.now(UTC))

@@ -43,7 +43,7 @@ def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
         told=metrics["counts"]["edited"],
         verdict=_verdict(night, metrics["gates"]),
         base=metrics["before"],
-        last=_after(home, night["follows"]),
+        last=home.scores(night["follows"]),
         tonight=metrics["after"],
         fractions=FRACTIONS,
         gates=dict(map(_gate, metrics["gates"])),
@@ -72,12 +72,6 @@ def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[s
         case _:
             text = "Every gate was passed." if gates else "The refresh file asks for no gates."
             return {"kind": "good", "title": "Promoted", "text": text}
-
-
-def _after(home: Home, version: int | None) -> dict[str, Any]:
-    """The figures of a version's model; empty where there are none."""
-    night = {} if version is None else home.night(version)
-    return dict((night.get("metrics") or {}).get("after", {}))
 
 
 def _gate(gate: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -75,7 +75,7 @@ def show_versions(home: Home, console: Console) -> None:
     table = Table("", "date", "", "live", "changes", "efficacy", "specificity", "model", box=None)
     for version in home.versions():
         night = home.night(version)
-        after = (night.get("metrics") or {}).get("after", {})
+        after = home.scores(version)
         in_use = current is not None and current.version == version
         table.add_row(
             f"{version}",
@@ -136,9 +136,7 @@ def described(change: Change) -> str:
 
 def _show_scores(night: dict[str, Any], home: Home, console: Console) -> None:
     metrics = night["metrics"]
-    last = {}
-    if night["follows"] is not None:
-        last = (home.night(night["follows"]).get("metrics") or {}).get("after", {})
+    last = home.scores(night["follows"])
     table = Table("", "base", "last night", "tonight")
     for name in SCORES:
         values = (metrics["before"].get(name), last.get(name), metrics["after"].get(name))

@@ -33,6 +33,9 @@ def _timezone(name: str) -> str:
         raise ValueError(str(error)) from None
 
 
+TimeZone = Annotated[str, AfterValidator(_timezone)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +64,7 @@ class Schedule(_Record):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     refresh: Annotated[str, Field(min_length=1)]
     cron: Annotated[str, AfterValidator(_cron)]
-    timezone: Annotated[str, AfterValidator(_timezone)] = "UTC"
+    timezone: TimeZone = "UTC"
     directory: str | None = None
     catch_up: CatchUp = "once"
     retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 1

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 
 from pipeline.config import JobConfig
 from pipeline.run import RunResult, run_job
@@ -119,3 +120,16 @@ def targets_by_row(folder: Store) -> dict[int, np.ndarray]:
         arrays = read_targets(folder.read_table(record["file"]))
         by_row |= dict(zip(arrays.rows.tolist(), arrays.values, strict=True))
     return by_row
+
+
+def assert_same_targets(expected: dict[int, np.ndarray], found: dict[int, np.ndarray]) -> None:
+    """The same rows, and the same bits for each."""
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[r].view(np.int32), found[r].view(np.int32)) for r in found)
+
+
+def assert_same_weights(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Every weight as far from the expected one as rounding may bring it."""
+    for name, weight in expected.items():
+        apart = torch.linalg.norm(weight - found[name])
+        assert apart <= 1e-6 * torch.linalg.norm(weight), name

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -29,7 +28,7 @@ from safetensors.torch import load_file
 from pipeline.config import dump_job
 from pipeline.store import Store
 from tests.conftest import GOLDEN, ROOT
-from tests.e2e.conftest import job, targets_by_row
+from tests.e2e.conftest import assert_same_targets, assert_same_weights, job, targets_by_row
 
 KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
@@ -235,13 +234,8 @@ def weights(folder: Store) -> dict[str, torch.Tensor]:
 def assert_as_undisturbed(undisturbed: Store, folder: Store) -> None:
     """The same files, targets to the bit, weights, scores; nothing that an attempt has left."""
     assert files(folder) == files(undisturbed)
-    expected, values = (targets_by_row(each) for each in (undisturbed, folder))
-    assert expected.keys() == values.keys()
-    assert all(np.array_equal(expected[r].view(np.int32), values[r].view(np.int32)) for r in values)
-    others = weights(folder)
-    for name, weight in weights(undisturbed).items():
-        apart = torch.linalg.norm(weight - others[name])
-        assert apart <= 1e-6 * torch.linalg.norm(weight), name
+    assert_same_targets(targets_by_row(undisturbed), targets_by_row(folder))
+    assert_same_weights(weights(undisturbed), weights(folder))
     metrics, again = (each.read_json("metrics.json") for each in (undisturbed, folder))
     assert again["counts"] == metrics["counts"]
     assert again["after"] == pytest.approx(metrics["after"], rel=1e-4)

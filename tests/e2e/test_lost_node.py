@@ -7,16 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import torch
 from ray.cluster_utils import Cluster
 
 from pipeline.config import JobConfig
 from pipeline.run import run_job
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import job, targets_by_row
+from tests.e2e.conftest import assert_same_targets, assert_same_weights, job, targets_by_row
 from tests.e2e.test_run import run_json, weights
 
 
@@ -83,10 +81,5 @@ def test_a_run_goes_on_without_a_machine_that_is_lost(
     )
     assert run_json(undisturbed)["events"] == []
     assert disturbed.metrics["counts"] == undisturbed.metrics["counts"]
-    values, expected = targets_by_row(disturbed.folder), targets_by_row(undisturbed.folder)
-    assert values.keys() == expected.keys()
-    assert all(np.array_equal(values[r].view(np.int32), expected[r].view(np.int32)) for r in values)
-    others = weights(undisturbed)
-    for name, weight in weights(disturbed).items():
-        apart = torch.linalg.norm(weight - others[name])
-        assert apart <= 1e-6 * torch.linalg.norm(weight), name
+    assert_same_targets(targets_by_row(undisturbed.folder), targets_by_row(disturbed.folder))
+    assert_same_weights(weights(undisturbed), weights(disturbed))

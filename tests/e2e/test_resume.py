@@ -27,7 +27,7 @@ from pipeline.update import UpdateJob, UpdateRank
 from pmet import Edit
 from pmet.second_moment import MAX_TOKENS
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import GOOD_ROWS, Runner, job, targets_by_row
+from tests.e2e.conftest import GOOD_ROWS, Runner, assert_same_weights, job, targets_by_row
 from tests.e2e.test_run import edited_names, folder, record_is_whole, run_json, weights
 
 # Who computes decides nothing, and fewer processes start sooner.
@@ -171,10 +171,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
     (event,) = [e for e in run_json(again)["events"] if e["kind"] == "retry"]
     assert event["text"].startswith("update group, attempt 1: rank 1 of 2 failed in edit_layer: ")
     assert "as after signal 9 (SIGKILL)" in event["text"]
-    expected = weights(first)
-    for name, weight in weights(again).items():
-        apart = torch.linalg.norm(weight - expected[name])
-        assert apart <= 1e-6 * torch.linalg.norm(expected[name]), name
+    assert_same_weights(weights(first), weights(again))
     assert all(record_is_whole(again, name) for name in again.folder.glob("records/*.json"))
     named = {report["file"] for report in run_json(again)["layers"]}
     assert set(again.folder.list("delta", unfinished=True)) == named

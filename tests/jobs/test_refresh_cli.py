@@ -47,7 +47,7 @@ def home(tmp_path: Path) -> Home:
             "metrics": METRICS,
         }
         home.store.write_json(path(version, NIGHT), night)
-        home.promote(version, model, expected=version - 1, by="refresh")
+        home.promote(version, expected=version - 1, by="refresh")
     return home
 
 
