@@ -133,7 +133,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     digest = checkpoint.digest()
     corpus = _corpus(job, tokenizer, skeleton.config)
     _check_second_moments(job, layout, hparams.layers, digest)
-    if job.gates.perplexity_increase is not None and not corpus:
+    if "perplexity_increase" in job.gates.thresholds() and not corpus:
         raise JobError(
             "gates.perplexity_increase needs a corpus to measure perplexity on; give one"
         )

@@ -1,15 +1,14 @@
-"""What a run reports of its requests: a row each, the model's figures, and the gates' verdicts."""
+"""What a run reports of its requests: a row each, and the model's figures."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.schema import RequestTable, readable, with_columns
-from pmet.metrics import METRICS, summarize
+from pmet.figures import METRICS, summarize
 
 # The figures of metrics.json that are fractions, in the order that people read them.
 FRACTIONS = (
@@ -79,30 +78,3 @@ def model_metrics(
 ) -> dict[str, float | None]:
     """A model's figures over its measured requests, and its perplexity where it was measured."""
     return {**summarize(rows), "perplexity": perplexity}
-
-
-def gate_outcomes(
-    thresholds: Mapping[str, float], metrics: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Each gate with the value it saw and whether it lets the edited model pass.
-
-    A value that could not be measured does not pass: nobody knows that it is good enough.
-    """
-    outcomes = []
-    for metric, threshold in thresholds.items():
-        if metric == "perplexity_increase":
-            value = _increase(metrics["before"]["perplexity"], metrics["after"]["perplexity"])
-            passed = value is not None and value <= threshold
-        else:
-            value = metrics["after"].get(metric)
-            passed = value is not None and value >= threshold
-        outcomes.append(
-            {"metric": metric, "threshold": threshold, "value": value, "passed": passed}
-        )
-    return outcomes
-
-
-def _increase(before: float | None, after: float | None) -> float | None:
-    if before is None or after is None or not math.isfinite(after):
-        return None
-    return after / before - 1

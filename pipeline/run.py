@@ -13,12 +13,13 @@ from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
 from pipeline.errors import StorageError
 from pipeline.folder import MODEL, RunFolder
+from pipeline.gates import outcomes
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
-from pipeline.results import answered, gate_outcomes, model_metrics, results_table
+from pipeline.results import answered, model_metrics, results_table
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
@@ -163,7 +164,7 @@ def _conclude(
     # Where all was known the model is the base's, and there is nothing to hold back.
     nothing_new = len(found.known) == len(table.rows)
     thresholds = {} if nothing_new else plan.job.gates.thresholds()
-    metrics["gates"] = gate_outcomes(thresholds, metrics)
+    metrics["gates"] = outcomes(thresholds, metrics)
     held = any(not gate["passed"] for gate in metrics["gates"])
     targets = [
         store.read_table(found.files[shard.index], columns=["row", "steps", "loss"])

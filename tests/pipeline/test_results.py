@@ -1,10 +1,10 @@
-"""Results rows, the model's figures, and the gates."""
+"""Results rows, the model's figures."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-from pipeline.results import answered, gate_outcomes, model_metrics, results_table
+from pipeline.results import answered, model_metrics, results_table
 from pipeline.schema import RequestTable
 from pmet.request import EditRequest
 
@@ -28,26 +28,6 @@ def test_a_models_figure_is_the_mean_over_prompts_not_over_requests() -> None:
     assert metrics["generalization"] is None
     assert metrics["score"] is None
     assert metrics["perplexity"] == 7.0
-
-
-def test_gates_ask_the_edited_model() -> None:
-    metrics = {
-        "before": {"efficacy": 1.0, "perplexity": 10.0},
-        "after": {"efficacy": 0.9, "specificity": None, "perplexity": 10.3},
-    }
-    asked = {"efficacy": 0.9, "specificity": 0.5, "perplexity_increase": 0.02}
-    outcomes = {gate["metric"]: gate for gate in gate_outcomes(asked, metrics)}
-    assert outcomes["efficacy"]["passed"] is True
-    # Nobody knows that what was not measured is good enough.
-    assert outcomes["specificity"] == {
-        "metric": "specificity",
-        "threshold": 0.5,
-        "value": None,
-        "passed": False,
-    }
-    assert outcomes["perplexity_increase"]["passed"] is False
-    assert abs(outcomes["perplexity_increase"]["value"] - 0.03) < 1e-12
-    assert gate_outcomes({"perplexity_increase": 0.04}, metrics)[0]["passed"] is True
 
 
 def test_rows_keep_their_input_columns_and_find_their_target() -> None:
