@@ -7,8 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.intervals import intervals, of_perplexity, of_shares, rounded
+from pipeline.measure_stage import Measurement
 from pipeline.schema import RequestTable, readable, with_columns
-from pmet.figures import METRICS, summarize
+from pmet.figures import METRICS, OF_TEXT, summarize
 
 # The figures of metrics.json that are fractions, in the order that people read them.
 FRACTIONS = (
@@ -60,11 +62,15 @@ def results_table(
         "loss": pa.array([loss for _, loss in courses], pa.float32()),
     }
     for when, measured in (("before", before), ("after", after)):
-        for metric in METRICS:
+        texts = [measured.get(row, {}).get("text") for row in rows]
+        written = any(text is not None for text in texts)
+        for metric in (*METRICS, *(OF_TEXT if written else ())):
             values = [measured.get(row, {}).get(metric) for row in rows]
             columns[f"{when}_{metric}"] = pa.array(values, pa.float64())
         answers = [measured.get(row, {}).get("answer") for row in rows]
         columns[f"{when}_answer"] = pa.array(answers, pa.string())
+        if written:
+            columns[f"{when}_text"] = pa.array(texts, pa.string())
     return with_columns(readable(table.table.take(columns["row"])), columns)
 
 
@@ -73,8 +79,49 @@ def answered(asked: Collection[int], right: Collection[int]) -> dict[int, dict[s
     return {row: {"efficacy_strict": float(row in right)} for row in asked}
 
 
-def model_metrics(
-    rows: Sequence[Mapping[str, Any]], perplexity: float | None
+def model_metrics(before: Measurement, after: Measurement, rows: Sequence[int]) -> dict[str, Any]:
+    """The figures of both models over those of these input rows that were measured.
+
+    Returns:
+        ``before`` and ``after``: each figure, None where it was not measured; ``intervals``: the
+        same of their 95 % intervals, without those that there are not.
+    """
+    return {
+        "before": figures_of(before, rows),
+        "after": figures_of(after, rows, before),
+        "intervals": {
+            "before": intervals_of(before, rows),
+            "after": intervals_of(after, rows, before),
+        },
+    }
+
+
+def figures_of(
+    measured: Measurement, rows: Sequence[int], base: Measurement | None = None
 ) -> dict[str, float | None]:
-    """A model's figures over its measured requests, and its perplexity where it was measured."""
-    return {**summarize(rows), "perplexity": perplexity}
+    """A model's figures over those of these input rows that were measured, and on held-out text.
+
+    Args:
+        measured: what the model said.
+        rows: of the input.
+        base: what the unedited model said, with which it may agree; None: that is not asked.
+    """
+    own = [measured.rows[row] for row in rows if row in measured.rows]
+    figures = {**summarize(own), "perplexity": measured.perplexity}
+    if base is not None:
+        agreed, counts = measured.agreed(base)
+        figures["agreement"] = sum(agreed) / sum(counts) if sum(counts) else None
+    return figures
+
+
+def intervals_of(
+    measured: Measurement, rows: Sequence[int], base: Measurement | None = None
+) -> dict[str, list[float]]:
+    """The 95 % intervals of these figures, as far as there are any (`pipeline.intervals`)."""
+    found = intervals([measured.rows[row] for row in rows if row in measured.rows])
+    nll = [text.nll for text in measured.texts]
+    if perplexity := of_perplexity(nll, [len(text.greedy) for text in measured.texts]):
+        found["perplexity"] = perplexity
+    if base is not None and (agreement := of_shares(*measured.agreed(base))):
+        found["agreement"] = agreement
+    return rounded(found)
