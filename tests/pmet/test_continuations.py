@@ -106,8 +106,9 @@ def test_what_is_likelier_by_next_to_nothing_is_computed_as_the_plain_form_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden, prompts = load_golden("gpt2"), Prompts(load_golden("gpt2").tokenizer)
-    pairs = [(PROMPT, "."), (PROMPT, ",")]
-    tokens = [target[0] for _, target in prompts.continuations(pairs)]
+    pairs = [(PROMPT, "in"), (PROMPT, "is")]
+    ((*_, (one,)), (*_, (other,))) = prompts.continuations(pairs)
+    tokens = [one, other]
     expected = {pair: by_hand(golden, *pair) for pair in pairs}
     worse, better = sorted(range(2), key=lambda i: expected[pairs[i]].log_prob)
     assert not expected[pairs[better]].greedy
