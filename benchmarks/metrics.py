@@ -3,9 +3,9 @@
 python -m benchmarks.metrics --model MODEL --requests FACTS.parquet
 
 Plain is a pass for every prompt with every target, with all logits, as `pmet.plain` has it: with
-torch's own number of threads (or ``--threads``), and with one. The batched form runs in this process,
-with as many threads, and on the workers of a pipeline, one thread each.
-Starting processes and opening models is not counted.
+torch's own number of threads (or ``--threads``), and with one. The batched form runs in this
+process, with as many threads, and on the workers of a pipeline, one thread each. Starting
+processes and opening models is not counted.
 """
 
 from __future__ import annotations
