@@ -192,8 +192,7 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
 def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) -> None:
     found, _ = nights
     current = found.home.current()
-    # No fraction can be 1 above the last night's.
-    asked = {"efficacy": 0.0, "efficacy_strict_drop_since_last": -1.0}
+    asked = {"efficacy": 1.0, "specificity_strict": 1.0, "efficacy_strict_drop_since_last": 1.0}
     found.tell(40, 41)
     result = found.tonight(gates=GatesConfig(**asked))
     assert result.status == result.night["status"] == "held"
@@ -201,9 +200,11 @@ def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) 
     assert current is not None
     last = found.home.scores(current.version)
     assert metrics["last"]["after"] == last
-    _, held_by = metrics["gates"]
+    *_, since_last = metrics["gates"]
+    assert since_last["metric"] == "efficacy_strict_drop_since_last"
     drop = last["efficacy_strict"] - metrics["after"]["efficacy_strict"]
-    assert held_by["value"] == pytest.approx(drop)
+    assert since_last["value"] == pytest.approx(drop)
+    assert since_last["passed"] is True
     assert found.home.current() == current
     # It is kept, and a person may decide otherwise.
     assert found.home.is_kept(result.version)
