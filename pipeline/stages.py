@@ -27,7 +27,6 @@ from pipeline.measurement_store import MeasurementStore, perplexity_key, request
 from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
-from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
@@ -166,7 +165,6 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
         run.folder.forget(*later, "published", "measured-after", "known-after")
-        run.crew.make_room_for_ranks()
         with run.stage("update", len(layers)) as (bar, detail):
             bar.advance(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
@@ -291,23 +289,7 @@ def _edit_layers(
 ) -> None:
     """Update the layers that are not done yet, with a new group of ranks."""
     plan, ranks = run.plan, run.crew.ranks
-    job = UpdateJob(
-        model=str(plan.checkpoint.folder),
-        hparams=plan.hparams,
-        templates=templates,
-        second_moments=moments_url(run),
-        run=run.store,
-        device="cuda" if plan.job.update.gpus_per_rank else "cpu",
-        dtype=_rank_dtype(plan),
-        offload=plan.job.update.offload,
-    )
-    with RankGroup(
-        UpdateRank,
-        ranks=ranks,
-        init_args=(job,),
-        num_gpus=plan.job.update.gpus_per_rank,
-        threads=run.crew.threads,
-    ) as group:
+    with run.crew.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
         # In pieces: the requests of a large job are never all in one message.
         for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
             piece = plan.update_shards[start : start + ranks * SHARDS_SENT]
@@ -321,6 +303,25 @@ def _edit_layers(
             run.folder.record(f"layer-{layer}", dataclasses.asdict(report))
             done.append(report)
             bar.advance()
+
+
+def expect_update(run: Context, templates: list[list[str]]) -> None:
+    """Let the ranks of the update start while the workers end their work, if there is room."""
+    run.crew.expect_ranks(UpdateRank, (_update_job(run, templates),))
+
+
+def _update_job(run: Context, templates: list[list[str]]) -> UpdateJob:
+    plan = run.plan
+    return UpdateJob(
+        model=str(plan.checkpoint.folder),
+        hparams=plan.hparams,
+        templates=templates,
+        second_moments=moments_url(run),
+        run=run.store,
+        device="cuda" if plan.job.update.gpus_per_rank else "cpu",
+        dtype=_rank_dtype(plan),
+        offload=plan.job.update.offload,
+    )
 
 
 def _rank_dtype(plan: Plan) -> torch.dtype:
