@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import psutil  # type: ignore[import-untyped]
 
-from pipeline.errors import LeaseLostError, RunFolderError, StorageError
+from pipeline.errors import FolderBusyError, LeaseLostError, StorageError
 from pipeline.numbered import last_number, now_text, numbered
 from pipeline.store import Store, json_bytes
 
@@ -125,7 +125,7 @@ class Lease:
             settle_s: seconds between writing and reading back where the storage is not exclusive.
 
         Raises:
-            RunFolderError: another run holds it; the message says which, and what to do.
+            FolderBusyError: another run holds it; the message says which, and what to do.
             StorageError: the folder cannot be read or written.
         """
         exclusive, now = _probe(store)
@@ -140,7 +140,7 @@ class Lease:
                     for earlier in range(max(1, number - 1), number + 1):
                         store.delete(numbered(FOLDER, earlier))
                 return cls(store, name, holder, exclusive)
-        raise RunFolderError(
+        raise FolderBusyError(
             f"{store.url} is being taken by other runs again and again; start one run at a time"
         )
 
@@ -247,7 +247,7 @@ def _refuse_if_held(store: Store, name: str, now: datetime | None) -> None:
     if silent_s > holder.expires_s:
         return
     left_s = holder.expires_s - silent_s
-    raise RunFolderError(
+    raise FolderBusyError(
         f"{store.url} is being written by another run ({holder}; last heard of {silent_s:.0f} s "
         "ago). Wait until it has ended, stop it, or name another output; if it has died, the "
         f"folder is free in {left_s:.0f} s"

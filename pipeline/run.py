@@ -71,8 +71,8 @@ def run_job(
         address: Ray cluster to run on; one is started on this machine if None.
 
     Raises:
-        InputError: the job cannot be run as it is, or another run writes its folder; no worker
-            has been started.
+        InputError: the job cannot be run as it is; no worker has been started.
+        FolderBusyError: another run writes its folder; no worker has been started.
         LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """

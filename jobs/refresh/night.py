@@ -105,8 +105,9 @@ def refresh(
         address: Ray cluster to run on; one is started on this machine if None.
 
     Raises:
-        InputError: the dump, the templates or the job cannot be used, or another refresh of this
-            home is under way; CURRENT stays where it was, as with every other error.
+        InputError: the dump, the templates or the job cannot be used; CURRENT stays where it was,
+            as with every other error.
+        FolderBusyError: another refresh of this home is under way.
         CurrentMovedError: CURRENT was moved while the night was under way.
         PMETError: a stage failed; the same call takes the night up again.
     """

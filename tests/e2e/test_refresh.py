@@ -23,7 +23,7 @@ from jobs.refresh.config import RefreshConfig, load_refresh
 from jobs.refresh.home import CURRENT, LEDGER, CurrentMovedError, Home, path
 from jobs.refresh.ledger import Ledger
 from jobs.refresh.night import Refreshed, job_of, preview, refresh
-from pipeline.errors import FactDumpError, RunFolderError
+from pipeline.errors import FactDumpError, FolderBusyError
 from pipeline.lease import Lease
 from pipeline.run import run_job
 from pipeline.store import Store
@@ -252,7 +252,7 @@ def test_a_dump_that_has_lost_most_facts_is_refused(nights: tuple[Place, Any]) -
 
 def test_of_two_refreshes_at_once_one_runs(nights: tuple[Place, Any]) -> None:
     found, _ = nights
-    refused = pytest.raises(RunFolderError, match="is being written by another run")
+    refused = pytest.raises(FolderBusyError, match="is being written by another run")
     with Lease.acquire(found.home.store), refused:
         found.tonight()
 
