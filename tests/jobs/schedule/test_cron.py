@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jobs.schedule.cron import check_cron, check_timezone, fields, last_times, next_time
@@ -97,6 +97,7 @@ CRONS = [
     st.integers(0, 24 * 60 * 9),
     st.integers(1, 24 * 60 * 3),
 )
+@settings(deadline=None)
 @example("0 */3 * * *", "Australia/Lord_Howe", datetime(2026, 3, 28, tzinfo=UTC), 6750, 4320)
 def test_looking_back_finds_what_looking_ahead_finds(
     cron: str, timezone: str, base: datetime, minutes: int, length: int
