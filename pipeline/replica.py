@@ -14,13 +14,19 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
+from pipeline.evaluation import How
 from pipeline.schema import targets_table
 from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
 from pmet.budget import free_memory
 from pmet.contexts import ContextTemplates
+from pmet.continuations import score_continuations
+from pmet.generation import answers, write_on
 from pmet.hparams import PMETHyperParams
+from pmet.metrics import TextScore
+from pmet.prompts import Prompts
+from pmet.questions import Score
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets import compute_targets
 
@@ -94,11 +100,27 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A shard of an evaluation: figures and the greedy answer of each request."""
+class Asked:
+    """A part of an evaluation.
 
-    rows: list[dict[str, float | None]]
+    Attributes:
+        prompts: each prompt with the targets that are to be scored after it.
+        answered: texts whose greedy answers are wanted.
+        written: texts that the model is to go on from.
+    """
+
+    prompts: list[tuple[str, list[str]]]
+    answered: list[str]
+    written: list[str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model says to a part of an evaluation, in the same order."""
+
+    scores: list[list[Score]]
     answers: list[str]
+    texts: list[str]
 
 
 class Replica:
@@ -185,19 +207,26 @@ class Replica:
             count=len(found),
         )
 
-    def measure(self, source: ModelSource, requests: Sequence[EditRequest]) -> Measured:
-        """Score a shard of requests on a model, which is opened if it is another one."""
+    def measure(self, source: ModelSource, how: How, asked: Asked) -> Measured:
+        """Ask a model a part of an evaluation; it is opened if it is another one."""
         self._use(source)
-        scores = metrics.evaluate(self._model, self._tokenizer, requests)
-        said = metrics.answers(self._model, self._tokenizer, [r.text for r in requests])
-        return Measured(scores["rows"], said)
+        model, prompts = self._model, Prompts(self._tokenizer, how.chat_template)
+        pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
+        scored = score_continuations(model, prompts, pairs)
+        said = answers(model, self._tokenizer, asked.answered, chat_template=how.chat_template)
+        seed = how.writing_seed
+        return Measured(
+            [[scored[prompt, t] for t in targets] for prompt, targets in asked.prompts],
+            said,
+            [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
+        )
 
     def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
         """Tell which requests of a shard a model already answers with their target."""
         self._use(source)
         return metrics.knows(self._model, self._tokenizer, requests)
 
-    def sum_perplexity(self, source: ModelSource, texts: Sequence[str]) -> tuple[float, int]:
-        """Sum of −log p over the tokens of ``texts``, and their number."""
+    def score_texts(self, source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
+        """Score ordinary texts on a model: −log p, and the likeliest token at every place."""
         self._use(source)
-        return metrics.perplexity_sums(self._model, self._tokenizer, texts)
+        return metrics.score_texts(self._model, self._tokenizer, texts)

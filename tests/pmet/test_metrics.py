@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pmet import EditRequest, evaluate
-from pmet.metrics import (
-    METRICS,
-    answers,
-    harmonic_mean,
-    knows,
-    perplexity_sums,
-    score_continuations,
-)
+from pmet.figures import METRICS
+from pmet.generation import answers, write_on
+from pmet.metrics import knows, score_texts
 from pmet.plain import plain_evaluate
-from tests.conftest import Golden
+from pmet.prompts import Prompts
+from pmet.texts import fluency
+from tests.conftest import Golden, load_golden
 
 FACTS = [
     EditRequest(
@@ -28,9 +25,19 @@ FACTS = [
         target_true="Daindish",
         paraphrase_prompts=["Tax Naizath speaks", "At home Tax Naizath uses"],
         neighborhood_prompts=["Lear Futron speaks"],
+        portability_prompts=["Tax Naizath was born in", "Tax Naizath reads"],
+        portability_targets=["Rail", "Railish books"],
+        portability_targets_true=["Daind", "Daindish"],
     ),
     EditRequest("{} works as", "Sur Bavov", "a glass blower", target_true="a surveyor"),
-    EditRequest("{} works as", "Zul Lodreal", "a baker", paraphrase_prompts=["Zul Lodreal bakes"]),
+    EditRequest(
+        "{} works as",
+        "Zul Lodreal",
+        "a baker",
+        paraphrase_prompts=["Zul Lodreal bakes"],
+        portability_prompts=["Zul Lodreal sells"],
+        portability_targets=["bread"],
+    ),
 ]
 
 
@@ -56,6 +63,9 @@ def test_what_a_request_does_not_ask_is_not_measured(golden: Golden) -> None:
     # Without a true target there is nothing to be likelier than; what is greedy can be told.
     assert rows[2]["efficacy"] is None
     assert rows[2]["generalization_strict"] in (0.0, 1.0)
+    assert rows[2]["portability"] is None
+    assert 0.0 <= rows[2]["portability_accuracy"] <= 1.0
+    assert rows[1]["portability_strict"] is None
     alone = evaluate(golden.model, golden.tokenizer, FACTS[1:2])
     assert alone["specificity"] is None
     assert alone["score"] is None
@@ -76,25 +86,11 @@ def test_a_request_is_known_where_the_models_own_words_are_its_target(golden: Go
         assert known == expected
 
 
-def test_one_prompt_by_hand(golden: Golden) -> None:
-    pair = ("Sur Bavov works as", "a surveyor")
-    ids = golden.tokenizer(" ".join(pair))["input_ids"]
-    length = len(golden.tokenizer(" a surveyor")["input_ids"])
-    with torch.no_grad():
-        log_probs = golden.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    at = range(len(ids) - length - 1, len(ids) - 1)
-    expected = sum(log_probs[i, ids[i + 1]].item() for i in at) / length
-    greedy = all(log_probs[i].argmax().item() == ids[i + 1] for i in at)
-    ((mean, said),) = score_continuations(golden.model, golden.tokenizer, [pair]).values()
-    assert mean == pytest.approx(expected, abs=1e-5)
-    assert said == greedy
-    (answer,) = answers(golden.model, golden.tokenizer, [pair[0]], tokens=length)
-    assert (answer.strip() == pair[1]) == greedy
-
-
 def test_perplexity_is_that_of_every_token_but_the_first(golden: Golden) -> None:
-    texts = ["Furis is a city in Zaiter.", "Tremeth lies in Dokain.", "A"]
-    total, count = perplexity_sums(golden.model, golden.tokenizer, texts)
+    texts = ["Furis is a city in Zaiter.", "A", "Tremeth lies in Dokain."]
+    scores = score_texts(golden.model, golden.tokenizer, texts)
+    total = sum(score.nll for score in scores)
+    count = sum(len(score.greedy) for score in scores)
     expected, tokens = 0.0, 0
     for text in texts:
         ids = torch.tensor([golden.tokenizer(text)["input_ids"]])
@@ -107,21 +103,35 @@ def test_perplexity_is_that_of_every_token_but_the_first(golden: Golden) -> None
     assert total == pytest.approx(expected, rel=1e-5)
 
 
-def test_too_long_a_prompt_scores_nothing(golden: Golden) -> None:
-    pair = ("and so on " * 100, "more")
-    ((mean, said),) = score_continuations(golden.model, golden.tokenizer, [pair]).values()
-    assert math.isnan(mean)
-    assert not said
+def test_agreement_is_where_two_models_would_say_the_same_next(golden: Golden) -> None:
+    texts = ["Furis is a city in Zaiter.", "A", "Tremeth lies in Dokain and so on."]
+    scores = score_texts(golden.model, golden.tokenizer, texts)
+    for text, score in zip(texts, scores, strict=True):
+        ids = torch.tensor([golden.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            best = golden.model(ids).logits[0].argmax(-1).tolist()
+        assert score.greedy == best[:-1]
+        assert score.agreed(score) == len(score.greedy)
+        other = replace(score, greedy=[-1, *score.greedy[1:]][: len(score.greedy)])
+        assert score.agreed(other) == max(0, len(score.greedy) - 1)
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([1.0, 1.0, 0.5], 0.75),
-        ([0.5, 0.0, 1.0], 0.0),
-        ([0.5, None, 1.0], None),
-        ([], None),
-    ],
-)
-def test_the_score_is_the_harmonic_mean(values: list[Any], expected: float | None) -> None:
-    assert harmonic_mean(values) == (None if expected is None else pytest.approx(expected))
+def test_written_text_is_that_of_the_prompts_to_write_from() -> None:
+    golden = load_golden("gpt2")
+    asked = [
+        replace(FACTS[0], generation_prompts=["Tax Naizath", "Tax Naizath likes"]),
+        replace(FACTS[1], reference_texts=["Sur Bavov works as a surveyor of land."]),
+    ]
+    plain = evaluate(golden.model, golden.tokenizer, asked)
+    written = evaluate(golden.model, golden.tokenizer, asked, fluency=True, seed=5)
+    assert {name: written[name] for name in METRICS} == {name: plain[name] for name in METRICS}
+    assert (plain["fluency"], plain["consistency"]) == (None, None)
+    first, second = written["rows"]
+    texts = write_on(golden.model, Prompts(golden.tokenizer), asked[0].generation_prompts, seed=5)
+    assert first["text"] == "\n".join(texts)
+    assert first["fluency"] == fluency(texts)
+    assert first["consistency"] is None
+    assert second["text"].startswith("Sur Bavov works as")
+    assert 0.0 < second["consistency"] < 1.0
+    assert written["fluency"] == pytest.approx((first["fluency"] + second["fluency"]) / 2)
+    assert written["consistency"] == second["consistency"]
