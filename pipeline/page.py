@@ -1,19 +1,27 @@
 """Pages of HTML that need nothing but themselves.
 
-Everything that comes from data is escaped, long texts and long tables are cut (and say so), and a
-page forbids itself scripts and the network.
+Everything that comes from data is escaped, characters that nobody sees but that change how text is
+read are written out, long texts and long tables are cut (and say so), and a page forbids itself
+scripts and the network.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
+
+from pipeline.figures import figure_of, is_number, show, show_change, show_interval
+
+__all__ = ["TABLE_ROWS", "TEXT_LENGTH", "Cut", "is_number", "page", "visible"]
 
 TABLE_ROWS = 200
 TEXT_LENGTH = 300
+# Controls but for tab and newline, marks that override or embed a direction, lone surrogates.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def page(name: str, package: str = "pipeline") -> jinja2.Template:
@@ -22,6 +30,7 @@ def page(name: str, package: str = "pipeline") -> jinja2.Template:
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(p) for p in (package, "pipeline")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_finalized,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -30,8 +39,10 @@ def page(name: str, package: str = "pipeline") -> jinja2.Template:
         "number": _number,
         "duration": _duration,
         "short": _short,
-        "figure": _figure,
-        "change": _change,
+        "figure": show,
+        "change": show_change,
+        "interval": show_interval,
+        "label": lambda name: figure_of(name).label,
         "detail": _detail,
     }
     return environment.get_template(name)
@@ -50,9 +61,16 @@ class Cut:
         self.more = max(0, len(rows) - limit)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a number that can be shown."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def visible(text: str) -> str:
+    """Text with what cannot be seen written out: ``\\x00``, ``\\u202e``, a lone ``\\ud800``."""
+    return _UNSEEN.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def _finalized(value: Any) -> Any:
+    """Whatever a template puts on the page; its own markup stays as it is."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return visible(value)
 
 
 def _percent(value: Any, digits: int = 1) -> str:
@@ -63,20 +81,6 @@ def _number(value: Any) -> str:
     if not is_number(value):
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _figure(value: Any, metric: str) -> str:
-    """A metric's value in its unit."""
-    return _number(value) if metric == "perplexity" else _percent(value)
-
-
-def _change(after: Any, before: Any, metric: str) -> str:
-    """The difference of two values: relative for the perplexity, else in percentage points."""
-    if not (is_number(after) and is_number(before)):
-        return "–"
-    if metric == "perplexity":
-        return f"{(after / before - 1) * 100:+.2f} %".replace("-", "−")
-    return f"{(after - before) * 100:+.1f} points".replace("-", "−")
 
 
 def _detail(value: Any) -> str:

@@ -19,6 +19,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import answered, gate_outcomes, model_metrics, results_table
+from pipeline.run_record import NO_TARGET
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
@@ -34,10 +35,6 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
-
-NO_TARGET = "no target: "
-"""What the reason of a request begins with that could be planned, and for which no target was
-found."""
 
 
 @dataclass(frozen=True)

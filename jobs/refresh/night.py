@@ -42,7 +42,8 @@ from pipeline.lease import Lease
 from pipeline.numbered import now_text
 from pipeline.plan import Plan, default_cache, make_plan
 from pipeline.progress import Progress
-from pipeline.run import NO_TARGET, RunResult, run_plan
+from pipeline.run import RunResult, run_plan
+from pipeline.run_record import NO_TARGET
 from pmet.errors import PMETError
 
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"

@@ -306,7 +306,7 @@ def test_gates_show_what_was_demanded_and_reached(store):
     change(store, "metrics.json", gates=GATES)
     text = Page(report(store)).text
     assert "specificity at least 70.0 % 61.0 % not passed" in text
-    assert "perplexity_increase at most 2.0 % – not passed" in text
+    assert "perplexity_increase at most 2.0 % over the base – not passed" in text
     assert "--gate" in report(store)
 
 
