@@ -64,6 +64,7 @@ def score_chart(
     intervals: Mapping[str, Mapping[str, Interval]] | None = None,
     labels: Mapping[str, str] | None = None,
     series: tuple[str, str] = ("before", "after"),
+    axis: str = "prompts (%)",
 ) -> Markup:
     """Bars of fractions before and after, one pair a metric, with a line where a gate stands.
 
@@ -74,6 +75,7 @@ def score_chart(
         intervals: confidence intervals by ``before`` and ``after`` and metric, drawn as whiskers.
         labels: how the metrics are called; by their names where it does not say.
         series: what the two bars of a pair are called.
+        axis: what the fractions are of.
     """
     names, whiskers = list(after), intervals or {}
     called = {name: (labels or {}).get(name) or name.replace("_", " ") for name in names}
@@ -101,9 +103,12 @@ def score_chart(
         axes.set_xlim(0, 1.1)
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("prompts (%)")
+        axes.set_xlabel(axis)
         axes.grid(axis="x")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        handles, titles = axes.get_legend_handles_labels()
+        order = sorted(range(len(titles)), key=lambda i: titles[i] == "gate")
+        named = [handles[i] for i in order], [titles[i] for i in order]
+        axes.legend(*named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return _chart("scores", "Scores before and after", (7.2, 0.95 + 0.46 * len(names)), draw)
 
@@ -217,10 +222,6 @@ def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Marku
                 colour = GATE if worse else AFTER
                 label = "worse than before" if worse else "as before, or better"
                 axes.scatter(*spots.T, s=sizes, color=colour, alpha=0.75, label=label, lw=0)
-        for cell, count in dots[:3]:
-            spot = (cell[0] / _CELLS, cell[1] / _CELLS)
-            axes.annotate(f"{count:,}", spot, (-11, 0), textcoords="offset points", ha="right",
-                          va="center", fontsize=8)  # fmt: skip
         for axis, when in ((axes.xaxis, "before"), (axes.yaxis, "after")):
             axis.set_major_formatter(PercentFormatter(1.0))
             axis.set_label_text(f"neighbors right {when} (%)")
@@ -228,7 +229,9 @@ def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Marku
         axes.set_ylim(-0.06, 1.06)
         axes.set_aspect("equal")
         axes.grid()
-        legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        largest = f"the largest dot: {most:,} request{'s' if most > 1 else ''}"
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2}
+        legend = axes.legend(**place, title=largest, title_fontsize=8)
         for handle in legend.legend_handles:
             handle.set_sizes([40.0])
 

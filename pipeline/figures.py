@@ -36,10 +36,12 @@ class Figure:
         return self.name.replace("_", " ")
 
 
-def _forms(name: str, prompts: str, wanted: str, other: str) -> tuple[Figure, Figure, Figure]:
+def _forms(
+    name: str, prompts: str, wanted: str, other: str, note: str = ""
+) -> tuple[Figure, Figure, Figure]:
     """A figure in the probability form, the strict form, and as token accuracy."""
     return (
-        Figure(name, f"Share of {prompts} where {wanted} is more probable than {other}."),
+        Figure(name, f"Share of {prompts} where {wanted} is more probable than {other}.{note}"),
         Figure(f"{name}_strict", f"Share of {prompts} that the model answers greedily as wanted."),
         Figure(
             f"{name}_accuracy",
@@ -51,7 +53,8 @@ def _forms(name: str, prompts: str, wanted: str, other: str) -> tuple[Figure, Fi
 _EFFICACY = _forms("efficacy", "edited prompts", "the new target", "the true one")
 _GENERALIZATION = _forms("generalization", "paraphrases", "the new target", "the true one")
 _SPECIFICITY = _forms(
-    "specificity", "neighboring prompts, which should not change,", "the true target", "the new one"
+    *("specificity", "neighboring prompts", "the true target", "the new one"),
+    note=" They should not change.",
 )
 _PORTABILITY = _forms(
     "portability", "prompts that follow from the fact", "their target", "the one before"

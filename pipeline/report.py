@@ -218,6 +218,7 @@ def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, st
             _gate_lines(record),
             intervals=_intervals(record, drawn),
             labels={name: figure_of(name).label for name in drawn},
+            axis="prompts (%)" if set(drawn) <= {*_ALWAYS} else "prompts, or tokens (%)",
         )
     if names := _group_figures(groups):
         shown = weakest_groups(groups, names)
