@@ -23,7 +23,9 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 PATIENCE_S = 120.0
-SHOWN = "new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()))))"
+SHOWN = (
+    "new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()))))"
+)
 
 
 def find_browser() -> str | None:

@@ -1,36 +1,29 @@
-"""The report of a large run: its size, the time to build it, and the time a browser takes to show it.
+"""The report of a large run: its size, the time to build it, and until a browser shows it.
 
     python -m benchmarks.report --count 10000
 
 The run is made up: requests in relations, figures drawn under a seed, hostile text in every tenth
-request. The browser is a headless Chromium or Chrome with an empty profile; its time is that from
-the start of the navigation to the `load` event and to the end of layout, as its own tracing tells,
-without starting the process. Where there is no browser, only size and build time are measured.
+request. The browser is a headless Chromium or Chrome with an empty profile; its time runs from the
+start of the navigation until the page has been laid out and painted. Where there is no browser,
+size and build time are measured alone.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import random
-import shutil
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.harness import arguments, console, machine, show
+from benchmarks.browser import Browser, find_browser
+from benchmarks.harness import show, timed
 from pipeline.figures import CORE
 from pipeline.report import write_report
 from pipeline.store import Store
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 HOSTILE = (
     "<script>document.title = 'run'</script>",
     "<img src=x onerror=alert(1)>\"'",
@@ -40,11 +33,6 @@ HOSTILE = (
     "long " * 4000,
 )
 _METRICS = (*CORE, *(f"{name}_strict" for name in CORE))
-
-
-def browser() -> str | None:
-    """A browser that can be run without a screen."""
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
 def write_run(store: Store, count: int, *, relations: int = 34, hostile: bool = True) -> None:
@@ -89,7 +77,9 @@ def write_run(store: Store, count: int, *, relations: int = 34, hostile: bool = 
     )
     store.write_json("metrics.json", _metrics(draw, count, len(refused), relations, evil))
     store.write_json("run.json", _status(count, evil))
-    store.write_bytes("job.yaml", b"model: EleutherAI/gpt-j-6b\nrequests: facts/*.parquet\nseed: 0\n")
+    store.write_bytes(
+        "job.yaml", b"model: EleutherAI/gpt-j-6b\nrequests: facts/*.parquet\nseed: 0\n"
+    )
 
 
 def _metrics(
@@ -162,3 +152,38 @@ def _status(count: int, evil: tuple[str, ...]) -> dict[str, Any]:
             {"kind": "retry", "text": f"shard 12, attempt 2 {evil[1] if evil else ''}"},
         ],
     }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000, help="requests of the run")
+    parser.add_argument("--relations", type=int, default=34)
+    parser.add_argument("--repeat", type=int, default=5, help="times that the page is opened")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            _row(Store(Path(folder) / str(count)), count, options)
+            for count in (1, max(1, options.count // 10), options.count)
+        ]
+    note = "" if find_browser() else "There is no Chromium or Chrome here: nothing was opened."
+    show("The report of a run", rows, options, note)
+
+
+def _row(store: Store, count: int, options: argparse.Namespace) -> dict[str, Any]:
+    write_run(store, count, relations=min(count, options.relations))
+    seconds, _ = timed(lambda: write_report(store))
+    row = {"requests": count, "MB": store.size("report.html") / 1e6, "built in (s)": seconds}
+    page, path = store.local_path("report.html"), find_browser()
+    if page is None or path is None:
+        return row
+    with Browser(path) as browser:
+        shown = [browser.open(page) for _ in range(options.repeat)]
+        assert not browser.dialogs
+        asked = {url for url in browser.requests if not url.startswith(("file:", "data:"))}
+        assert not asked, asked
+    return row | {"first opened in (s)": shown[0], "then, slowest (s)": max(shown[1:] or shown)}
+
+
+if __name__ == "__main__":
+    main()

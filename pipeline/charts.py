@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -90,7 +91,8 @@ def score_chart(
                 if (value := values[name]) is not None:
                     interval = whiskers.get(when, {}).get(name)
                     if interval is not None:
-                        axes.hlines(place + offset, *interval, colors=INK, lw=1.0)
+                        low, high = interval
+                        axes.hlines(place + offset, low, high, colors=INK, lw=1.0)
                     end = value if interval is None else max(value, interval[1])
                     start = _clear_of(gates.get(name), end) + 0.01
                     axes.text(start, place + offset, f"{value:.1%}", va="center", fontsize=8)
@@ -127,6 +129,9 @@ def histogram(values: Sequence[float], name: str, label: str, *, whole: bool = F
 
     def draw(axes: Axes) -> None:
         axes.hist(data, bins=bins, color=AFTER, rwidth=0.88)
+        if whole and np.ptp(data) < 2:
+            # Room for whole numbers on the axis.
+            axes.set_xlim(data.min() - 1.6, data.max() + 1.6)
         axes.set_xlabel(label)
         axes.set_ylabel("requests")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole))
@@ -175,7 +180,8 @@ def group_chart(
         for place, row in enumerate(rows):
             interval = ((row.get("intervals") or {}).get("after") or {}).get(metric)
             if interval:
-                axes.hlines(place, *interval, colors=AFTER, lw=4.5, alpha=0.3)
+                low, high = interval
+                axes.hlines(place, low, high, colors=AFTER, lw=4.5, alpha=0.3)
         axes.plot(start, places, "o", color=BEFORE, ms=4.5, label=series[0], clip_on=False)
         axes.plot(end, places, "o", color=AFTER, ms=5.5, label=series[1], clip_on=False)
         axes.set_title(metrics[metric], fontsize=9)
@@ -221,7 +227,9 @@ def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Marku
                 sizes = [_SMALLEST_DOT + _LARGEST_DOT * count / most for _, count in chosen]
                 colour = GATE if worse else AFTER
                 label = "worse than before" if worse else "as before, or better"
-                axes.scatter(*spots.T, s=sizes, color=colour, alpha=0.75, label=label, lw=0)
+                axes.scatter(
+                    spots[:, 0], spots[:, 1], s=sizes, color=colour, alpha=0.75, label=label, lw=0
+                )
         for axis, when in ((axes.xaxis, "before"), (axes.yaxis, "after")):
             axis.set_major_formatter(PercentFormatter(1.0))
             axis.set_label_text(f"neighbors right {when} (%)")
@@ -233,7 +241,8 @@ def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Marku
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2}
         legend = axes.legend(**place, title=largest, title_fontsize=8)
         for handle in legend.legend_handles:
-            handle.set_sizes([40.0])
+            if isinstance(handle, PathCollection):
+                handle.set_sizes([40.0])
 
     return _chart("neighbors", "Specificity of each request before and after", (4.6, 4.7), draw)
 

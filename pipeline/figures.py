@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Unit = Literal["fraction", "bits", "plain"]
 
@@ -79,11 +79,9 @@ def figure_of(name: str) -> Figure:
     return FIGURES.get(name) or Figure(name, "", "plain")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a number that can be shown."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def measured(*scores: Mapping[str, Any], always: Sequence[str] = ()) -> list[Figure]:

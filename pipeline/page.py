@@ -7,6 +7,7 @@ scripts and the network.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,16 @@ from markupsafe import Markup
 
 from pipeline.figures import figure_of, is_number, show, show_change, show_interval
 
-__all__ = ["TABLE_ROWS", "TEXT_LENGTH", "Cut", "is_number", "page", "visible"]
+__all__ = [
+    "TABLE_ROWS",
+    "TEXT_LENGTH",
+    "Cut",
+    "duration",
+    "is_number",
+    "page",
+    "show_setting",
+    "visible",
+]
 
 TABLE_ROWS = 200
 TEXT_LENGTH = 300
@@ -37,13 +47,14 @@ def page(name: str, package: str = "pipeline") -> jinja2.Template:
     environment.filters |= {
         "percent": _percent,
         "number": _number,
-        "duration": _duration,
+        "duration": duration,
         "short": _short,
         "figure": show,
         "change": show_change,
         "interval": show_interval,
         "label": lambda name: figure_of(name).label,
         "detail": _detail,
+        "setting": show_setting,
     }
     return environment.get_template(name)
 
@@ -56,7 +67,7 @@ class Cut:
         more: how many are not.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], limit: int = TABLE_ROWS) -> None:
+    def __init__(self, rows: Sequence[Any], limit: int = TABLE_ROWS) -> None:
         self.rows = rows[:limit]
         self.more = max(0, len(rows) - limit)
 
@@ -90,7 +101,19 @@ def _detail(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _duration(seconds: Any) -> str:
+def show_setting(value: Any) -> str:
+    """A job's value as its file has it; a dash where there is none."""
+    match value:
+        case None:
+            return "–"
+        case str():
+            return value
+        case _:
+            return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def duration(seconds: Any) -> str:
+    """A number of seconds as people read it; a dash where there is none."""
     if not is_number(seconds):
         return "–"
     if seconds < 60:

@@ -36,6 +36,7 @@ from pipeline.run_record import (
     event_counts,
     layers,
     read_run,
+    show_rate,
     throughput,
 )
 from pipeline.store import Store
@@ -70,7 +71,7 @@ def write_report(store: Store, *, quarantined: Sequence[Mapping[str, Any]] = ())
 def _told(record: RunRecord) -> dict[str, Any]:
     """What the page says of the run as a whole."""
     last = record.metrics.get("last") or {}
-    groups = _groups(record)
+    groups = groups_of(record)
     return {
         "folder": record.store.url,
         "job": record.job,
@@ -89,7 +90,7 @@ def _told(record: RunRecord) -> dict[str, Any]:
         "has_intervals": bool(record.metrics.get("intervals")),
         "grouped_by": (record.metrics.get("groups") or {}).get("column"),
         "groups": Cut(groups),
-        "group_figures": _group_figures(groups),
+        "group_figures": group_figures(groups),
         "groups_drawn": min(len(groups), GROUPS_DRAWN),
         "layers": layers(record.run),
         "rates": _rates(record),
@@ -178,12 +179,12 @@ def _damage(row: Row) -> float:
     return float(row["before_specificity"] - row["after_specificity"])
 
 
-def _groups(record: RunRecord) -> list[dict[str, Any]]:
+def groups_of(record: RunRecord) -> list[dict[str, Any]]:
     rows = (record.metrics.get("groups") or {}).get("rows") or []
     return [{"before": {}, "after": {}, "intervals": {}} | dict(row) for row in rows]
 
 
-def _group_figures(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+def group_figures(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """The figures that any group has, of those that a table and a chart of groups show."""
     held = {name for group in groups for name, value in group["after"].items() if is_number(value)}
     return [name for name in _GROUPED if name in held]
@@ -202,8 +203,7 @@ def weakest_groups(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> li
 
 def _rates(record: RunRecord) -> list[str]:
     """What each stage got done in a second; nothing where that is not known."""
-    rates = [throughput(stage, record) for stage in record.run["stages"]]
-    return ["" if rate is None else f"{rate[0]:,.3g} {rate[1]}/s" for rate in rates]
+    return [show_rate(throughput(stage, record)) for stage in record.run["stages"]]
 
 
 def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -216,11 +216,11 @@ def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, st
             {name: _number(before.get(name)) for name in drawn},
             {name: _number(after.get(name)) for name in drawn},
             _gate_lines(record),
-            intervals=_intervals(record, drawn),
+            intervals=intervals_of(record, drawn),
             labels={name: figure_of(name).label for name in drawn},
             axis="prompts (%)" if set(drawn) <= {*_ALWAYS} else "prompts, or tokens (%)",
         )
-    if names := _group_figures(groups):
+    if names := group_figures(groups):
         shown = weakest_groups(groups, names)
         charts["groups"] = group_chart(shown, {n: figure_of(n).label for n in names})
     if pairs := _with_neighbors(record.edited()):
@@ -241,7 +241,7 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def _intervals(record: RunRecord, names: Iterable[str]) -> dict[str, dict[str, Interval]]:
+def intervals_of(record: RunRecord, names: Iterable[str]) -> dict[str, dict[str, Interval]]:
     """The confidence intervals that there are, by ``before`` and ``after`` and figure."""
     found: dict[str, dict[str, Interval]] = {"before": {}, "after": {}}
     for when, of in found.items():

@@ -114,20 +114,43 @@ def read_run(store: Store) -> RunRecord:
         raise RunFolderError(f"{store.url} is not a run folder: it has no run.json; check the path")
     return RunRecord(
         store=store,
-        run=_RUN | store.read_json(STATUS),
-        metrics=store.read_json("metrics.json") if store.exists("metrics.json") else {},
+        run=_RUN | _mapping(store, STATUS),
+        metrics=_mapping(store, "metrics.json") if store.exists("metrics.json") else {},
         job=store.read_bytes("job.yaml").decode() if store.exists("job.yaml") else "",
         results=_rows(store, "results.parquet", _RESULT),
         rejected=_rows(store, "rejected.parquet", (*REQUEST, "reason")),
     )
 
 
+def _mapping(store: Store, name: str) -> dict[str, Any]:
+    value = store.read_json(name)
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{store.join(name)} is not what a run writes; name a run's output")
+    return value
+
+
 def read_finished(store: Store) -> RunRecord:
-    """Read the folder of a run that has come to its end.
+    """Read the folder of a run that has come to its end, complete or held.
 
     Raises:
         RunFolderError: it is not there, or not at its end.
         StorageError: a file cannot be read.
+    """
+    require_results(store)
+    record = read_run(store)
+    status = record.run["status"]
+    if status not in ("complete", "held"):
+        raise RunFolderError(
+            f"{store.url} holds no finished run: it is {status}; run its job again until it ends"
+        )
+    return record
+
+
+def require_results(store: Store) -> None:
+    """Refuse a folder that no run has brought results into.
+
+    Raises:
+        RunFolderError: files are missing; the message names them.
     """
     missing = [name for name in NEEDED if not store.exists(name)]
     if missing:
@@ -135,7 +158,6 @@ def read_finished(store: Store) -> RunRecord:
             f"{store.url} holds no finished run ({', '.join(missing)} missing); name the output of "
             "a job that has ended"
         )
-    return read_run(store)
 
 
 def _rows(store: Store, name: str, columns: Sequence[str]) -> list[Row]:
@@ -155,7 +177,6 @@ def _read(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
     with store.read_stream(name) as stream:
         there = attempt("read", store.join(name), pq.read_schema, stream).names
     return store.read_table(name, [column for column in columns if column in there])
-
 
 
 def layers(run: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -196,6 +217,14 @@ def throughput(stage: Mapping[str, Any], record: RunRecord) -> tuple[float, str]
 
 def _was_measured(row: Row, when: str) -> bool:
     return any(row[f"{when}_{name}"] is not None for name in FIGURES)
+
+
+def show_rate(rate: tuple[float, str] | None) -> str:
+    """What ``throughput`` found, as people read it; nothing where it found nothing."""
+    if rate is None:
+        return ""
+    count, unit = rate
+    return f"{count:,.0f} {unit}/s" if count >= 100 else f"{count:.3g} {unit}/s"
 
 
 def event_counts(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:

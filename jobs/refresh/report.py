@@ -12,6 +12,7 @@ from pipeline.charts import trend_chart
 from pipeline.folder import STATUS
 from pipeline.page import Cut, page
 from pipeline.results import FRACTIONS
+from pipeline.store import Store
 
 REPORT = "night.html"
 CHANGES = "changes.parquet"
@@ -58,6 +59,18 @@ def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
         cost=_cost(seconds, config.price_per_hour),
     )
     store.write_bytes(path(version, REPORT), text.encode(errors="backslashreplace"))
+
+
+def quarantined(store: Store) -> list[dict[str, Any]]:
+    """The facts that a version's ledger says the model does not learn; none beside other runs.
+
+    Raises:
+        StorageError: the ledger cannot be read.
+    """
+    if not store.exists(LEDGER):
+        return []
+    facts = store.read_table(LEDGER).to_pylist()
+    return [fact for fact in facts if fact.get("state") == "quarantined"]
 
 
 def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[str, str]:
