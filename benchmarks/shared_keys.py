@@ -19,7 +19,7 @@ from benchmarks.harness import arguments, console, problem, show, timed
 from jobs.demo import world
 from pipeline.schema import read_requests
 from pmet import EditRequest, compute_edit, compute_targets, evaluate, second_moment
-from pmet.metrics import METRICS
+from pmet.figures import METRICS
 from pmet.problem import Problem, sharing_a_key
 
 # What the demo's model answers rightly behind any of these beginnings.

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import jobs.demo
 from pmet import EditRequest, PMETHyperParams, compute_edit
 from pmet.contexts import parse
-from pmet.metrics import answers
+from pmet.generation import answers
 
 FOLDER = Path(jobs.demo.__file__).parent
 

@@ -93,15 +93,46 @@ def evaluate(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Measure this many requests, drawn under the seed.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the sample, and of what the model writes.")
+    ] = 0,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Parquet files of ordinary text, to measure perplexity on."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, to measure agreement with on the corpus.")
+    ] = None,
+    perplexity_texts: Annotated[
+        int, typer.Option(min=1, help="Texts of the corpus that are read.")
+    ] = 256,
+    group_by: Annotated[
+        str | None, typer.Option(help="Column by which figures are given as well.")
+    ] = None,
+    fluency: Annotated[
+        bool, typer.Option("--fluency", help="Let the model write; fluency and consistency.")
+    ] = False,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask every prompt as a user's turn of a chat.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Write the figures as JSON to this file.")
     ] = None,
 ) -> None:
     """Measure how well a model holds edit requests, without editing it."""
     from jobs.measure import evaluate_model
+    from pipeline.config import EvaluateConfig
 
-    evaluate_model(model, requests, sample=sample, seed=seed, output=output, console=out)
+    config = EvaluateConfig(
+        sample=sample,
+        perplexity_texts=perplexity_texts,
+        group_by=group_by,
+        fluency=fluency,
+        chat_template=chat_template,
+    )
+    evaluate_model(
+        model, requests, config, seed=seed, corpus=corpus, base=base, output=output, console=out
+    )
 
 
 @app.command()

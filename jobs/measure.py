@@ -4,55 +4,147 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from jobs.views import percent
 from pipeline.checkpoint import Checkpoint, open_model_folder
-from pipeline.plan import default_cache
+from pipeline.config import EvaluateConfig
+from pipeline.corpus import read_corpus
+from pipeline.errors import JobError
+from pipeline.groups import group_column, grouped
+from pipeline.measure_stage import Measurement, held_out
+from pipeline.plan import default_cache, open_fast_tokenizer
 from pipeline.progress import RichProgress
 from pipeline.replica import ModelSource
+from pipeline.results import figures_of, intervals_of
 from pipeline.schema import read_requests
 from pmet.errors import RequestError
-from pmet.metrics import evaluate
+from pmet.figures import KINDS
+from pmet.metrics import evaluate, score_texts
+from pmet.prompts import Prompts
+from pmet.second_moment import longest
+
+SHOWN_GROUPS = 20
 
 
 def evaluate_model(
     model: str,
     requests: Sequence[str],
+    config: EvaluateConfig,
     *,
-    sample: int | None,
     seed: int,
+    corpus: Sequence[str] | None,
+    base: str | None,
     output: Path | None,
     console: Console,
 ) -> None:
     """Measure a model on edit requests and print its figures.
 
     Raises:
-        InputError: the model or the requests cannot be read, or no row is usable.
+        InputError: a model, the requests or the corpus cannot be read, no row is usable, or what is
+            asked for cannot be measured.
     """
-    folder = Checkpoint.open(open_model_folder(model, default_cache())).folder
+    if base is not None and not corpus:
+        raise JobError("--base needs a --corpus to measure agreement on; give one")
+    source = _source(model)
+    tokenizer = open_fast_tokenizer(Path(source.folder))
+    Prompts(tokenizer, config.chat_template)
     table = read_requests(requests)
+    column = group_column(config.group_by, table.table.column_names)
     if not table.requests:
         raise RequestError(f"none of {len(table.table)} rows can be measured: they are all faulty")
-    chosen = table.requests
-    if sample is not None and sample < len(chosen):
-        chosen = random.Random(seed).sample(chosen, sample)
+    chosen = list(range(len(table.requests)))
+    if config.sample is not None and config.sample < len(chosen):
+        chosen = random.Random(seed).sample(chosen, config.sample)
+    asked = [table.requests[place] for place in chosen]
     with RichProgress().stage("measure") as bar:
-        opened, tokenizer = ModelSource(str(folder), torch.cuda.is_available()).open()
-        figures: dict[str, Any] = evaluate(opened, tokenizer, chosen, on_progress=bar.advance)
-    figures.pop("rows")
-    shown = Table("", "probability", "strict")
-    for name in ("efficacy", "generalization", "specificity"):
-        shown.add_row(name, percent(figures[name]), percent(figures[f"{name}_strict"]))
-    shown.add_row("score", percent(figures["score"]), "")
-    console.print(f"{len(chosen)} requests, {len(table.rejected)} faulty rows left out")
-    console.print(shown)
+        opened, tokenizer = source.open()
+        texts: list[str] = []
+        if corpus:
+            read = read_corpus(corpus, tokenizer, max_length=longest(opened.config))
+            texts = held_out(read.texts, config.perplexity_texts)
+        found = evaluate(
+            opened,
+            tokenizer,
+            asked,
+            fluency=config.fluency,
+            chat_template=config.chat_template,
+            seed=seed,
+            on_progress=bar.advance,
+        )
+        rows = [table.rows[place] for place in chosen]
+        by_row = dict(zip(rows, found["rows"], strict=True))
+        measured = Measurement(by_row, score_texts(opened, tokenizer, texts))
+        del opened
+        unedited = None
+        if base is not None:
+            unedited = Measurement({}, score_texts(*_source(base).open(), texts))
+    figures: dict[str, Any] = figures_of(measured, rows, unedited)
+    figures["intervals"] = intervals_of(measured, rows, unedited)
+    if groups := grouped(column, table.table, rows, {"": by_row}):
+        figures["groups"] = _flat(groups)
+    figures["counts"] = {"measured": len(chosen), "rejected": len(table.rejected)}
+    _show(figures, console)
     if output is not None:
-        figures["counts"] = {"measured": len(chosen), "rejected": len(table.rejected)}
         output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _source(model: str) -> ModelSource:
+    folder = Checkpoint.open(open_model_folder(model, default_cache())).folder
+    return ModelSource(str(folder), torch.cuda.is_available())
+
+
+def _flat(groups: dict[str, Any]) -> dict[str, Any]:
+    """Groups of one model: its figures stand in each group itself."""
+    rows = [
+        {
+            "name": group["name"],
+            "requests": group["requests"],
+            **group[""],
+            "intervals": group["intervals"][""],
+        }
+        for group in groups["rows"]
+    ]
+    return {**groups, "rows": rows}
+
+
+def _show(figures: Mapping[str, Any], console: Console) -> None:
+    counts, intervals = figures["counts"], figures["intervals"]
+    shown = Table("", "probability", "95 %", "strict", "by tokens")
+    for kind in KINDS:
+        if figures[f"{kind}_strict"] is not None:
+            forms = [figures[f"{kind}{form}"] for form in ("", "_strict", "_accuracy")]
+            first, *others = map(percent, forms)
+            shown.add_row(kind, first, _between(intervals.get(kind)), *others)
+    shown.add_row("score", percent(figures["score"]), _between(intervals.get("score")), "", "")
+    for name in ("consistency", "agreement"):
+        if figures.get(name) is not None:
+            shown.add_row(name, percent(figures[name]), _between(intervals.get(name)), "", "")
+    for name, unit in (("fluency", " bits"), ("perplexity", "")):
+        if figures.get(name) is not None:
+            between = intervals.get(name)
+            text = "" if between is None else " to ".join(f"{x:.3f}" for x in between)
+            shown.add_row(name, f"{figures[name]:.3f}{unit}", text, "", "")
+    console.print(f"{counts['measured']} requests, {counts['rejected']} faulty rows left out")
+    console.print(shown)
+    if "groups" in figures:
+        _show_groups(figures["groups"], console)
+
+
+def _show_groups(groups: Mapping[str, Any], console: Console) -> None:
+    shown = Table(Column(Text(groups["column"])), "requests", *KINDS[:3], "score")
+    for group in groups["rows"][:SHOWN_GROUPS]:
+        values = (percent(group[name]) for name in (*KINDS[:3], "score"))
+        shown.add_row(Text(group["name"]), str(group["requests"]), *values)
+    console.print(shown)
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else " to ".join(f"{100 * x:.1f}" for x in interval)

@@ -1,4 +1,4 @@
-"""``pmet report``: a run's page written anew, or two runs compared on a page and on the terminal."""
+"""``pmet report``: a run's page written anew, or two runs compared on a page and a terminal."""
 
 from __future__ import annotations
 

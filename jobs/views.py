@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import dump_job
+from pipeline.gates import GATES
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -45,11 +46,9 @@ def show_result(result: RunResult, console: Console) -> None:
     show_scores(result.metrics["before"], result.metrics["after"], console)
     for gate in result.metrics["gates"]:
         if not gate["passed"]:
-            console.print(
-                f"held back: {gate['metric']} is {percent(gate['value'])}, "
-                f"the gate asks for {percent(gate['threshold'])}",
-                style="red",
-            )
+            console.print(f"held back: {gate_text(gate)}", style="red")
+        elif "note" in gate:
+            console.print(f"{gate['metric']}: {gate['note']}")
     for name in ("model", "report.html", "results.parquet", "delta"):
         console.print(f"{name:16} {result.folder.join(name)}", markup=False, soft_wrap=True)
 
@@ -72,6 +71,17 @@ def show_scores(
 def percent(value: float | None) -> str:
     """A fraction as people read it; a dash where it was not measured."""
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def gate_text(gate: Mapping[str, Any]) -> str:
+    """What a gate saw, and what it asks for."""
+    metric, kind = GATES[gate["metric"]].metric, GATES[gate["metric"]].kind
+    value, threshold = (
+        f"{x:.3f} bits" if metric == "fluency" and x is not None else percent(x)
+        for x in (gate["value"], gate["threshold"])
+    )
+    asked = "at least" if kind == "least" else "at most"
+    return f"{gate['metric']} is {value}, the gate asks for {asked} {threshold}"
 
 
 def _facts(plan: Plan) -> dict[str, str]:

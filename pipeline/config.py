@@ -10,16 +10,26 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    create_model,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pipeline.digest import digest_of
 from pipeline.errors import JobError
+from pipeline.gates import GATES
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml, read_yaml
 
 SIZE_LIMIT = 2**20
+_LISTED_KEYS, _FIRST_KEYS = 24, 6
 
 
 def allowed(what: str) -> WrapValidator:
@@ -56,6 +66,7 @@ Paths = Annotated[_Texts, BeforeValidator(_as_tuple), allowed("a path or a list 
 PathsOrNull = Annotated[
     _Texts | None, BeforeValidator(_as_tuple), allowed("a path, a list of paths, or null")
 ]
+Count = Annotated[_Count, allowed("a whole number, 1 or more")]
 CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or more, or auto")]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
 Flag = Annotated[bool, allowed("true or false")]
@@ -159,45 +170,56 @@ class EvaluateConfig(Section):
         description="Folder of measurements of the base that runs share: what it has is not "
         "measured again; null: none.",
     )
+    group_by: TextOrNull = Field(
+        default=None,
+        description="Column of the requests by which figures are given as well; null: relation_id "
+        "or relation, where there is one.",
+    )
+    last: TextOrNull = Field(
+        default=None,
+        description="Run folder whose figures the gates of the kind since_last compare with; "
+        "null: none.",
+    )
+    fluency: Flag = Field(
+        default=False,
+        description="Let the model write, and measure fluency and consistency of its text.",
+    )
+    chat_template: Flag = Field(
+        default=False, description="Ask every prompt as a user's turn of the tokenizer's chat."
+    )
+    perplexity_texts: Count = Field(
+        default=256,
+        description="Texts of the corpus that perplexity and agreement are measured on.",
+    )
 
 
-class GatesConfig(Section):
-    """What the edited model must reach to be published; null: not asked."""
+if TYPE_CHECKING:
 
-    efficacy: FractionOrNull = Field(
-        default=None,
-        description="Least fraction of edited prompts where the new target is more probable.",
+    class _Gates(Section):
+        pass
+
+else:
+    _Gates = create_model(
+        "_Gates",
+        __base__=Section,
+        **{
+            key: (
+                FractionOrNull if gate.is_fraction else Maximum,
+                Field(default=None, description=gate.description),
+            )
+            for key, gate in GATES.items()
+        },
     )
-    generalization: FractionOrNull = Field(
-        default=None,
-        description="Least fraction of paraphrases where the new target is more probable.",
-    )
-    specificity: FractionOrNull = Field(
-        default=None,
-        description="Least fraction of neighbors where the true target stays more probable.",
-    )
-    score: FractionOrNull = Field(
-        default=None, description="Least harmonic mean of the three above."
-    )
-    efficacy_strict: FractionOrNull = Field(
-        default=None,
-        description="Least fraction of edited prompts answered greedily with the new target.",
-    )
-    generalization_strict: FractionOrNull = Field(
-        default=None,
-        description="Least fraction of paraphrases answered greedily with the new target.",
-    )
-    specificity_strict: FractionOrNull = Field(
-        default=None,
-        description="Least fraction of neighbors answered greedily with the true target.",
-    )
-    perplexity_increase: Maximum = Field(
-        default=None,
-        description="Most that the perplexity may rise, relative to before: 0.02 is 2 %.",
-    )
+
+
+class GatesConfig(_Gates):
+    """What the edited model must reach to be published; null: not asked.
+
+    The keys are those of `pipeline.gates`.
+    """
 
     def thresholds(self) -> dict[str, float]:
-        """The gates that are asked for, by metric."""
+        """The gates that are asked for, by key."""
         return self.model_dump(exclude_none=True)
 
 
@@ -321,6 +343,8 @@ def dump_job(job: JobConfig) -> str:
     for key in ("requests", "corpus"):
         if values[key] and len(values[key]) == 1:
             values[key] = values[key][0]
+    # There are some fifty, and few jobs ask for more than three.
+    values["gates"] = job.gates.thresholds()
     return dump_yaml(values)
 
 
@@ -348,7 +372,7 @@ class _Keys:
         """What may have been meant by a key that there is not."""
         section, dot, name = key.rpartition(".")
         if inside := self.inside(key):
-            return f"name one of {', '.join(inside)}"
+            return f"name one of {_listed(inside)}"
         closest = [known for known in self.all if known.rpartition(".")[2] == name]
         holder = self.sections.get(section)
         beside = list(self.fields if holder is None else holder.model_fields)
@@ -357,7 +381,15 @@ class _Keys:
             closest = [f"{section}{dot}{match}" for match in matches]
         if closest:
             return f"did you mean {' or '.join(closest)}?"
-        return f"known are {', '.join(self.inside(section) or beside)}"
+        return f"known are {_listed(self.inside(section) or beside)}"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Keys in a message; of a great many the first, and where the others are told."""
+    if len(keys) <= _LISTED_KEYS:
+        return ", ".join(keys)
+    more = len(keys) - _FIRST_KEYS
+    return f"{', '.join(keys[:_FIRST_KEYS])} and {more} more, which docs/metrics.md lists"
 
 
 def _mapping(source: str, what: str) -> dict[str, Any]:
@@ -421,7 +453,7 @@ def _problem(item: ErrorDetails, source: str, origins: dict[str, str], keys: _Ke
         case "not_allowed":
             what = item["ctx"]["what"]
         case _:
-            what = f"a section with keys {', '.join(keys.inside(key))}"
+            what = f"a section with keys {_listed(keys.inside(key))}"
     return f"{where}: {key}: {_shown(item['input'])} is not allowed; give {what}"
 
 

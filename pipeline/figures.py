@@ -130,7 +130,7 @@ def all_numbers(values: Iterable[Any]) -> bool:
 
 
 def show_change(after: Any, before: Any, name: str) -> str:
-    """The difference of two values: in percentage points for a fraction, relative for perplexity."""
+    """The difference of two values: in points for a fraction, relative for the perplexity."""
     if not (is_number(after) and is_number(before)):
         return "–"
     match figure_of(name).unit:

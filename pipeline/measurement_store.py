@@ -2,8 +2,8 @@
 
 A run measures the base on the prompts of its requests before it edits them. Night after night most
 of these prompts are the same, and so is the base. A measurement is kept under the digest of the
-model, the dtype and all prompts of the request; the perplexity under that of the corpus. Both are
-kept in segments (`pipeline.segments`).
+model, the dtype, all prompts of the request and how they are asked; the scores of held-out texts
+under that of the corpus. Both are kept in segments (`pipeline.segments`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.digest import digest_of
+from pipeline.evaluation import How
 from pipeline.plan import Plan
 from pipeline.segments import Segments
 from pipeline.store import Store
 from pmet.request import EditRequest
 
-FORMAT = 1
+FORMAT = 2
 _KEY, _VALUE = "key", "value"
+# Consistency is worked out anew: it depends on the reference texts of all requests.
+_NOT_ASKED = ("case_id", "reference_texts")
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,12 @@ class MeasurementStore:
             self.segments.write(pa.table(columns))
 
 
-def request_key(request: EditRequest) -> str:
-    """Digest of all that is measured on a request."""
-    return digest_of({k: v for k, v in asdict(request).items() if k != "case_id"})
+def request_key(request: EditRequest, how: How) -> str:
+    """Digest of all that is measured on a request, and of how."""
+    asked = {k: v for k, v in asdict(request).items() if k not in _NOT_ASKED}
+    return digest_of([asked, asdict(how)])
 
 
-def perplexity_key(plan: Plan) -> str:
-    """Digest of the texts that perplexity is measured on."""
-    return digest_of(["perplexity", plan.digests["corpus"]])
+def texts_key(plan: Plan) -> str:
+    """Digest of the texts that perplexity and agreement are measured on."""
+    return digest_of(["texts", plan.digests["corpus"], plan.job.evaluate.perplexity_texts])

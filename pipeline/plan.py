@@ -23,6 +23,7 @@ from pipeline.config import JobConfig
 from pipeline.corpus import Corpus, read_corpus
 from pipeline.digest import digest_of
 from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
+from pipeline.evaluation import Last, check_evaluation
 from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
@@ -60,6 +61,8 @@ class Plan:
         groups: for each accepted request the number of those that share its key. Where they get one
             target, they follow each other and are in one target shard.
         corpus: ordinary text for second moments and perplexity; None where the job names none.
+        group_by: column of the input that figures are given by as well; None: by none.
+        last: the run whose figures are compared with; None: there is none.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: what the workers' memory holds.
@@ -75,6 +78,8 @@ class Plan:
     table: RequestTable
     groups: array[int]
     corpus: Corpus | None
+    group_by: str | None
+    last: Last | None
     target_shards: list[Shard]
     update_shards: list[Shard]
     batch_size: int | None
@@ -133,10 +138,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     digest = checkpoint.digest()
     corpus = _corpus(job, tokenizer, skeleton.config)
     _check_second_moments(job, layout, hparams.layers, digest)
-    if job.gates.perplexity_increase is not None and not corpus:
-        raise JobError(
-            "gates.perplexity_increase needs a corpus to measure perplexity on; give one"
-        )
+    columns = table.table.column_names
+    group_by, last = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
     batch_size = job.targets.batch_size
     return Plan(
         job=job,
@@ -148,6 +151,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         table=table,
         groups=groups,
         corpus=corpus,
+        group_by=group_by,
+        last=last,
         target_shards=plan_shards(
             count, shard_size(count, job.targets.shard_size), groups if joint else None
         ),

@@ -14,13 +14,17 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
+from pipeline.evaluation import How
 from pipeline.schema import targets_table
 from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
 from pmet.budget import free_memory
 from pmet.contexts import ContextTemplates
+from pmet.generation import answers
 from pmet.hparams import PMETHyperParams
+from pmet.metrics import TextScore
+from pmet.prompts import Prompts
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets import compute_targets
 
@@ -95,9 +99,9 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A shard of an evaluation: figures and the greedy answer of each request."""
+    """A shard of an evaluation: figures, written text and the greedy answer of each request."""
 
-    rows: list[dict[str, float | None]]
+    rows: list[dict[str, Any]]
     answers: list[str]
 
 
@@ -185,19 +189,24 @@ class Replica:
             count=len(found),
         )
 
-    def measure(self, source: ModelSource, requests: Sequence[EditRequest]) -> Measured:
-        """Score a shard of requests on a model, which is opened if it is another one."""
+    def measure(self, source: ModelSource, how: How, requests: Sequence[EditRequest]) -> Measured:
+        """Measure a shard of requests on a model, which is opened if it is another one."""
         self._use(source)
-        scores = metrics.evaluate(self._model, self._tokenizer, requests)
-        said = metrics.answers(self._model, self._tokenizer, [r.text for r in requests])
-        return Measured(scores["rows"], said)
+        prompts = Prompts(self._tokenizer, how.chat_template)
+        rows = metrics.measure_requests(
+            self._model, prompts, requests, writing_seed=how.writing_seed
+        )
+        texts = [request.text for request in requests]
+        chat = how.chat_template
+        said = answers(self._model, self._tokenizer, texts, chat_template=chat)
+        return Measured(rows, said)
 
     def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
         """Tell which requests of a shard a model already answers with their target."""
         self._use(source)
         return metrics.knows(self._model, self._tokenizer, requests)
 
-    def sum_perplexity(self, source: ModelSource, texts: Sequence[str]) -> tuple[float, int]:
-        """Sum of −log p over the tokens of ``texts``, and their number."""
+    def score_texts(self, source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
+        """Score ordinary texts on a model: −log p, and the likeliest token at every place."""
         self._use(source)
-        return metrics.perplexity_sums(self._model, self._tokenizer, texts)
+        return metrics.score_texts(self._model, self._tokenizer, texts)

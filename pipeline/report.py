@@ -180,6 +180,7 @@ def _damage(row: Row) -> float:
 
 
 def groups_of(record: RunRecord) -> list[dict[str, Any]]:
+    """The groups of a run's requests with their figures; what a group lacks is empty."""
     rows = (record.metrics.get("groups") or {}).get("rows") or []
     return [{"before": {}, "after": {}, "intervals": {}} | dict(row) for row in rows]
 
@@ -253,7 +254,7 @@ def intervals_of(record: RunRecord, names: Iterable[str]) -> dict[str, dict[str,
 
 
 def _gate_lines(record: RunRecord) -> dict[str, float]:
-    """Where the gates stand on the axis of fractions, by figure: the highest where there are two."""
+    """Where the gates stand on the axis of fractions, by figure; the highest of several."""
     last = (record.metrics.get("last") or {}).get("after") or {}
     lines: dict[str, float] = {}
     for gate in record.gates:

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from pmet.errors import RequestError
-from pmet.request import EditRequest
+from pmet.request import TEXT_LISTS, EditRequest
 
 REQUIRED_COLUMNS = ("prompt", "subject", "target_new")
-OPTIONAL_COLUMNS = ("case_id", "target_true", "paraphrase_prompts", "neighborhood_prompts")
+OPTIONAL_COLUMNS = ("case_id", "target_true", *TEXT_LISTS)
 REQUEST_COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
 NAMED_ROWS = 5  # of the rows that a row contradicts
 _BATCH = 1024  # rows that are Python objects at a time

@@ -1,15 +1,16 @@
-"""What a run reports of its requests: a row each, the model's figures, and the gates' verdicts."""
+"""What a run reports of its requests: a row each, and the model's figures."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.intervals import intervals, of_perplexity, of_shares, rounded
+from pipeline.measure_stage import Measurement
 from pipeline.schema import RequestTable, readable, with_columns
-from pmet.metrics import METRICS, summarize
+from pmet.figures import METRICS, OF_TEXT, summarize
 
 # The figures of metrics.json that are fractions, in the order that people read them.
 FRACTIONS = (
@@ -61,11 +62,15 @@ def results_table(
         "loss": pa.array([loss for _, loss in courses], pa.float32()),
     }
     for when, measured in (("before", before), ("after", after)):
-        for metric in METRICS:
+        texts = [measured.get(row, {}).get("text") for row in rows]
+        written = any(text is not None for text in texts)
+        for metric in (*METRICS, *(OF_TEXT if written else ())):
             values = [measured.get(row, {}).get(metric) for row in rows]
             columns[f"{when}_{metric}"] = pa.array(values, pa.float64())
         answers = [measured.get(row, {}).get("answer") for row in rows]
         columns[f"{when}_answer"] = pa.array(answers, pa.string())
+        if written:
+            columns[f"{when}_text"] = pa.array(texts, pa.string())
     return with_columns(readable(table.table.take(columns["row"])), columns)
 
 
@@ -74,35 +79,49 @@ def answered(asked: Collection[int], right: Collection[int]) -> dict[int, dict[s
     return {row: {"efficacy_strict": float(row in right)} for row in asked}
 
 
-def model_metrics(
-    rows: Sequence[Mapping[str, Any]], perplexity: float | None
-) -> dict[str, float | None]:
-    """A model's figures over its measured requests, and its perplexity where it was measured."""
-    return {**summarize(rows), "perplexity": perplexity}
+def model_metrics(before: Measurement, after: Measurement, rows: Sequence[int]) -> dict[str, Any]:
+    """The figures of both models over those of these input rows that were measured.
 
-
-def gate_outcomes(
-    thresholds: Mapping[str, float], metrics: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Each gate with the value it saw and whether it lets the edited model pass.
-
-    A value that could not be measured does not pass: nobody knows that it is good enough.
+    Returns:
+        ``before`` and ``after``: each figure, None where it was not measured; ``intervals``: the
+        same of their 95 % intervals, without those that there are not.
     """
-    outcomes = []
-    for metric, threshold in thresholds.items():
-        if metric == "perplexity_increase":
-            value = _increase(metrics["before"]["perplexity"], metrics["after"]["perplexity"])
-            passed = value is not None and value <= threshold
-        else:
-            value = metrics["after"].get(metric)
-            passed = value is not None and value >= threshold
-        outcomes.append(
-            {"metric": metric, "threshold": threshold, "value": value, "passed": passed}
-        )
-    return outcomes
+    return {
+        "before": figures_of(before, rows),
+        "after": figures_of(after, rows, before),
+        "intervals": {
+            "before": intervals_of(before, rows),
+            "after": intervals_of(after, rows, before),
+        },
+    }
 
 
-def _increase(before: float | None, after: float | None) -> float | None:
-    if before is None or after is None or not math.isfinite(after):
-        return None
-    return after / before - 1
+def figures_of(
+    measured: Measurement, rows: Sequence[int], base: Measurement | None = None
+) -> dict[str, float | None]:
+    """A model's figures over those of these input rows that were measured, and on held-out text.
+
+    Args:
+        measured: what the model said.
+        rows: of the input.
+        base: what the unedited model said, with which it may agree; None: that is not asked.
+    """
+    own = [measured.rows[row] for row in rows if row in measured.rows]
+    figures = {**summarize(own), "perplexity": measured.perplexity}
+    if base is not None:
+        agreed, counts = measured.agreed(base)
+        figures["agreement"] = sum(agreed) / sum(counts) if sum(counts) else None
+    return figures
+
+
+def intervals_of(
+    measured: Measurement, rows: Sequence[int], base: Measurement | None = None
+) -> dict[str, list[float]]:
+    """The 95 % intervals of these figures, as far as there are any (`pipeline.intervals`)."""
+    found = intervals([measured.rows[row] for row in rows if row in measured.rows])
+    nll = [text.nll for text in measured.texts]
+    if perplexity := of_perplexity(nll, [len(text.greedy) for text in measured.texts]):
+        found["perplexity"] = perplexity
+    if base is not None and (agreement := of_shares(*measured.agreed(base))):
+        found["agreement"] = agreement
+    return rounded(found)

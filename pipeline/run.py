@@ -13,21 +13,22 @@ from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
 from pipeline.errors import StorageError
 from pipeline.folder import MODEL, RunFolder
+from pipeline.gates import outcomes
+from pipeline.groups import grouped
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
+from pipeline.measure_stage import Measurement, measure
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
-from pipeline.results import answered, gate_outcomes, model_metrics, results_table
+from pipeline.results import answered, model_metrics, results_table
 from pipeline.run_record import NO_TARGET
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
     Context,
     FoundTargets,
-    Measurement,
     collect_moments,
-    measure,
     publish_model,
     published_model,
     update,
@@ -144,10 +145,13 @@ def _conclude(
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     table = dataclasses.replace(plan.table, rejected=rejected)
     edited = sorted(found.edited(table.rows))
-    metrics: dict[str, Any] = {
-        name: model_metrics([m.rows[row] for row in edited if row in m.rows], m.perplexity)
-        for name, m in (("before", before), ("after", after))
-    }
+    metrics = model_metrics(before, after, edited)
+    measured = {"before": before.rows, "after": after.rows}
+    counted = [row for row in edited if row in after.rows]
+    if groups := grouped(plan.group_by, plan.table.table, counted, measured):
+        metrics["groups"] = groups
+    if plan.last:
+        metrics["last"] = dataclasses.asdict(plan.last)
     metrics["counts"] = {
         "requested": len(table.table),
         "rejected": len(rejected),
@@ -160,7 +164,7 @@ def _conclude(
     # Where all was known the model is the base's, and there is nothing to hold back.
     nothing_new = len(found.known) == len(table.rows)
     thresholds = {} if nothing_new else plan.job.gates.thresholds()
-    metrics["gates"] = gate_outcomes(thresholds, metrics)
+    metrics["gates"] = outcomes(thresholds, metrics, plan.last.after if plan.last else None)
     held = any(not gate["passed"] for gate in metrics["gates"])
     targets = [
         store.read_table(found.files[shard.index], columns=["row", "steps", "loss"])

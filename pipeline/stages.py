@@ -2,14 +2,15 @@
 
     templates ─▶ second moments ─▶ measure before ─▶ targets ─▶ update ─▶ publish ─▶ measure after
 
-Where a job says so, what the base knows is found after *measure before* (`pipeline.known`), and
-asked again at the end. What is computed together is decided by the plan, never by who computes it.
+Targets and measurements are modules of their own (`pipeline.target_stage`,
+`pipeline.measure_stage`). Where a job says so, what the base knows is found after *measure before*
+(`pipeline.known`), and asked again at the end. What is computed together is decided by the plan,
+never by who computes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,12 @@ from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import MODEL, RunFolder
-from pipeline.measurement_store import MeasurementStore, perplexity_key, request_key
 from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
 from pipeline.progress import Progress, Stage
 from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
-from pipeline.replica import Measured, ModelSource
+from pipeline.replica import ModelSource
 from pipeline.shards import Shard
 from pipeline.statistics import PARTS, MomentsJob, collect
 from pipeline.store import Store, localized
@@ -38,11 +38,8 @@ from pmet.delta import Edit, changed
 
 # The model card: written at the end, over what the base has under this name.
 CARD = "README.md"
-PERPLEXITY_TEXTS = 256
-MEASURED_TOGETHER = 32
 UPDATE_ATTEMPTS = 3
 SHARDS_SENT = 8
-_LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -92,19 +89,6 @@ class FoundTargets:
     def edited(self, rows: Iterable[int]) -> list[int]:
         """Those of these rows that have a target."""
         return [row for row in rows if row not in self.failures and row not in self.known]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a model was found to say.
-
-    Attributes:
-        rows: figures and greedy answer by input row, for the measured requests.
-        perplexity: on a sample of the corpus; None without one.
-    """
-
-    rows: dict[int, dict[str, Any]]
-    perplexity: float | None
 
 
 def write_templates(run: Context) -> list[list[str]]:
@@ -221,44 +205,6 @@ def published_model(run: Context) -> ModelSource:
     return ModelSource(folder, run.plan.base.on_gpu)
 
 
-def measure(run: Context, name: str, source: ModelSource) -> Measurement:
-    """Score the sampled requests on a model, and its perplexity where there is a corpus."""
-    if record := run.folder.recorded(f"measured-{name}"):
-        return Measurement({int(r): v for r, v in record["rows"].items()}, record["perplexity"])
-    table, chosen = run.plan.table, _sample(run.plan)
-    # The base says the same every time.
-    kept = MeasurementStore.of(run.plan) if source == run.plan.base else None
-    keys = {} if kept is None else {place: request_key(table.requests[place]) for place in chosen}
-    of_corpus = perplexity_key(run.plan)
-    said = {} if kept is None else kept.read({*keys.values(), of_corpus})
-    rows = {table.rows[place]: said[keys[place]] for place in keys if keys[place] in said}
-    todo = [place for place in chosen if table.rows[place] not in rows]
-    parts = [todo[i : i + MEASURED_TOGETHER] for i in range(0, len(todo), MEASURED_TOGETHER)]
-    tasks = {f"measure {name} {number}": part for number, part in enumerate(parts)}
-    with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
-        if kept is not None:
-            detail["stored"] = len(rows)
-        bar.advance(len(rows))
-
-        def take(task: Task, measured: Measured) -> None:
-            part = tasks[task.key]
-            for i, figures, answer in zip(part, measured.rows, measured.answers, strict=True):
-                rows[table.rows[i]] = {**figures, "answer": answer}
-            bar.advance(len(part))
-
-        run.crew.map(
-            "measure",
-            [Task(key, (source, [table.requests[i] for i in part])) for key, part in tasks.items()],
-            take,
-        )
-        perplexity = said[of_corpus] if of_corpus in said else _perplexity(run, source)
-    if kept is not None:
-        new = {keys[place]: rows[table.rows[place]] for place in todo}
-        kept.write(new if of_corpus in said else new | {of_corpus: perplexity})
-    run.folder.record(f"measured-{name}", {"rows": rows, "perplexity": perplexity})
-    return Measurement(rows, perplexity)
-
-
 def _edit_layers_with_retries(
     run: Context,
     templates: list[list[str]],
@@ -347,20 +293,9 @@ def _update_shard(plan: Plan, shard: Shard, found: FoundTargets) -> UpdateShard:
     )
 
 
-def _sample(plan: Plan) -> list[int]:
+def sampled(plan: Plan) -> list[int]:
     """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
     count, wanted = len(plan.table.requests), plan.job.evaluate.sample
     if wanted is None or wanted >= count:
         return list(range(count))
     return sorted(random.Random(plan.job.seed).sample(range(count), wanted))
-
-
-def _perplexity(run: Context, source: ModelSource) -> float | None:
-    if run.plan.corpus is None:
-        return None
-    texts = run.plan.corpus.texts
-    sample = texts[:: max(1, len(texts) // PERPLEXITY_TEXTS)][:PERPLEXITY_TEXTS]
-    total, count = run.crew.one("sum_perplexity", "perplexity", (source, sample))
-    # A ruined model's mean may be NaN, or too large for exp.
-    mean = total / count if count else math.nan
-    return math.exp(mean) if mean < _LARGEST_EXPONENT else None

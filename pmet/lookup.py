@@ -72,12 +72,25 @@ def tokenize_continuation(tokenizer: Any, text: str, target: str) -> tuple[int, 
     The target's tokens are what the whole text has beyond the prompt's. Only where the tokenizer
     merges across the seam is the target tokenised by itself.
     """
-    prompt_ids = encode(tokenizer, text)
-    whole_ids = encode(tokenizer, f"{text} {target}")
+    return beyond(tokenizer, encode(tokenizer, text), encode(tokenizer, f"{text} {target}"), target)
+
+
+def beyond(
+    tokenizer: Any,
+    prompt_ids: tuple[int, ...],
+    whole_ids: tuple[int, ...],
+    target: str,
+    space: str = " ",
+) -> tuple[int, ...]:
+    """Tokens of ``target`` in a text, as ``tokenize_continuation`` says, from the text's tokens.
+
+    Raises:
+        RequestError: the target has no tokens.
+    """
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         target_ids = whole_ids[len(prompt_ids) :]
     else:
-        target_ids = tuple(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
+        target_ids = tuple(tokenizer(f"{space}{target}", add_special_tokens=False)["input_ids"])
     if not target_ids:
         raise RequestError(f"target {target!r} has no tokens in this vocabulary; reword it")
     return target_ids
@@ -86,6 +99,26 @@ def tokenize_continuation(tokenizer: Any, text: str, target: str) -> tuple[int, 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Tokens of a text as the model reads it: special tokens in front, none at the end."""
     return _with_offsets(tokenizer, text)[0]
+
+
+def encode_all(
+    tokenizer: Any, texts: Sequence[str], *, special: bool = True
+) -> list[tuple[int, ...]]:
+    """Tokens of many texts, in a quarter of the time that ``encode`` takes for each.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        texts: the texts.
+        special: put special tokens in front; without them a text is taken as it is.
+    """
+    if not texts:
+        return []
+    _refuse_slow(tokenizer)
+    encoded = tokenizer(list(texts), add_special_tokens=special, return_special_tokens_mask=True)
+    return [
+        tuple(ids[: _end(mask)] if special else ids)
+        for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    ]
 
 
 def _tokenize(tokenizer: Any, text: str, subject: tuple[int, int]) -> TokenizedPrompt:
@@ -101,15 +134,23 @@ def _tokenize(tokenizer: Any, text: str, subject: tuple[int, int]) -> TokenizedP
 
 
 def _with_offsets(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
+    _refuse_slow(tokenizer)
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    end = _end(encoded["special_tokens_mask"])
+    return tuple(encoded["input_ids"][:end]), encoded["offset_mapping"][:end]
+
+
+def _end(special_tokens_mask: Sequence[int]) -> int:
+    """Where a text ends: an EOS that a template appends would end it before the target is said."""
+    end = len(special_tokens_mask)
+    while end and special_tokens_mask[end - 1]:
+        end -= 1
+    return end
+
+
+def _refuse_slow(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets; load the model's fast "
             "tokenizer (a folder with tokenizer.json)"
         )
-    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    end = len(ids)
-    # An EOS that a template appends would end the text before the target is said.
-    while end and encoded["special_tokens_mask"][end - 1]:
-        end -= 1
-    return tuple(ids[:end]), offsets[:end]

@@ -1,45 +1,49 @@
 """What a model says about edit requests, in the field's metrics.
 
-Probability form (MEMIT, section "evaluation metrics"): the wanted target is likelier than the
-other one, by mean log-probability over its tokens.
+docs/metrics.md has each figure with its definition and source. In short, of the prompts of a
+request:
 
 - efficacy: on the request's own prompt, the new target against the true one
 - generalization: the same on paraphrase prompts
 - specificity: on neighborhood prompts, the true target against the new one
+- portability: on prompts about what follows from the fact, their own answers
 
-Strict form (``_strict``): the wanted target is the greedy answer at every one of its tokens.
+each in the probability form (the wanted target is likelier than the other one, by mean
+log-probability over its tokens), the strict form (``_strict``: it is the greedy answer at every
+one of its tokens) and by tokens (``_accuracy``: the share of them where it is). ``score`` is the
+harmonic mean of the first three. Where it is asked for, fluency and consistency of written text.
 
 A request's figure is the mean over its prompts; a model's is the mean over the prompts of all
-requests. ``score`` is the harmonic mean of the three probability figures.
+requests.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pmet.lookup import encode, tokenize_continuation
+from pmet.continuations import BATCH_TOKENS, Scored, logits_at, score_continuations
+from pmet.figures import METRICS, summarize
+from pmet.generation import write_on
+from pmet.lookup import encode_all
 from pmet.padding import batches_by_tokens, pad
 from pmet.problem import context_length
+from pmet.prompts import Continuation, Prompts
 from pmet.request import EditRequest
-from pmet.tracing import changed_input, frozen
+from pmet.texts import add_consistency
+from pmet.texts import fluency as fluency_of
+from pmet.tracing import frozen
 
-METRICS = (
-    "efficacy",
-    "generalization",
-    "specificity",
-    "efficacy_strict",
-    "generalization_strict",
-    "specificity_strict",
-)
-BATCH_TOKENS = 2048
-"""Padded tokens of one forward pass."""
+__all__ = ["METRICS", "TextScore", "evaluate", "knows", "measure_requests", "score_texts"]
 
-Continuation = tuple[str, str]
+_Scores = Mapping[Continuation, Scored]
+# Prompt, wanted answer, and the one that it is compared with.
+_Question = tuple[str, str | None, str | None]
 
 
 def evaluate(
@@ -47,85 +51,80 @@ def evaluate(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     *,
+    fluency: bool = False,
+    chat_template: bool = False,
+    seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure efficacy, generalization and specificity.
+    """Measure what a model says about edit requests.
 
     Args:
         model: a causal language model; left as it was.
         tokenizer: its fast tokenizer.
         requests: requests with what is to be measured on them: probability figures need
-            ``target_true``, the others need paraphrase or neighborhood prompts.
+            ``target_true``, the others need paraphrase, neighborhood or portability prompts.
+        fluency: let the model write, and measure fluency and consistency.
+        chat_template: ask every prompt as a user's turn of the tokenizer's chat.
+        seed: of what is drawn while the model writes.
         batch_tokens: padded tokens of one forward pass; a choice of speed.
         on_progress: told how many continuations have just been scored.
 
     Returns:
-        The figures of ``METRICS`` and ``score``, fractions in [0, 1] or None where no request has
-        what they need, and ``rows``: the same figures for each request, with the number of prompts
-        that they are means over (``efficacy_prompts``, …).
+        The figures of ``METRICS``, ``fluency``, ``consistency`` and ``score``: fractions in [0, 1]
+        (fluency in bits), or None where no request has what they need; and ``rows``: the same
+        figures for each request, with the number of prompts that they are means over
+        (``efficacy_prompts``, …) and the ``text`` that the model wrote.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
     """
-    wanted = dict.fromkeys(pair for request in requests for pair in _continuations(request))
-    scored = score_continuations(
-        model, tokenizer, list(wanted), batch_tokens=batch_tokens, on_progress=on_progress
+    rows = measure_requests(
+        model,
+        Prompts(tokenizer, chat_template),
+        requests,
+        writing_seed=seed if fluency else None,
+        batch_tokens=batch_tokens,
+        on_progress=on_progress,
     )
-    rows = [_row(request, scored) for request in requests]
+    if fluency:
+        add_consistency(zip(rows, (r.reference_texts for r in requests), strict=True))
     return {**summarize(rows), "rows": rows}
 
 
-def summarize(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Means over all prompts of per-request figures, and their score."""
-    figures: dict[str, float | None] = {}
-    for metric in METRICS:
-        prompts = f"{metric.removesuffix('_strict')}_prompts"
-        known = [(v, row[prompts] or 0) for row in rows if (v := row.get(metric)) is not None]
-        weight = sum(count for _, count in known)
-        figures[metric] = math.fsum(v * count for v, count in known) / weight if weight else None
-    figures["score"] = harmonic_mean(
-        [figures["efficacy"], figures["generalization"], figures["specificity"]]
-    )
-    return figures
-
-
-def harmonic_mean(values: Sequence[float | None]) -> float | None:
-    """Harmonic mean; None where a value is missing, 0 where one is 0."""
-    known = [v for v in values if v is not None]
-    if len(known) < len(values) or not known:
-        return None
-    return len(known) / sum(1 / v for v in known) if all(known) else 0.0
-
-
-@torch.no_grad()
-def score_continuations(
+def measure_requests(
     model: nn.Module,
-    tokenizer: Any,
-    pairs: Sequence[Continuation],
+    prompts: Prompts,
+    requests: Sequence[EditRequest],
     *,
+    writing_seed: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int], None] | None = None,
-) -> dict[Continuation, tuple[float, bool]]:
-    """Mean log-probability of each (prompt, target), and whether it is the greedy answer.
+) -> list[dict[str, Any]]:
+    """The figures of each request; consistency, which needs all of them, is left to the caller.
 
-    A pair that is longer than the model's context scores (NaN, False).
+    Args:
+        model: a causal language model; left as it was.
+        prompts: how prompts are put to it.
+        requests: the requests.
+        writing_seed: seed of what is drawn while the model writes; None: it does not write.
+        batch_tokens: padded tokens of one forward pass.
+        on_progress: told how many continuations have just been scored.
     """
-    limit = context_length(model.config) or math.inf
-    scored: dict[Continuation, tuple[float, bool]] = {}
-    items = []
-    for pair in pairs:
-        prompt_ids = encode(tokenizer, pair[0])
-        target_ids = tokenize_continuation(tokenizer, *pair)
-        if len(prompt_ids) + len(target_ids) - 1 > limit:
-            scored[pair] = (math.nan, False)
-        else:
-            items.append((prompt_ids + target_ids[:-1], target_ids, pair))
-    items.sort(key=lambda item: len(item[0]))
-    with frozen(model):
-        for batch in batches_by_tokens(items, batch_tokens, _length):
-            results = _score_batch(model, [(ids, target) for ids, target, _ in batch])
-            scored |= {pair: r for (_, _, pair), r in zip(batch, results, strict=True)}
-            if on_progress:
-                on_progress(len(batch))
-    return scored
+    pairs = [pair for request in requests for pair in _continuations(request)]
+    scored = score_continuations(
+        model, prompts, pairs, batch_tokens=batch_tokens, on_progress=on_progress
+    )
+    rows = [_row(request, scored) for request in requests]
+    if writing_seed is not None:
+        begun = [request.generation_prompts or (request.text,) for request in requests]
+        starts = list(dict.fromkeys(text for texts in begun for text in texts))
+        written = write_on(model, prompts, starts, seed=writing_seed)
+        by_start = dict(zip(starts, written, strict=True))
+        for row, texts in zip(rows, begun, strict=True):
+            own = [by_start[text] for text in texts]
+            row |= {"fluency": fluency_of(own), "text": "\n".join(own)}
+    return rows
 
 
 def knows(
@@ -140,122 +139,105 @@ def knows(
     This is ``efficacy_strict`` alone, for one short pass a request.
     """
     asked = [(request.text, request.target_new) for request in requests]
-    pairs = list(dict.fromkeys(asked))
-    scored = score_continuations(model, tokenizer, pairs, batch_tokens=batch_tokens)
-    return [scored[pair][1] for pair in asked]
+    scored = score_continuations(model, Prompts(tokenizer), asked, batch_tokens=batch_tokens)
+    return [scored[pair].greedy for pair in asked]
 
 
-def perplexity_sums(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = 512
-) -> tuple[float, int]:
-    """Sum of −log p over the tokens of ``texts`` but each first one, and their number.
+@dataclass(frozen=True)
+class TextScore:
+    """What a model makes of one text.
 
-    Perplexity is exp(sum / number); sums add up over shards.
+    Attributes:
+        nll: sum of −log p over its tokens but the first, in nats.
+        greedy: the likeliest token at each of these places.
     """
-    limit = min(max_tokens, context_length(model.config) or max_tokens)
-    sequences = [s for text in texts if len(s := encode(tokenizer, text)[:limit]) > 1]
-    sequences.sort(key=len)
-    shifted = [(s[:-1], s[1:]) for s in sequences]
-    total, count = 0.0, 0
-    with frozen(model), torch.no_grad():
-        for batch in batches_by_tokens(shifted, BATCH_TOKENS, _length):
-            for (_, target), (mean, _) in zip(batch, _score_batch(model, batch), strict=True):
-                total -= mean * len(target)
-                count += len(target)
-    return total, count
+
+    nll: float
+    greedy: list[int]
+
+    def agreed(self, other: TextScore) -> int:
+        """Places where two models have the same likeliest token."""
+        return sum(a == b for a, b in zip(self.greedy, other.greedy, strict=True))
 
 
 @torch.no_grad()
-def answers(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, tokens: int = 8, batch: int = 64
-) -> list[str]:
-    """What the model says greedily after each text, at most ``tokens`` tokens."""
+def score_texts(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = 512
+) -> list[TextScore]:
+    """Score ordinary text: for perplexity, and for agreement with another model.
+
+    Perplexity is exp of all texts' ``nll`` through the number of their tokens but each first one.
+
+    Args:
+        model: a causal language model; left as it was.
+        tokenizer: its fast tokenizer.
+        texts: the texts.
+        max_tokens: that a text is cut at.
+    """
+    limit = min(max_tokens, context_length(model.config) or max_tokens)
+    sequences = [ids[:limit] for ids in encode_all(tokenizer, texts)]
+    scores = [TextScore(0.0, [])] * len(texts)
+    order = sorted(
+        (i for i, s in enumerate(sequences) if len(s) > 1), key=lambda i: len(sequences[i])
+    )
     device = next(model.parameters()).device
-    ids = [encode(tokenizer, text) for text in texts]
-    limit = (context_length(model.config) or math.inf) - tokens
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    said = [""] * len(ids)
     with frozen(model):
-        for start in range(0, len(order), batch):
-            part = [i for i in order[start : start + batch] if len(ids[i]) <= limit]
-            if not part:
-                continue
-            ids_BT, mask_BT = pad([ids[i] for i in part], device, left=True)
-            generated = model.generate(  # type: ignore[operator]
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id or 0,
-            )
-            for i, row in zip(part, generated, strict=True):
-                said[i] = tokenizer.decode(row[ids_BT.shape[1] :], skip_special_tokens=True)
-    return said
+        for batch in batches_by_tokens(order, BATCH_TOKENS, lambda i: len(sequences[i])):
+            ids_BT, mask_BT = pad([sequences[i][:-1] for i in batch], device)
+            rows_N, columns_N = mask_BT.nonzero(as_tuple=True)
+            logits_NV = logits_at(model, ids_BT, mask_BT, rows_N, columns_N)
+            labels_N = torch.tensor([t for i in batch for t in sequences[i][1:]], device=device)
+            said_N = logits_NV.gather(1, labels_N[:, None])[:, 0]
+            nll_N = (logits_NV.logsumexp(-1) - said_N).double()
+            lengths = [len(sequences[i]) - 1 for i in batch]
+            parts = zip(nll_N.split(lengths), logits_NV.argmax(-1).split(lengths), strict=True)
+            for i, (nll_T, best_T) in zip(batch, parts, strict=True):
+                scores[i] = TextScore(nll_T.sum().item(), best_T.tolist())
+    return scores
+
+
+def _questions(request: EditRequest) -> dict[str, list[_Question]]:
+    """What a request asks, by kind of figure."""
+    new, true = request.target_new, request.target_true
+    follows = request.portability_prompts
+    before: Sequence[str | None] = request.portability_targets_true or [None] * len(follows)
+    return {
+        "efficacy": [(request.text, new, true)],
+        "generalization": [(prompt, new, true) for prompt in request.paraphrase_prompts],
+        "specificity": [(prompt, true, new) for prompt in request.neighborhood_prompts],
+        "portability": list(zip(follows, request.portability_targets, before, strict=True)),
+    }
 
 
 def _continuations(request: EditRequest) -> list[Continuation]:
-    prompts = (request.text, *request.paraphrase_prompts, *request.neighborhood_prompts)
-    targets = [t for t in (request.target_new, request.target_true) if t is not None]
-    return [(prompt, target) for prompt in prompts for target in targets]
+    """The pairs that a request's figures need."""
+    return [
+        (prompt, target)
+        for questions in _questions(request).values()
+        for prompt, wanted, other in questions
+        if wanted is not None
+        for target in (wanted, other)
+        if target is not None
+    ]
 
 
-def _row(
-    request: EditRequest, scored: Mapping[Continuation, tuple[float, bool]]
-) -> dict[str, float | None]:
-    new, true = request.target_new, request.target_true
-    figures: dict[str, float | None] = {}
-    for name, prompts, wanted, other in (
-        ("efficacy", (request.text,), new, true),
-        ("generalization", request.paraphrase_prompts, new, true),
-        ("specificity", request.neighborhood_prompts, true, new),
-    ):
-        figures[name] = figures[f"{name}_strict"] = None
-        figures[f"{name}_prompts"] = len(prompts)
-        if not prompts or wanted is None:
+def _row(request: EditRequest, scored: _Scores) -> dict[str, Any]:
+    figures: dict[str, Any] = dict.fromkeys(METRICS)
+    for kind, questions in _questions(request).items():
+        figures[f"{kind}_prompts"] = len(questions)
+        scores = [scored[prompt, wanted] for prompt, wanted, _ in questions if wanted is not None]
+        if not scores:
             continue
-        figures[f"{name}_strict"] = _mean([scored[p, wanted][1] for p in prompts])
-        if other is not None:
-            figures[name] = _mean([scored[p, wanted][0] > scored[p, other][0] for p in prompts])
+        figures[f"{kind}_strict"] = _mean([score.greedy for score in scores])
+        figures[f"{kind}_accuracy"] = _mean([score.accuracy for score in scores])
+        others = [
+            scored[prompt, other].log_prob for prompt, _, other in questions if other is not None
+        ]
+        if others:
+            likelier = zip(scores, others, strict=True)
+            figures[kind] = _mean([score.log_prob > other for score, other in likelier])
     return figures
 
 
-def _mean(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags)
-
-
-def _score_batch(
-    model: nn.Module, batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> list[tuple[float, bool]]:
-    """Mean log-probability and greediness of each target at the end of its ids."""
-    device = next(model.parameters()).device
-    ids_BT, mask_BT = pad([ids for ids, _ in batch], device)
-    rows: list[int] = []
-    columns: list[int] = []
-    labels: list[int] = []
-    for row, (ids, target) in enumerate(batch):
-        rows += [row] * len(target)
-        columns += range(len(ids) - len(target), len(ids))
-        labels += target
-    rows_N, columns_N, labels_N = (torch.tensor(x, device=device) for x in (rows, columns, labels))
-    # The head reads only the places of targets: over a large vocabulary it is most of the work.
-    with changed_input(_head(model), lambda hidden: hidden[rows_N, columns_N][None]):
-        logits = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0]
-    log_probs = logits.float().log_softmax(-1)
-    of_labels = log_probs.gather(1, labels_N[:, None])[:, 0].double()
-    greedy = log_probs.argmax(-1) == labels_N
-    counts = torch.bincount(rows_N, minlength=len(batch))
-    means = torch.zeros(len(batch), dtype=torch.float64, device=device)
-    means = means.index_add(0, rows_N, of_labels) / counts
-    hits = torch.zeros(len(batch), dtype=torch.int64, device=device)
-    hits = hits.index_add(0, rows_N, greedy.long())
-    return list(zip(means.tolist(), (hits == counts).tolist(), strict=True))
-
-
-def _head(model: nn.Module) -> nn.Module:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    assert isinstance(head, nn.Module)
-    return head
-
-
-def _length(item: tuple[tuple[int, ...], *tuple[Any, ...]]) -> int:
-    return len(item[0])
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -354,55 +354,81 @@ def _key_and_value(
 def plain_evaluate(
     model: nn.Module, tokenizer: Any, requests: Sequence[EditRequest]
 ) -> dict[str, Any]:
-    """Score what the model answers now.
+    """Score what the model answers now: a pass for every prompt with every target.
 
     In the probability form a prompt counts when the wanted target is likelier than the other one
     (mean negative log-likelihood over each target's own tokens), in the strict form when it is
-    the greedy answer at every position. Wanted is the new target, but the true one for
-    neighborhood prompts.
+    the greedy answer at every position; the accuracy is the share of positions where it is. Wanted
+    is the new target, but the true one for neighborhood prompts, and its own answer for each
+    portability prompt.
 
     Returns:
-        ``efficacy``, ``generalization`` and ``specificity``, each also with ``_strict``: fractions
-        in [0, 1], means over all prompts of all requests, NaN where there are none; ``rows``: the
-        same for each request by itself, with its ``case_id``.
+        ``efficacy``, ``generalization``, ``specificity`` and ``portability``, each also with
+        ``_strict`` and ``_accuracy``: fractions in [0, 1], means over all prompts of all requests,
+        NaN where there are none; ``rows``: the same for each request by itself, with its
+        ``case_id``; ``nll``: by prompt and target, the mean negative log-likelihood.
     """
+    nll: dict[tuple[str, str], float] = {}
     with _unchanged(model), torch.no_grad():
-        wins = [_wins(model, tokenizer, request) for request in requests]
+        wins = [_wins(model, tokenizer, request, nll) for request in requests]
     rows = [
         {"case_id": request.case_id, **{name: _mean(own[name]) for name in own}}
         for request, own in zip(requests, wins, strict=True)
     ]
     means = {name: _mean([win for own in wins for win in own[name]]) for name in wins[0]}
-    return {**means, "rows": rows}
+    return {**means, "rows": rows, "nll": nll}
 
 
-def _wins(model: nn.Module, tokenizer: Any, request: EditRequest) -> dict[str, list[bool]]:
-    """For each figure, whether each prompt counts; none where a target is not given."""
+def _wins(
+    model: nn.Module, tokenizer: Any, request: EditRequest, nll: dict[tuple[str, str], float]
+) -> dict[str, list[float]]:
+    """For each figure, what each prompt counts; none where a target is not given."""
     new, true = request.target_new, request.target_true
-    asked: dict[str, tuple[Sequence[str], str | None, str | None]] = {
-        "efficacy": ([request.text], new, true),
-        "generalization": (request.paraphrase_prompts, new, true),
-        "specificity": (request.neighborhood_prompts, true, new),
+    ask = request.portability_prompts
+    before: Sequence[str | None] = request.portability_targets_true or [None] * len(ask)
+    asked: dict[str, list[tuple[str, str | None, str | None]]] = {
+        "efficacy": [(request.text, new, true)],
+        "generalization": [(prompt, new, true) for prompt in request.paraphrase_prompts],
+        "specificity": [(prompt, true, new) for prompt in request.neighborhood_prompts],
+        "portability": list(zip(ask, request.portability_targets, before, strict=True)),
     }
-    wins: dict[str, list[bool]] = {}
-    for name, (prompts, wanted, other) in asked.items():
+    wins: dict[str, list[float]] = {}
+    for name, prompts in asked.items():
         likelier = wins[name] = []
         greedy = wins[f"{name}_strict"] = []
-        for prompt in prompts if wanted is not None else ():
-            nll, is_greedy = _answer(model, tokenizer, prompt, str(wanted))
-            greedy.append(is_greedy)
+        accuracy = wins[f"{name}_accuracy"] = []
+        for prompt, wanted, other in prompts:
+            if wanted is None:
+                continue
+            log_prob, said, share = _answer(model, tokenizer, prompt, wanted)
+            nll[prompt, wanted] = -log_prob
+            greedy.append(said)
+            accuracy.append(share)
             if other is not None:
-                likelier.append(nll < _answer(model, tokenizer, prompt, other)[0])
+                log_prob_of_other, *_ = _answer(model, tokenizer, prompt, other)
+                nll[prompt, other] = -log_prob_of_other
+                likelier.append(log_prob > log_prob_of_other)
     return wins
 
 
-def _answer(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> tuple[float, bool]:
-    """Mean negative log-likelihood of ``target`` after ``prompt``, and whether it is greedy."""
+def _answer(
+    model: nn.Module, tokenizer: Any, prompt: str, target: str
+) -> tuple[float, bool, float]:
     ids, _ = _tokens(tokenizer, prompt)
-    answer = _continuation(tokenizer, prompt, target)
-    log_TN = _logits(model, [ids + answer[:-1]])[0, len(ids) - 1 :].log_softmax(-1).cpu()
-    nll = -log_TN[torch.arange(len(answer)), answer].mean().item()
-    return nll, log_TN.argmax(-1).tolist() == answer
+    return plain_score(model, ids, _continuation(tokenizer, prompt, target))
+
+
+def plain_score(
+    model: nn.Module, prompt: Sequence[int], target: Sequence[int]
+) -> tuple[float, bool, float]:
+    """One pass for one target: its mean log-likelihood in nats, whether it is the greedy answer at
+    every position, and at which share of them.
+    """
+    rows = [[*prompt, *target[:-1]]]
+    log_TN = _logits(model, rows)[0, len(prompt) - 1 :].log_softmax(-1).cpu()
+    mean = log_TN[torch.arange(len(target)), list(target)].mean().item()
+    right = [int(said == token) for said, token in zip(log_TN.argmax(-1), target, strict=True)]
+    return mean, all(right), sum(right) / len(right)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,6 +13,17 @@ SharedKeys = Literal["joint", "mean"]
 one target for all of them, or, as published, a target each, of which least squares writes the mean.
 """
 
+TEXT_LISTS = (
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+    "portability_prompts",
+    "portability_targets",
+    "portability_targets_true",
+    "generation_prompts",
+    "reference_texts",
+)
+"""Optional fields that are lists of texts."""
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -29,6 +40,14 @@ class EditRequest:
         target_true: what the unedited model is expected to say; only measured.
         paraphrase_prompts: other complete prompts that ask for the same fact; only measured.
         neighborhood_prompts: complete prompts whose answer stays ``target_true``; only measured.
+        portability_prompts: complete prompts about what follows from the new fact; only measured.
+        portability_targets: the answer to each of them, as many.
+        portability_targets_true: what the unedited model is expected to say to each of them, as
+            many; none where that is not known.
+        generation_prompts: beginnings of text about the subject, for the model to go on from; only
+            measured.
+        reference_texts: texts about subjects of which the new fact is true, which the model's own
+            shall be like; only measured.
 
     Raises:
         RequestError: naming the field that is wrong.
@@ -41,14 +60,20 @@ class EditRequest:
     target_true: str | None = field(default=None, kw_only=True)
     paraphrase_prompts: Sequence[str] = field(default=(), kw_only=True)
     neighborhood_prompts: Sequence[str] = field(default=(), kw_only=True)
+    portability_prompts: Sequence[str] = field(default=(), kw_only=True)
+    portability_targets: Sequence[str] = field(default=(), kw_only=True)
+    portability_targets_true: Sequence[str] = field(default=(), kw_only=True)
+    generation_prompts: Sequence[str] = field(default=(), kw_only=True)
+    reference_texts: Sequence[str] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
             object.__setattr__(self, name, _stripped(name, getattr(self, name)))
         if self.target_true is not None:
             object.__setattr__(self, "target_true", _stripped("target_true", self.target_true))
-        for name in ("paraphrase_prompts", "neighborhood_prompts"):
+        for name in TEXT_LISTS:
             object.__setattr__(self, name, _prompts(name, getattr(self, name)))
+        _check_paired(self)
         if self.prompt.count("{}") != 1:
             raise RequestError(
                 f"prompt {_shown(self.prompt)} holds {self.prompt.count('{}')} places for the "
@@ -80,6 +105,17 @@ def _stripped(name: str, value: object) -> str:
             f"{name} holds a lone surrogate at character {error.start}; write valid Unicode"
         ) from None
     return stripped
+
+
+def _check_paired(request: EditRequest) -> None:
+    """Refuse answers that do not go with their prompts."""
+    count = len(request.portability_prompts)
+    for name, may_be_none in (("portability_targets", False), ("portability_targets_true", True)):
+        given = len(getattr(request, name))
+        if given != count and not (may_be_none and not given):
+            raise RequestError(
+                f"{name} has {given} texts for {count} portability_prompts; give one for each"
+            )
 
 
 def _prompts(name: str, values: object) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ from pipeline.store import Store
 from pmet.errors import PMETError
 
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
-TEMPLATES = "context_templates.json"
+TEMPLATES, METRICS = "context_templates.json", "metrics.json"
 _OVER = ("promoted", "held", "superseded")
 
 Status = Literal["promoted", "held", "unchanged"]
@@ -152,6 +152,8 @@ def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
     evaluate = config.evaluate
     if evaluate.store is None:
         evaluate = evaluate.model_copy(update={"store": store.join("measurements")})
+    if evaluate.last is None:
+        evaluate = evaluate.model_copy(update={"last": _last_run(home, version)})
     shared = JobConfig.model_fields.keys() & RefreshConfig.model_fields.keys()
     settings = {name: getattr(config, name) for name in shared}
     return JobConfig(
@@ -165,6 +167,17 @@ def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
             "evaluate": evaluate,
         }
     )
+
+
+def _last_run(home: Home, version: int) -> str | None:
+    """The run folder of the version in use; None where there is none with figures."""
+    current = home.current()
+    # A night that is taken up after it was promoted is not compared with itself.
+    if current is None or current.version == version:
+        return None
+    if not home.store.exists(path(current.version, METRICS)):
+        return None
+    return home.store.join(path(current.version))
 
 
 class _Work:

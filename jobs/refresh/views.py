@@ -13,7 +13,7 @@ from rich.text import Text
 from jobs.facts.check import shown
 from jobs.refresh.home import LEDGER, Home, Retraction, path
 from jobs.refresh.ledger import Change
-from jobs.views import percent
+from jobs.views import gate_text, percent
 from pipeline.errors import FactDumpError, RunFolderError
 
 if TYPE_CHECKING:
@@ -48,11 +48,7 @@ def show_night(result: Refreshed, console: Console) -> None:
         _show_scores(night, home, console)
         for gate in night["metrics"]["gates"]:
             if not gate["passed"]:
-                console.print(
-                    f"held back: {gate['metric']} is {percent(gate['value'])}, the gate asks for "
-                    f"{percent(gate['threshold'])}",
-                    style="red",
-                )
+                console.print(f"held back: {gate_text(gate)}", style="red")
     in_use = "in use" if result.status == "promoted" else "kept, and not in use"
     _say(console, f"version {result.version} is {in_use}: {home.store.join(night['model'])}")
     _say(console, f"report: {home.store.join(path(result.version, 'night.html'))}")

@@ -203,13 +203,15 @@ def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:
     relative = np.linalg.norm(one - two, axis=1) / np.linalg.norm(one, axis=1)
     assert np.median(relative) <= 2e-5
     for name, value in small.metrics["after"].items():
-        if name != "perplexity":
+        if name not in ("perplexity", "agreement") and value is not None:
             assert abs(value - large.metrics["after"][name]) <= 0.005, name
 
 
 def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path: Path) -> None:
     kept = str(tmp_path / "moments")
     gates = {"efficacy": 0.5, "specificity": 1.0, "perplexity_increase": 10.0}
+    gates |= {"specificity_drop": 1.0, "agreement": 0.1, "fluency": 9.9}
+    gates |= {"efficacy_strict_drop_since_last": 0.0}
     held = run_job(
         job(
             inputs,
@@ -217,18 +219,31 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
             second_moments=kept,
             context_templates=None,
             gates=gates,
-            evaluate={"sample": 12},
+            evaluate={"sample": 12, "fluency": True, "group_by": "target_true"},
             **FEWEST,
         )
     )
     assert held.status == "held"
-    assert [g["passed"] for g in held.metrics["gates"]] == [True, False, True]
+    passed = {gate["metric"]: gate["passed"] for gate in held.metrics["gates"]}
+    assert {metric for metric in gates if not passed[metric]} == {"specificity", "fluency"}
+    metrics = json.loads((tmp_path / "held" / "metrics.json").read_text())
+    assert metrics == held.metrics
+    assert 0.1 < metrics["after"]["agreement"] < 1.0
+    assert metrics["after"]["fluency"] > 1.0
+    for when in ("before", "after"):
+        measured = {n for n, value in metrics[when].items() if value is not None}
+        assert metrics["intervals"][when].keys() == measured
+        for name, (low, high) in metrics["intervals"][when].items():
+            assert low <= metrics[when][name] <= high, name
+    assert metrics["groups"]["column"] == "target_true"
+    assert sum(group["requests"] for group in metrics["groups"]["rows"]) == 12
     assert (tmp_path / "held" / "model" / "model.safetensors").exists()
     templates = json.loads((tmp_path / "held" / "context_templates.json").read_text())
     assert len(templates[1]) == 5
     results = pq.read_table(tmp_path / "held" / "results.parquet")
     assert results.num_rows == GOOD_ROWS
-    assert results.column("after_efficacy").null_count == GOOD_ROWS - 12
+    for column in ("after_efficacy", "before_fluency", "after_text"):
+        assert results.column(column).null_count == GOOD_ROWS - 12
     # The second run reads what the first one has kept, and needs no corpus.
     again = run_job(
         job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None, **FEWEST)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pmet
-from pmet.metrics import METRICS
+from pmet.figures import METRICS
 from pmet.plain import plain_deltas, plain_evaluate, plain_targets
 from pmet.request import EditRequest
 

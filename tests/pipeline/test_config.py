@@ -171,6 +171,13 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         ),
         ("gates: {efficacy_stric: 1}", "unknown key gates.efficacy_stric; did you mean gates."),
         (
+            "gates: {fluency_drop_sinse_last: 1}",
+            "unknown key gates.fluency_drop_sinse_last; did you mean gates.fluency_drop_since_last",
+        ),
+        ("gates: {zzz: 1}", "unknown key gates.zzz; known are gates.efficacy, gates.general"),
+        ("gates: {agreement: 1.5}", "gates.agreement: 1.5 is not allowed; give a fraction from 0"),
+        ("gates: {fluency: -1}", "gates.fluency: -1 is not allowed; give a number, 0 or more, or"),
+        (
             "update: {zzz: 1}",
             "unknown key update.zzz; known are update.ranks, update.gpus_per_rank, "
             "update.offload, update.shard_size",
@@ -345,7 +352,8 @@ PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),
     *("targets.threads_per_worker=3", "update.ranks=3", "update.gpus_per_rank=1"),
     *("targets.store=x", "targets.timeout=60", "update.offload=cpu", "evaluate.sample=3"),
-    *("evaluate.store=x", "gates.efficacy=0.5"),
+    *("evaluate.store=x", "evaluate.group_by=x", "evaluate.last=x", "evaluate.fluency=true"),
+    *("evaluate.chat_template=true", "evaluate.perplexity_texts=3", "gates.efficacy=0.5"),
 ]
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.measurement_store import MeasurementStore, request_key
+from pipeline.evaluation import How
+from pipeline.measurement_store import MeasurementStore, request_key, texts_key
 from pipeline.segments import Segments
 from pipeline.store import Store
 from pmet import EditRequest
 
 REQUEST = EditRequest("{} lies in", "Nice", "Italy", case_id=1, target_true="France")
+HOW = How()
 FIGURES = {"efficacy": 0.1 + 0.2, "generalization": None, "answer": "é\n"}
 
 
@@ -42,14 +46,33 @@ def test_another_model_has_its_own(tmp_path) -> None:
         {"target_true": None},
         {"paraphrase_prompts": ["Nice is in"]},
         {"neighborhood_prompts": ["Lyon lies in"]},
+        {"portability_prompts": ["Nice belongs to"], "portability_targets": ["Rome"]},
+        {"generation_prompts": ["Nice is"]},
     ],
 )
 def test_the_key_covers_all_that_is_measured(change) -> None:
-    assert request_key(replace(REQUEST, **change)) != request_key(REQUEST)
+    assert request_key(replace(REQUEST, **change), HOW) != request_key(REQUEST, HOW)
 
 
 def test_the_key_covers_nothing_else() -> None:
-    assert request_key(replace(REQUEST, case_id=2)) == request_key(REQUEST)
+    same = replace(REQUEST, case_id=2, reference_texts=["Nice is in Italy."])
+    assert request_key(same, HOW) == request_key(REQUEST, HOW)
+
+
+@pytest.mark.parametrize("how", [How(chat_template=True), How(writing_seed=0), How(writing_seed=1)])
+def test_the_key_covers_how_it_is_measured(how: How) -> None:
+    hows = [HOW, How(chat_template=True), How(writing_seed=0), How(writing_seed=1)]
+    keys = [request_key(REQUEST, other) for other in hows]
+    assert keys.count(request_key(REQUEST, how)) == 1
+
+
+def test_texts_have_a_key_of_their_number_too() -> None:
+    def plan(corpus: str, texts: int) -> Any:
+        evaluate = SimpleNamespace(perplexity_texts=texts)
+        return SimpleNamespace(digests={"corpus": corpus}, job=SimpleNamespace(evaluate=evaluate))
+
+    keys = {texts_key(plan("a", 1)), texts_key(plan("a", 2)), texts_key(plan("b", 1))}
+    assert len(keys) == 3
 
 
 def test_a_damaged_segment_is_named(tmp_path) -> None:

@@ -1,11 +1,16 @@
-"""Results rows, the model's figures, and the gates."""
+"""Results rows, the model's figures."""
 
 from __future__ import annotations
 
-import pyarrow as pa
+import math
 
-from pipeline.results import answered, gate_outcomes, model_metrics, results_table
+import pyarrow as pa
+import pytest
+
+from pipeline.measure_stage import Measurement
+from pipeline.results import answered, model_metrics, results_table
 from pipeline.schema import RequestTable
+from pmet.metrics import TextScore
 from pmet.request import EditRequest
 
 
@@ -22,32 +27,44 @@ def figures(efficacy: float, specificity: float, prompts: int) -> dict[str, obje
 
 
 def test_a_models_figure_is_the_mean_over_prompts_not_over_requests() -> None:
-    metrics = model_metrics([figures(1.0, 1.0, 1), figures(0.0, 0.0, 3)], 7.0)
+    rows = {3: figures(1.0, 1.0, 1), 5: figures(0.0, 0.0, 3), 7: figures(1.0, 1.0, 9)}
+    texts = [TextScore(4.0, [1, 2]), TextScore(8.0, [3, 4])]
+    after = [TextScore(4.0, [1, 2]), TextScore(8.0, [3, 9])]
+    # Row 7 has no target; row 6 was not drawn.
+    both = model_metrics(Measurement(rows, texts), Measurement(rows, after), [3, 5, 6])
+    metrics = both["before"]
     assert metrics["efficacy"] == 0.5
     assert metrics["specificity"] == 0.25
     assert metrics["generalization"] is None
     assert metrics["score"] is None
-    assert metrics["perplexity"] == 7.0
+    assert metrics["perplexity"] == pytest.approx(math.exp(3.0))
+    assert both["after"]["agreement"] == 0.75
+    low, high = both["intervals"]["after"]["agreement"]
+    assert low < 0.75 < high
+    assert set(both["intervals"]["before"]) == {"efficacy", "specificity", "perplexity"}
 
 
-def test_gates_ask_the_edited_model() -> None:
-    metrics = {
-        "before": {"efficacy": 1.0, "perplexity": 10.0},
-        "after": {"efficacy": 0.9, "specificity": None, "perplexity": 10.3},
-    }
-    asked = {"efficacy": 0.9, "specificity": 0.5, "perplexity_increase": 0.02}
-    outcomes = {gate["metric"]: gate for gate in gate_outcomes(asked, metrics)}
-    assert outcomes["efficacy"]["passed"] is True
-    # Nobody knows that what was not measured is good enough.
-    assert outcomes["specificity"] == {
-        "metric": "specificity",
-        "threshold": 0.5,
-        "value": None,
-        "passed": False,
-    }
-    assert outcomes["perplexity_increase"]["passed"] is False
-    assert abs(outcomes["perplexity_increase"]["value"] - 0.03) < 1e-12
-    assert gate_outcomes({"perplexity_increase": 0.04}, metrics)[0]["passed"] is True
+def test_without_a_corpus_there_is_neither_perplexity_nor_agreement() -> None:
+    rows = {3: figures(1.0, 1.0, 1)}
+    both = model_metrics(Measurement(rows, []), Measurement(rows, []), [3])
+    assert both["before"]["perplexity"] is None
+    assert both["after"]["agreement"] is None
+
+
+def test_written_text_has_columns_where_it_was_asked_for() -> None:
+    table = pa.table({"prompt": ["{} a"]})
+    shard = pa.table({"row": [0], "steps": [5], "loss": [0.5]})
+    written = {0: {**figures(1.0, 1.0, 1), "text": "s a t", "fluency": 1.5, "consistency": None}}
+    given = (RequestTable([], [0], table, []), {0: "edited"}, [shard])
+    (row,) = results_table(*given, written, written).to_pylist()
+    assert (row["before_text"], row["after_fluency"], row["after_consistency"]) == (
+        "s a t",
+        1.5,
+        None,
+    )
+    names = results_table(*given, {0: figures(1.0, 1.0, 1)}, {}).column_names
+    assert not {"before_text", "before_fluency", "after_text"} & set(names)
+    assert {"before_efficacy_accuracy", "after_portability"} <= set(names)
 
 
 def test_rows_keep_their_input_columns_and_find_their_target() -> None:

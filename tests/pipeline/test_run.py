@@ -20,12 +20,13 @@ from pipeline import run
 from pipeline.config import JobConfig
 from pipeline.crew import Crew
 from pipeline.folder import RunFolder
+from pipeline.measure_stage import Measurement
 from pipeline.plan import Plan, _fitting, make_plan
 from pipeline.progress import Progress
 from pipeline.schema import read_requests, targets_table
 from pipeline.shards import plan_shards
-from pipeline.stages import Context, FoundTargets, Measurement
-from pmet.metrics import METRICS
+from pipeline.stages import Context, FoundTargets
+from pmet.figures import METRICS
 from tests.conftest import GOLDEN, load_golden
 
 GPT2 = GOLDEN / "gpt2"
@@ -130,7 +131,7 @@ def test_every_row_is_in_results_or_in_rejected(
     found = found_in(folder, plan, fates)
     accepted = sorted(plan.table.rows)
     figures = dict.fromkeys(METRICS, 1.0) | {f"{name}_prompts": 1 for name in METRICS}
-    measured = Measurement({r: {**figures, "answer": "x"} for r in accepted[::unmeasured]}, None)
+    measured = Measurement({r: {**figures, "answer": "x"} for r in accepted[::unmeasured]}, [])
     context = Context(plan, folder, cast(Crew, None), Progress())
     result = run._conclude(context, found, measured, measured, found.known)
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pmet import EditRequest, evaluate
-from pmet.metrics import (
-    METRICS,
-    answers,
-    harmonic_mean,
-    knows,
-    perplexity_sums,
-    score_continuations,
-)
+from pmet.figures import METRICS
+from pmet.generation import answers
+from pmet.metrics import knows, score_texts
 from pmet.plain import plain_evaluate
 from tests.conftest import Golden
 
@@ -76,25 +71,11 @@ def test_a_request_is_known_where_the_models_own_words_are_its_target(golden: Go
         assert known == expected
 
 
-def test_one_prompt_by_hand(golden: Golden) -> None:
-    pair = ("Sur Bavov works as", "a surveyor")
-    ids = golden.tokenizer(" ".join(pair))["input_ids"]
-    length = len(golden.tokenizer(" a surveyor")["input_ids"])
-    with torch.no_grad():
-        log_probs = golden.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    at = range(len(ids) - length - 1, len(ids) - 1)
-    expected = sum(log_probs[i, ids[i + 1]].item() for i in at) / length
-    greedy = all(log_probs[i].argmax().item() == ids[i + 1] for i in at)
-    ((mean, said),) = score_continuations(golden.model, golden.tokenizer, [pair]).values()
-    assert mean == pytest.approx(expected, abs=1e-5)
-    assert said == greedy
-    (answer,) = answers(golden.model, golden.tokenizer, [pair[0]], tokens=length)
-    assert (answer.strip() == pair[1]) == greedy
-
-
 def test_perplexity_is_that_of_every_token_but_the_first(golden: Golden) -> None:
-    texts = ["Furis is a city in Zaiter.", "Tremeth lies in Dokain.", "A"]
-    total, count = perplexity_sums(golden.model, golden.tokenizer, texts)
+    texts = ["Furis is a city in Zaiter.", "A", "Tremeth lies in Dokain."]
+    scores = score_texts(golden.model, golden.tokenizer, texts)
+    total = sum(score.nll for score in scores)
+    count = sum(len(score.greedy) for score in scores)
     expected, tokens = 0.0, 0
     for text in texts:
         ids = torch.tensor([golden.tokenizer(text)["input_ids"]])
@@ -107,21 +88,14 @@ def test_perplexity_is_that_of_every_token_but_the_first(golden: Golden) -> None
     assert total == pytest.approx(expected, rel=1e-5)
 
 
-def test_too_long_a_prompt_scores_nothing(golden: Golden) -> None:
-    pair = ("and so on " * 100, "more")
-    ((mean, said),) = score_continuations(golden.model, golden.tokenizer, [pair]).values()
-    assert math.isnan(mean)
-    assert not said
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([1.0, 1.0, 0.5], 0.75),
-        ([0.5, 0.0, 1.0], 0.0),
-        ([0.5, None, 1.0], None),
-        ([], None),
-    ],
-)
-def test_the_score_is_the_harmonic_mean(values: list[Any], expected: float | None) -> None:
-    assert harmonic_mean(values) == (None if expected is None else pytest.approx(expected))
+def test_agreement_is_where_two_models_would_say_the_same_next(golden: Golden) -> None:
+    texts = ["Furis is a city in Zaiter.", "A", "Tremeth lies in Dokain and so on."]
+    scores = score_texts(golden.model, golden.tokenizer, texts)
+    for text, score in zip(texts, scores, strict=True):
+        ids = torch.tensor([golden.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            best = golden.model(ids).logits[0].argmax(-1).tolist()
+        assert score.greedy == best[:-1]
+        assert score.agreed(score) == len(score.greedy)
+        other = replace(score, greedy=[-1, *score.greedy[1:]][: len(score.greedy)])
+        assert score.agreed(other) == max(0, len(score.greedy) - 1)

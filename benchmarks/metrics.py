@@ -1,0 +1,135 @@
+"""Metrics: the batched form against the plain one, on the same requests in the same run.
+
+python -m benchmarks.metrics --model MODEL --requests FACTS.parquet
+
+Plain is a pass for every prompt with every target, with all logits, as `pmet.plain` has it: with
+torch's own number of threads, and with one. The batched form runs in this process, with as many
+threads, and on the workers of a pipeline, one thread each, which also ask for the greedy answers.
+Starting processes and opening models is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Problem, arguments, problem, show, timed
+from pipeline.cluster import ray_session
+from pipeline.evaluation import How
+from pipeline.executor import Task, WorkerPool
+from pipeline.measure_stage import parts_of
+from pipeline.replica import ModelSource, Replica
+from pmet.continuations import score_continuations
+from pmet.figures import METRICS
+from pmet.metrics import evaluate
+from pmet.plain import plain_evaluate
+from pmet.prompts import Prompts
+
+WARM = 8
+
+
+def main() -> None:
+    """Time both forms, and say in what they differ."""
+    parser = arguments(__doc__ or "", count=600)
+    parser.set_defaults(threads=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3, help="runs of the batched forms")
+    options = parser.parse_args()
+    given = problem(options)
+    few = Problem(*_parts(given), given.requests[:WARM])
+    source = ModelSource(options.model, on_gpu=False)
+    rows: list[dict[str, Any]] = []
+    with ray_session():
+        pool = WorkerPool(Replica, count=options.workers, init_args=(source,), threads=1)
+        with pool:
+            # Each worker's first tasks pay for its start.
+            warming = [Task(f"warm {i}", (source, How(), few.requests)) for i in range(16)]
+            assert not pool.run("measure", warming, lambda *_: None)
+            here, on_workers = [], []
+            for _ in range(options.repeat):
+                on_workers.append(timed(lambda: _on_workers(pool, source, given)))
+            _plain(few)
+            plain_seconds, plain = timed(lambda: _plain(given))
+            torch.set_num_threads(1)
+            one_thread, _ = timed(lambda: _plain(given))
+            torch.set_num_threads(options.threads)
+            _batched(few)
+            for _ in range(options.repeat):
+                here.append(timed(lambda: _batched(given)))
+                on_workers.append(timed(lambda: _on_workers(pool, source, given)))
+    pairs = list(plain["nll"])
+    scored = score_continuations(given.model, Prompts(given.tokenizer), pairs)
+    apart = max(abs(scored[pair].log_prob + plain["nll"][pair]) for pair in pairs)
+    many = [(f"plain, {options.threads} thread(s)", [(plain_seconds, plain["rows"])])]
+    many.append(("plain, 1 thread", [(one_thread, plain["rows"])]))
+    many.append((f"batched, {options.threads} thread(s)", here))
+    many.append((f"batched, {options.workers} worker(s)", on_workers))
+    for name, runs in many:
+        seconds = sorted(seconds for seconds, _ in runs)[len(runs) // 2]
+        rows.append(
+            {
+                "form": name,
+                "seconds": seconds,
+                "requests/s": len(given.requests) / seconds,
+                "times plain": plain_seconds / seconds,
+                "times plain, 1 thread": one_thread / seconds,
+                "other verdicts": max(_differing(r, plain["rows"]) for _, r in runs),
+            }
+        )
+    show(
+        f"Metrics of {len(given.requests)} requests, {len(pairs)} different continuations",
+        rows,
+        options,
+        f"Log-probabilities differ by at most {apart:.2g}. Of several runs the medians.",
+    )
+
+
+def _parts(given: Problem) -> tuple[Any, ...]:
+    return given.model, given.tokenizer, given.hparams, given.templates
+
+
+def _plain(given: Problem) -> dict[str, Any]:
+    return plain_evaluate(given.model, given.tokenizer, given.requests)
+
+
+def _batched(given: Problem) -> Sequence[Mapping[str, Any]]:
+    rows: Sequence[Mapping[str, Any]] = evaluate(given.model, given.tokenizer, given.requests)[
+        "rows"
+    ]
+    return rows
+
+
+def _on_workers(
+    pool: WorkerPool, source: ModelSource, given: Problem
+) -> Sequence[Mapping[str, Any]]:
+    """As a run does it: the same parts, and the greedy answers with them."""
+    parts = parts_of(given.requests, range(len(given.requests)))
+    rows: dict[int, Mapping[str, Any]] = {}
+    tasks = [
+        Task(str(i), (source, How(), [given.requests[e] for e in part]))
+        for i, part in enumerate(parts)
+    ]
+    failed = pool.run(
+        "measure",
+        tasks,
+        lambda task, found: rows.update(zip(parts[int(task.key)], found.rows, strict=True)),
+    )
+    assert not failed, failed
+    return [rows[e] for e in range(len(given.requests))]
+
+
+def _differing(rows: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> int:
+    """Figures of single requests that are not the plain ones."""
+    return sum(
+        not (row[name] == other[name] or (row[name] is None and math.isnan(other[name])))
+        for row, other in zip(rows, plain, strict=True)
+        for name in METRICS
+        if rows is not plain
+    )
+
+
+if __name__ == "__main__":
+    main()
