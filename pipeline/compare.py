@@ -9,7 +9,15 @@ from math import comb
 from typing import Any
 
 from pipeline.charts import group_chart, score_chart
-from pipeline.figures import Figure, Gate, figure_of, is_fraction, is_number, measured, read_gate
+from pipeline.figures import (
+    Figure,
+    GateText,
+    figure_of,
+    is_fraction,
+    is_number,
+    measured,
+    read_gate,
+)
 from pipeline.page import Cut, page
 from pipeline.report import group_figures, groups_of, intervals_of, verdict, weakest_groups
 from pipeline.run_record import (
@@ -79,7 +87,7 @@ class Comparison:
         a: the first run.
         b: the second run.
         figures: figures of either edited model.
-        gates: by metric, as `Gate`.
+        gates: by metric, as `GateText`.
         settings: keys of the job that differ, with their values; a key that is not there is None.
         digests: what the runs depend on and is not the same, by name.
         counts: of requests.
@@ -163,7 +171,7 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
     return [pair for pair in _pairs(a, b) if pair.a != pair.b]
 
 
-def _by_metric(run: RunRecord) -> dict[str, Gate]:
+def _by_metric(run: RunRecord) -> dict[str, GateText]:
     return {gate.metric: gate for gate in map(read_gate, run.gates)}
 
 

@@ -146,8 +146,8 @@ def show_change(after: Any, before: Any, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """A gate of ``metrics.json`` as people read it.
+class GateText:
+    """A gate of ``metrics.json`` in words.
 
     Attributes:
         metric: the gate's name.
@@ -164,8 +164,8 @@ class Gate:
     passed: bool
 
 
-def read_gate(gate: Mapping[str, Any]) -> Gate:
-    """A gate as people read it, of whatever kind it is."""
+def read_gate(gate: Mapping[str, Any]) -> GateText:
+    """A gate of ``metrics.json`` in words, of whatever kind it is."""
     metric, kind = str(gate["metric"]), gate_kind(gate)
     figure = metric
     for suffix in ("_increase", "_drop_since_last", "_drop"):
@@ -182,7 +182,9 @@ def read_gate(gate: Mapping[str, Any]) -> Gate:
             reached = _drop(value, figure)
         case _:
             asked, reached = f"at least {show(threshold, figure)}", show(value, figure)
-    return Gate(metric, figure, asked, reached, bool(gate["passed"]))
+    if gate.get("note"):
+        reached = str(gate["note"])
+    return GateText(metric, figure, asked, reached, bool(gate["passed"]))
 
 
 def gate_kind(gate: Mapping[str, Any]) -> str:
