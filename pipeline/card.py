@@ -121,7 +121,9 @@ def _base_model(job_yaml: str) -> str:
 def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What model hubs read; they only take another hub id as a base model."""
     on_hub = _HUB_ID.fullmatch(base) and not Path(base).exists()
-    known = {"base_model": base, "base_model_relation": "finetune"} if on_hub else {}
+    known: dict[str, Any] = {}
+    if on_hub:
+        known = {"base_model": base, "base_model_relation": "finetune"}
     after = metrics.get("after") or {}
     results = [
         EvalResult(
@@ -134,7 +136,7 @@ def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         )
         for figure in measured(after)
     ]
-    listed = {"model_name": _NAME, "eval_results": results} if results else {}
+    listed: dict[str, Any] = {"model_name": _NAME, "eval_results": results} if results else {}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=_TASK,
