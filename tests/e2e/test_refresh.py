@@ -23,6 +23,7 @@ from jobs.refresh.config import RefreshConfig, load_refresh
 from jobs.refresh.home import CURRENT, LEDGER, CurrentMovedError, Home, path
 from jobs.refresh.ledger import Ledger
 from jobs.refresh.night import Refreshed, job_of, preview, refresh
+from pipeline.config import GatesConfig
 from pipeline.errors import FactDumpError, RunFolderError
 from pipeline.lease import Lease
 from pipeline.run import run_job
@@ -191,11 +192,18 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
 def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) -> None:
     found, _ = nights
     current = found.home.current()
-    config = found.config()
-    gates = config.gates.model_copy(update={"efficacy": 1.0, "specificity_strict": 1.0})
+    # No fraction can be 1 above the last night's.
+    asked = {"efficacy": 0.0, "efficacy_strict_drop_since_last": -1.0}
     found.tell(40, 41)
-    result = found.tonight(gates=gates)
+    result = found.tonight(gates=GatesConfig(**asked))
     assert result.status == result.night["status"] == "held"
+    metrics = result.night["metrics"]
+    assert current is not None
+    last = found.home.scores(current.version)
+    assert metrics["last"]["after"] == last
+    _, held_by = metrics["gates"]
+    drop = last["efficacy_strict"] - metrics["after"]["efficacy_strict"]
+    assert held_by["value"] == pytest.approx(drop)
     assert found.home.current() == current
     # It is kept, and a person may decide otherwise.
     assert found.home.is_kept(result.version)
