@@ -30,6 +30,8 @@ __all__ = [
 
 TABLE_ROWS = 200
 TEXT_LENGTH = 300
+# Of anything on a page, whatever a template says of it.
+LONGEST_TEXT = 20_000
 # Controls but for tab and newline, marks that override or embed a direction, lone surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -81,7 +83,7 @@ def _finalized(value: Any) -> Any:
     """Whatever a template puts on the page; its own markup stays as it is."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return visible(value)
+    return visible(_short(value, LONGEST_TEXT))
 
 
 def _percent(value: Any, digits: int = 1) -> str:

@@ -218,7 +218,7 @@ def trackers_of(job: JobConfig) -> dict[str, Tracker]:
 def _wandb_lets_in() -> bool:
     import wandb
 
-    offline = wandb.Settings().mode not in ("online", "shared")
+    offline = wandb.setup().settings.mode not in ("online", "shared")
     return offline or bool(wandb.login(prompt=False))
 
 
