@@ -52,7 +52,7 @@ class Scored(NamedTuple):
     accuracy: float
 
 
-UNREADABLE = Scored(math.nan, False, math.nan)
+UNREADABLE = Scored(math.nan, False, 0.0)
 """What is longer than the model's context."""
 
 

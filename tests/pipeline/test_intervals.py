@@ -32,6 +32,8 @@ def test_all_of_few_are_not_all_of_many() -> None:
     assert of_efficacy(0, 20) == pytest.approx([0.0, 0.1611], abs=1e-4)
     assert of_efficacy(1, 1) == pytest.approx([0.2065, 1.0], abs=1e-4)
     assert of_efficacy(2000, 2000)[0] > 0.998
+    # Two that differ say as much as one prompt: of a variance only half is known.
+    assert of_efficacy(1, 2) == pytest.approx([0.0546, 0.9454], abs=1e-4)
 
 
 def test_prompts_of_one_request_that_are_alike_count_as_one() -> None:

@@ -68,9 +68,13 @@ def test_a_prompt_is_read_once_for_all_its_targets(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(continuations, "logits_at", noted)
     monkeypatch.setattr(continuations, "NEAR", 0.0)
-    one_token = [(PROMPT, "a"), (PROMPT, "the"), (PROMPT, "an")]
-    score_continuations(golden.model, Prompts(golden.tokenizer), one_token)
-    assert sum(rows) == 1
+    asked = [(PROMPT, "a"), (PROMPT, "the"), (PROMPT, "a surveyor"), (f"{PROMPT} a", "baker")]
+    prompts = Prompts(golden.tokenizer)
+    read = {prompt + target[:-1] for prompt, target in prompts.continuations(asked)}
+    longest = {ids for ids in read if not any(o != ids and o[: len(ids)] == ids for o in read)}
+    assert len(longest) < len(asked) - 1
+    score_continuations(golden.model, prompts, asked)
+    assert sum(rows) == len(longest)
 
 
 def test_what_hangs_on_rounding_is_computed_as_the_plain_form_does(
@@ -98,11 +102,33 @@ def test_what_hangs_on_rounding_is_computed_as_the_plain_form_does(
     assert any(wrong[pair].greedy != expected[pair].greedy for pair in pairs)
 
 
+def test_what_is_likelier_by_next_to_nothing_is_computed_as_the_plain_form_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    golden, prompts = load_golden("gpt2"), Prompts(load_golden("gpt2").tokenizer)
+    pairs = [(PROMPT, "in"), (PROMPT, "is")]
+    ((*_, (one,)), (*_, (other,))) = prompts.continuations(pairs)
+    tokens = [one, other]
+    expected = {pair: by_hand(golden, *pair) for pair in pairs}
+    worse, better = sorted(range(2), key=lambda i: expected[pairs[i]].log_prob)
+    assert not expected[pairs[better]].greedy
+    original = continuations.logits_at
+
+    def off(*arguments: Any) -> torch.Tensor:
+        logits = original(*arguments)
+        logits[:, tokens[worse]] = logits[:, tokens[better]] + continuations.NEAR / 4
+        return logits
+
+    monkeypatch.setattr(continuations, "logits_at", off)
+    scored = score_continuations(golden.model, prompts, pairs)
+    assert scored[pairs[worse]].log_prob < scored[pairs[better]].log_prob
+
+
 def test_too_long_a_prompt_scores_nothing(golden: Golden) -> None:
     pair = ("and so on " * 100, "more")
     scored = score_continuations(golden.model, Prompts(golden.tokenizer), [pair, PAIRS[0]])
     assert math.isnan(scored[pair].log_prob)
-    assert not scored[pair].greedy
+    assert scored[pair][1:] == (False, 0.0)
     assert math.isfinite(scored[PAIRS[0]].log_prob)
 
 

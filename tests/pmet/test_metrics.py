@@ -10,10 +10,12 @@ import torch
 
 from pmet import EditRequest, evaluate
 from pmet.figures import METRICS
-from pmet.generation import answers
+from pmet.generation import answers, write_on
 from pmet.metrics import knows, score_texts
 from pmet.plain import plain_evaluate
-from tests.conftest import Golden
+from pmet.prompts import Prompts
+from pmet.texts import fluency
+from tests.conftest import Golden, load_golden
 
 FACTS = [
     EditRequest(
@@ -23,9 +25,19 @@ FACTS = [
         target_true="Daindish",
         paraphrase_prompts=["Tax Naizath speaks", "At home Tax Naizath uses"],
         neighborhood_prompts=["Lear Futron speaks"],
+        portability_prompts=["Tax Naizath was born in", "Tax Naizath reads"],
+        portability_targets=["Rail", "Railish books"],
+        portability_targets_true=["Daind", "Daindish"],
     ),
     EditRequest("{} works as", "Sur Bavov", "a glass blower", target_true="a surveyor"),
-    EditRequest("{} works as", "Zul Lodreal", "a baker", paraphrase_prompts=["Zul Lodreal bakes"]),
+    EditRequest(
+        "{} works as",
+        "Zul Lodreal",
+        "a baker",
+        paraphrase_prompts=["Zul Lodreal bakes"],
+        portability_prompts=["Zul Lodreal sells"],
+        portability_targets=["bread"],
+    ),
 ]
 
 
@@ -51,6 +63,9 @@ def test_what_a_request_does_not_ask_is_not_measured(golden: Golden) -> None:
     # Without a true target there is nothing to be likelier than; what is greedy can be told.
     assert rows[2]["efficacy"] is None
     assert rows[2]["generalization_strict"] in (0.0, 1.0)
+    assert rows[2]["portability"] is None
+    assert 0.0 <= rows[2]["portability_accuracy"] <= 1.0
+    assert rows[1]["portability_strict"] is None
     alone = evaluate(golden.model, golden.tokenizer, FACTS[1:2])
     assert alone["specificity"] is None
     assert alone["score"] is None
@@ -99,3 +114,24 @@ def test_agreement_is_where_two_models_would_say_the_same_next(golden: Golden) -
         assert score.agreed(score) == len(score.greedy)
         other = replace(score, greedy=[-1, *score.greedy[1:]][: len(score.greedy)])
         assert score.agreed(other) == max(0, len(score.greedy) - 1)
+
+
+def test_written_text_is_that_of_the_prompts_to_write_from() -> None:
+    golden = load_golden("gpt2")
+    asked = [
+        replace(FACTS[0], generation_prompts=["Tax Naizath", "Tax Naizath likes"]),
+        replace(FACTS[1], reference_texts=["Sur Bavov works as a surveyor of land."]),
+    ]
+    plain = evaluate(golden.model, golden.tokenizer, asked)
+    written = evaluate(golden.model, golden.tokenizer, asked, fluency=True, seed=5)
+    assert {name: written[name] for name in METRICS} == {name: plain[name] for name in METRICS}
+    assert (plain["fluency"], plain["consistency"]) == (None, None)
+    first, second = written["rows"]
+    texts = write_on(golden.model, Prompts(golden.tokenizer), asked[0].generation_prompts, seed=5)
+    assert first["text"] == "\n".join(texts)
+    assert first["fluency"] == fluency(texts)
+    assert first["consistency"] is None
+    assert second["text"].startswith("Sur Bavov works as")
+    assert 0.0 < second["consistency"] < 1.0
+    assert written["fluency"] == pytest.approx((first["fluency"] + second["fluency"]) / 2)
+    assert written["consistency"] == second["consistency"]

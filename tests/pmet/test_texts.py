@@ -71,6 +71,12 @@ def test_consistency_is_the_cosine_of_tf_idf_vectors() -> None:
 
 
 def test_rows_are_compared_with_their_own_references() -> None:
-    rows: list[dict[str, object]] = [{"text": DOCUMENTS[0]}, {"text": "wool"}, {"text": "land"}, {}]
-    add_consistency(zip(rows, [DOCUMENTS[:1], DOCUMENTS[1:], [], DOCUMENTS], strict=True))
-    assert [row["consistency"] for row in rows] == [pytest.approx(1.0), 0.0, None, None]
+    said = "The baker measures warm land"
+    texts = [said, "wool", "land", None]
+    rows: list[dict[str, object]] = [{"text": text} for text in texts]
+    references = [DOCUMENTS[:1], DOCUMENTS[1:], [], DOCUMENTS[:1]]
+    add_consistency(zip(rows, references, strict=True))
+    documents = [DOCUMENTS[0], " ".join(DOCUMENTS[1:])]
+    expected = TfIdf(documents).similarity(said, DOCUMENTS[0])
+    assert [row["consistency"] for row in rows] == [expected, 0.0, None, None]
+    assert expected != TfIdf(documents[:1]).similarity(said, DOCUMENTS[0])
