@@ -13,10 +13,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from pipeline.figures import CORE, Figure, measured, read_gate, show, show_change, show_interval
+from pipeline.figures import ALWAYS, Figure, measured, read_gate, show, show_change, show_interval
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
 
-_ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
 # What hubs list the figures under.
 _TASK, _DATASET, _NAME = "text-generation", "edit-requests", "edited-model"
 _WHEN = ("before", "after")
@@ -80,7 +79,7 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
     """
     base = _base_model(job_yaml)
     counts = metrics.get("counts") or {}
-    figures = measured(*(metrics.get(when) or {} for when in _WHEN), always=_ALWAYS)
+    figures = measured(*(metrics.get(when) or {} for when in _WHEN), always=ALWAYS)
     card = _CARD.format(
         metadata=dump_yaml(_metadata(base, metrics)),
         edited=_count(counts.get("edited")),

@@ -72,6 +72,8 @@ _ALL = (
 )
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in _ALL}
 CORE = ("efficacy", "generalization", "specificity")
+ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
+"""The figures that are listed even where they were not measured."""
 
 
 def figure_of(name: str) -> Figure:

@@ -19,6 +19,7 @@ from pipeline.charts import (
     score_chart,
 )
 from pipeline.figures import (
+    ALWAYS,
     CORE,
     all_numbers,
     figure_of,
@@ -43,7 +44,6 @@ from pipeline.store import Store
 
 EXAMPLE_ROWS = 25
 GROUPS_DRAWN = 24
-_ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
 _GROUPED = (*CORE, "portability")
 
 
@@ -85,7 +85,7 @@ def _told(record: RunRecord) -> dict[str, Any]:
         "after": record.after,
         "last": last.get("after") or {},
         "last_run": last.get("run"),
-        "figures": measured(record.before, record.after, always=_ALWAYS),
+        "figures": measured(record.before, record.after, always=ALWAYS),
         "interval": record.interval,
         "has_intervals": bool(record.metrics.get("intervals")),
         "grouped_by": (record.metrics.get("groups") or {}).get("column"),
@@ -152,7 +152,7 @@ def _worst(results: Iterable[Row]) -> list[Row]:
     """The measured requests that the edit served least, worst first."""
     served = []
     for row in results:
-        figures = [value for name in _ALWAYS if is_number(value := row.get(f"after_{name}"))]
+        figures = [value for name in ALWAYS if is_number(value := row.get(f"after_{name}"))]
         if figures:
             served.append((sum(figures) / len(figures), -(row["loss"] or 0.0), row))
     served.sort(key=lambda item: item[:2])
@@ -219,7 +219,7 @@ def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, st
             _gate_lines(record),
             intervals=intervals_of(record, drawn),
             labels={name: figure_of(name).label for name in drawn},
-            axis="prompts (%)" if set(drawn) <= {*_ALWAYS} else "prompts, or tokens (%)",
+            axis="prompts (%)" if set(drawn) <= {*ALWAYS} else "prompts, or tokens (%)",
         )
     if names := group_figures(groups):
         shown = weakest_groups(groups, names)
