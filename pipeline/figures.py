@@ -57,7 +57,8 @@ _SPECIFICITY = _forms(
     note=" They should not change.",
 )
 _PORTABILITY = _forms(
-    "portability", "prompts that follow from the fact", "their target", "the one before"
+    *("portability", "prompts about what follows from the fact", "their answer"),
+    "what was true before",
 )
 _ALL = (
     *(form[0] for form in (_EFFICACY, _GENERALIZATION, _SPECIFICITY)),
@@ -65,10 +66,17 @@ _ALL = (
     *(form[1] for form in (_EFFICACY, _GENERALIZATION, _SPECIFICITY)),
     *(form[2] for form in (_EFFICACY, _GENERALIZATION, _SPECIFICITY)),
     *_PORTABILITY,
-    Figure("agreement", "Share of ordinary text's tokens where base and edited model agree."),
+    Figure(
+        "agreement",
+        "Share of held-out tokens where base and edited model have the same likeliest one.",
+    ),
     Figure("consistency", "Likeness of generated to reference texts: cosine of TF-IDF vectors."),
-    Figure("fluency", "Entropy of pairs and triples of words in generated text.", "bits"),
-    Figure("perplexity", "On a sample of the corpus; lower is better.", "plain"),
+    Figure(
+        "fluency",
+        "Entropy of word pairs and triples of generated text; one that repeats itself has little.",
+        "bits",
+    ),
+    Figure("perplexity", "Of held-out texts of the corpus; lower is better.", "plain"),
 )
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in _ALL}
 CORE = ("efficacy", "generalization", "specificity")
