@@ -100,6 +100,8 @@ def _detail(value: Any) -> str:
     """A mapping in one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_detail(item)}" for name, item in value.items())
+    if isinstance(value, float):
+        return _number(value)
     return "" if value is None else str(value)
 
 
