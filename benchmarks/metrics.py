@@ -4,7 +4,7 @@ python -m benchmarks.metrics --model MODEL --requests FACTS.parquet
 
 Plain is a pass for every prompt with every target, with all logits, as `pmet.plain` has it: with
 torch's own number of threads, and with one. The batched form runs in this process, with as many
-threads, and on the workers of a pipeline, one thread each, which also ask for the greedy answers.
+threads, and on the workers of a pipeline, one thread each.
 Starting processes and opening models is not counted.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from benchmarks.harness import Problem, arguments, problem, show, timed
 from pipeline.cluster import ray_session
 from pipeline.evaluation import How
 from pipeline.executor import Task, WorkerPool
-from pipeline.measure_stage import parts_of
+from pipeline.measure_stage import Answers, parts_of
 from pipeline.replica import ModelSource, Replica
 from pmet.continuations import score_continuations
 from pmet.figures import METRICS
@@ -46,7 +47,8 @@ def main() -> None:
         pool = WorkerPool(Replica, count=options.workers, init_args=(source,), threads=1)
         with pool:
             # Each worker's first tasks pay for its start.
-            warming = [Task(f"warm {i}", (source, How(), few.requests)) for i in range(16)]
+            (part,) = parts_of(few.requests)
+            warming = [Task(f"warm {i}", (source, How(), part)) for i in range(16)]
             assert not pool.run("measure", warming, lambda *_: None)
             here, on_workers = [], []
             for _ in range(options.repeat):
@@ -105,20 +107,12 @@ def _batched(given: Problem) -> Sequence[Mapping[str, Any]]:
 def _on_workers(
     pool: WorkerPool, source: ModelSource, given: Problem
 ) -> Sequence[Mapping[str, Any]]:
-    """As a run does it: the same parts, and the greedy answers with them."""
-    parts = parts_of(given.requests, range(len(given.requests)))
-    rows: dict[int, Mapping[str, Any]] = {}
-    tasks = [
-        Task(str(i), (source, How(), [given.requests[e] for e in part]))
-        for i, part in enumerate(parts)
-    ]
-    failed = pool.run(
-        "measure",
-        tasks,
-        lambda task, found: rows.update(zip(parts[int(task.key)], found.rows, strict=True)),
-    )
+    """As a run does it; but for the greedy answers, which are no figure."""
+    answers = Answers([replace(part, answered=[]) for part in parts_of(given.requests)])
+    tasks = [Task(str(i), (source, How(), part)) for i, part in enumerate(answers.parts)]
+    failed = pool.run("measure", tasks, lambda task, said: answers.take(int(task.key), said))
     assert not failed, failed
-    return [rows[e] for e in range(len(given.requests))]
+    return answers.figures(given.requests)
 
 
 def _differing(rows: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> int:

@@ -1,35 +1,40 @@
 """Measuring a model: requests and held-out texts, in parts that workers share.
 
-Requests with prompts in common are measured together, so that each prompt is read once: neighbors
-of one answer are asked about in many requests. What is measured together follows from the job
-alone.
+What is shared out is prompts, not requests: neighbors of one answer are asked about in many
+requests, and are read once. What is measured together follows from the job alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from pipeline.digest import digest_of
 from pipeline.evaluation import How
 from pipeline.executor import Task
 from pipeline.measurement_store import FORMAT, MeasurementStore, request_key, texts_key
 from pipeline.plan import Plan
-from pipeline.replica import Measured, ModelSource
+from pipeline.replica import Asked, Measured, ModelSource
 from pipeline.stages import Context, sampled
-from pmet.metrics import TextScore
+from pmet.metrics import TextScore, add_texts
+from pmet.prompts import Continuation
+from pmet.questions import Score, beginnings, continuations, figures_of
 from pmet.request import EditRequest
 from pmet.texts import add_consistency
 
-LARGEST_PART = 96
+LARGEST_PART = 512
+"""Prompts that are sent to a worker together."""
+BLOCK = 8192
+"""Requests that are in memory at a time."""
 TEXTS_TOGETHER = 32
 _LARGEST_EXPONENT = 700.0
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
         if kept is not None:
             detail["stored"] = len(rows)
         bar.advance(len(rows))
-        _measure_requests(run, name, (source, how), todo, rows, bar.advance)
+        for i, figures in _measure_requests(run, name, (source, how), todo, bar.advance):
+            rows[table.rows[i]] = figures
         stored = said.get(of_texts)
         if stored is None:
             texts = _score_texts(run, name, source)
@@ -109,42 +115,105 @@ def _measure_requests(
     name: str,
     model: tuple[ModelSource, How],
     places: Sequence[int],
-    rows: dict[int, dict[str, Any]],
     on_progress: Callable[[int], None],
-) -> None:
-    table = run.plan.table
-    parts = {f"measure {name} {i}": part for i, part in enumerate(parts_of(table.requests, places))}
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The place of each request, with its figures and what the model said."""
+    for start in range(0, len(places), BLOCK):
+        block = places[start : start + BLOCK]
+        requests = [run.plan.table.requests[i] for i in block]
+        answers = Answers(parts_of(requests, writing=model[1].writing_seed is not None))
+        tasks = [
+            Task(f"measure {name} {start} {number}", (*model, part))
+            for number, part in enumerate(answers.parts)
+        ]
+        taking = _Taking(answers, {task.key: i for i, task in enumerate(tasks)}, len(block))
+        run.crew.map("measure", tasks, partial(taking, on_progress))
+        yield from zip(block, answers.rows(requests), strict=True)
 
-    def take(task: Task, measured: Measured) -> None:
-        part = parts[task.key]
-        for i, figures, answer in zip(part, measured.rows, measured.answers, strict=True):
-            rows[table.rows[i]] = {**figures, "answer": answer}
-        on_progress(len(part))
 
-    tasks = [Task(k, (*model, [table.requests[i] for i in part])) for k, part in parts.items()]
-    run.crew.map("measure", tasks, take)
+class _Taking:
+    """Takes in the answers to tasks, and tells of how many requests that is the share."""
+
+    def __init__(self, answers: Answers, numbers: Mapping[str, int], requests: int) -> None:
+        self._answers, self._numbers, self._requests = answers, numbers, requests
+        self._told = 0
+
+    def __call__(self, on_progress: Callable[[int], None], task: Task, measured: Measured) -> None:
+        self._answers.take(self._numbers[task.key], measured)
+        done = self._requests * self._answers.taken // len(self._answers.parts)
+        on_progress(done - self._told)
+        self._told = done
 
 
-def parts_of(requests: Sequence[EditRequest], places: Sequence[int]) -> list[list[int]]:
-    """Places in parts of about one size, those whose prompts may be the same together.
+class Answers:
+    """What a model said to the parts of an evaluation, put together.
 
-    The number of parts is a power of two, which most numbers of workers share out well.
+    Args:
+        parts: what it was asked.
+
+    Attributes:
+        parts: the same.
+        taken: how many of them are answered.
     """
-    if not places:
-        return []
-    alike = np.array([_likeness(requests[i]) for i in places], np.uint64)
-    order = np.argsort(alike, kind="stable").tolist()
+
+    def __init__(self, parts: Sequence[Asked]) -> None:
+        self.parts, self.taken = parts, 0
+        self._scored: dict[Continuation, Score] = {}
+        self._said: dict[str, str] = {}
+        self._written: dict[str, str] = {}
+
+    def take(self, number: int, measured: Measured) -> None:
+        """Take in what was said to a part."""
+        part = self.parts[number]
+        self.taken += 1
+        for (prompt, targets), scores in zip(part.prompts, measured.scores, strict=True):
+            for target, score in zip(targets, scores, strict=True):
+                self._scored[prompt, target] = score
+        self._said |= zip(part.answered, measured.answers, strict=True)
+        self._written |= zip(part.written, measured.texts, strict=True)
+
+    def figures(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+        """The figures of each request that are fractions of its prompts."""
+        return [figures_of(request, self._scored) for request in requests]
+
+    def rows(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+        """The figures, greedy answer and written text of each request."""
+        rows = self.figures(requests)
+        for row, request in zip(rows, requests, strict=True):
+            row["answer"] = self._said[request.text]
+        if self._written:
+            add_texts(rows, requests, self._written)
+        return rows
+
+
+def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[Asked]:
+    """What requests ask, in parts of about one size; what several of them ask is there once.
+
+    Prompts that begin alike are in one part. The number of parts is a power of two, which most
+    numbers of workers share out well.
+
+    Args:
+        requests: the requests.
+        writing: whether text is to be written.
+    """
+    targets: dict[str, dict[str, None]] = defaultdict(dict)
+    for request in requests:
+        for prompt, target in continuations(request):
+            targets[prompt][target] = None
+    prompts = [(prompt, list(targets[prompt])) for prompt in sorted(targets)]
+    answered = sorted({request.text for request in requests})
+    written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
     number = 1
-    while number * LARGEST_PART < len(places):
+    while number * LARGEST_PART < len(prompts):
         number *= 2
-    edges = [len(places) * i // number for i in range(number + 1)]
-    return [[places[i] for i in order[start:stop]] for start, stop in pairwise(edges)]
+    cut = (_cut(list_, number) for list_ in (prompts, answered, written))
+    return [Asked(*part) for part in zip(*cut, strict=True)]
 
 
-def _likeness(request: EditRequest) -> int:
-    """A number that is the same for requests with one answer so far and one prompt."""
-    text = f"{request.target_true} {request.prompt}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _cut(items: list[_Item], number: int) -> list[list[_Item]]:
+    """Items in ``number`` runs of about one length."""
+    edges = [len(items) * i // number for i in range(number + 1)]
+    return [items[start:stop] for start, stop in pairwise(edges)]
 
 
 def _score_texts(run: Context, name: str, source: ModelSource) -> list[TextScore]:

@@ -21,10 +21,12 @@ from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
 from pmet.budget import free_memory
 from pmet.contexts import ContextTemplates
-from pmet.generation import answers
+from pmet.continuations import score_continuations
+from pmet.generation import answers, write_on
 from pmet.hparams import PMETHyperParams
 from pmet.metrics import TextScore
 from pmet.prompts import Prompts
+from pmet.questions import Score
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets import compute_targets
 
@@ -98,11 +100,27 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A shard of an evaluation: figures, written text and the greedy answer of each request."""
+class Asked:
+    """A part of an evaluation.
 
-    rows: list[dict[str, Any]]
+    Attributes:
+        prompts: each prompt with the targets that are to be scored after it.
+        answered: texts whose greedy answers are wanted.
+        written: texts that the model is to go on from.
+    """
+
+    prompts: list[tuple[str, list[str]]]
+    answered: list[str]
+    written: list[str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model says to a part of an evaluation, in the same order."""
+
+    scores: list[list[Score]]
     answers: list[str]
+    texts: list[str]
 
 
 class Replica:
@@ -189,17 +207,19 @@ class Replica:
             count=len(found),
         )
 
-    def measure(self, source: ModelSource, how: How, requests: Sequence[EditRequest]) -> Measured:
-        """Measure a shard of requests on a model, which is opened if it is another one."""
+    def measure(self, source: ModelSource, how: How, asked: Asked) -> Measured:
+        """Ask a model a part of an evaluation; it is opened if it is another one."""
         self._use(source)
-        prompts = Prompts(self._tokenizer, how.chat_template)
-        rows = metrics.measure_requests(
-            self._model, prompts, requests, writing_seed=how.writing_seed
+        model, prompts = self._model, Prompts(self._tokenizer, how.chat_template)
+        pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
+        scored = score_continuations(model, prompts, pairs)
+        said = answers(model, self._tokenizer, asked.answered, chat_template=how.chat_template)
+        seed = how.writing_seed
+        return Measured(
+            [[scored[prompt, t] for t in targets] for prompt, targets in asked.prompts],
+            said,
+            [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
         )
-        texts = [request.text for request in requests]
-        chat = how.chat_template
-        said = answers(self._model, self._tokenizer, texts, chat_template=chat)
-        return Measured(rows, said)
 
     def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
         """Tell which requests of a shard a model already answers with their target."""

@@ -1,14 +1,15 @@
 """How likely given continuations are, and whether they are the greedy ones; many at a time.
 
-What is asked of one prompt shares its pass: sequences of which one begins with the other are one
-row of a batch, since a causal model never looks ahead. So a prompt with any number of one-token
-targets is one row, read once. The head runs only at the places that are read.
+What is asked of one prompt shares its pass: of sequences of which one begins with the other only
+the longer is read, since a causal model never looks ahead. So a prompt with any number of one-token
+targets is read once. What different sequences begin with is read once as well (`pmet.packs`), and
+the head runs only at the places that are asked for.
 
 How a batch is put together changes rounding, by some 1e-5 in a log-probability of float32. Where a
 verdict hangs on less than ``NEAR``, the pair is computed once more as `pmet.plain` does, by itself:
 so every verdict is the plain one, as long as rounding stays below half of ``NEAR``.
 
-Shape letters: B rows, T tokens, N places that are read, V vocabulary.
+Shape letters: N places that are read, M tokens of targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from pmet.kernels import tuned
-from pmet.padding import batches_by_tokens, pad
+from pmet.packs import MOST, Pack, inputs, packed, reads_trees
+from pmet.padding import batches_by_tokens
 from pmet.plain import plain_score
 from pmet.problem import context_length
 from pmet.prompts import Continuation, Prompts, Tokens
@@ -56,12 +57,8 @@ UNREADABLE = Scored(math.nan, False, 0.0)
 """What is longer than the model's context."""
 
 
-@dataclass
-class _Row:
-    """A sequence, and the pairs that are read from it."""
-
-    ids: Tokens
-    asked: list[tuple[Continuation, int, Tokens]] = field(default_factory=list)
+# A pair, the place of its prompt's last token in its sequence, and its target.
+_Asked = tuple[Continuation, int, Tokens]
 
 
 class _Read(NamedTuple):
@@ -101,52 +98,65 @@ def score_continuations(
             scored[pair] = UNREADABLE
         else:
             tokens[pair] = (prompt, target)
+    asked = _by_sequence(tokens)
+    longest = max(map(len, asked), default=0)
+    trees = reads_trees(model, longest)
+    packs = packed(asked, MOST if trees else 0)
     near: set[Continuation] = set()
     with frozen(model):
-        rows = _rows(tokens)
-        for batch in batches_by_tokens(rows, batch_tokens, lambda row: len(row.ids)):
-            longest = len(batch[-1].ids)
-            with tuned(model, longest) if longest <= _SHORT else nullcontext():
-                read = _read(model, batch)
-            scored |= {pair: found.score for pair, found in read.items()}
-            near |= {pair for pair, found in read.items() if found.near}
-            if on_progress:
-                on_progress(len(read))
+        with tuned(model, max(longest, MOST)) if longest <= _SHORT else nullcontext():
+            for batch in batches_by_tokens(packs, batch_tokens, lambda pack: len(pack.ids)):
+                read = _read(model, batch, asked, trees=trees)
+                scored |= {pair: found.score for pair, found in read.items()}
+                near |= {pair for pair, found in read.items() if found.near}
+                if on_progress:
+                    on_progress(len(read))
         for pair in near.union(_near_each_other(scored)):
             scored[pair] = Scored(*plain_score(model, *tokens[pair]))
     return scored
 
 
-def _rows(tokens: Mapping[Continuation, tuple[Tokens, Tokens]]) -> list[_Row]:
-    """The sequences that hold all others at their beginning, the shortest first."""
-    asked = defaultdict(list)
+def _by_sequence(
+    tokens: Mapping[Continuation, tuple[Tokens, Tokens]],
+) -> dict[Tokens, list[_Asked]]:
+    """What is asked of each sequence; of one that another begins with, of the longest such."""
+    own: dict[Tokens, list[_Asked]] = defaultdict(list)
     for pair, (prompt, target) in tokens.items():
         # The last token predicts nothing that is asked for.
-        asked[prompt + target[:-1]].append((pair, len(prompt) - 1, target))
-    rows: list[_Row] = []
-    for ids in sorted(asked, reverse=True):
+        own[prompt + target[:-1]].append((pair, len(prompt) - 1, target))
+    asked: dict[Tokens, list[_Asked]] = {}
+    longest: Tokens = ()
+    for ids in sorted(own, reverse=True):
         # In this order what begins with ``ids`` stands right before it.
-        if not rows or rows[-1].ids[: len(ids)] != ids:
-            rows.append(_Row(ids))
-        rows[-1].asked += asked[ids]
-    rows.sort(key=lambda row: len(row.ids))
-    return rows
+        if longest[: len(ids)] != ids:
+            longest = ids
+            asked[longest] = []
+        asked[longest] += own[ids]
+    return asked
 
 
-def _read(model: nn.Module, batch: Sequence[_Row]) -> dict[Continuation, _Read]:
-    """Run rows through the model, and read all that is asked of them."""
+def _read(
+    model: nn.Module,
+    batch: Sequence[Pack],
+    asked: Mapping[Tokens, Sequence[_Asked]],
+    *,
+    trees: bool,
+) -> dict[Continuation, _Read]:
+    """Run packs through the model, and read all that is asked of their sequences."""
     device = next(model.parameters()).device
-    ids_BT, mask_BT = pad([row.ids for row in batch], device)
     number: dict[tuple[int, int], int] = {}
     places: list[int] = []
     labels: list[int] = []
-    for i, row in enumerate(batch):
-        for _, start, target in row.asked:
-            for column in range(start, start + len(target)):
-                places.append(number.setdefault((i, column), len(number)))
-            labels += target
+    pairs: list[tuple[Continuation, int]] = []
+    for i, pack in enumerate(batch):
+        for sequence, path in pack.sequences:
+            for pair, start, target in asked[sequence]:
+                for column in path[start : start + len(target)]:
+                    places.append(number.setdefault((i, column), len(number)))
+                labels += target
+                pairs.append((pair, len(target)))
     rows_N, columns_N = torch.tensor(list(number), device=device).T
-    logits_NV = logits_at(model, ids_BT, mask_BT, rows_N, columns_N)
+    logits_NV = logits_at(model, inputs(model, batch, trees=trees), rows_N, columns_N)
     places_M, labels_M = (torch.tensor(x, device=device) for x in (places, labels))
     top_N2, best_N2 = logits_NV.topk(2)
     said_M = logits_NV[places_M, labels_M].double()
@@ -158,31 +168,34 @@ def _read(model: nn.Module, batch: Sequence[_Row]) -> dict[Continuation, _Read]:
     log_probs, right, close = columns
     found: dict[Continuation, _Read] = {}
     end = 0
-    for row in batch:
-        for pair, _, target in row.asked:
-            start, end = end, end + len(target)
-            hits, count = sum(right[start:end]), len(target)
-            mean = math.fsum(log_probs[start:end]) / count
-            score = Scored(mean, hits == count, hits / count)
-            found[pair] = _Read(score, any(close[start:end]))
+    for pair, count in pairs:
+        start, end = end, end + count
+        hits = sum(right[start:end])
+        score = Scored(math.fsum(log_probs[start:end]) / count, hits == count, hits / count)
+        found[pair] = _Read(score, any(close[start:end]))
     return found
 
 
 def logits_at(
     model: nn.Module,
-    ids_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
+    given: Mapping[str, torch.Tensor],
     rows_N: torch.Tensor,
     columns_N: torch.Tensor,
 ) -> torch.Tensor:
     """Next-token logits at places of a batch, (N, V), at least float32.
 
     Over a large vocabulary the head is most of the work: it runs at these places only.
+
+    Args:
+        model: a causal language model.
+        given: the batch, as the model takes it.
+        rows_N: rows of the places.
+        columns_N: their columns.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     assert isinstance(head, nn.Module)
     with changed_input(head, lambda hidden: hidden[rows_N, columns_N][None]):
-        output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        output = model(**given, use_cache=False)
     logits_NV: torch.Tensor = output.logits[0]
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 

@@ -27,7 +27,7 @@ WRITTEN_TOKENS = 100
 """Tokens of a written text, its beginning among them (ROME, MEMIT)."""
 TOP_K = 5
 """Likeliest tokens that a written text is drawn from (ROME, MEMIT)."""
-_BATCH = 64
+_BATCH, _WRITTEN_BATCH = 128, 64
 _SHORT = 128  # as of `pmet.continuations`
 
 Choose = Callable[[torch.Tensor, Sequence[int], int], torch.Tensor]
@@ -47,7 +47,7 @@ def answers(
     """
     prompts = Prompts(tokenizer, chat_template)
     said = [""] * len(texts)
-    for i, ids in _grown(model, prompts, texts, lambda _: tokens, _greedy, stop=True):
+    for i, ids in _grown(model, prompts, texts, lambda _: tokens, _greedy, batch=_BATCH, stop=True):
         said[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return said
 
@@ -80,7 +80,9 @@ def write_on(
         return top.indices.gather(1, choice_B1.clamp_max(top.indices.shape[1] - 1))[:, 0]
 
     written = list(texts)
-    for i, ids in _grown(model, prompts, texts, lambda length: limit - length, draw, stop=False):
+    for i, ids in _grown(
+        model, prompts, texts, lambda length: limit - length, draw, batch=_WRITTEN_BATCH, stop=False
+    ):
         written[i] = f"{texts[i]}{tokenizer.decode(ids, skip_special_tokens=True)}"
     return written
 
@@ -103,6 +105,7 @@ def _grown(
     room: Callable[[int], int],
     choose: Choose,
     *,
+    batch: int,
     stop: bool,
 ) -> Iterator[tuple[int, list[int]]]:
     """What is written after each text: its number and its new tokens.
@@ -113,6 +116,7 @@ def _grown(
         texts: the texts.
         room: new tokens by a text's length in tokens; those with none are left out.
         choose: the next token of each row, (B,), from its logits, the rows' texts and the step.
+        batch: rows of a pass.
         stop: a text ends where the model ends it.
     """
     limit = context_length(model.config) or math.inf
@@ -120,8 +124,8 @@ def _grown(
     fits = [i for i in range(len(ids)) if 0 < room(len(ids[i])) <= limit - len(ids[i])]
     order = sorted(fits, key=lambda i: len(ids[i]))
     ends = _ends(model, prompts.tokenizer) if stop else []
-    for start in range(0, len(order), _BATCH):
-        part = order[start : start + _BATCH]
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
         own = [ids[i] for i in part]
         most = max(room(len(row)) for row in own)
         new_BT = _new_tokens(model, own, most, partial(_chosen, choose, part), ends)

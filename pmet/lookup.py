@@ -114,11 +114,11 @@ def encode_all(
     if not texts:
         return []
     _refuse_slow(tokenizer)
-    encoded = tokenizer(list(texts), add_special_tokens=special, return_special_tokens_mask=True)
-    return [
-        tuple(ids[: _end(mask)] if special else ids)
-        for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-    ]
+    # Sets what an earlier caller may have set otherwise: truncation, padding, special tokens.
+    tokenizer("")
+    # To wrap the result as transformers does takes longer than to tokenize.
+    encoded = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=special)
+    return [tuple(e.ids[: _end(e.special_tokens_mask)] if special else e.ids) for e in encoded]
 
 
 def _tokenize(tokenizer: Any, text: str, subject: tuple[int, int]) -> TokenizedPrompt:

@@ -19,7 +19,6 @@ requests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,23 +26,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from pmet.continuations import BATCH_TOKENS, Scored, logits_at, score_continuations
-from pmet.figures import METRICS, summarize
+from pmet.continuations import BATCH_TOKENS, logits_at, score_continuations
+from pmet.figures import summarize
 from pmet.generation import write_on
 from pmet.lookup import encode_all
 from pmet.padding import batches_by_tokens, pad
 from pmet.problem import context_length
-from pmet.prompts import Continuation, Prompts
+from pmet.prompts import Prompts
+from pmet.questions import beginnings, continuations, figures_of
 from pmet.request import EditRequest
 from pmet.texts import add_consistency
 from pmet.texts import fluency as fluency_of
 from pmet.tracing import frozen
-
-__all__ = ["METRICS", "TextScore", "evaluate", "knows", "measure_requests", "score_texts"]
-
-_Scores = Mapping[Continuation, Scored]
-# Prompt, wanted answer, and the one that it is compared with.
-_Question = tuple[str, str | None, str | None]
 
 
 def evaluate(
@@ -79,52 +73,36 @@ def evaluate(
     Raises:
         InputError: the tokenizer has no chat template.
     """
-    rows = measure_requests(
+    prompts = Prompts(tokenizer, chat_template)
+    scored = score_continuations(
         model,
-        Prompts(tokenizer, chat_template),
-        requests,
-        writing_seed=seed if fluency else None,
+        prompts,
+        [pair for request in requests for pair in continuations(request)],
         batch_tokens=batch_tokens,
         on_progress=on_progress,
     )
+    rows = [figures_of(request, scored) for request in requests]
     if fluency:
+        starts = dict.fromkeys(text for request in requests for text in beginnings(request))
+        written = write_on(model, prompts, list(starts), seed=seed)
+        add_texts(rows, requests, dict(zip(starts, written, strict=True)))
         add_consistency(zip(rows, (r.reference_texts for r in requests), strict=True))
     return {**summarize(rows), "rows": rows}
 
 
-def measure_requests(
-    model: nn.Module,
-    prompts: Prompts,
-    requests: Sequence[EditRequest],
-    *,
-    writing_seed: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """The figures of each request; consistency, which needs all of them, is left to the caller.
+def add_texts(
+    rows: Sequence[dict[str, Any]], requests: Sequence[EditRequest], written: Mapping[str, str]
+) -> None:
+    """Give each request's figures the text that the model wrote for it, and its fluency.
 
     Args:
-        model: a causal language model; left as it was.
-        prompts: how prompts are put to it.
+        rows: the figures of each request.
         requests: the requests.
-        writing_seed: seed of what is drawn while the model writes; None: it does not write.
-        batch_tokens: padded tokens of one forward pass.
-        on_progress: told how many continuations have just been scored.
+        written: the text that each beginning became.
     """
-    pairs = [pair for request in requests for pair in _continuations(request)]
-    scored = score_continuations(
-        model, prompts, pairs, batch_tokens=batch_tokens, on_progress=on_progress
-    )
-    rows = [_row(request, scored) for request in requests]
-    if writing_seed is not None:
-        begun = [request.generation_prompts or (request.text,) for request in requests]
-        starts = list(dict.fromkeys(text for texts in begun for text in texts))
-        written = write_on(model, prompts, starts, seed=writing_seed)
-        by_start = dict(zip(starts, written, strict=True))
-        for row, texts in zip(rows, begun, strict=True):
-            own = [by_start[text] for text in texts]
-            row |= {"fluency": fluency_of(own), "text": "\n".join(own)}
-    return rows
+    for row, request in zip(rows, requests, strict=True):
+        own = [written[text] for text in beginnings(request)]
+        row |= {"fluency": fluency_of(own), "text": "\n".join(own)}
 
 
 def knows(
@@ -185,7 +163,9 @@ def score_texts(
         for batch in batches_by_tokens(order, BATCH_TOKENS, lambda i: len(sequences[i])):
             ids_BT, mask_BT = pad([sequences[i][:-1] for i in batch], device)
             rows_N, columns_N = mask_BT.nonzero(as_tuple=True)
-            logits_NV = logits_at(model, ids_BT, mask_BT, rows_N, columns_N)
+            logits_NV = logits_at(
+                model, {"input_ids": ids_BT, "attention_mask": mask_BT}, rows_N, columns_N
+            )
             labels_N = torch.tensor([t for i in batch for t in sequences[i][1:]], device=device)
             said_N = logits_NV.gather(1, labels_N[:, None])[:, 0]
             nll_N = (logits_NV.logsumexp(-1) - said_N).double()
@@ -194,50 +174,3 @@ def score_texts(
             for i, (nll_T, best_T) in zip(batch, parts, strict=True):
                 scores[i] = TextScore(nll_T.sum().item(), best_T.tolist())
     return scores
-
-
-def _questions(request: EditRequest) -> dict[str, list[_Question]]:
-    """What a request asks, by kind of figure."""
-    new, true = request.target_new, request.target_true
-    follows = request.portability_prompts
-    before: Sequence[str | None] = request.portability_targets_true or [None] * len(follows)
-    return {
-        "efficacy": [(request.text, new, true)],
-        "generalization": [(prompt, new, true) for prompt in request.paraphrase_prompts],
-        "specificity": [(prompt, true, new) for prompt in request.neighborhood_prompts],
-        "portability": list(zip(follows, request.portability_targets, before, strict=True)),
-    }
-
-
-def _continuations(request: EditRequest) -> list[Continuation]:
-    """The pairs that a request's figures need."""
-    return [
-        (prompt, target)
-        for questions in _questions(request).values()
-        for prompt, wanted, other in questions
-        if wanted is not None
-        for target in (wanted, other)
-        if target is not None
-    ]
-
-
-def _row(request: EditRequest, scored: _Scores) -> dict[str, Any]:
-    figures: dict[str, Any] = dict.fromkeys(METRICS)
-    for kind, questions in _questions(request).items():
-        figures[f"{kind}_prompts"] = len(questions)
-        scores = [scored[prompt, wanted] for prompt, wanted, _ in questions if wanted is not None]
-        if not scores:
-            continue
-        figures[f"{kind}_strict"] = _mean([score.greedy for score in scores])
-        figures[f"{kind}_accuracy"] = _mean([score.accuracy for score in scores])
-        others = [
-            scored[prompt, other].log_prob for prompt, _, other in questions if other is not None
-        ]
-        if others:
-            likelier = zip(scores, others, strict=True)
-            figures[kind] = _mean([score.log_prob > other for score, other in likelier])
-    return figures
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import measure_stage
 from pipeline.config import JobConfig
 from pipeline.crew import Crew
 from pipeline.evaluation import How
@@ -22,9 +23,9 @@ from pipeline.folder import RunFolder
 from pipeline.measure_stage import LARGEST_PART, Measurement, held_out, measure, parts_of
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
-from pipeline.replica import Measured, ModelSource
+from pipeline.replica import Asked, Measured, ModelSource
 from pipeline.stages import Context
-from pmet.figures import METRICS
+from pmet.continuations import Scored
 from pmet.metrics import TextScore
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
@@ -44,16 +45,25 @@ class FakeCrew:
         for task in reversed(tasks):
             take(task, getattr(self, method)(*task.args))
 
-    def measure(self, _source: ModelSource, how: How, requests: Sequence[EditRequest]) -> Measured:
-        self.asked["requests"] += len(requests)
+    def measure(self, _source: ModelSource, how: How, asked: Asked) -> Measured:
+        self.asked["requests"] += len(asked.answered)
         self.hows.add(how)
-        text = {} if how.writing_seed is None else {"text": "land and bread", "fluency": 2.0}
-        rows = [dict.fromkeys(METRICS) | {"of": r.subject, **text} for r in requests]
-        return Measured(rows, [f"said of {r.subject}" for r in requests])
+        # Places with an even number are learned.
+        return Measured(
+            [[_score(prompt, target) for target in targets] for prompt, targets in asked.prompts],
+            [f"said to {text}" for text in asked.answered],
+            [f"{text} a land of bread" for text in asked.written],
+        )
 
     def score_texts(self, _source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
         self.asked["texts"] += len(texts)
         return [TextScore(float(text.split()[1]), [len(text), 1]) for text in texts]
+
+
+def _score(prompt: str, target: str) -> Scored:
+    """What is said of places with an even number is the new fact, of others the true one."""
+    wins = (target == "Rome") == (int(prompt.split()[1]) % 2 == 0)
+    return Scored(-1.0 if wins else -2.0, wins, float(wins))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
             "subject": f"Place {i}",
             "target_new": "Rome",
             "target_true": f"Land {i % 3}",
+            "neighborhood_prompts": [f"Place {(i + 1) % 40} is in", f"Place {i} is in"],
             "reference_texts": ["Bread of the land."],
         }
         for i in range(40)
@@ -107,8 +118,13 @@ def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
     found, crew = measured(plan)
     subjects = plan.table.table.column("subject").to_pylist()
     assert {row: f["answer"] for row, f in found.rows.items()} == {
-        row: f"said of {subject}" for row, subject in enumerate(subjects)
+        row: f"said to {subject} is in" for row, subject in enumerate(subjects)
     }
+    for row, subject in enumerate(subjects):
+        learned = float(int(subject.split()[1]) % 2 == 0)
+        assert found.rows[row]["efficacy"] == found.rows[row]["efficacy_strict"] == learned
+        # Of a place and the next one, one keeps the true answer.
+        assert found.rows[row]["specificity"] == 0.5
     assert crew.asked == {"requests": 40, "texts": 100}
     assert crew.hows == {How()}
     assert [text.nll for text in found.texts] == list(range(100))
@@ -153,20 +169,37 @@ def test_what_the_base_says_is_kept_for_other_runs(plan: Plan, tmp_path: Path) -
     assert crew.asked == {"requests": 40}
 
 
-def test_requests_with_prompts_in_common_are_measured_together() -> None:
-    count = 4 * LARGEST_PART
+def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:
+    count = 3 * LARGEST_PART
     requests = [
-        EditRequest("{} is in", f"Place {i}", "Rome", target_true=f"Land {i % 40}")
+        EditRequest(
+            "{} is in",
+            f"Place {i}",
+            "Rome",
+            target_true=f"Land {i % 2}",
+            neighborhood_prompts=["Nice is in", f"Place {(i + 1) % count} is in"],
+        )
         for i in range(count)
     ]
-    parts = parts_of(requests, range(count))
-    assert sorted(i for part in parts for i in part) == list(range(count))
-    assert {len(part) for part in parts} == {LARGEST_PART}
-    # Each of 40 answers is in one part, or in two where a part ends.
-    places = Counter(answer for part in parts for answer in {i % 40 for i in part})
-    assert sum(places.values()) <= 40 + len(parts) - 1
-    assert parts_of(requests, []) == []
-    assert len(parts_of(requests, range(LARGEST_PART + 1))) == 2
+    parts = parts_of(requests)
+    assert len(parts) == 4
+    assert max(len(p.prompts) for p in parts) - min(len(p.prompts) for p in parts) <= 1
+    asked = [prompt for part in parts for prompt, _ in part.prompts]
+    assert asked == sorted({"Nice is in", *(request.text for request in requests)})
+    targets = dict(prompt for part in parts for prompt in part.prompts)
+    assert sorted(targets["Nice is in"]) == ["Land 0", "Land 1", "Rome"]
+    assert sorted(text for p in parts for text in p.answered) == sorted(r.text for r in requests)
+    assert all(not part.written for part in parts)
+    written = [text for part in parts_of(requests, writing=True) for text in part.written]
+    assert sorted(written) == sorted(r.text for r in requests)
+
+
+def test_many_requests_are_measured_a_block_at_a_time(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = measured(plan)
+    monkeypatch.setattr(measure_stage, "BLOCK", 7)
+    assert measured(plan)[0] == whole
 
 
 def test_held_out_texts_are_from_the_whole_corpus() -> None:

@@ -59,22 +59,39 @@ def test_pairs_that_share_a_pass_are_scored_as_each_by_itself(
 
 
 def test_a_prompt_is_read_once_for_all_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    golden, rows = load_golden("gpt2"), []
+    golden, tokens = load_golden("gpt2"), list[int]()
     original = continuations.logits_at
 
-    def noted(model: Any, ids_BT: torch.Tensor, *others: Any) -> torch.Tensor:
-        rows.append(len(ids_BT))
-        return original(model, ids_BT, *others)
+    def noted(model: Any, given: Any, *others: Any) -> torch.Tensor:
+        tokens.append(given["input_ids"].numel())
+        return original(model, given, *others)
 
     monkeypatch.setattr(continuations, "logits_at", noted)
     monkeypatch.setattr(continuations, "NEAR", 0.0)
     asked = [(PROMPT, "a"), (PROMPT, "the"), (PROMPT, "a surveyor"), (f"{PROMPT} a", "baker")]
     prompts = Prompts(golden.tokenizer)
     read = {prompt + target[:-1] for prompt, target in prompts.continuations(asked)}
-    longest = {ids for ids in read if not any(o != ids and o[: len(ids)] == ids for o in read)}
-    assert len(longest) < len(asked) - 1
+    beginnings = {ids[:i] for ids in read for i in range(1, len(ids) + 1)}
     score_continuations(golden.model, prompts, asked)
-    assert sum(rows) == len(longest)
+    assert sum(tokens) == len(beginnings) < len(asked) * 3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "unheard of"])
+def test_a_model_that_reads_no_trees_reads_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = load_golden("gpt2")
+    given: list[dict[str, Any]] = []
+    original = continuations.logits_at
+
+    def noted(model: Any, inputs: Any, *others: Any) -> torch.Tensor:
+        given.append(inputs)
+        return original(model, inputs, *others)
+
+    monkeypatch.setattr(continuations, "logits_at", noted)
+    monkeypatch.setattr(golden.model.config, "model_type", kind)
+    scored = score_continuations(golden.model, Prompts(golden.tokenizer), PAIRS)
+    assert all("position_ids" in inputs for inputs in given) == (kind == "gpt2")
+    for pair, score in scored.items():
+        assert score.log_prob == pytest.approx(by_hand(golden, *pair).log_prob, abs=1e-5)
 
 
 def test_what_hangs_on_rounding_is_computed_as_the_plain_form_does(
