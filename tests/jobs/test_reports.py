@@ -44,7 +44,7 @@ def test_the_comparison_goes_where_it_is_told(pmet: Invoke, tmp_path: Path) -> N
     a, b = two_runs(tmp_path)
     for given, written in (("x/mine.html", "x/mine.html"), ("folder", "folder/compare.html")):
         assert pmet("report", a, b, "--output", tmp_path / given)[0] == 0
-        assert (tmp_path / written).exists()
+        assert (tmp_path / written).is_file()
     assert not (b / "compare.html").exists()
 
 

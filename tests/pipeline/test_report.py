@@ -467,6 +467,7 @@ def test_hostile_text_is_shown_and_does_nothing(store, kind):
     shown = HOSTILE[kind][:60].encode("unicode_escape" if kind in UNSEEN else "utf-8").decode()
     assert shown in "".join(page.words)
     assert len(html) < 500_000
+    assert max(map(len, page.words)) < 21_000
 
 
 def report_of(store, text):
@@ -547,6 +548,13 @@ def test_relations_have_a_chart_and_a_table(store):
     assert ">generalization<" not in chart.group()
 
 
+def test_a_dollar_in_a_name_is_no_formula(store):
+    rows = [group("$x^{2}$", 0.75)]
+    change(store, "metrics.json", groups={"column": "relation", "rows": rows})
+    chart = re.search(r'aria-label="Figures by group".*?</svg>', report(store), re.DOTALL).group()
+    assert ">$x^{2}$<" in chart
+
+
 def test_of_many_relations_the_weakest_are_drawn(store):
     rows = [group(f"relation {i:03}", 0.9 - 0.8 * (i == 390)) for i in range(400)]
     change(store, "metrics.json", groups={"column": "relation", "rows": rows})
@@ -618,13 +626,17 @@ def test_stages_have_rates_of_what_this_attempt_did(store):
         {"name": "measure after", "seconds": 5.0, "detail": {}},
         {"name": "update", "seconds": 2.0, "detail": {"reused": 1}},
     ]
-    change(store, "run.json", stages=stages)
+    layers = [dict(layer, requests=30) for layer in store.read_json("run.json")["layers"]]
+    change(store, "run.json", stages=stages, layers=layers)
     text = Page(report(store)).text
     assert "targets 20.0 s 1.5 targets/s" in text
     assert "second moments 10.0 s 500 tokens/s" in text
     assert "measure before 5.0 s 2 requests/s" in text
     assert "measure after 5.0 s 6 requests/s" in text
     assert "update 2.0 s reused 1" in text
+    stages[-1]["detail"] = {"reused": 0}
+    change(store, "run.json", stages=stages)
+    assert "update 2.0 s 15 requests/s reused 0" in Page(report(store)).text
 
 
 def test_retries_and_deaths_are_counted(store):
