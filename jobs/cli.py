@@ -183,22 +183,28 @@ def statistics(
 @app.command()
 def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="[OTHER]", help="A second run, to be compared with the first."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the comparison goes: a folder, or a file that ends with .html; without it "
+            "compare.html in the second run's folder."
+        ),
+    ] = None,
 ) -> None:
-    """Write a run's report.html anew, from what the run folder holds."""
-    from pipeline.errors import RunFolderError
-    from pipeline.folder import STATUS
-    from pipeline.report import write_report
-    from pipeline.store import Store
+    """Write a run's report.html anew, or compare two runs side by side."""
+    from jobs.reports import compare, rewrite
+    from pmet.errors import InputError
 
-    store = Store(run_folder)
-    missing = [n for n in (STATUS, "metrics.json", "results.parquet") if not store.exists(n)]
-    if missing:
-        raise RunFolderError(
-            f"{store.url} holds no finished run ({', '.join(missing)} missing); name the output of "
-            "a job that has ended"
-        )
-    write_report(store)
-    out.print(store.join("report.html"), soft_wrap=True, markup=False)
+    if other is not None:
+        compare(run_folder, other, output, out)
+    elif output is not None:
+        raise InputError("--output goes with two runs; a run's report is written into its folder")
+    else:
+        rewrite(run_folder, out)
 
 
 def main() -> None:

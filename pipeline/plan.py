@@ -30,6 +30,7 @@ from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
 from pipeline.skeleton import UNREADABLE, open_skeleton
 from pipeline.store import read_file
+from pipeline.tracking import trackers_of
 from pmet import contexts
 from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
@@ -119,6 +120,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         InputError: something cannot be used; the message says what, where, and the remedy.
         StorageError: something cannot be read.
     """
+    trackers_of(job)
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
     hparams = load_hparams(job.hparams)

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
-from pipeline.errors import StorageError
+from pipeline.errors import LeaseLostError, StorageError
 from pipeline.folder import MODEL, RunFolder
 from pipeline.gates import outcomes
 from pipeline.groups import grouped
@@ -22,6 +22,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
+from pipeline.run_record import NO_TARGET
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
@@ -35,10 +36,7 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
-
-NO_TARGET = "no target: "
-"""What the reason of a request begins with that could be planned, and for which no target was
-found."""
+from pipeline.tracking import Tracking, trackers_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class RunResult:
         metrics: what ``metrics.json`` holds.
     """
 
-    status: str
+    status: Literal["complete", "held"]
     folder: Store
     metrics: dict[str, Any]
 
@@ -108,15 +106,30 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    tracking = Tracking(trackers_of(plan.job), on_event)
+    tracking.begin(plan.job, folder.status["digest"])
     try:
         with Crew(plan, address, on_event) as crew:
-            return _run_stages(Context(plan, folder, crew, progress))
+            result = _run_stages(Context(plan, folder, crew, progress))
     except BaseException as error:
         # A run that has lost its folder is stopped here: the status is the other run's to write.
         # Where the status cannot be written either, what went wrong first matters more.
         with suppress(StorageError):
             folder.finish("failed", str(error) or type(error).__name__)
+        tracking.end(folder.store, "failed")
         raise
+    _tell_end(tracking, folder, result)
+    return result
+
+
+def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
+    """Tell the trackers how the run ended; it has ended well, whatever happens to them."""
+    with suppress(StorageError, LeaseLostError):
+        tracking.end(folder.store, result.status)
+        if tracking.failed:
+            # What has become of them is among the events.
+            folder.write()
+            write_report(folder.store)
 
 
 def _run_stages(run: Context) -> RunResult:
@@ -187,7 +200,7 @@ def _conclude(
     store.write_table("rejected.parquet", table.rejected_table())
     store.write_json("metrics.json", metrics)
     run.folder.status["counts"] = metrics["counts"]
-    status = "held" if held else "complete"
+    status: Literal["complete", "held"] = "held" if held else "complete"
     card = model_card(dump_job(plan.job), run.folder.status, metrics)
     store.write_bytes(f"{MODEL}/{CARD}", card.encode())
     run.folder.finish(status)

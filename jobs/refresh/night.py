@@ -32,7 +32,7 @@ from jobs.refresh.ledger import (
     concluded,
     merged,
 )
-from jobs.refresh.report import CHANGES, write_night_report
+from jobs.refresh.report import CHANGES, quarantined, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
@@ -42,7 +42,10 @@ from pipeline.lease import Lease
 from pipeline.numbered import now_text
 from pipeline.plan import Plan, default_cache, make_plan
 from pipeline.progress import Progress
-from pipeline.run import NO_TARGET, RunResult, run_plan
+from pipeline.report import write_report
+from pipeline.run import RunResult, run_plan
+from pipeline.run_record import NO_TARGET
+from pipeline.store import Store
 from pmet.errors import PMETError
 
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
@@ -320,6 +323,10 @@ class _Work:
     def _report(self) -> None:
         self._lease.check()
         write_night_report(self._home, self._config, self._night.version)
+        run = Store(self._store.join(self._path()))
+        if run.exists(STATUS):
+            # The run's own report was written before the ledger was.
+            write_report(run, quarantined=quarantined(run))
 
     def _targets(self) -> dict[str, int]:
         """How many targets were computed, and how many the store had."""
