@@ -179,11 +179,11 @@ def _connect(where: str, num_cpus: int | None) -> None:
         with _loopback_only():
             ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
     else:
-        _knock(where)
+        knock(where)
         ray.init(where, **quiet)
 
 
-def _knock(where: str) -> None:
+def knock(where: str) -> None:
     """Raise ConnectionError at once where nobody listens: Ray would try for some minutes."""
     found = _HOST_AND_PORT.fullmatch(where)
     if found is None:

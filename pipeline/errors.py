@@ -11,6 +11,7 @@ They extend the tree of ``pmet.errors``:
     │   ├── RunFolderError      a run folder that does not fit the job
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
+    ├── ClusterError            a cluster's job server that cannot be reached, or refuses
     ├── LeaseLostError          another run has taken the run folder over
     └── WorkerError             a worker or a rank failed
 """
@@ -46,6 +47,10 @@ class ModelError(InputError):
 
 class StorageError(PMETError):
     """A file cannot be read, written or listed; the message names it and the remedy."""
+
+
+class ClusterError(PMETError):
+    """The job server of a cluster cannot be reached, or refuses what it is asked."""
 
 
 class LeaseLostError(PMETError):

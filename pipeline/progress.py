@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,11 +26,61 @@ class Stage:
     def advance(self, count: int = 1) -> None:
         """Count items that have been finished."""
 
+    def skip(self, count: int) -> None:
+        """Count items that had been finished before: they say nothing about the rate."""
+        self.advance(count)
+
     def total(self, count: int) -> None:
         """Say how many items there are, once it is known."""
 
     def note(self, text: str) -> None:
         """Say something about the stage, for example its rate."""
+
+
+class CountedStage(Stage):
+    """Passes on what it is told, and tells somebody else how far the stage is.
+
+    Args:
+        shown: who shows it.
+        total: items, as far as that is known.
+        on_count: called with what there is to tell, after each change.
+    """
+
+    def __init__(
+        self, shown: Stage, total: int | None, on_count: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._shown, self._total, self._on_count = shown, total, on_count
+        self._done = self._skipped = 0
+        self._start = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """See `Stage.advance`."""
+        self._done += count
+        self._shown.advance(count)
+        self._tell()
+
+    def skip(self, count: int) -> None:
+        """See `Stage.skip`."""
+        self._done += count
+        self._skipped += count
+        self._shown.skip(count)
+        self._tell()
+
+    def total(self, count: int) -> None:
+        """See `Stage.total`."""
+        self._total = count
+        self._shown.total(count)
+        self._tell()
+
+    def note(self, text: str) -> None:
+        """See `Stage.note`."""
+        self._shown.note(text)
+
+    def _tell(self) -> None:
+        seconds = time.monotonic() - self._start
+        here = self._done - self._skipped
+        rate = round(here / seconds, 4) if here and seconds else None
+        self._on_count({"done": self._done, "total": self._total, "rate": rate})
 
 
 class Progress:

@@ -34,6 +34,7 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
+from pmet.errors import InputError
 
 NO_TARGET = "no target: "
 """What the reason of a request begins with that could be planned, and for which no target was
@@ -114,8 +115,20 @@ def _run_in(
         # A run that has lost its folder is stopped here: the status is the other run's to write.
         # Where the status cannot be written either, what went wrong first matters more.
         with suppress(StorageError):
-            folder.finish("failed", str(error) or type(error).__name__)
+            folder.finish(*_end(error), exit_status=_exit_status(error))
         raise
+
+
+def _end(error: BaseException) -> tuple[str, str]:
+    """What ``run.json`` says of a run that ended early."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "stopped", "stopped by a signal; the same job goes on from here"
+    return "failed", str(error) or type(error).__name__
+
+
+def _exit_status(error: BaseException) -> int:
+    """What ``pmet run`` exits with."""
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _run_stages(run: Context) -> RunResult:
@@ -186,6 +199,6 @@ def _conclude(
     status = "held" if held else "complete"
     card = model_card(dump_job(plan.job), run.folder.status, metrics)
     store.write_bytes(f"{MODEL}/{CARD}", card.encode())
-    run.folder.finish(status)
+    run.folder.finish(status, exit_status=3 if held else 0)
     write_report(store)
     return RunResult(status, store, metrics)

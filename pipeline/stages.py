@@ -26,7 +26,7 @@ from pipeline.folder import MODEL, RunFolder
 from pipeline.measurement_store import MeasurementStore, perplexity_key, request_key
 from pipeline.moments import check_moments
 from pipeline.plan import Plan, default_cache
-from pipeline.progress import Progress, Stage
+from pipeline.progress import CountedStage, Progress, Stage
 from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import Measured, ModelSource
@@ -63,7 +63,7 @@ class Context:
     def stage(self, name: str, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
         with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
-            yield bar, detail
+            yield CountedStage(bar, total, self.folder.progress), detail
 
     def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
         """Run a stage's tasks; each result is taken only while the folder is this run's."""
@@ -168,7 +168,7 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
         run.folder.forget(*later, "published", "measured-after", "known-after")
         run.crew.make_room_for_ranks()
         with run.stage("update", len(layers)) as (bar, detail):
-            bar.advance(len(done))
+            bar.skip(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
             _edit_layers_with_retries(run, templates, found, done, bar)
     run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
@@ -238,7 +238,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
         if kept is not None:
             detail["stored"] = len(rows)
-        bar.advance(len(rows))
+        bar.skip(len(rows))
 
         def take(task: Task, measured: Measured) -> None:
             part = tasks[task.key]

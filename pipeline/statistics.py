@@ -203,7 +203,7 @@ def _sum_missing(
     bar: Stage,
 ) -> None:
     """Have workers sum the parts that are not ``done``, and record each."""
-    bar.advance(sum(len(s) for i in done for s in parts[i]))
+    bar.skip(sum(len(s) for i in done for s in parts[i]))
     numbers = {f"part {i} of the corpus": i for i in range(len(parts)) if i not in done}
 
     def take(task: Task, files: list[StoredFile]) -> None:

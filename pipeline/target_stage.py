@@ -52,8 +52,12 @@ def find_targets(
         else:
             todo.append(shard)
     with run.stage("targets", len(plan.table.requests)) as (bar, detail):
-        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
-        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo)}
+        bar.skip(len(plan.table.requests) - sum(map(len, todo)))
+        detail |= {
+            "shards": len(todo),
+            "finished": 0,
+            "reused": len(plan.target_shards) - len(todo),
+        }
         detail["shared_keys"] = plan.sharing
         detail |= {"early": 0, "found": 0, "isolated": isolated}
         if todo:
@@ -224,6 +228,7 @@ class _Search:
             "isolated": sorted(work.isolated),
         }
         self._run.folder.record(_record(work.shard), record)
+        self._detail["finished"] += 1
         _note(self._found, work.shard, record)
 
     def _merged(self, work: _Work) -> pa.Table:
