@@ -48,7 +48,8 @@ def submit(
         bool, typer.Option("--dry-run", help="Check the job, show what would be submitted.")
     ] = False,
     python: Annotated[
-        str, typer.Option(help="Interpreter of the cluster that has pmet.")
+        str,
+        typer.Option(envvar="PMET_PYTHON", help="Interpreter of the cluster's nodes with pmet."),
     ] = "python3",
 ) -> None:
     """Submit a job to a Ray cluster; again, to resume it."""

@@ -149,11 +149,17 @@ class RunFolder:
         self.status["events"].append({"kind": kind, "text": text})
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage; what the body puts into the yielded mapping is kept as its detail."""
+    def stage(self, name: str, total: int | None = None) -> Iterator[dict[str, Any]]:
+        """Time a stage; what the body puts into the yielded mapping is kept as its detail.
+
+        Args:
+            name: of the stage.
+            total: items that it has to do; see `progress`.
+        """
         detail: dict[str, Any] = {}
         # The detail of a stage that is under way is part of what it has to tell.
-        self.status |= {"stage": name, "progress": {"detail": detail}}
+        progress = {"done": 0, "total": total, "rate": None, "detail": detail}
+        self.status |= {"stage": name, "progress": progress}
         self.write()
         start = time.monotonic()
         yield detail

@@ -62,7 +62,7 @@ class Context:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
-        with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
+        with self.folder.stage(name, total) as detail, self.progress.stage(name, total) as bar:
             yield CountedStage(bar, total, self.folder.progress), detail
 
     def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:

@@ -59,7 +59,7 @@ def find_targets(
             "reused": len(plan.target_shards) - len(todo),
         }
         detail["shared_keys"] = plan.sharing
-        detail |= {"early": 0, "found": 0, "isolated": isolated}
+        detail |= {"finished": 0, "early": 0, "found": 0, "isolated": isolated}
         if todo:
             _Search(run, templates, found, bar, detail).complete(todo)
     return found

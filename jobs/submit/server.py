@@ -26,6 +26,11 @@ DASHBOARD_PORT = 8265
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 INSTALL = "pip install 'pmet-pipeline[cluster]'"
 _MISSING = f"submitting needs the client of Ray's job server: {INSTALL} (it brings ray[default])"
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _AUTHENTICATION = getattr(ray_exceptions, "AuthenticationError", ())
 _HOW_TO_AUTHENTICATE = (
     "set RAY_AUTH_MODE=token, and give the cluster's token in RAY_AUTH_TOKEN, in a file that "
@@ -60,10 +65,11 @@ class JobServer:
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
             raise ClusterError(f"{_MISSING}; missing is {error.name}") from None
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         where = _whole(address)
         _knock(where)
         with _named(where), _explained(where or "this machine's cluster"):
-            logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
             client = JobSubmissionClient(where)
         return cls(client, where or client.get_address())
 
@@ -203,8 +209,8 @@ def _explanation(where: str, error: Exception) -> str:
         how = "does not accept this token" if refused else "asks for a token, and none was given"
         code = f" (HTTP {status})" if status else ""
         return (
-            f"the cluster at {where} {how}{code}: {_HOW_TO_AUTHENTICATE} (`ray get-auth-token` on the "
-            f"head shows it). A proxy may want credentials of its own. It said: {text}"
+            f"the cluster at {where} {how}{code}: {_HOW_TO_AUTHENTICATE} (on the head, `ray "
+            f"get-auth-token` shows it). A proxy may want credentials of its own. It said: {text}"
         )
     if status is not None:
         return f"the job server at {where} refuses (HTTP {status}): {text}"

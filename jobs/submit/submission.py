@@ -85,6 +85,8 @@ class Submission:
 
 def stem_of(output: str) -> str:
     """What the names of all submissions of a run folder begin with."""
+    if "://" not in output:
+        output = str(Path(output).expanduser().absolute())
     output = output.rstrip("/")
     slug = re.sub(r"[^a-z0-9]+", "-", public(output).rpartition("/")[2].lower())
     slug = slug.strip("-")[:_SLUG].strip("-") or "run"
@@ -207,9 +209,8 @@ def find(server: JobServer, name: str) -> Submission:
 
 def hint(job: Submission) -> str | None:
     """What is probably wrong where a run could not even begin; None where nothing is known."""
-    if job.status == "FAILED" and (
-        "No module named" in job.message or ": not found" in job.message
-    ):
+    missing = ("No module named", ": not found")
+    if job.status == "FAILED" and any(sign in job.message for sign in missing):
         return (
             "pmet is not installed in the Python that ran it: install it on every node, or name "
             "the interpreter that has it with --python"

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs.submit.state import RunState
 from jobs.submit.submission import Submission, hint
@@ -25,18 +26,20 @@ def show_status(
     """Print what a run folder and a cluster say of a run."""
     table = Table("", "", show_header=False, box=None)
     for name, value in [*_of_cluster(job, where), *_of_folder(state, job)]:
-        table.add_row(name, value)
-    console.print(table, markup=False)
+        table.add_row(name, Text(value))
+    console.print(table)
 
 
 def show_list(jobs: list[Submission], console: Console) -> None:
     """Print the submissions that a cluster remembers."""
-    table = Table("submission", "status", "exit", "submitted", "run folder", box=None)
+    table = Table("submission", "status", "exit", "submitted", box=None)
+    table.add_column("run folder", overflow="fold")
     for job in jobs:
         when = datetime.fromtimestamp(job.submitted_ms / 1000).astimezone()
         exit_status = "" if job.exit_status is None else str(job.exit_status)
-        table.add_row(job.name, job.status, exit_status, f"{when:%Y-%m-%d %H:%M}", job.output)
-    console.print(table, markup=False)
+        cells = (job.name, job.status, exit_status, f"{when:%Y-%m-%d %H:%M}", job.output)
+        table.add_row(*map(Text, cells))
+    console.print(table)
 
 
 def as_json(job: Submission | None) -> dict[str, Any] | None:
