@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jobs.views import percent
 from pipeline.checkpoint import Checkpoint, open_model_folder
-from pipeline.plan import default_cache
+from pipeline.model_cache import default_cache
 from pipeline.progress import RichProgress
 from pipeline.replica import ModelSource
 from pipeline.schema import read_requests

@@ -14,6 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
+from pipeline.model_cache import model_on_node
 from pipeline.schema import targets_table
 from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
@@ -30,21 +31,24 @@ class ModelSource:
     """Which model to open, and how.
 
     Attributes:
-        folder: a local model folder.
+        folder: a model folder that all nodes have, a URL or a hub id; see `pipeline.model_cache`.
         on_gpu: whether to put it on the GPU that the worker was given.
         dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By default float32 on a CPU,
             where 16-bit arithmetic is slow and coarse, and as stored on a GPU.
+        digest: what a copy of the model has to have; None: whatever it has.
     """
 
     folder: str
     on_gpu: bool
     dtype: str = "auto"
+    digest: str | None = None
 
     def open(self) -> tuple[Any, Any]:
         """The model, for evaluation, and its tokenizer."""
         dtype = "float32" if self.dtype == "auto" and not self.on_gpu else self.dtype
-        model = open_causal_lm(self.folder, dtype=dtype)
-        return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(self.folder)
+        folder = str(model_on_node(self.folder, self.digest))
+        model = open_causal_lm(folder, dtype=dtype)
+        return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(folder)
 
 
 def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:

@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import publish
+from pipeline.checkpoint import digest_of_files, publish
 from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import MODEL, RunFolder
 from pipeline.measurement_store import MeasurementStore, perplexity_key, request_key
 from pipeline.moments import check_moments
-from pipeline.plan import Plan, default_cache
+from pipeline.plan import Plan
 from pipeline.progress import CountedStage, Progress, Stage
 from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
 from pipeline.statistics import PARTS, MomentsJob, collect
-from pipeline.store import Store, localized
+from pipeline.store import Store
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
@@ -217,8 +217,10 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
 
 def published_model(run: Context) -> ModelSource:
     """The edited checkpoint, for the workers."""
-    folder = localized(run.store.join(MODEL), default_cache())
-    return ModelSource(folder, run.plan.base.on_gpu)
+    record = run.folder.recorded("published")
+    assert record is not None, "it has been published"
+    files = {n.removeprefix(f"{MODEL}/"): digest for n, digest in record["files"].items()}
+    return ModelSource(run.store.join(MODEL), run.plan.base.on_gpu, digest=digest_of_files(files))
 
 
 def measure(run: Context, name: str, source: ModelSource) -> Measurement:
@@ -292,7 +294,8 @@ def _edit_layers(
     """Update the layers that are not done yet, with a new group of ranks."""
     plan, ranks = run.plan, run.crew.ranks
     job = UpdateJob(
-        model=str(plan.checkpoint.folder),
+        model=plan.base.folder,
+        model_digest=plan.base.digest,
         hparams=plan.hparams,
         templates=templates,
         second_moments=moments_url(run),

@@ -28,6 +28,7 @@ from pipeline.corpus import Corpus, read_corpus
 from pipeline.errors import JobError
 from pipeline.executor import Task
 from pipeline.folder import versions
+from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.moments import (
     PROVENANCE,
     TENSORS,
@@ -36,7 +37,7 @@ from pipeline.moments import (
     moments_writer,
     read_header,
 )
-from pipeline.plan import default_cache, open_fast_tokenizer, open_skeleton
+from pipeline.plan import open_fast_tokenizer, open_skeleton
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, StoredFile
 from pipeline.store import Store
@@ -134,9 +135,10 @@ def plan_statistics(
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = resolve(skeleton, hparams)
     limit = longest(skeleton.config, max_length)
+    digest = checkpoint.digest()
     return MomentsJob(
-        source=ModelSource(str(folder), on_gpu),
-        model=checkpoint.digest(),
+        source=ModelSource(name_for_nodes(model, folder), on_gpu, digest=digest),
+        model=digest,
         layout=layout,
         hparams=hparams,
         corpus=read_corpus(corpus, tokenizer, max_length=limit, budget=tokens),

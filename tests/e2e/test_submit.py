@@ -210,8 +210,9 @@ def test_what_anybody_may_read_holds_no_secret(
     refused = pmet("submit", folder / "job.yaml", "--set", secret)
     assert refused.returncode == 2
     jobs = JobServer.at(f"http://{cluster.head_node.webui_url}").jobs()
-    assert len(jobs) == 4
-    for job in jobs:
+    ours = [job for job in jobs if job.submission_id]
+    assert len(ours) == 4
+    for job in ours:
         said = f"{job.entrypoint} {job.metadata} {job.runtime_env}"
         assert "requests.parquet" not in said, "the job file travels as a file"
         assert job.metadata["pmet_output"].startswith("/")
