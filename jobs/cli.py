@@ -68,6 +68,10 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, start nothing.")
     ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="A dry run that also measures how long the job will take."),
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
     ] = False,
@@ -78,10 +82,16 @@ def run(
     from pipeline.config import load_job
 
     config = load_job(job, settings or [])
-    if dry_run:
+    if dry_run or estimate:
         from pipeline.plan import make_plan
 
-        show_plan(make_plan(config), out)
+        plan = make_plan(config)
+        show_plan(plan, out)
+        if estimate:
+            from jobs.views import show_estimate
+            from pipeline.estimate import estimate as estimated
+
+            show_estimate(estimated(plan), out)
         return
     from pipeline.progress import RichProgress
     from pipeline.run import run_job

@@ -31,7 +31,7 @@ from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import Measured, ModelSource
 from pipeline.shards import Shard
-from pipeline.statistics import PARTS, MomentsJob, collect
+from pipeline.statistics import PARTS, collect, moments_job
 from pipeline.store import Store
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
@@ -135,16 +135,8 @@ def collect_moments(run: Context) -> None:
             # A run that was killed just before the end has left them.
             run.store.delete(f"second_moments/{PARTS}")
         return
-    assert plan.corpus is not None, "the plan refuses a job with neither"
-    job = MomentsJob(
-        source=plan.base,
-        model=plan.digests["model"],
-        layout=plan.layout,
-        hparams=plan.hparams,
-        corpus=plan.corpus,
-        stored=plan.stored[plan.hparams.target_layer].dtype,
-    )
-    with run.stage("second moments", plan.corpus.tokens) as (bar, detail):
+    job = moments_job(plan)
+    with run.stage("second moments", job.corpus.tokens) as (bar, detail):
         detail |= collect(job, Store(url), run.map, bar)
 
 
@@ -227,7 +219,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     """Score the sampled requests on a model, and its perplexity where there is a corpus."""
     if record := run.folder.recorded(f"measured-{name}"):
         return Measurement({int(r): v for r, v in record["rows"].items()}, record["perplexity"])
-    table, chosen = run.plan.table, _sample(run.plan)
+    table, chosen = run.plan.table, sample_places(run.plan)
     # The base says the same every time.
     kept = MeasurementStore.of(run.plan) if source == run.plan.base else None
     keys = {} if kept is None else {place: request_key(table.requests[place]) for place in chosen}
@@ -350,7 +342,7 @@ def _update_shard(plan: Plan, shard: Shard, found: FoundTargets) -> UpdateShard:
     )
 
 
-def _sample(plan: Plan) -> list[int]:
+def sample_places(plan: Plan) -> list[int]:
     """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
     count, wanted = len(plan.table.requests), plan.job.evaluate.sample
     if wanted is None or wanted >= count:
@@ -358,12 +350,17 @@ def _sample(plan: Plan) -> list[int]:
     return sorted(random.Random(plan.job.seed).sample(range(count), wanted))
 
 
+def perplexity_texts(plan: Plan) -> list[str]:
+    """The texts of the corpus that perplexity is measured on; none without a corpus."""
+    texts = plan.corpus.texts if plan.corpus else []
+    return texts[:: max(1, len(texts) // PERPLEXITY_TEXTS)][:PERPLEXITY_TEXTS]
+
+
 def _perplexity(run: Context, source: ModelSource) -> float | None:
     if run.plan.corpus is None:
         return None
-    texts = run.plan.corpus.texts
-    sample = texts[:: max(1, len(texts) // PERPLEXITY_TEXTS)][:PERPLEXITY_TEXTS]
-    total, count = run.crew.one("sum_perplexity", "perplexity", (source, sample))
+    texts = perplexity_texts(run.plan)
+    total, count = run.crew.one("sum_perplexity", "perplexity", (source, texts))
     # A ruined model's mean may be NaN, or too large for exp.
     mean = total / count if count else math.nan
     return math.exp(mean) if mean < _LARGEST_EXPONENT else None

@@ -37,7 +37,7 @@ from pipeline.moments import (
     moments_writer,
     read_header,
 )
-from pipeline.plan import open_fast_tokenizer, open_skeleton
+from pipeline.plan import Plan, open_fast_tokenizer, open_skeleton
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, StoredFile
 from pipeline.store import Store
@@ -143,6 +143,19 @@ def plan_statistics(
         hparams=hparams,
         corpus=read_corpus(corpus, tokenizer, max_length=limit, budget=tokens),
         stored=_stored(checkpoint, layout, skeleton, hparams).dtype,
+    )
+
+
+def moments_job(plan: Plan) -> MomentsJob:
+    """The second moments that a job's plan asks for: it has a corpus."""
+    assert plan.corpus is not None, "the plan refuses a job with neither"
+    return MomentsJob(
+        source=plan.base,
+        model=plan.digests["model"],
+        layout=plan.layout,
+        hparams=plan.hparams,
+        corpus=plan.corpus,
+        stored=plan.stored[plan.hparams.target_layer].dtype,
     )
 
 

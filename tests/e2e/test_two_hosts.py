@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -29,6 +30,7 @@ from tests.e2e.test_run import weights
 
 HEAD, OTHER = "198.18.77.1", "198.18.77.2"
 S3 = f"http://{HEAD}:5055"
+TOKEN = "a-token-of-this-test-and-of-nothing-else"
 PATIENCE_S = 400
 
 
@@ -51,6 +53,8 @@ class Host:
             "RAY_health_check_failure_threshold": "4",
             "RAY_API_SERVER_ADDRESS": f"http://{HEAD}:8265",
             "PMET_PYTHON": sys.executable,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
             "AWS_ACCESS_KEY_ID": "testing",
             "AWS_SECRET_ACCESS_KEY": "testing",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -78,17 +82,17 @@ class Host:
         options = ["--node-ip-address", self.address, "--num-cpus", "2", "--block"]
         self.start("-m", "ray.scripts.scripts", "start", *arguments, *options)
 
-    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
-            env=self.environment,
+            env=self.environment | changed,
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
         )
 
-    def pmet(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return self.run("-m", "jobs", *arguments)
+    def pmet(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "jobs", *arguments, **changed)
 
     def end(self) -> None:
         """End all that was started here, with what it has started."""
@@ -109,14 +113,15 @@ def ip(*arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
+def hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts with a wire between them: a Ray head with S3 beside it, and another node."""
     names = [f"pmet{os.getpid()}{letter}" for letter in "ab"]
-    made = [
-        Host(name, address, tmp_path_factory.mktemp(name))
-        for name, address in zip(names, (HEAD, OTHER), strict=True)
-    ]
     with ExitStack() as stack:
+        # Short names: Ray's sockets lie below, and the path of a socket may have 107 characters.
+        made = [
+            Host(name, address, Path(stack.enter_context(TemporaryDirectory(prefix="h"))))
+            for name, address in zip(names, (HEAD, OTHER), strict=True)
+        ]
         try:
             for host in made:
                 ip("netns", "add", host.name)
@@ -174,6 +179,17 @@ DOWNLOAD = """
 import sys, fsspec
 fsspec.filesystem("s3").get("pmet/runs/1", sys.argv[1], recursive=True)
 """
+
+
+@pytest.mark.slow
+def test_who_has_no_token_or_a_wrong_one_is_told(hosts: tuple[Host, Host]) -> None:
+    head, _ = hosts
+    none = head.pmet("list", RAY_AUTH_MODE="disabled")
+    assert none.returncode == 1
+    assert "asks for a token, and none was given (HTTP 401): set RAY_AUTH_MODE=token" in none.stderr
+    wrong = head.pmet("list", RAY_AUTH_TOKEN=TOKEN[::-1])
+    assert wrong.returncode == 1
+    assert "does not accept this token (HTTP 403)" in wrong.stderr
 
 
 @pytest.mark.slow
