@@ -19,11 +19,14 @@ from pipeline.stages import MEASURED_TOGETHER, perplexity_texts, sample_places
 from pipeline.statistics import moments_job
 from pmet.solve import cheaper_form
 
-BUDGET_S = 8.0
+BUDGET_S = 10.0
 _SAMPLED_TOKENS = 4096
 _SAMPLED_TEXTS = 8
-# Ray's own processes: some of them import what a worker imports.
-_RAY_STARTS = 0.8
+# In units of what a process needs until its model is open, as found on quiet machines: the command
+# itself, which imports what a worker imports; Ray's own processes; ranks that meet and share out.
+_COMMAND_STARTS = 0.8
+_RAY_STARTS = 1.1
+_RANKS_START = 1.5
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def _stages(
     measure = _in_turn(parts, workers) * rates.measured * crowd
     measure += len(perplexity_texts(plan)) * rates.text
     known = count * rates.known / workers * crowd
-    stages = {"start": (1 + _RAY_STARTS) * rates.ready * crowd, "templates": rates.templates}
+    start = (_COMMAND_STARTS + _RAY_STARTS + crowd) * rates.ready
+    stages = {"start": start, "templates": rates.templates}
     if _moments_wanted(plan) and plan.corpus is not None:
         sizes = [sum(map(len, part)) for part in moments_job(plan).parts()]
         stages["second moments"] = _in_turn(sizes, workers) * rates.moment * crowd
@@ -141,8 +145,8 @@ def _stages(
     shards = [len(shard) for shard in plan.target_shards]
     stages["targets"] = _in_turn(shards, workers) * rates.target * crowd
     keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
-    start = (rates.ready + rates.ranks) * rank_crowd
-    stages["update"] = start + keys + _operations(plan, ranks) * rates.flop
+    ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
+    stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop
     stages["measure after"] = measure
     stages["report"] = 2 * rates.drawing
     return {name: seconds for name, seconds in stages.items() if seconds}
