@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +77,10 @@ def run(
         bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
     ] = False,
     address: Address = None,
+    log_lines: Annotated[
+        bool,
+        typer.Option("--log-lines", help="Tell everything in lines of key=value, for logs."),
+    ] = False,
 ) -> None:
     """Run a job: edit a model, publish it, measure it, report."""
     from jobs.views import show_plan, show_result
@@ -93,11 +98,12 @@ def run(
 
             show_estimate(estimated(plan), out)
         return
-    from pipeline.progress import RichProgress
+    from pipeline.progress import LineProgress, RichProgress
     from pipeline.run import run_job
 
+    lines = LineProgress(partial(typer.echo, err=True)) if log_lines else None
     with _stopped_by_sigterm():
-        result = run_job(config, progress=RichProgress(err), fresh=fresh, address=address)
+        result = run_job(config, progress=lines or RichProgress(err), fresh=fresh, address=address)
     show_result(result, out)
     if result.status == "held":
         raise typer.Exit(3)

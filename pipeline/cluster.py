@@ -73,6 +73,12 @@ def cluster_resources() -> tuple[float, float]:
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
+def dashboard_url() -> str | None:
+    """Where the dashboard of the cluster is that this process has joined; None without one."""
+    where = ray._private.worker.get_dashboard_url()
+    return f"http://{where}" if where else None
+
+
 def cpus_free() -> float:
     """Logical CPUs of the cluster that nobody has reserved."""
     return float(ray.available_resources().get("CPU", 0.0))

@@ -14,6 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
+from pipeline.metering import tell_gpu_memory
 from pipeline.model_cache import model_on_node
 from pipeline.schema import targets_table
 from pipeline.skeleton import NO_CODE
@@ -181,6 +182,8 @@ class Replica:
         )
         file = f"{name}-{uuid4().hex}.parquet"
         output.write_table(file, table)
+        if source.on_gpu:
+            tell_gpu_memory("targets")
         return TargetSummary(
             file=file,
             sha256=output.sha256(file),

@@ -15,6 +15,7 @@ from pipeline.errors import StorageError
 from pipeline.folder import MODEL, RunFolder
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
+from pipeline.metering import MeteredProgress
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
@@ -77,7 +78,7 @@ def run_job(
         LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
-    progress = progress or Progress()
+    progress = MeteredProgress(progress or Progress())
     with progress.stage("plan"):
         plan = make_plan(job)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
@@ -92,9 +93,12 @@ def run_plan(
 ) -> RunResult:
     """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
     job, progress = plan.job, progress or Progress()
+    if not isinstance(progress, MeteredProgress):
+        progress = MeteredProgress(progress)
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+        progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
         folder.store.write_bytes("job.yaml", dump_job(job).encode())
         return _run_in(folder, lease, plan, progress, address)
 

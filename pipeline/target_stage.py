@@ -229,6 +229,7 @@ class _Search:
         }
         self._run.folder.record(_record(work.shard), record)
         self._detail["finished"] += 1
+        self._bar.shard(work.shard.name)
         _note(self._found, work.shard, record)
 
     def _merged(self, work: _Work) -> pa.Table:

@@ -34,6 +34,7 @@ from pipeline.collective import (
     share_of_rows,
 )
 from pipeline.factors import FactorFile
+from pipeline.metering import tell_gpu_memory
 from pipeline.model_cache import model_on_node
 from pipeline.moments import module_name, read_moments
 from pipeline.partitioned import Offload, load_partitioned
@@ -215,6 +216,7 @@ class UpdateRank:
                 if writer:
                     writer.add_original(values)
             squares = self._change(parameter, solved.delta_RK, writer)
+        tell_gpu_memory("update")
         if not writer:
             return None
         norm = math.sqrt(squares.delta)

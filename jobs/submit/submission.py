@@ -151,7 +151,7 @@ def submit(
 
 def entrypoint(python: str, *, fresh: bool = False) -> str:
     """The command that runs a job on a cluster, in the folder that has travelled there."""
-    command = [python, "-P", "-m", "jobs", "run", JOB_FILE, "--address", "auto"]
+    command = [python, "-P", "-m", "jobs", "run", JOB_FILE, "--address", "auto", "--log-lines"]
     return shlex.join([*command, "--fresh"] if fresh else command)
 
 
