@@ -1,7 +1,8 @@
 """Two hosts with addresses and model caches of their own; one is cut off, and comes back.
 
 Hosts are network namespaces of this machine. Nothing is shared between them but S3: the model, the
-requests and the run folder are there.
+requests and the run folder are there. The head drives and computes nothing, as in cluster.yaml, so
+that the run waits while the other one is away.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Host:
     name: str
     address: str
     tmp: Path
+    cpus: int
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -79,7 +81,7 @@ class Host:
         return process
 
     def start_ray(self, *arguments: object) -> None:
-        options = ["--node-ip-address", self.address, "--num-cpus", "2", "--block"]
+        options = ["--node-ip-address", self.address, "--num-cpus", str(self.cpus), "--block"]
         self.start("-m", "ray.scripts.scripts", "start", *arguments, *options)
 
     def run(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
@@ -119,8 +121,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
     with ExitStack() as stack:
         # Short names: Ray's sockets lie below, and the path of a socket may have 107 characters.
         made = [
-            Host(name, address, Path(stack.enter_context(TemporaryDirectory(prefix="h"))))
-            for name, address in zip(names, (HEAD, OTHER), strict=True)
+            Host(name, address, Path(stack.enter_context(TemporaryDirectory(prefix="h"))), cpus)
+            for name, address, cpus in zip(names, (HEAD, OTHER), (0, 2), strict=True)
         ]
         try:
             for host in made:
@@ -212,7 +214,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
         "second_moments": "s3://pmet/second_moments/second_moments.safetensors",
         "context_templates": f"{name_of(head, 'context_templates')}",
         "evaluate": {"sample": 4},
-        "targets": {"workers": 4, "shard_size": 4},
+        "targets": {"workers": 2, "shard_size": 4},
         "update": {"ranks": 2},
     }
     file = head.tmp / "job.yaml"
@@ -225,9 +227,8 @@ def test_a_host_that_is_cut_off_and_comes_back(
         shown = head.pmet("status", name, "--json")
         return dict(json.loads(shown.stdout)) if shown.returncode == 0 else {}
 
-    # Both hosts have fetched the model for themselves, and are at work.
+    # The host has fetched the model for itself, and is at work.
     until(lambda: list((other.tmp / "pmet-models").glob("*.checked")))
-    assert list((head.tmp / "pmet-models").glob("*.checked"))
     ip("-n", other.name, "link", "set", "wire", "down")
 
     # It is noticed, whoever was at work there: a worker is replaced, the ranks are made anew.
