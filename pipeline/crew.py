@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import cpus_free, default_workers, ray_session
+from pipeline.config import JobConfig
 from pipeline.errors import WorkerError
 from pipeline.executor import EventKind, FailedTask, Pool, Task, WorkerPool
 from pipeline.plan import Plan
@@ -39,6 +40,17 @@ def run_all(
     )
 
 
+def local_sizes(job: JobConfig) -> tuple[int, int, int]:
+    """Workers, ranks, and threads of each, of a run on this machine's CPUs."""
+    targets, update, cores = job.targets, job.update, os.cpu_count() or 1
+    # One thread unless told otherwise: the number of threads decides how sums are split, and a
+    # default that follows the machine would let the machine decide the last bits.
+    threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
+    workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
+    ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+    return workers, ranks, threads
+
+
 class Crew:
     """The workers and ranks of one run; use it as a context manager.
 
@@ -63,10 +75,7 @@ class Crew:
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
-        # One thread unless told otherwise: the number of threads decides how sums are split, and a
-        # default that follows the machine would let the machine decide the last bits.
-        threads = plan.job.targets.threads_per_worker
-        self.threads = 1 if threads == "auto" else threads
+        self.threads = local_sizes(plan.job)[2]
 
     def __enter__(self) -> Self:
         return self
@@ -170,11 +179,7 @@ class Crew:
         """Numbers of workers and ranks; joins the cluster, which ``auto`` asks for its size."""
         if self._size is None:
             targets, update = self._plan.job.targets, self._plan.job.update
-            cores = os.cpu_count() or 1
-            workers = (
-                max(1, cores // self.threads) if targets.workers == "auto" else targets.workers
-            )
-            ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+            workers, ranks, _ = local_sizes(self._plan.job)
             # Logical CPUs of a cluster started here: room for all that was asked for, so that a
             # small machine runs what a large one would, and ranks need not wait for workers.
             session = ray_session(self._address, num_cpus=workers * self.threads + ranks)

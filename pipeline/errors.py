@@ -12,6 +12,7 @@ They extend the tree of ``pmet.errors``:
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
     ├── FolderBusyError         another run writes the folder: a matter of time
+    ├── ClusterError            a cluster's job server that cannot be reached, or refuses
     ├── LeaseLostError          another run has taken the run folder over
     └── WorkerError             a worker or a rank failed
 """
@@ -51,6 +52,10 @@ class StorageError(PMETError):
 
 class FolderBusyError(PMETError):
     """Another run holds the folder. Nothing is wrong with the job: it can be tried again."""
+
+
+class ClusterError(PMETError):
+    """The job server of a cluster cannot be reached, or refuses what it is asked."""
 
 
 class LeaseLostError(PMETError):

@@ -217,6 +217,23 @@ class Lease:
         )
 
 
+def last_holder(store: Store) -> tuple[Holder, float] | None:
+    """Who has taken a folder last, and the seconds since it was heard of; None if nobody has.
+
+    Nothing is written, so the seconds are told by two clocks: the storage's and this machine's.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    number = last_number(store, FOLDER)
+    if not number:
+        return None
+    name = numbered(FOLDER, number)
+    holder = _read(store, name)
+    written = store.modified(name) or datetime.fromisoformat(holder.renewed_at)
+    return holder, max(0.0, (datetime.now(UTC) - written).total_seconds())
+
+
 def _probe(store: Store) -> tuple[bool, datetime | None]:
     """Whether the storage lets only one of two create a file, and what its clock says."""
     name = f"{FOLDER}/probe-{uuid4().hex}"

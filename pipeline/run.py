@@ -18,6 +18,7 @@ from pipeline.groups import grouped
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
+from pipeline.metering import MeteredProgress
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
@@ -37,6 +38,7 @@ from pipeline.stages import (
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
 from pipeline.tracking import Tracking, trackers_of
+from pmet.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def run_job(
         LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
-    progress = progress or Progress()
+    progress = MeteredProgress(progress or Progress())
     with progress.stage("plan"):
         plan = make_plan(job)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
@@ -90,9 +92,12 @@ def run_plan(
 ) -> RunResult:
     """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
     job, progress = plan.job, progress or Progress()
+    if not isinstance(progress, MeteredProgress):
+        progress = MeteredProgress(progress)
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+        progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
         folder.store.write_bytes("job.yaml", dump_job(job).encode())
         return _run_in(folder, lease, plan, progress, address)
 
@@ -115,7 +120,7 @@ def _run_in(
         # A run that has lost its folder is stopped here: the status is the other run's to write.
         # Where the status cannot be written either, what went wrong first matters more.
         with suppress(StorageError):
-            folder.finish("failed", str(error) or type(error).__name__)
+            folder.finish(*_end(error), exit_status=_exit_status(error))
         tracking.end(folder.store, "failed")
         raise
     _tell_end(tracking, folder, result)
@@ -130,6 +135,18 @@ def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
             # What has become of them is among the events.
             folder.write()
             write_report(folder.store)
+
+
+def _end(error: BaseException) -> tuple[str, str]:
+    """What ``run.json`` says of a run that ended early."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "stopped", "stopped by a signal; the same job goes on from here"
+    return "failed", str(error) or type(error).__name__
+
+
+def _exit_status(error: BaseException) -> int:
+    """What ``pmet run`` exits with."""
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _run_stages(run: Context) -> RunResult:
@@ -203,6 +220,6 @@ def _conclude(
     status: Literal["complete", "held"] = "held" if held else "complete"
     card = model_card(dump_job(plan.job), run.folder.status, metrics)
     store.write_bytes(f"{MODEL}/{CARD}", card.encode())
-    run.folder.finish(status)
+    run.folder.finish(status, exit_status=3 if held else 0)
     write_report(store)
     return RunResult(status, store, metrics)

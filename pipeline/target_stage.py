@@ -54,10 +54,14 @@ def find_targets(
         else:
             todo.append(shard)
     with run.stage("targets", len(plan.table.requests)) as (bar, detail):
-        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
-        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo)}
+        bar.skip(len(plan.table.requests) - sum(map(len, todo)))
+        detail |= {
+            "shards": len(todo),
+            "finished": 0,
+            "reused": len(plan.target_shards) - len(todo),
+        }
         detail["shared_keys"] = plan.sharing
-        detail |= {"early": 0, "found": 0, "isolated": isolated}
+        detail |= {"finished": 0, "early": 0, "found": 0, "isolated": isolated}
         if todo:
             _Search(run, templates, found, bar, detail).complete(todo)
     return found
@@ -236,6 +240,8 @@ class _Search:
             "isolated": sorted(work.isolated),
         }
         self._run.folder.record(_record(work.shard), record)
+        self._detail["finished"] += 1
+        self._bar.shard(work.shard.name)
         _note(self._found, work.shard, record)
 
     def _merged(self, work: _Work) -> pa.Table:

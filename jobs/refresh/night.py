@@ -39,8 +39,9 @@ from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
 from pipeline.folder import MODEL, STATUS
 from pipeline.lease import Lease
+from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
-from pipeline.plan import Plan, default_cache, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.run import RunResult, run_plan
