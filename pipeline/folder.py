@@ -145,8 +145,13 @@ class RunFolder:
                 self.write()
 
     def event(self, kind: str, text: str) -> None:
-        """Remember something that happened: a retry, a death."""
+        """Remember something that happened, a retry or a death, and say so at once.
+
+        What follows may be a long wait for another machine.
+        """
         self.status["events"].append({"kind": kind, "text": text})
+        with suppress(StorageError):
+            self.write()
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[dict[str, Any]]:
