@@ -208,7 +208,7 @@ def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
     other: Annotated[
         str | None,
-        typer.Argument(metavar="[OTHER]", help="A second run, to be compared with the first."),
+        typer.Argument(metavar="OTHER", help="A second run, to be compared with the first."),
     ] = None,
     output: Annotated[
         str | None,
