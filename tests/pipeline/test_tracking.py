@@ -138,7 +138,10 @@ def test_wandb_keeps_a_run_with_its_files(tmp_path: Path, monkeypatch: pytest.Mo
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert {"report.html", "metrics.json"} <= {f.name for f in (folder / "files").iterdir()}
     (log,) = folder.glob("*.wandb")
-    assert b"after/efficacy" in log.read_bytes()
+    names = (b"after/efficacy", b"before/score", b"counts/edited", b"seconds/targets")
+    held = log.read_bytes()
+    # The file is cut into blocks, whose edge may go through one of the names.
+    assert sum(name in held for name in names) >= len(names) - 1
 
 
 def test_wandb_without_a_key_is_bad_input_and_asks_nobody(
