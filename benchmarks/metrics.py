@@ -3,9 +3,9 @@
 python -m benchmarks.metrics --model MODEL --requests FACTS.parquet
 
 Plain is a pass for every prompt with every target, with all logits, as `pmet.plain` has it: with
-torch's own number of threads, and with one. The batched form runs in this process, with as many
-threads, and on the workers of a pipeline, one thread each.
-Starting processes and opening models is not counted.
+torch's own number of threads (or ``--threads``), and with one. The batched form runs in this
+process, with as many threads, and on the workers of a pipeline, one thread each. Starting
+processes and opening models is not counted.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def main() -> None:
             for _ in range(options.repeat):
                 on_workers.append(timed(lambda: _on_workers(pool, source, given)))
             _plain(few)
-            plain_seconds, plain = timed(lambda: _plain(given))
             torch.set_num_threads(1)
-            one_thread, _ = timed(lambda: _plain(given))
+            one_thread, plain = timed(lambda: _plain(given))
             torch.set_num_threads(options.threads)
+            plain_seconds = timed(lambda: _plain(given))[0] if options.threads > 1 else one_thread
             _batched(few)
             for _ in range(options.repeat):
                 here.append(timed(lambda: _batched(given)))
