@@ -8,7 +8,11 @@ The heavy libraries are imported inside the commands, so that ``--help`` answers
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +22,9 @@ from rich.console import Console
 from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
+from jobs.submit_cli import list_, logs, status, stop, submit
 
+STOPPED = 128 + signal.SIGTERM
 app = typer.Typer(
     name="pmet",
     help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
@@ -29,8 +35,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
-for command in (refresh, rollback, versions):
+for command in (refresh, rollback, versions, submit, status, logs, stop):
     app.command()(command)
+app.command(name="list")(list_)
 app.add_typer(schedule)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -62,25 +69,41 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, start nothing.")
     ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="A dry run that also measures how long the job will take."),
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
     ] = False,
     address: Address = None,
+    log_lines: Annotated[
+        bool,
+        typer.Option("--log-lines", help="Tell everything in lines of key=value, for logs."),
+    ] = False,
 ) -> None:
     """Run a job: edit a model, publish it, measure it, report."""
     from jobs.views import show_plan, show_result
     from pipeline.config import load_job
 
     config = load_job(job, settings or [])
-    if dry_run:
+    if dry_run or estimate:
         from pipeline.plan import make_plan
 
-        show_plan(make_plan(config), out)
+        plan = make_plan(config)
+        show_plan(plan, out)
+        if estimate:
+            from jobs.views import show_estimate
+            from pipeline.estimate import estimate as estimated
+
+            show_estimate(estimated(plan), out)
         return
-    from pipeline.progress import RichProgress
+    from pipeline.progress import LineProgress, RichProgress
     from pipeline.run import run_job
 
-    result = run_job(config, progress=RichProgress(err), fresh=fresh, address=address)
+    lines = LineProgress(partial(typer.echo, err=True)) if log_lines else None
+    with _stopped_by_sigterm():
+        result = run_job(config, progress=lines or RichProgress(err), fresh=fresh, address=address)
     show_result(result, out)
     if result.status == "held":
         raise typer.Exit(3)
@@ -183,22 +206,28 @@ def statistics(
 @app.command()
 def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="OTHER", help="A second run, to be compared with the first."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the comparison goes: a folder, or a file that ends with .html; without it "
+            "compare.html in the second run's folder."
+        ),
+    ] = None,
 ) -> None:
-    """Write a run's report.html anew, from what the run folder holds."""
-    from pipeline.errors import RunFolderError
-    from pipeline.folder import STATUS
-    from pipeline.report import write_report
-    from pipeline.store import Store
+    """Write a run's report.html anew, or compare two runs side by side."""
+    from jobs.reports import compare, rewrite
+    from pmet.errors import InputError
 
-    store = Store(run_folder)
-    missing = [n for n in (STATUS, "metrics.json", "results.parquet") if not store.exists(n)]
-    if missing:
-        raise RunFolderError(
-            f"{store.url} holds no finished run ({', '.join(missing)} missing); name the output of "
-            "a job that has ended"
-        )
-    write_report(store)
-    out.print(store.join("report.html"), soft_wrap=True, markup=False)
+    if other is not None:
+        compare(run_folder, other, output, out)
+    elif output is not None:
+        raise InputError("--output goes with two runs; a run's report is written into its folder")
+    else:
+        rewrite(run_folder, out)
 
 
 def main() -> None:
@@ -210,6 +239,23 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - sorted by class below, anything unknown is raised
         sys.exit(_explain(error))
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end what runs here in good order: its folder says so and is given back."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(STOPPED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit:
+        # Ray has put a handler of its own in the place of this one, with another status.
+        raise SystemExit(STOPPED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: Exception) -> int:

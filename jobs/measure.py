@@ -20,7 +20,8 @@ from pipeline.corpus import read_corpus
 from pipeline.errors import JobError
 from pipeline.groups import group_column, grouped
 from pipeline.measure_stage import Measurement, held_out
-from pipeline.plan import default_cache, open_fast_tokenizer
+from pipeline.model_cache import default_cache
+from pipeline.plan import open_fast_tokenizer
 from pipeline.progress import RichProgress
 from pipeline.replica import ModelSource
 from pipeline.results import figures_of, intervals_of

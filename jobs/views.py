@@ -12,6 +12,7 @@ from pipeline.config import dump_job
 from pipeline.gates import GATES
 
 if TYPE_CHECKING:
+    from pipeline.estimate import Estimate
     from pipeline.plan import Plan
     from pipeline.run import RunResult
 
@@ -29,6 +30,28 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(f"  row {rejection.row}: {rejection.reason}", markup=False, soft_wrap=True)
     if (more := len(plan.table.rejected) - SHOWN_REJECTIONS) > 0:
         console.print(f"  and {more} more")
+
+
+def show_estimate(found: Estimate, console: Console) -> None:
+    """Print what a job is expected to take."""
+    table = Table("", "estimated", box=None, title="Estimate", title_justify="left")
+    for name, seconds in found.stages.items():
+        table.add_row(name, f"{seconds:.1f} s")
+    table.add_row("in all", _duration(found.seconds))
+    table.add_row("memory of a worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
+    table.add_row("memory of a rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
+    console.print(table)
+    console.print(
+        f"from this machine's rates, measured with {found.side_by_side} processes side by side; "
+        "what earlier runs have finished is not left out",
+        style="dim",
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{hours}:{minutes:02}:{rest:02}"
 
 
 def show_result(result: RunResult, console: Console) -> None:

@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.results import FRACTIONS
+from huggingface_hub import EvalResult, ModelCardData
+
+from pipeline.figures import ALWAYS, Figure, measured, read_gate, show, show_change, show_interval
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
 
-METRICS = (*FRACTIONS, "perplexity")
+# What hubs list the figures under.
+_TASK, _DATASET, _NAME = "text-generation", "edit-requests", "edited-model"
+_WHEN = ("before", "after")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _CARD = """\
@@ -31,14 +35,13 @@ checkpoint is the base model's, byte for byte.{known} The base model:
 
 ## Scores
 
-| metric | before | after |
-| --- | ---: | ---: |
+| metric | before | after | 95 % interval | change |
+| --- | ---: | ---: | ---: | ---: |
 {scores}
 
-Efficacy: the edited prompts; generalization: their paraphrases; specificity: neighboring prompts
-that should not change. A prompt counts where the wanted answer is the more probable one, and in
-the strict form where it is what the model says greedily. Score: harmonic mean of the first three.
 A dash: not measured.
+
+{meanings}
 
 {gates}
 ## How to undo
@@ -52,6 +55,10 @@ left, the run folder's `delta/` holds what was added to the weights and what was
 Run under seed {seed}; of {requested} requests {rejected} were rejected. The whole job:
 
 {job}
+
+What it depends on, by digest:
+
+{digests}
 
 Made with:
 
@@ -72,17 +79,20 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
     """
     base = _base_model(job_yaml)
     counts = metrics.get("counts") or {}
+    figures = measured(*(metrics.get(when) or {} for when in _WHEN), always=ALWAYS)
     card = _CARD.format(
-        metadata=dump_yaml(_metadata(base)),
+        metadata=dump_yaml(_metadata(base, metrics)),
         edited=_count(counts.get("edited")),
         requested=_count(counts.get("requested")),
         rejected=_count(counts.get("rejected")),
         known=_known(counts, metrics.get("known") or {}),
         base=_fenced(base or "not recorded"),
-        scores="\n".join(_score_row(name, metrics) for name in METRICS),
+        scores="\n".join(_score_row(figure, metrics) for figure in figures),
+        meanings="\n".join(f"- {f.label}: {f.meaning}" for f in figures if f.meaning),
         gates=_gates(metrics),
         seed=_count(run.get("seed")),
         job=_fenced(job_yaml, "yaml"),
+        digests=_fenced("\n".join(f"{k} {v}" for k, v in run.get("digests", {}).items())),
         versions=_fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
     )
     return card.encode(errors="backslashreplace").decode()
@@ -92,9 +102,10 @@ def _known(counts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """A sentence about the requests that needed no edit, where there are any."""
     if not counts.get("known"):
         return ""
+    kept = show(known.get("still_answered"), "efficacy_strict")
     return (
         f"\n{_count(counts['known'])} more were left out, because the base model knew them; this "
-        f"model still\nknows {_value('', known.get('still_answered'))} of them."
+        f"model still\nknows {kept} of them."
     )
 
 
@@ -106,16 +117,48 @@ def _base_model(job_yaml: str) -> str:
     return str(job.get("model") or "") if isinstance(job, dict) else ""
 
 
-def _metadata(base: str) -> dict[str, Any]:
+def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What model hubs read; they only take another hub id as a base model."""
     on_hub = _HUB_ID.fullmatch(base) and not Path(base).exists()
-    known = {"base_model": base, "base_model_relation": "finetune"} if on_hub else {}
-    return {**known, "library_name": "transformers", "tags": ["knowledge-editing", "pmet"]}
+    known: dict[str, Any] = {}
+    if on_hub:
+        known = {"base_model": base, "base_model_relation": "finetune"}
+    after = metrics.get("after") or {}
+    results = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=_DATASET,
+            dataset_name="the requests of the edit",
+            metric_type=figure.name,
+            metric_name=figure.label,
+            metric_value=after[figure.name],
+        )
+        for figure in measured(after)
+    ]
+    listed: dict[str, Any] = {"model_name": _NAME, "eval_results": results} if results else {}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=["knowledge-editing", "pmet"],
+        **known,
+        **listed,
+    )
+    held: dict[str, Any] = data.to_dict()
+    return held
 
 
-def _score_row(metric: str, metrics: Mapping[str, Any]) -> str:
-    values = (_value(metric, (metrics.get(when) or {}).get(metric)) for when in ("before", "after"))
-    return " | ".join(("| " + metric.replace("_strict", " (strict)"), *values)) + " |"
+def _score_row(figure: Figure, metrics: Mapping[str, Any]) -> str:
+    name = figure.name
+    before, after = ((metrics.get(when) or {}).get(name) for when in _WHEN)
+    interval = ((metrics.get("intervals") or {}).get("after") or {}).get(name)
+    cells = (
+        figure.label,
+        show(before, name),
+        show(after, name),
+        show_interval(interval, name) or "–",
+        show_change(after, before, name),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _gates(metrics: Mapping[str, Any]) -> str:
@@ -125,17 +168,9 @@ def _gates(metrics: Mapping[str, Any]) -> str:
 
 
 def _gate_row(gate: Mapping[str, Any]) -> str:
-    metric = gate["metric"]
-    sign = "at most" if metric == "perplexity_increase" else "at least"
-    demanded = f"{sign} {_value(metric, gate['threshold'])}"
-    verdict = "passed" if gate["passed"] else "not passed"
-    return f"| {metric} | {demanded} | {_value(metric, gate['value'])} | {verdict} |"
-
-
-def _value(metric: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if metric == "perplexity" else f"{100 * value:.1f} %"
+    text = read_gate(gate)
+    verdict = "passed" if text.passed else "not passed"
+    return f"| {text.metric} | {text.asked} | {text.reached} | {verdict} |"
 
 
 def _count(value: Any) -> str:

@@ -2,20 +2,25 @@
 
 The SVG holds no scripts and loads nothing, and its text stays text. What is drawn in ``INK``
 becomes ``currentColor``, and each series the CSS variable of its name (``--before``, ``--after``,
-``--gate``).
+``--gate``). Their size does not grow with the number of requests.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -35,44 +40,77 @@ _STYLE = {
     "grid.alpha": 0.15,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    # A dollar in somebody's text is a dollar.
+    "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
 }
 _BINS = 30
 _MOST_NIGHTS_NAMED = 8
+_NAME_LENGTH = 24
+_LARGEST_DOT = 260.0
+_SMALLEST_DOT = 12.0
+_CELLS = 20
+
+Values = Mapping[str, float | None]
+Interval = tuple[float, float] | None
 
 
 def score_chart(
-    before: Mapping[str, float | None],
-    after: Mapping[str, float | None],
+    before: Values,
+    after: Values,
     gates: Mapping[str, float],
+    *,
+    intervals: Mapping[str, Mapping[str, Interval]] | None = None,
+    labels: Mapping[str, str] | None = None,
+    series: tuple[str, str] = ("before", "after"),
+    axis: str = "prompts (%)",
 ) -> Markup:
-    """Bars of fractions before and after, one pair a metric, with a line where a gate stands."""
-    names = list(after)
+    """Bars of fractions before and after, one pair a metric, with a line where a gate stands.
+
+    Args:
+        before: fractions by metric; None where not measured.
+        after: the same, of the same metrics.
+        gates: where a line is drawn, by metric.
+        intervals: confidence intervals by ``before`` and ``after`` and metric, drawn as whiskers.
+        labels: how the metrics are called; by their names where it does not say.
+        series: what the two bars of a pair are called.
+        axis: what the fractions are of.
+    """
+    names, whiskers = list(after), intervals or {}
+    called = {name: (labels or {}).get(name) or name.replace("_", " ") for name in names}
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(names))
-        series = (("before", before, -0.19, BEFORE), ("after", after, 0.19, AFTER))
-        for label, values, offset, colour in series:
+        looks = (("before", before, -0.19, BEFORE), ("after", after, 0.19, AFTER))
+        for (when, values, offset, colour), label in zip(looks, series, strict=True):
             widths = [values[name] or 0.0 for name in names]
             axes.barh(places + offset, widths, 0.34, color=colour, label=label)
             for place, name in enumerate(names):
                 if (value := values[name]) is not None:
-                    start = _clear_of(gates.get(name), value) + 0.01
+                    interval = whiskers.get(when, {}).get(name)
+                    if interval is not None:
+                        low, high = interval
+                        axes.hlines(place + offset, low, high, colors=INK, lw=1.0)
+                    end = value if interval is None else max(value, interval[1])
+                    start = _clear_of(gates.get(name), end) + 0.01
                     axes.text(start, place + offset, f"{value:.1%}", va="center", fontsize=8)
         asked = [(place, gates[name]) for place, name in enumerate(names) if name in gates]
         if asked:
             rows, thresholds = np.array([a[0] for a in asked]), [a[1] for a in asked]
             axes.vlines(thresholds, rows - 0.44, rows + 0.44, colors=GATE, lw=1.8, label="gate")
-        axes.set_yticks(places, [name.replace("_strict", " (strict)") for name in names])
+        axes.set_yticks(places, [called[name] for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.1)
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("prompts (%)")
+        axes.set_xlabel(axis)
         axes.grid(axis="x")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        handles, titles = axes.get_legend_handles_labels()
+        order = sorted(range(len(titles)), key=lambda i: titles[i] == "gate")
+        named = [handles[i] for i in order], [titles[i] for i in order]
+        axes.legend(*named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return _chart("scores", "Scores before and after", (7.2, 0.95 + 0.46 * len(names)), draw)
 
@@ -91,6 +129,9 @@ def histogram(values: Sequence[float], name: str, label: str, *, whole: bool = F
 
     def draw(axes: Axes) -> None:
         axes.hist(data, bins=bins, color=AFTER, rwidth=0.88)
+        if whole and np.ptp(data) < 2:
+            # Room for whole numbers on the axis.
+            axes.set_xlim(data.min() - 1.6, data.max() + 1.6)
         axes.set_xlabel(label)
         axes.set_ylabel("requests")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole))
@@ -116,6 +157,96 @@ def layer_chart(names: Sequence[str], shares: Sequence[float]) -> Markup:
     return _chart("layers", "Size of the change by layer", (7.2, 0.8 + 0.3 * len(names)), draw)
 
 
+def group_chart(
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, str],
+    *,
+    series: tuple[str, str] = ("before", "after"),
+) -> Markup:
+    """Figures of groups of requests side by side, a panel a metric: a mark before, one after.
+
+    Args:
+        rows: groups with ``name``, ``before`` and ``after`` (fractions by metric) and, where known,
+            ``intervals`` (``before`` and ``after``, each with ends by metric).
+        metrics: how the metrics drawn are called, by name.
+        series: what the two marks are called.
+    """
+    places = np.arange(len(rows))
+
+    def panel(axes: Axes, metric: str) -> None:
+        ends = [[row[when].get(metric) for row in rows] for when in ("before", "after")]
+        start, end = (np.array([np.nan if v is None else v for v in e]) for e in ends)
+        axes.hlines(places, start, end, colors=BEFORE, lw=1.2)
+        for place, row in enumerate(rows):
+            interval = ((row.get("intervals") or {}).get("after") or {}).get(metric)
+            if interval:
+                low, high = interval
+                axes.hlines(place, low, high, colors=AFTER, lw=4.5, alpha=0.3)
+        axes.plot(start, places, "o", color=BEFORE, ms=4.5, label=series[0], clip_on=False)
+        axes.plot(end, places, "o", color=AFTER, ms=5.5, label=series[1], clip_on=False)
+        axes.set_title(metrics[metric], fontsize=9)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xticks([0, 0.5, 1])
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(axis="both")
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        for axes, metric in zip(panels, metrics, strict=True):
+            panel(axes, metric)
+        panels[0].set_yticks(places, [_plain(row["name"]) for row in rows])
+        panels[len(metrics) // 2].set_xlabel("prompts (%)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+    return _drawn("groups", "Figures by group", (7.2, 1.25 + 0.24 * len(rows)), draw)
+
+
+def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Markup:
+    """Specificity of each request before and after: what lies under the diagonal was damaged.
+
+    Requests that lie together share a dot, whose area grows with their number.
+
+    Args:
+        before: fractions of each request's neighbors that answer as they should.
+        after: the same after the edit.
+    """
+    cells = np.rint(np.array([before, after]).T * _CELLS).astype(int)
+    counts = Counter(map(tuple, cells.tolist()))
+    most = max(counts.values())
+    # The small dots come last, over the large ones.
+    dots = sorted(counts.items(), key=lambda item: -item[1])
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls="--", alpha=0.5)
+        axes.text(0.3, 0.33, "unchanged", rotation=45, rotation_mode="anchor", fontsize=8)
+        for worse in (False, True):
+            chosen = [(cell, count) for cell, count in dots if (cell[1] < cell[0]) is worse]
+            if chosen:
+                spots = np.array([cell for cell, _ in chosen]) / _CELLS
+                sizes = [_SMALLEST_DOT + _LARGEST_DOT * count / most for _, count in chosen]
+                colour = GATE if worse else AFTER
+                label = "worse than before" if worse else "as before, or better"
+                axes.scatter(
+                    spots[:, 0], spots[:, 1], s=sizes, color=colour, alpha=0.75, label=label, lw=0
+                )
+        for axis, when in ((axes.xaxis, "before"), (axes.yaxis, "after")):
+            axis.set_major_formatter(PercentFormatter(1.0))
+            axis.set_label_text(f"neighbors right {when} (%)")
+        axes.set_xlim(-0.06, 1.06)
+        axes.set_ylim(-0.06, 1.06)
+        axes.set_aspect("equal")
+        axes.grid()
+        largest = f"the largest dot: {most:,} request{'s' if most > 1 else ''}"
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2}
+        legend = axes.legend(**place, title=largest, title_fontsize=8)
+        for handle in legend.legend_handles:
+            if isinstance(handle, PathCollection):
+                handle.set_sizes([40.0])
+
+    return _chart("neighbors", "Specificity of each request before and after", (4.6, 4.7), draw)
+
+
 def trend_chart(nights: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> Markup:
     """Fractions night by night: a line each, up to three; a gap where nothing was measured."""
     looks = zip(series.items(), (AFTER, GATE, BEFORE), ("o", "s", "^"), strict=False)
@@ -137,13 +268,27 @@ def trend_chart(nights: Sequence[str], series: Mapping[str, Sequence[float | Non
     return _chart("trend", "Scores night by night", (7.2, 2.9), draw)
 
 
+def _plain(name: Any) -> str:
+    """Somebody's text as a label: short, in one direction, without what controls a terminal."""
+    text = "".join("�" if unicodedata.category(c)[0] == "C" else c for c in str(name))
+    return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH - 1]}…"
+
+
 def _chart(
     name: str, title: str, inches: tuple[float, float], draw: Callable[[Axes], None]
 ) -> Markup:
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    return _drawn(name, title, inches, lambda figure: draw(figure.add_subplot()))
+
+
+def _drawn(
+    name: str, title: str, inches: tuple[float, float], draw: Callable[[Figure], None]
+) -> Markup:
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # The page's fonts show the text, not matplotlib's.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
+        draw(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     return Markup(_inline(file.getvalue(), title))  # noqa: S704 (matplotlib escapes its text)

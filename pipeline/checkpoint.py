@@ -28,6 +28,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_DIGESTED = (".json", ".safetensors", ".model", ".txt")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -155,11 +156,16 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of configuration, tokenizer and weights."""
-        names = [n for n in self.files() if n.endswith((".json", ".safetensors", ".model", ".txt"))]
+        names = [name for name in self.files() if name.endswith(_DIGESTED)]
         with ThreadPoolExecutor() as threads:
             contents = threads.map(lambda name: _file_digest(self.folder / name), names)
-            listing = [[name, digest] for name, digest in zip(names, contents, strict=True)]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+            return digest_of_files(dict(zip(names, contents, strict=True)))
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """The digest of a model (`Checkpoint.digest`) from the SHA-256 of each of its files."""
+    listing = [[name, digests[name]] for name in sorted(digests) if name.endswith(_DIGESTED)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def open_model_folder(model: str, cache_dir: Path) -> Path:

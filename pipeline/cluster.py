@@ -73,6 +73,12 @@ def cluster_resources() -> tuple[float, float]:
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
+def dashboard_url() -> str | None:
+    """Where the dashboard of the cluster is that this process has joined; None without one."""
+    where = ray._private.worker.get_dashboard_url()
+    return f"http://{where}" if where else None
+
+
 def cpus_free() -> float:
     """Logical CPUs of the cluster that nobody has reserved."""
     return float(ray.available_resources().get("CPU", 0.0))
@@ -179,11 +185,11 @@ def _connect(where: str, num_cpus: int | None) -> None:
         with _loopback_only():
             ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
     else:
-        _knock(where)
+        knock(where)
         ray.init(where, **quiet)
 
 
-def _knock(where: str) -> None:
+def knock(where: str) -> None:
     """Raise ConnectionError at once where nobody listens: Ray would try for some minutes."""
     found = _HOST_AND_PORT.fullmatch(where)
     if found is None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -44,6 +46,20 @@ def allowed(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]*@")
+
+
+def without_password(text: str) -> str:
+    """A text with the passwords of the URLs in it replaced by stars."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+def _without_secret(value: str) -> str:
+    if _PASSWORD.search(value):
+        raise ValueError("a password")
+    return value
+
+
 def _as_tuple(value: Any) -> Any:
     if isinstance(value, str):
         return (value,)
@@ -55,12 +71,16 @@ def _as_section(value: Any) -> Any:
 
 
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+_Address = Annotated[_Text, AfterValidator(_without_secret)]
 _Texts = Annotated[tuple[_Text, ...], Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
 _FromZero = Annotated[float, Field(ge=0)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Text = Annotated[_Text, allowed("text that is not empty")]
+AddressOrNull = Annotated[
+    _Address | None, allowed("text, or null; a password goes into the environment")
+]
 TextOrNull = Annotated[_Text | None, allowed("text, or null")]
 Paths = Annotated[_Texts, BeforeValidator(_as_tuple), allowed("a path or a list of paths")]
 PathsOrNull = Annotated[
@@ -223,6 +243,24 @@ class GatesConfig(_Gates):
         return self.model_dump(exclude_none=True)
 
 
+class TrackingConfig(Section):
+    """Where a run is tracked, beside its folder; credentials come from the environment."""
+
+    tensorboard: AddressOrNull = Field(
+        default=None, description="Folder of TensorBoard's event files; null: none."
+    )
+    mlflow: AddressOrNull = Field(
+        default=None, description="MLflow's tracking URI, or a local folder; null: none."
+    )
+    wandb: TextOrNull = Field(
+        default=None, description="Project of Weights & Biases, or entity/project; null: none."
+    )
+    experiment: Text = Field(default="pmet", description="MLflow's experiment.")
+    name: TextOrNull = Field(
+        default=None, description="How the run is called there; null: as its folder is."
+    )
+
+
 class EditSettings(Section):
     """How facts are put into a model; which facts, and where results go, is said elsewhere.
 
@@ -259,6 +297,9 @@ class EditSettings(Section):
     gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
         default=GatesConfig(), description="What the edited model must reach to be published."
     )
+    tracking: Annotated[TrackingConfig, BeforeValidator(_as_section)] = Field(
+        default=TrackingConfig(), description="Where the run is tracked, beside its folder."
+    )
 
 
 class _Places(Section):
@@ -274,10 +315,10 @@ class JobConfig(EditSettings, _Places):
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
 
-        Left out are where results go, what is measured and demanded of them, and which machines
-        compute: the numbers of workers, ranks, threads and GPUs, the time that they have, and
-        offloading; and the store of targets, which has the same ones. The contents of files that
-        are named are not read here.
+        Left out are where results go and are tracked, what is measured and demanded of them, and
+        which machines compute: the numbers of workers, ranks, threads and GPUs, the time that they
+        have, and offloading; and the store of targets, which has the same ones. The contents of
+        files that are named are not read here.
         """
         values = self.model_dump(
             mode="json",
@@ -458,5 +499,5 @@ def _problem(item: ErrorDetails, source: str, origins: dict[str, str], keys: _Ke
 
 
 def _shown(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = without_password(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

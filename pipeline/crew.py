@@ -9,9 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import cpus_free, default_workers, ray_session
+from pipeline.config import JobConfig
 from pipeline.errors import WorkerError
 from pipeline.executor import EventKind, FailedTask, Pool, Task, WorkerPool
 from pipeline.plan import Plan
+from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.replica import Replica
 
@@ -38,11 +40,23 @@ def run_all(
     )
 
 
+def local_sizes(job: JobConfig) -> tuple[int, int, int]:
+    """Workers, ranks, and threads of each, of a run on this machine's CPUs."""
+    targets, update, cores = job.targets, job.update, os.cpu_count() or 1
+    # One thread unless told otherwise: the number of threads decides how sums are split, and a
+    # default that follows the machine would let the machine decide the last bits.
+    threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
+    workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
+    ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+    return workers, ranks, threads
+
+
 class Crew:
-    """The workers of one run; use it as a context manager.
+    """The workers and ranks of one run; use it as a context manager.
 
     Ray and the pool are started when they are first needed: a run that finds all its work done
-    starts nothing. The pool is released when others need its GPUs.
+    starts nothing. The pool is released when others need its GPUs. Ranks take a while to start:
+    where they have CPUs of their own, they do so while the workers are at their last shards.
 
     Args:
         plan: the run's plan.
@@ -59,11 +73,9 @@ class Crew:
         self._plan, self._address, self._on_event = plan, address, on_event
         self._stack = ExitStack()
         self._pool: WorkerPool | None = None
+        self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
-        # One thread unless told otherwise: the number of threads decides how sums are split, and a
-        # default that follows the machine would let the machine decide the last bits.
-        threads = plan.job.targets.threads_per_worker
-        self.threads = 1 if threads == "auto" else threads
+        self.threads = local_sizes(plan.job)[2]
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +86,7 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._dismiss_ranks()
         self.release()
         self._stack.close()
 
@@ -91,10 +104,17 @@ class Crew:
         run_all(self._started_pool(), method, tasks, take)
 
     def try_all(
-        self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]
+        self,
+        method: str,
+        tasks: Sequence[Task],
+        take: Callable[[Task, Any], None],
+        *,
+        workers: int | None = None,
+        on_drained: Callable[[], None] | None = None,
     ) -> list[FailedTask]:
-        """The same, but for what was given up, which is returned."""
-        return self._started_pool().run(method, tasks, take)
+        """The same, but for what was given up, which is returned; see `Pool.run`."""
+        pool = self._started_pool()
+        return pool.run(method, tasks, take, workers=workers, on_drained=on_drained)
 
     def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
         """Run a single task and return its result."""
@@ -102,14 +122,52 @@ class Crew:
         self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
         return results[0]
 
-    def make_room_for_ranks(self) -> None:
-        """End the workers where the ranks need what they hold: GPUs, or the last free CPUs.
+    def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
+        """Start the ranks now if nobody else wants their place; ``take_ranks`` waits for them."""
+        if self._early is not None or self._plan.job.update.gpus_per_rank:
+            return
+        # Workers that have not come yet go first: ranks in their place would wait for them.
+        awaited = self._started_pool().absent * self.threads
+        if cpus_free() >= self.ranks + awaited:
+            self._early = self._new_ranks(factory, init_args, wait=False)
 
-        A cluster that has lost a machine may have room for either, though it had room for both.
+    def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> RankGroup:
+        """The ranks, to be closed by the caller: those that are expected, or new ones.
+
+        Workers end where the ranks need what they hold: GPUs, or the last free CPUs. A cluster
+        that has lost a machine may have room for either, though it had room for both.
+
+        Raises:
+            InputError, NumericalError, WorkerError: as `RankGroup`.
         """
+        if self._early is not None:
+            group, self._early = self._early, None
+            return group
         update = self._plan.job.update
         if self._pool is not None and (update.gpus_per_rank or cpus_free() < self.ranks):
             self.release()
+        return self._new_ranks(factory, init_args, wait=True)
+
+    def _new_ranks(self, factory: type, init_args: tuple[Any, ...], *, wait: bool) -> RankGroup:
+        return RankGroup(
+            factory,
+            ranks=self.ranks,
+            init_args=init_args,
+            num_gpus=self._plan.job.update.gpus_per_rank,
+            threads=self.threads,
+            wait=wait,
+        )
+
+    def _dismiss_ranks(self) -> None:
+        if self._early is not None:
+            self._early.close()
+            self._early = None
+
+    def _on_pool_event(self, kind: EventKind, text: str) -> None:
+        if kind in ("death", "start-failure"):
+            # Whoever takes the place of the lost worker may need theirs.
+            self._dismiss_ranks()
+        self._on_event(kind, text)
 
     def release(self) -> None:
         """End the workers; the next stage that needs them starts new ones."""
@@ -121,11 +179,7 @@ class Crew:
         """Numbers of workers and ranks; joins the cluster, which ``auto`` asks for its size."""
         if self._size is None:
             targets, update = self._plan.job.targets, self._plan.job.update
-            cores = os.cpu_count() or 1
-            workers = (
-                max(1, cores // self.threads) if targets.workers == "auto" else targets.workers
-            )
-            ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+            workers, ranks, _ = local_sizes(self._plan.job)
             # Logical CPUs of a cluster started here: room for all that was asked for, so that a
             # small machine runs what a large one would, and ranks need not wait for workers.
             session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
@@ -147,6 +201,6 @@ class Crew:
                 num_gpus=self._plan.job.targets.gpus_per_worker,
                 threads=self.threads,
                 task_timeout_s=self._plan.job.targets.timeout,
-                on_event=self._on_event,
+                on_event=self._on_pool_event,
             )
         return self._pool

@@ -11,6 +11,8 @@ They extend the tree of ``pmet.errors``:
     │   ├── RunFolderError      a run folder that does not fit the job
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
+    ├── FolderBusyError         another run writes the folder: a matter of time
+    ├── ClusterError            a cluster's job server that cannot be reached, or refuses
     ├── LeaseLostError          another run has taken the run folder over
     └── WorkerError             a worker or a rank failed
 """
@@ -46,6 +48,14 @@ class ModelError(InputError):
 
 class StorageError(PMETError):
     """A file cannot be read, written or listed; the message names it and the remedy."""
+
+
+class FolderBusyError(PMETError):
+    """Another run holds the folder. Nothing is wrong with the job: it can be tried again."""
+
+
+class ClusterError(PMETError):
+    """The job server of a cluster cannot be reached, or refuses what it is asked."""
 
 
 class LeaseLostError(PMETError):

@@ -76,7 +76,15 @@ class Pool(ABC):
     """Runs tasks on workers made by one factory; use it as a context manager."""
 
     @abstractmethod
-    def run(self, method: str, tasks: Iterable[Task], on_result: OnResult) -> list[FailedTask]:
+    def run(
+        self,
+        method: str,
+        tasks: Iterable[Task],
+        on_result: OnResult,
+        *,
+        workers: int | None = None,
+        on_drained: Callable[[], None] | None = None,
+    ) -> list[FailedTask]:
         """Call ``worker.method(*task.args)`` for every task, handed out in their order.
 
         Results arrive in any order, each exactly once. May be called again, for another stage on
@@ -86,6 +94,9 @@ class Pool(ABC):
             method: name of the worker's method.
             tasks: read lazily.
             on_result: called in this process with each task and what its call returned.
+            workers: how many the stage is worth: no more are started for it, but all that an
+                earlier stage has started take part. All if None.
+            on_drained: called once, when the last task has been handed out.
 
         Returns:
             The tasks given up after the allowed attempts, in the order of ``tasks``.
@@ -142,7 +153,15 @@ class SerialPool(Pool):
         self._threads_before = limit_threads(threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def run(self, method: str, tasks: Iterable[Task], on_result: OnResult) -> list[FailedTask]:
+    def run(
+        self,
+        method: str,
+        tasks: Iterable[Task],
+        on_result: OnResult,
+        *,
+        workers: int | None = None,
+        on_drained: Callable[[], None] | None = None,
+    ) -> list[FailedTask]:
         """See `Pool.run`."""
         _refuse_closed(self._closed)
         queue = _Queue(tasks, self._max_attempts, self._on_event)
@@ -150,6 +169,7 @@ class SerialPool(Pool):
             if self._worker is None:
                 self._worker = self._start()
             while (attempt := queue.take()) is not None:
+                queue.tell_when_drained(on_drained)
                 self._try(method, attempt, queue, on_result)
         except BaseException:
             self.close()
@@ -188,10 +208,11 @@ class WorkerPool(Pool):
     A Python error in a task keeps the process; a process that dies, runs out of memory or exceeds
     the time limit is replaced at once. Each of these counts as an attempt of that task alone.
     Workers that the cluster has no room for yet stay requested, and the others go on without them.
+    Processes are started by the first stage that is worth them, and stay for later ones.
 
     Args:
         factory: class of the worker; called once in each process.
-        count: number of workers.
+        count: largest number of workers.
         init_args: what the factory is called with.
         num_cpus: logical CPUs of one worker.
         num_gpus: GPUs of one worker; a fraction shares one.
@@ -238,20 +259,34 @@ class WorkerPool(Pool):
         self._ever_ready = False
         self._closed = False
         self._seats = [_Seat(index) for index in range(count)]
-        for seat in self._seats:
-            self._start(seat)
 
-    def run(self, method: str, tasks: Iterable[Task], on_result: OnResult) -> list[FailedTask]:
+    def run(
+        self,
+        method: str,
+        tasks: Iterable[Task],
+        on_result: OnResult,
+        *,
+        workers: int | None = None,
+        on_drained: Callable[[], None] | None = None,
+    ) -> list[FailedTask]:
         """See `Pool.run`."""
         _refuse_closed(self._closed)
         queue = _Queue(tasks, self._max_attempts, self._on_event)
         try:
             self._greet()
-            self._supervise(method, queue, on_result)
+            for seat in self._seats[:workers]:
+                if seat.actor is None and seat.failed_starts < self._max_attempts:
+                    self._start(seat)
+            self._supervise(method, queue, on_result, on_drained)
         except BaseException:
             self.close()
             raise
         return queue.given_up()
+
+    @property
+    def absent(self) -> int:
+        """How many workers are not there: not started yet, or still on their way."""
+        return sum(not seat.ready for seat in self._seats)
 
     def close(self) -> None:
         """See `Pool.close`."""
@@ -259,9 +294,16 @@ class WorkerPool(Pool):
         for seat in self._seats:
             self._dismiss(seat)
 
-    def _supervise(self, method: str, queue: _Queue, on_result: OnResult) -> None:
+    def _supervise(
+        self,
+        method: str,
+        queue: _Queue,
+        on_result: OnResult,
+        on_drained: Callable[[], None] | None,
+    ) -> None:
         while True:
             self._hand_out(method, queue)
+            queue.tell_when_drained(on_drained)
             if queue.empty and not any(seat.attempt for seat in self._seats):
                 return
             awaited = {seat.reply: seat for seat in self._seats if seat.reply is not None}
@@ -404,6 +446,13 @@ class _Queue:
         self._given_up: list[tuple[int, FailedTask]] = []
         self._max_attempts = max_attempts
         self._on_event = on_event
+        self._told = False
+
+    def tell_when_drained(self, on_drained: Callable[[], None] | None) -> None:
+        """Call ``on_drained``, once, if nothing is left to take."""
+        if on_drained and not self._told and self.empty:
+            self._told = True
+            on_drained()
 
     @property
     def empty(self) -> bool:

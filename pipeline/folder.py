@@ -8,15 +8,16 @@ Work without a record, or with the record of another job, does not count.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Any
 
 from pipeline.digest import digest_of
-from pipeline.errors import RunFolderError
+from pipeline.errors import RunFolderError, StorageError
 from pipeline.lease import FOLDER as LEASE
 from pipeline.numbered import now_text
 from pipeline.store import TEMPORARY_SUFFIX, Store
@@ -37,6 +38,9 @@ _OWN = (
     "targets",
     STATUS,
 )
+SUBMISSION = "PMET_SUBMISSION"
+"""Environment variable in which whoever submits a run to a cluster names it."""
+_PROGRESS_EVERY_S = 5.0
 _LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "fsspec", "safetensors")
 
 
@@ -58,6 +62,7 @@ class RunFolder:
         self.check = check
         self.status: dict[str, Any] = {}
         self._digest = ""
+        self._written = 0.0
 
     def begin(self, digests: Mapping[str, str], *, seed: int, fresh: bool = False) -> bool:
         """Take the folder for a job; returns whether earlier work of the same job is in it.
@@ -89,6 +94,7 @@ class RunFolder:
             "started_at": now_text(),
             "finished_at": None,
             "attempt": (earlier or {}).get("attempt", 0) + 1,
+            "submission": os.environ.get(SUBMISSION),
             "seed": seed,
             "digests": dict(digests),
             "digest": self._digest,
@@ -114,28 +120,57 @@ class RunFolder:
     def write(self) -> None:
         """Write ``run.json``."""
         self.check()
+        self.status["written_at"] = now_text()
         self.store.write_json(STATUS, self.status)
+        self._written = time.monotonic()
 
-    def finish(self, status: str, error: str | None = None) -> None:
-        """Say how the run ended: complete, held or failed."""
-        self.status |= {"status": status, "finished_at": now_text(), "error": error}
+    def finish(self, status: str, error: str | None = None, *, exit_status: int = 0) -> None:
+        """Say how the run ended: complete, held, stopped or failed, and with which exit status."""
+        self.status |= {
+            "status": status,
+            "finished_at": now_text(),
+            "error": error,
+            "exit_status": exit_status,
+        }
         self.write()
 
+    def progress(self, count: Mapping[str, Any]) -> None:
+        """Say how far the stage is; written every five seconds at most.
+
+        A storage that is out of reach just then does no harm: the next word comes soon.
+        """
+        self.status["progress"] = {**(self.status.get("progress") or {}), **count}
+        if time.monotonic() - self._written > _PROGRESS_EVERY_S:
+            with suppress(StorageError):
+                self.write()
+
     def event(self, kind: str, text: str) -> None:
-        """Remember something that happened: a retry, a death."""
+        """Remember something that happened, a retry or a death, and say so at once.
+
+        What follows may be a long wait for another machine.
+        """
         self.status["events"].append({"kind": kind, "text": text})
+        with suppress(StorageError):
+            self.write()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage; what the body puts into the yielded mapping is kept as its detail."""
+    def stage(self, name: str, total: int | None = None) -> Iterator[dict[str, Any]]:
+        """Time a stage; what the body puts into the yielded mapping is kept as its detail.
+
+        Args:
+            name: of the stage.
+            total: items that it has to do; see `progress`.
+        """
         detail: dict[str, Any] = {}
-        self.status["stage"] = name
+        # The detail of a stage that is under way is part of what it has to tell.
+        progress = {"done": 0, "total": total, "rate": None, "detail": detail}
+        self.status |= {"stage": name, "progress": progress}
         self.write()
         start = time.monotonic()
         yield detail
         seconds = round(time.monotonic() - start, 3)
         self.status["stages"].append({"name": name, "seconds": seconds, "detail": detail})
-        self.status["stage"] = None
+        self.status |= {"stage": None, "progress": None}
         self.write()
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:

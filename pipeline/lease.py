@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import psutil  # type: ignore[import-untyped]
 
-from pipeline.errors import LeaseLostError, RunFolderError, StorageError
+from pipeline.errors import FolderBusyError, LeaseLostError, StorageError
 from pipeline.numbered import last_number, now_text, numbered
 from pipeline.store import Store, json_bytes
 
@@ -125,7 +125,7 @@ class Lease:
             settle_s: seconds between writing and reading back where the storage is not exclusive.
 
         Raises:
-            RunFolderError: another run holds it; the message says which, and what to do.
+            FolderBusyError: another run holds it; the message says which, and what to do.
             StorageError: the folder cannot be read or written.
         """
         exclusive, now = _probe(store)
@@ -140,7 +140,7 @@ class Lease:
                     for earlier in range(max(1, number - 1), number + 1):
                         store.delete(numbered(FOLDER, earlier))
                 return cls(store, name, holder, exclusive)
-        raise RunFolderError(
+        raise FolderBusyError(
             f"{store.url} is being taken by other runs again and again; start one run at a time"
         )
 
@@ -217,6 +217,23 @@ class Lease:
         )
 
 
+def last_holder(store: Store) -> tuple[Holder, float] | None:
+    """Who has taken a folder last, and the seconds since it was heard of; None if nobody has.
+
+    Nothing is written, so the seconds are told by two clocks: the storage's and this machine's.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    number = last_number(store, FOLDER)
+    if not number:
+        return None
+    name = numbered(FOLDER, number)
+    holder = _read(store, name)
+    written = store.modified(name) or datetime.fromisoformat(holder.renewed_at)
+    return holder, max(0.0, (datetime.now(UTC) - written).total_seconds())
+
+
 def _probe(store: Store) -> tuple[bool, datetime | None]:
     """Whether the storage lets only one of two create a file, and what its clock says."""
     name = f"{FOLDER}/probe-{uuid4().hex}"
@@ -247,7 +264,7 @@ def _refuse_if_held(store: Store, name: str, now: datetime | None) -> None:
     if silent_s > holder.expires_s:
         return
     left_s = holder.expires_s - silent_s
-    raise RunFolderError(
+    raise FolderBusyError(
         f"{store.url} is being written by another run ({holder}; last heard of {silent_s:.0f} s "
         "ago). Wait until it has ended, stop it, or name another output; if it has died, the "
         f"folder is free in {left_s:.0f} s"

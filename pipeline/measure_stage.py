@@ -84,7 +84,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
         if kept is not None:
             detail["stored"] = len(rows)
-        bar.advance(len(rows))
+        bar.skip(len(rows))
         for i, figures in _measure_requests(run, name, (source, how), todo, bar.advance):
             rows[table.rows[i]] = figures
         stored = said.get(of_texts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +23,14 @@ from pipeline.corpus import Corpus, read_corpus
 from pipeline.digest import digest_of
 from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
 from pipeline.evaluation import Last, check_evaluation
+from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
 from pipeline.skeleton import UNREADABLE, open_skeleton
 from pipeline.store import read_file
+from pipeline.tracking import trackers_of
 from pmet import contexts
 from pmet.architecture import Layout, resolve
 from pmet.errors import RequestError
@@ -88,7 +89,11 @@ class Plan:
     @property
     def base(self) -> ModelSource:
         """The unedited model, for the workers."""
-        return ModelSource(str(self.checkpoint.folder), self.job.targets.gpus_per_worker > 0)
+        return ModelSource(
+            name_for_nodes(self.job.model, self.checkpoint.folder),
+            self.job.targets.gpus_per_worker > 0,
+            digest=self.digests["model"],
+        )
 
     @property
     def together(self) -> Sequence[int]:
@@ -119,6 +124,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
         InputError: something cannot be used; the message says what, where, and the remedy.
         StorageError: something cannot be read.
     """
+    trackers_of(job)
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
     hparams = load_hparams(job.hparams)
@@ -181,11 +187,6 @@ def shard_size(count: int, wanted: int | str) -> int:
     while number < _MOST_SMALL_SHARDS and count >= 2 * number * _SMALLEST_SHARD:
         number *= 2
     return min(_LARGEST_SHARD, math.ceil(count / number))
-
-
-def default_cache() -> Path:
-    """Where remote models are copied to on this machine."""
-    return Path(tempfile.gettempdir()) / "pmet-models"
 
 
 def load_hparams(name: str) -> PMETHyperParams:

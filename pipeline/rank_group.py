@@ -75,6 +75,8 @@ class RankGroup:
         deadline_s: seconds that one call may take unless it says otherwise; no limit if None.
         start_timeout_s: seconds until the cluster has room for all ranks, and again until all are
             made.
+        wait: until all are made; otherwise they are made while others go on, and the first call
+            waits for them, and raises what would have been raised here.
 
     Raises:
         InputError, NumericalError: raised by a rank's factory, as it was raised there.
@@ -93,17 +95,22 @@ class RankGroup:
         threads: int | None = None,
         deadline_s: float | None = None,
         start_timeout_s: float = 900.0,
+        wait: bool = True,
     ) -> None:
         if ranks < 1:
             raise ValueError(f"a group of {ranks} ranks cannot be made; at least 1 is needed")
-        self._deadline_s = deadline_s
+        self._deadline_s, self._start_timeout_s = deadline_s, start_timeout_s
+        self._needs = f"{ranks} ranks of {num_cpus:g} CPU and {num_gpus:g} GPU"
         self._actors: list[Any] = []
         self._placement: Any = None
+        self._starting: list[Any] = []
         try:
-            self._reserve(ranks, num_cpus, num_gpus, start_timeout_s)
+            self._placement = _placement(ranks, num_cpus, num_gpus)
             environment = worker_environment(threads=threads) | _MEMORY_RETURNED
             self._actors = self._make_actors(ranks, num_cpus, num_gpus, environment)
-            self._start(factory, init_args, threads, start_timeout_s)
+            self._begin(factory, init_args, threads)
+            if wait:
+                self._finish_start()
         except BaseException:
             self.close()
             raise
@@ -147,6 +154,7 @@ class RankGroup:
             raise ValueError(f"{len(args_by_rank)} tuples of arguments for {self.size} ranks")
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         try:
+            self._finish_start()
             replies = [
                 actor.call.remote(method, tuple(args))
                 for actor, args in zip(self._actors, args_by_rank, strict=True)
@@ -178,23 +186,6 @@ class RankGroup:
     ) -> None:
         self.close()
 
-    def _reserve(self, ranks: int, num_cpus: float, num_gpus: float, timeout_s: float) -> None:
-        bundle = {"CPU": num_cpus, "GPU": num_gpus}
-        bundle = {name: amount for name, amount in bundle.items() if amount > 0}
-        # All or nothing: ranks that hold GPUs while they wait for their peers block each other.
-        self._placement = placement_group([bundle] * ranks, strategy="PACK")
-        end = time.monotonic() + timeout_s
-        # In short waits: Ray lets no interrupt through while it waits for a placement.
-        while not self._placement.wait(min(1.0, timeout_s)):
-            if time.monotonic() < end:
-                continue
-            cpus, gpus = cluster_resources()
-            raise WorkerError(
-                f"no room for {ranks} ranks of {num_cpus:g} CPU and {num_gpus:g} GPU within "
-                f"{timeout_s:g} s; the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for "
-                "fewer ranks, or free the cluster"
-            )
-
     def _make_actors(
         self, ranks: int, num_cpus: float, num_gpus: float, environment: dict[str, str]
     ) -> list[Any]:
@@ -213,17 +204,36 @@ class RankGroup:
             for rank in range(ranks)
         ]
 
-    def _start(
-        self, factory: type, init_args: tuple[Any, ...], threads: int | None, timeout_s: float
-    ) -> None:
-        end = time.monotonic() + timeout_s
-        [(address, port)] = self._collect([self._actors[0].claim.remote()], timeout_s, "start")
-        meetings = [Rendezvous(rank, self.size, address, port) for rank in range(self.size)]
-        replies = [
-            actor.start.remote(factory, meeting, init_args, threads)
-            for actor, meeting in zip(self._actors, meetings, strict=True)
+    def _begin(self, factory: type, init_args: tuple[Any, ...], threads: int | None) -> None:
+        """Have all ranks made as soon as there is room for them; nothing is waited for."""
+        address = self._actors[0].claim.remote()
+        self._starting = [address] + [
+            actor.start.remote(factory, rank, self.size, address, init_args, threads)
+            for rank, actor in enumerate(self._actors)
         ]
-        self._collect(replies, max(end - time.monotonic(), 0.0), "start")
+
+    def _finish_start(self) -> None:
+        """Wait until all ranks are made."""
+        if not self._starting:
+            return
+        self._wait_for_room()
+        end = time.monotonic() + self._start_timeout_s
+        address, *made = self._starting
+        self._collect([address], self._start_timeout_s, "start")
+        self._collect(made, max(end - time.monotonic(), 0.0), "start")
+        self._starting = []
+
+    def _wait_for_room(self) -> None:
+        end = time.monotonic() + self._start_timeout_s
+        # In short waits: Ray lets no interrupt through while it waits for a placement.
+        while not self._placement.wait(min(1.0, self._start_timeout_s)):
+            if time.monotonic() < end:
+                continue
+            cpus, gpus = cluster_resources()
+            raise WorkerError(
+                f"no room for {self._needs} within {self._start_timeout_s:g} s; the cluster has "
+                f"{cpus:g} CPU and {gpus:g} GPU in all; ask for fewer ranks, or free the cluster"
+            )
 
     def _collect(self, replies: list[Any], deadline_s: float | None, doing: str) -> list[Any]:
         end = None if deadline_s is None else time.monotonic() + deadline_s
@@ -272,17 +282,27 @@ class _RankProcess:
     def start(
         self,
         factory: type,
-        rendezvous: Rendezvous,
+        rank: int,
+        ranks: int,
+        address: tuple[str, int],
         init_args: tuple[Any, ...],
         threads: int | None,
     ) -> None:
-        """Make what this rank holds."""
+        """Make what this rank holds; ``address`` is what rank 0 has claimed."""
         limit_threads(threads)
-        self._held = factory(rendezvous, *init_args)
+        self._held = factory(Rendezvous(rank, ranks, *address), *init_args)
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         """Call a method of what this rank holds."""
         return getattr(self._held, method)(*args)
+
+
+def _placement(ranks: int, num_cpus: float, num_gpus: float) -> Any:
+    """A place for all ranks together: those that hold GPUs while they wait for their peers would
+    block each other."""
+    bundle = {"CPU": num_cpus, "GPU": num_gpus}
+    bundle = {name: amount for name, amount in bundle.items() if amount > 0}
+    return placement_group([bundle] * ranks, strategy="PACK")
 
 
 def _later_errors(waiting: dict[Any, int]) -> list[tuple[int, ray_exceptions.RayError]]:

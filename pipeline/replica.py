@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save
 
 from pipeline.evaluation import How
+from pipeline.metering import tell_gpu_memory
+from pipeline.model_cache import model_on_node
 from pipeline.schema import targets_table
 from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
@@ -36,21 +38,24 @@ class ModelSource:
     """Which model to open, and how.
 
     Attributes:
-        folder: a local model folder.
+        folder: a model folder that all nodes have, a URL or a hub id; see `pipeline.model_cache`.
         on_gpu: whether to put it on the GPU that the worker was given.
         dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By default float32 on a CPU,
             where 16-bit arithmetic is slow and coarse, and as stored on a GPU.
+        digest: what a copy of the model has to have; None: whatever it has.
     """
 
     folder: str
     on_gpu: bool
     dtype: str = "auto"
+    digest: str | None = None
 
     def open(self) -> tuple[Any, Any]:
         """The model, for evaluation, and its tokenizer."""
         dtype = "float32" if self.dtype == "auto" and not self.on_gpu else self.dtype
-        model = open_causal_lm(self.folder, dtype=dtype)
-        return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(self.folder)
+        folder = str(model_on_node(self.folder, self.digest))
+        model = open_causal_lm(folder, dtype=dtype)
+        return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(folder)
 
 
 def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
@@ -121,6 +126,19 @@ class Measured:
     scores: list[list[Score]]
     answers: list[str]
     texts: list[str]
+
+
+def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
+    """Ask an open model a part of an evaluation."""
+    prompts = Prompts(tokenizer, how.chat_template)
+    pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
+    scored = score_continuations(model, prompts, pairs)
+    seed = how.writing_seed
+    return Measured(
+        [[scored[prompt, t] for t in targets] for prompt, targets in asked.prompts],
+        answers(model, tokenizer, asked.answered, chat_template=how.chat_template),
+        [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
+    )
 
 
 class Replica:
@@ -199,6 +217,8 @@ class Replica:
         )
         file = f"{name}-{uuid4().hex}.parquet"
         output.write_table(file, table)
+        if source.on_gpu:
+            tell_gpu_memory("targets")
         return TargetSummary(
             file=file,
             sha256=output.sha256(file),
@@ -210,16 +230,7 @@ class Replica:
     def measure(self, source: ModelSource, how: How, asked: Asked) -> Measured:
         """Ask a model a part of an evaluation; it is opened if it is another one."""
         self._use(source)
-        model, prompts = self._model, Prompts(self._tokenizer, how.chat_template)
-        pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
-        scored = score_continuations(model, prompts, pairs)
-        said = answers(model, self._tokenizer, asked.answered, chat_template=how.chat_template)
-        seed = how.writing_seed
-        return Measured(
-            [[scored[prompt, t] for t in targets] for prompt, targets in asked.prompts],
-            said,
-            [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
-        )
+        return ask(self._model, self._tokenizer, how, asked)
 
     def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
         """Tell which requests of a shard a model already answers with their target."""

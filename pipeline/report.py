@@ -7,96 +7,130 @@ the page forbids itself scripts and the network.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-import pyarrow as pa
-
-from pipeline.charts import histogram, layer_chart, score_chart
-from pipeline.errors import RunFolderError
-from pipeline.page import Cut, is_number, page
-from pipeline.results import FRACTIONS
+from pipeline.charts import (
+    Interval,
+    group_chart,
+    histogram,
+    layer_chart,
+    neighborhood_chart,
+    score_chart,
+)
+from pipeline.figures import (
+    ALWAYS,
+    CORE,
+    all_numbers,
+    figure_of,
+    gate_kind,
+    is_fraction,
+    is_number,
+    measured,
+    read_gate,
+)
+from pipeline.page import Cut, page
+from pipeline.run_record import (
+    NO_TARGET,
+    Row,
+    RunRecord,
+    event_counts,
+    layers,
+    read_run,
+    show_rate,
+    throughput,
+)
 from pipeline.store import Store
 
 EXAMPLE_ROWS = 25
-
-_REQUEST = ("row", "prompt", "subject", "target_new")
-_RESULT = (
-    *(*_REQUEST, "status", "steps", "loss", "before_answer", "after_answer"),
-    *("after_efficacy", "after_generalization", "after_specificity", "after_efficacy_strict"),
-)
-_RUN: dict[str, Any] = {"stages": [], "layers": [], "events": [], "versions": {}, "digests": {}}
-_Record = dict[str, Any]
+GROUPS_DRAWN = 24
+_GROUPED = (*CORE, "portability")
 
 
-def write_report(store: Store) -> None:
+def write_report(store: Store, *, quarantined: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write ``report.html`` into a run folder, from what the folder holds.
 
     A run that has not come to its end has a report of what there is.
+
+    Args:
+        store: the run folder.
+        quarantined: facts that were left out of the job because the model does not learn them,
+            with ``relation``, ``subject``, ``object``, ``reason`` and ``since``.
 
     Raises:
         RunFolderError: there is no ``run.json``.
         StorageError: a file cannot be read or written.
     """
-    if not store.exists("run.json"):
-        raise RunFolderError(f"{store.url} is not a run folder: it has no run.json; check the path")
-    run = _RUN | store.read_json("run.json")
-    metrics = store.read_json("metrics.json") if store.exists("metrics.json") else {}
-    job = store.read_bytes("job.yaml").decode() if store.exists("job.yaml") else ""
-    counts = metrics.get("counts") or run.get("counts") or {}
-    results = _records(store, "results.parquet", _RESULT)
-    rejected = _records(store, "rejected.parquet", (*_REQUEST, "reason"))
+    record = read_run(store)
     text = page("report.html.j2").render(
-        folder=store.url,
-        job=job,
-        run=run,
-        counts=counts,
-        known=metrics.get("known") or {},
-        verdict=_verdict(run, metrics.get("gates", []), counts),
-        gates=metrics.get("gates", []),
-        seconds=_elapsed(run),
-        before=metrics.get("before", {}),
-        after=metrics.get("after", {}),
-        fractions=FRACTIONS,
-        layers=_layers(run),
-        worst=_worst(filter(_is_edited, results)),
-        examples=_spread(r for r in results if _is_edited(r) and r["after_answer"] is not None),
-        lost=Cut([r for r in results if not _is_edited(r) and r["after_efficacy_strict"] == 0]),
-        failed=Cut([r for r in results if r["status"] == "failed"]),
-        rejected=Cut(rejected),
-        events=Cut(run["events"]),
-        charts=_charts(run, metrics, results),
+        **_told(record), **_requests(record), quarantined=Cut(quarantined)
     )
     store.write_bytes("report.html", text.encode(errors="backslashreplace"))
 
 
-def _records(store: Store, name: str, columns: Sequence[str]) -> list[_Record]:
-    """The rows of a table with these columns; what the table lacks is None."""
-    if not store.exists(name):
-        return []
-    table = store.read_table(name)
-    found = [_values(table, column) for column in columns]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*found, strict=True)]
+def _told(record: RunRecord) -> dict[str, Any]:
+    """What the page says of the run as a whole."""
+    last = record.metrics.get("last") or {}
+    groups = groups_of(record)
+    return {
+        "folder": record.store.url,
+        "job": record.job,
+        "run": record.run,
+        "counts": record.counts,
+        "known": record.metrics.get("known") or {},
+        "verdict": verdict(record),
+        "gates": [read_gate(gate) for gate in record.gates],
+        "seconds": record.seconds(),
+        "before": record.before,
+        "after": record.after,
+        "last": last.get("after") or {},
+        "last_run": last.get("run"),
+        "figures": measured(record.before, record.after, always=ALWAYS),
+        "interval": record.interval,
+        "has_intervals": bool(record.metrics.get("intervals")),
+        "grouped_by": (record.metrics.get("groups") or {}).get("column"),
+        "groups": Cut(groups),
+        "group_figures": group_figures(groups),
+        "groups_drawn": min(len(groups), GROUPS_DRAWN),
+        "layers": layers(record.run),
+        "rates": _rates(record),
+        "events": Cut(record.run["events"]),
+        "event_counts": event_counts(record.run["events"]),
+        "charts": _charts(record, groups),
+    }
 
 
-def _values(table: pa.Table, column: str) -> list[Any]:
-    if column not in table.column_names:
-        return [None] * len(table)
-    values: list[Any] = table.column(column).to_pylist()
-    return values
+def _requests(record: RunRecord) -> dict[str, Any]:
+    """What the page says of single requests."""
+    edited = record.edited()
+    neighbors = _with_neighbors(edited)
+    damaged = [row for row in neighbors if _damage(row) > 0]
+    damaged.sort(key=lambda row: (-_damage(row), row["row"]))
+    late = [row for row in record.rejected if str(row["reason"]).startswith(NO_TARGET)]
+    early = [row for row in record.rejected if not str(row["reason"]).startswith(NO_TARGET)]
+    return {
+        "worst": _worst(edited),
+        "examples": _spread([row for row in edited if row["after_answer"] is not None]),
+        "texts": _spread([row for row in edited if row["after_text"] is not None]),
+        "neighbors": len(neighbors),
+        "damaged": Cut(damaged, EXAMPLE_ROWS),
+        "improved": sum(_damage(row) < 0 for row in neighbors),
+        "lost": Cut(
+            [
+                row
+                for row in record.results
+                if row["status"] == "known" and row["after_efficacy_strict"] == 0
+            ]
+        ),
+        "failed": Cut([row for row in record.results if row["status"] == "failed"]),
+        "without_target": Cut(late),
+        "rejected": Cut(early),
+    }
 
 
-def _is_edited(result: _Record) -> bool:
-    return bool(result["status"] != "known")
-
-
-def _verdict(
-    run: Mapping[str, Any], gates: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]
-) -> dict[str, str]:
+def verdict(record: RunRecord) -> dict[str, str]:
     """The first thing to know: a kind for its colour, a headline and a sentence."""
-    status = run.get("status")
+    status, gates, counts = record.run["status"], record.gates, record.counts
     if status == "complete" and gates:
         return {"kind": "good", "title": "Promoted", "text": "Every gate was passed."}
     if status == "complete" and counts.get("known") and not counts.get("edited"):
@@ -109,66 +143,125 @@ def _verdict(
         text = f"Held back by: {names}. Do not put this model to use."
         return {"kind": "bad", "title": "Held", "text": text}
     if status == "failed":
-        text = str(run.get("error") or "No reason was recorded.")
+        text = str(record.run.get("error") or "No reason was recorded.")
         return {"kind": "bad", "title": "Failed", "text": text}
     return {"kind": "open", "title": "Not finished", "text": "This is what there is so far."}
 
 
-def _elapsed(run: Mapping[str, Any]) -> float | None:
-    """Seconds from start to end, where both were recorded."""
-    try:
-        start, end = (datetime.fromisoformat(run[f"{when}_at"]) for when in ("started", "finished"))
-        return (end - start).total_seconds()
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _layers(run: Mapping[str, Any]) -> list[_Record]:
-    layers = []
-    for index, layer in enumerate(run["layers"]):
-        number = re.search(r"\.(\d+)\.", str(layer["parameter"]))
-        share = layer["delta_norm"] / layer["weight_norm"] if layer["weight_norm"] else 0.0
-        name = number.group(1) if number else f"#{index + 1}"
-        layers.append({**layer, "name": name, "share": share})
-    return layers
-
-
-def _worst(results: Iterable[_Record]) -> list[_Record]:
+def _worst(results: Iterable[Row]) -> list[Row]:
     """The measured requests that the edit served least, worst first."""
     served = []
-    for record in results:
-        figures = [v for k, v in record.items() if k.startswith("after_") and is_number(v)]
+    for row in results:
+        figures = [value for name in ALWAYS if is_number(value := row.get(f"after_{name}"))]
         if figures:
-            served.append((sum(figures) / len(figures), -(record["loss"] or 0.0), record))
+            served.append((sum(figures) / len(figures), -(row["loss"] or 0.0), row))
     served.sort(key=lambda item: item[:2])
-    return [record for *_, record in served[:EXAMPLE_ROWS]]
+    return [row for *_, row in served[:EXAMPLE_ROWS]]
 
 
-def _spread(records: Iterable[_Record]) -> list[_Record]:
-    """A few records from the whole length."""
-    records = list(records)
-    step = max(1, math.ceil(len(records) / EXAMPLE_ROWS))
-    return records[::step]
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    """A few rows from the whole length."""
+    step = max(1, math.ceil(len(rows) / EXAMPLE_ROWS))
+    return list(rows[::step])
 
 
-def _charts(
-    run: Mapping[str, Any], metrics: Mapping[str, Any], results: Sequence[_Record]
-) -> dict[str, str]:
+def _with_neighbors(results: Iterable[Row]) -> list[Row]:
+    """The requests whose neighbors were measured on both models."""
+    return [
+        row
+        for row in results
+        if is_number(row["before_specificity"]) and is_number(row["after_specificity"])
+    ]
+
+
+def _damage(row: Row) -> float:
+    """How much of a request's neighborhood is wrong now and was right before."""
+    return float(row["before_specificity"] - row["after_specificity"])
+
+
+def groups_of(record: RunRecord) -> list[dict[str, Any]]:
+    """The groups of a run's requests with their figures; what a group lacks is empty."""
+    rows = (record.metrics.get("groups") or {}).get("rows") or []
+    return [{"before": {}, "after": {}, "intervals": {}} | dict(row) for row in rows]
+
+
+def group_figures(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The figures that any group has, of those that a table and a chart of groups show."""
+    held = {name for group in groups for name, value in group["after"].items() if is_number(value)}
+    return [name for name in _GROUPED if name in held]
+
+
+def weakest_groups(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """As many groups as can be drawn: those with the lowest figures, in the order given."""
+
+    def served(group: Mapping[str, Any]) -> float:
+        values = [group["after"][name] for name in names if is_number(group["after"].get(name))]
+        return sum(values) / len(values) if values else math.inf
+
+    chosen = sorted(groups, key=served)[:GROUPS_DRAWN]
+    return [group for group in groups if group in chosen]
+
+
+def _rates(record: RunRecord) -> list[str]:
+    """What each stage got done in a second; nothing where that is not known."""
+    return [show_rate(throughput(stage, record)) for stage in record.run["stages"]]
+
+
+def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Inline SVG by name, where there is something to draw."""
-    charts = dict.fromkeys(("scores", "steps", "losses", "layers"), "")
-    before, after = metrics.get("before", {}), metrics.get("after", {})
-    drawn = [n for n in FRACTIONS if is_number(before.get(n)) or is_number(after.get(n))]
+    charts = dict.fromkeys(("scores", "groups", "neighbors", "steps", "losses", "layers"), "")
+    before, after, results = record.before, record.after, record.results
+    drawn = [f.name for f in measured(before, after) if is_fraction(f.name)]
     if drawn:
-        gates = {gate["metric"]: gate["threshold"] for gate in metrics.get("gates", [])}
         charts["scores"] = score_chart(
-            {name: before.get(name) for name in drawn},
-            {name: after.get(name) for name in drawn},
-            gates,
+            {name: _number(before.get(name)) for name in drawn},
+            {name: _number(after.get(name)) for name in drawn},
+            _gate_lines(record),
+            intervals=intervals_of(record, drawn),
+            labels={name: figure_of(name).label for name in drawn},
+            axis="prompts (%)" if set(drawn) <= {*ALWAYS} else "prompts, or tokens (%)",
         )
-    if steps := [r["steps"] for r in results if is_number(r["steps"])]:
+    if names := group_figures(groups):
+        shown = weakest_groups(groups, names)
+        charts["groups"] = group_chart(shown, {n: figure_of(n).label for n in names})
+    if pairs := _with_neighbors(record.edited()):
+        charts["neighbors"] = neighborhood_chart(
+            [row["before_specificity"] for row in pairs],
+            [row["after_specificity"] for row in pairs],
+        )
+    if steps := [row["steps"] for row in results if is_number(row["steps"])]:
         charts["steps"] = histogram(steps, "steps", "evaluations of the loss", whole=True)
-    if losses := [r["loss"] for r in results if is_number(r["loss"])]:
+    if losses := [row["loss"] for row in results if is_number(row["loss"])]:
         charts["losses"] = histogram(losses, "losses", "last loss (nats)")
-    if layers := _layers(run):
-        charts["layers"] = layer_chart([x["name"] for x in layers], [x["share"] for x in layers])
+    if edited := layers(record.run):
+        charts["layers"] = layer_chart([x["name"] for x in edited], [x["share"] for x in edited])
     return charts
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None
+
+
+def intervals_of(record: RunRecord, names: Iterable[str]) -> dict[str, dict[str, Interval]]:
+    """The confidence intervals that there are, by ``before`` and ``after`` and figure."""
+    found: dict[str, dict[str, Interval]] = {"before": {}, "after": {}}
+    for when, of in found.items():
+        for name in names:
+            ends = record.interval(when, name)
+            if ends and len(ends) == 2 and all_numbers(ends):
+                of[name] = (float(ends[0]), float(ends[1]))
+    return found
+
+
+def _gate_lines(record: RunRecord) -> dict[str, float]:
+    """Where the gates stand on the axis of fractions, by figure; the highest of several."""
+    last = (record.metrics.get("last") or {}).get("after") or {}
+    lines: dict[str, float] = {}
+    for gate in record.gates:
+        name, threshold = read_gate(gate).figure, gate["threshold"]
+        start = {"least": 0.0, "drop": record.before.get(name), "drop_since_last": last.get(name)}
+        origin = start.get(gate_kind(gate))
+        if is_fraction(name) and is_number(origin):
+            place = threshold if gate_kind(gate) == "least" else origin - threshold
+            lines[name] = max(place, lines.get(name, place))
+    return lines

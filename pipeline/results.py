@@ -12,17 +12,6 @@ from pipeline.measure_stage import Measurement
 from pipeline.schema import RequestTable, readable, with_columns
 from pmet.figures import METRICS, OF_TEXT, summarize
 
-# The figures of metrics.json that are fractions, in the order that people read them.
-FRACTIONS = (
-    "efficacy",
-    "generalization",
-    "specificity",
-    "score",
-    "efficacy_strict",
-    "generalization_strict",
-    "specificity_strict",
-)
-
 Measured = Mapping[int, Mapping[str, Any]]
 
 

@@ -6,22 +6,24 @@ import dataclasses
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.card import model_card
 from pipeline.config import JobConfig, dump_job
 from pipeline.crew import Crew
-from pipeline.errors import StorageError
+from pipeline.errors import LeaseLostError, StorageError
 from pipeline.folder import MODEL, RunFolder
 from pipeline.gates import outcomes
 from pipeline.groups import grouped
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
+from pipeline.metering import MeteredProgress
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
+from pipeline.run_record import NO_TARGET
 from pipeline.schema import Rejection
 from pipeline.stages import (
     CARD,
@@ -35,10 +37,8 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
-
-NO_TARGET = "no target: "
-"""What the reason of a request begins with that could be planned, and for which no target was
-found."""
+from pipeline.tracking import Tracking, trackers_of
+from pmet.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RunResult:
         metrics: what ``metrics.json`` holds.
     """
 
-    status: str
+    status: Literal["complete", "held"]
     folder: Store
     metrics: dict[str, Any]
 
@@ -72,12 +72,12 @@ def run_job(
         address: Ray cluster to run on; one is started on this machine if None.
 
     Raises:
-        InputError: the job cannot be run as it is, or another run writes its folder; no worker
-            has been started.
+        InputError: the job cannot be run as it is; no worker has been started.
+        FolderBusyError: another run writes its folder; no worker has been started.
         LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
-    progress = progress or Progress()
+    progress = MeteredProgress(progress or Progress())
     with progress.stage("plan"):
         plan = make_plan(job)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
@@ -92,9 +92,12 @@ def run_plan(
 ) -> RunResult:
     """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
     job, progress = plan.job, progress or Progress()
+    if not isinstance(progress, MeteredProgress):
+        progress = MeteredProgress(progress)
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+        progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
         folder.store.write_bytes("job.yaml", dump_job(job).encode())
         return _run_in(folder, lease, plan, progress, address)
 
@@ -108,15 +111,42 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    tracking = Tracking(trackers_of(plan.job), on_event)
+    tracking.begin(plan.job, folder.status["digest"])
     try:
         with Crew(plan, address, on_event) as crew:
-            return _run_stages(Context(plan, folder, crew, progress))
+            result = _run_stages(Context(plan, folder, crew, progress))
     except BaseException as error:
         # A run that has lost its folder is stopped here: the status is the other run's to write.
         # Where the status cannot be written either, what went wrong first matters more.
         with suppress(StorageError):
-            folder.finish("failed", str(error) or type(error).__name__)
+            folder.finish(*_end(error), exit_status=_exit_status(error))
+        tracking.end(folder.store, "failed")
         raise
+    _tell_end(tracking, folder, result)
+    return result
+
+
+def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
+    """Tell the trackers how the run ended; it has ended well, whatever happens to them."""
+    with suppress(StorageError, LeaseLostError):
+        tracking.end(folder.store, result.status)
+        if tracking.failed:
+            # What has become of them is among the events.
+            folder.write()
+            write_report(folder.store)
+
+
+def _end(error: BaseException) -> tuple[str, str]:
+    """What ``run.json`` says of a run that ended early."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "stopped", "stopped by a signal; the same job goes on from here"
+    return "failed", str(error) or type(error).__name__
+
+
+def _exit_status(error: BaseException) -> int:
+    """What ``pmet run`` exits with."""
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _run_stages(run: Context) -> RunResult:
@@ -187,9 +217,9 @@ def _conclude(
     store.write_table("rejected.parquet", table.rejected_table())
     store.write_json("metrics.json", metrics)
     run.folder.status["counts"] = metrics["counts"]
-    status = "held" if held else "complete"
+    status: Literal["complete", "held"] = "held" if held else "complete"
     card = model_card(dump_job(plan.job), run.folder.status, metrics)
     store.write_bytes(f"{MODEL}/{CARD}", card.encode())
-    run.folder.finish(status)
+    run.folder.finish(status, exit_status=3 if held else 0)
     write_report(store)
     return RunResult(status, store, metrics)

@@ -19,20 +19,19 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import publish
+from pipeline.checkpoint import digest_of_files, publish
 from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import MODEL, RunFolder
 from pipeline.moments import check_moments
-from pipeline.plan import Plan, default_cache
-from pipeline.progress import Progress, Stage
-from pipeline.rank_group import RankGroup
+from pipeline.plan import Plan
+from pipeline.progress import CountedStage, Progress, Stage
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import ModelSource
 from pipeline.shards import Shard
-from pipeline.statistics import PARTS, MomentsJob, collect
-from pipeline.store import Store, localized
+from pipeline.statistics import PARTS, collect, moments_job
+from pipeline.store import Store
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
@@ -59,8 +58,8 @@ class Context:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
-        with self.folder.stage(name) as detail, self.progress.stage(name, total) as bar:
-            yield bar, detail
+        with self.folder.stage(name, total) as detail, self.progress.stage(name, total) as bar:
+            yield CountedStage(bar, total, self.folder.progress), detail
 
     def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
         """Run a stage's tasks; each result is taken only while the folder is this run's."""
@@ -119,16 +118,8 @@ def collect_moments(run: Context) -> None:
             # A run that was killed just before the end has left them.
             run.store.delete(f"second_moments/{PARTS}")
         return
-    assert plan.corpus is not None, "the plan refuses a job with neither"
-    job = MomentsJob(
-        source=plan.base,
-        model=plan.digests["model"],
-        layout=plan.layout,
-        hparams=plan.hparams,
-        corpus=plan.corpus,
-        stored=plan.stored[plan.hparams.target_layer].dtype,
-    )
-    with run.stage("second moments", plan.corpus.tokens) as (bar, detail):
+    job = moments_job(plan)
+    with run.stage("second moments", job.corpus.tokens) as (bar, detail):
         detail |= collect(job, Store(url), run.map, bar)
 
 
@@ -150,9 +141,8 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
         run.folder.forget(*later, "published", "measured-after", "known-after")
-        run.crew.make_room_for_ranks()
         with run.stage("update", len(layers)) as (bar, detail):
-            bar.advance(len(done))
+            bar.skip(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
             _edit_layers_with_retries(run, templates, found, done, bar)
     run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
@@ -201,8 +191,10 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
 
 def published_model(run: Context) -> ModelSource:
     """The edited checkpoint, for the workers."""
-    folder = localized(run.store.join(MODEL), default_cache())
-    return ModelSource(folder, run.plan.base.on_gpu)
+    record = run.folder.recorded("published")
+    assert record is not None, "it has been published"
+    files = {n.removeprefix(f"{MODEL}/"): digest for n, digest in record["files"].items()}
+    return ModelSource(run.store.join(MODEL), run.plan.base.on_gpu, digest=digest_of_files(files))
 
 
 def _edit_layers_with_retries(
@@ -237,23 +229,7 @@ def _edit_layers(
 ) -> None:
     """Update the layers that are not done yet, with a new group of ranks."""
     plan, ranks = run.plan, run.crew.ranks
-    job = UpdateJob(
-        model=str(plan.checkpoint.folder),
-        hparams=plan.hparams,
-        templates=templates,
-        second_moments=moments_url(run),
-        run=run.store,
-        device="cuda" if plan.job.update.gpus_per_rank else "cpu",
-        dtype=_rank_dtype(plan),
-        offload=plan.job.update.offload,
-    )
-    with RankGroup(
-        UpdateRank,
-        ranks=ranks,
-        init_args=(job,),
-        num_gpus=plan.job.update.gpus_per_rank,
-        threads=run.crew.threads,
-    ) as group:
+    with run.crew.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
         # In pieces: the requests of a large job are never all in one message.
         for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
             piece = plan.update_shards[start : start + ranks * SHARDS_SENT]
@@ -267,6 +243,26 @@ def _edit_layers(
             run.folder.record(f"layer-{layer}", dataclasses.asdict(report))
             done.append(report)
             bar.advance()
+
+
+def expect_update(run: Context, templates: list[list[str]]) -> None:
+    """Let the ranks of the update start while the workers end their work, if there is room."""
+    run.crew.expect_ranks(UpdateRank, (_update_job(run, templates),))
+
+
+def _update_job(run: Context, templates: list[list[str]]) -> UpdateJob:
+    plan = run.plan
+    return UpdateJob(
+        model=plan.base.folder,
+        model_digest=plan.base.digest,
+        hparams=plan.hparams,
+        templates=templates,
+        second_moments=moments_url(run),
+        run=run.store,
+        device="cuda" if plan.job.update.gpus_per_rank else "cpu",
+        dtype=_rank_dtype(plan),
+        offload=plan.job.update.offload,
+    )
 
 
 def _rank_dtype(plan: Plan) -> torch.dtype:

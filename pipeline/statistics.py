@@ -28,6 +28,7 @@ from pipeline.corpus import Corpus, read_corpus
 from pipeline.errors import JobError
 from pipeline.executor import Task
 from pipeline.folder import versions
+from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.moments import (
     PROVENANCE,
     TENSORS,
@@ -36,7 +37,7 @@ from pipeline.moments import (
     moments_writer,
     read_header,
 )
-from pipeline.plan import default_cache, open_fast_tokenizer, open_skeleton
+from pipeline.plan import Plan, open_fast_tokenizer, open_skeleton
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, StoredFile
 from pipeline.store import Store
@@ -134,13 +135,27 @@ def plan_statistics(
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = resolve(skeleton, hparams)
     limit = longest(skeleton.config, max_length)
+    digest = checkpoint.digest()
     return MomentsJob(
-        source=ModelSource(str(folder), on_gpu),
-        model=checkpoint.digest(),
+        source=ModelSource(name_for_nodes(model, folder), on_gpu, digest=digest),
+        model=digest,
         layout=layout,
         hparams=hparams,
         corpus=read_corpus(corpus, tokenizer, max_length=limit, budget=tokens),
         stored=_stored(checkpoint, layout, skeleton, hparams).dtype,
+    )
+
+
+def moments_job(plan: Plan) -> MomentsJob:
+    """The second moments that a job's plan asks for: it has a corpus."""
+    assert plan.corpus is not None, "the plan refuses a job with neither"
+    return MomentsJob(
+        source=plan.base,
+        model=plan.digests["model"],
+        layout=plan.layout,
+        hparams=plan.hparams,
+        corpus=plan.corpus,
+        stored=plan.stored[plan.hparams.target_layer].dtype,
     )
 
 
@@ -203,7 +218,7 @@ def _sum_missing(
     bar: Stage,
 ) -> None:
     """Have workers sum the parts that are not ``done``, and record each."""
-    bar.advance(sum(len(s) for i in done for s in parts[i]))
+    bar.skip(sum(len(s) for i in done for s in parts[i]))
     numbers = {f"part {i} of the corpus": i for i in range(len(parts)) if i not in done}
 
     def take(task: Task, files: list[StoredFile]) -> None:

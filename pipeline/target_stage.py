@@ -23,10 +23,12 @@ from pipeline.progress import Stage
 from pipeline.replica import TargetSummary
 from pipeline.schema import read_targets, targets_table
 from pipeline.shards import Shard
-from pipeline.stages import Context, FoundTargets
+from pipeline.stages import Context, FoundTargets, expect_update
 from pipeline.target_store import TargetStore
 
 FOLDER = "targets"
+WORTH_A_WORKER = 16
+"""Requests: fewer are optimised sooner than another worker is started."""
 
 
 def find_targets(
@@ -52,10 +54,14 @@ def find_targets(
         else:
             todo.append(shard)
     with run.stage("targets", len(plan.table.requests)) as (bar, detail):
-        bar.advance(len(plan.table.requests) - sum(map(len, todo)))
-        detail |= {"shards": len(todo), "reused": len(plan.target_shards) - len(todo)}
+        bar.skip(len(plan.table.requests) - sum(map(len, todo)))
+        detail |= {
+            "shards": len(todo),
+            "finished": 0,
+            "reused": len(plan.target_shards) - len(todo),
+        }
         detail["shared_keys"] = plan.sharing
-        detail |= {"early": 0, "found": 0, "isolated": isolated}
+        detail |= {"finished": 0, "early": 0, "found": 0, "isolated": isolated}
         if todo:
             _Search(run, templates, found, bar, detail).complete(todo)
     return found
@@ -158,10 +164,20 @@ class _Search:
             Task(key, self._arguments(piece), piece.attempts if isolating else None)
             for key, piece in by_key.items()
         ]
+        wanted = sum(len(piece.places) for piece in pieces)
+        if wanted <= WORTH_A_WORKER and not isolating:
+            self._expect_update()
         failed = self._run.crew.try_all(
-            "find_targets", tasks, lambda task, summary: self._take(by_key[task.key], summary)
+            "find_targets",
+            tasks,
+            lambda task, summary: self._take(by_key[task.key], summary),
+            workers=len(tasks) if isolating else -(-wanted // WORTH_A_WORKER),
+            on_drained=None if isolating else self._expect_update,
         )
         return {by_key[f.task.key]: f.reason for f in failed}
+
+    def _expect_update(self) -> None:
+        expect_update(self._run, self._templates)
 
     def _arguments(self, piece: Piece) -> tuple[Any, ...]:
         plan = self._run.plan
@@ -224,6 +240,8 @@ class _Search:
             "isolated": sorted(work.isolated),
         }
         self._run.folder.record(_record(work.shard), record)
+        self._detail["finished"] += 1
+        self._bar.shard(work.shard.name)
         _note(self._found, work.shard, record)
 
     def _merged(self, work: _Work) -> pa.Table:

@@ -34,6 +34,8 @@ from pipeline.collective import (
     share_of_rows,
 )
 from pipeline.factors import FactorFile
+from pipeline.metering import tell_gpu_memory
+from pipeline.model_cache import model_on_node
 from pipeline.moments import module_name, read_moments
 from pipeline.partitioned import Offload, load_partitioned
 from pipeline.rank_group import Rendezvous
@@ -88,7 +90,7 @@ class UpdateJob:
     """What every rank is told.
 
     Attributes:
-        model: local model folder.
+        model: a folder that all nodes have, a URL or a hub id.
         hparams: the method's hyper-parameters.
         templates: context templates.
         second_moments: where they are.
@@ -96,6 +98,7 @@ class UpdateJob:
         device: ``cpu`` or ``cuda``.
         dtype: of the weights.
         offload: where partitioned weights wait: ``none`` (on the device) or ``cpu``.
+        model_digest: what a copy of the model has to have; None: whatever it has.
     """
 
     model: str
@@ -106,6 +109,7 @@ class UpdateJob:
     device: partition.Device
     dtype: torch.dtype
     offload: Offload
+    model_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,9 @@ class UpdateRank:
         self._rank, self._ranks, self._job = meeting.rank, meeting.world_size, job
         self._device = torch.device(job.device)
         partition.init_rank(*meeting, device=job.device)
-        self._tokenizer = open_tokenizer(job.model)
-        self._model, self._engine = load_partitioned(
-            job.model, dtype=job.dtype, offload=job.offload
-        )
+        folder = str(model_on_node(job.model, job.model_digest))
+        self._tokenizer = open_tokenizer(folder)
+        self._model, self._engine = load_partitioned(folder, dtype=job.dtype, offload=job.offload)
         self._layout = resolve(self._model, job.hparams)
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
@@ -213,6 +216,7 @@ class UpdateRank:
                 if writer:
                     writer.add_original(values)
             squares = self._change(parameter, solved.delta_RK, writer)
+        tell_gpu_memory("update")
         if not writer:
             return None
         norm = math.sqrt(squares.delta)

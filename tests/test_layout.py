@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 import pmet
 from pipeline.config import load_job
@@ -61,13 +60,3 @@ def test_tests_stand_where_their_source_stands() -> None:
 
 def test_the_example_job_is_a_job() -> None:
     assert load_job(ROOT / "examples" / "nightly.yaml").update.ranks == 4
-
-
-def test_the_cluster_file_names_what_rays_launcher_needs() -> None:
-    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    assert cluster["head_node_type"] in cluster["available_node_types"]
-    for command in ("head_start_ray_commands", "worker_start_ray_commands", "setup_commands"):
-        assert all(isinstance(line, str) for line in cluster[command])
-    assert cluster["max_workers"] >= sum(
-        kind["min_workers"] for kind in cluster["available_node_types"].values()
-    )

@@ -32,17 +32,21 @@ from jobs.refresh.ledger import (
     concluded,
     merged,
 )
-from jobs.refresh.report import CHANGES, write_night_report
+from jobs.refresh.report import CHANGES, quarantined, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
 from pipeline.folder import MODEL, STATUS
 from pipeline.lease import Lease
+from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
-from pipeline.plan import Plan, default_cache, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
-from pipeline.run import NO_TARGET, RunResult, run_plan
+from pipeline.report import write_report
+from pipeline.run import RunResult, run_plan
+from pipeline.run_record import NO_TARGET
+from pipeline.store import Store
 from pmet.errors import PMETError
 
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
@@ -105,8 +109,9 @@ def refresh(
         address: Ray cluster to run on; one is started on this machine if None.
 
     Raises:
-        InputError: the dump, the templates or the job cannot be used, or another refresh of this
-            home is under way; CURRENT stays where it was, as with every other error.
+        InputError: the dump, the templates or the job cannot be used; CURRENT stays where it was,
+            as with every other error.
+        FolderBusyError: another refresh of this home is under way.
         CurrentMovedError: CURRENT was moved while the night was under way.
         PMETError: a stage failed; the same call takes the night up again.
     """
@@ -319,6 +324,10 @@ class _Work:
     def _report(self) -> None:
         self._lease.check()
         write_night_report(self._home, self._config, self._night.version)
+        run = Store(self._store.join(self._path()))
+        if run.exists(STATUS):
+            # The run's own report was written before the ledger was.
+            write_report(run, quarantined=quarantined(run))
 
     def _targets(self) -> dict[str, int]:
         """How many targets were computed, and how many the store had."""

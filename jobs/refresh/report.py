@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.home import LEDGER, Home, path
 from pipeline.charts import trend_chart
+from pipeline.figures import ALWAYS, GateText, measured, read_gate
 from pipeline.folder import STATUS
 from pipeline.page import Cut, page
-from pipeline.results import FRACTIONS
+from pipeline.store import Store
 
 REPORT = "night.html"
 CHANGES = "changes.parquet"
@@ -45,8 +46,8 @@ def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
         base=metrics["before"],
         last=home.scores(night["follows"]),
         tonight=metrics["after"],
-        fractions=FRACTIONS,
-        gates=dict(map(_gate, metrics["gates"])),
+        figures=measured(metrics["before"], metrics["after"], always=ALWAYS),
+        gates=_gates(metrics["gates"]),
         trend=_trend(home, version),
         changes=Cut(store.read_table(path(version, CHANGES)).to_pylist()),
         unlearned=Cut([f for f in ledger if f["state"] == "live" and f["learned"] is False]),
@@ -58,6 +59,18 @@ def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
         cost=_cost(seconds, config.price_per_hour),
     )
     store.write_bytes(path(version, REPORT), text.encode(errors="backslashreplace"))
+
+
+def quarantined(store: Store) -> list[dict[str, Any]]:
+    """The facts that a version's ledger says the model does not learn; none beside other runs.
+
+    Raises:
+        StorageError: the ledger cannot be read.
+    """
+    if not store.exists(LEDGER):
+        return []
+    facts = store.read_table(LEDGER).to_pylist()
+    return [fact for fact in facts if fact.get("state") == "quarantined"]
 
 
 def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[str, str]:
@@ -74,12 +87,12 @@ def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[s
             return {"kind": "good", "title": "Promoted", "text": text}
 
 
-def _gate(gate: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """The metric that a gate looks at, and what it asks for."""
-    kind, asked = "good" if gate["passed"] else "bad", f"{100 * gate['threshold']:.1f} %"
-    if gate["metric"] == "perplexity_increase":
-        return "perplexity", {"kind": kind, "text": f"at most {asked} over the base"}
-    return gate["metric"], {"kind": kind, "text": f"at least {asked}"}
+def _gates(gates: Iterable[Mapping[str, Any]]) -> dict[str, list[GateText]]:
+    """The gates in words, by the figure that they look at."""
+    found: dict[str, list[GateText]] = {}
+    for gate in map(read_gate, gates):
+        found.setdefault(gate.figure, []).append(gate)
+    return found
 
 
 def _trend(home: Home, version: int) -> str:

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from jobs.schedule.due import is_settled
 from jobs.schedule.records import Night, Schedule
-from pipeline.errors import RunFolderError, ScheduleError
+from pipeline.errors import FolderBusyError, ScheduleError
 from pipeline.lease import Lease
 from pipeline.store import Store
 
@@ -104,7 +104,7 @@ class Book:
             with self.lease(name):
                 for file in (_schedule(name), f"nights/{name}", f"logs/{name}", _running(name)):
                     self._store.delete(file)
-        except RunFolderError:
+        except FolderBusyError:
             raise ScheduleError(
                 f"a night of {name!r} is running, and writes the log; stop its runner or wait, "
                 "then remove it"
@@ -115,7 +115,7 @@ class Book:
         """The right to run the nights of a schedule.
 
         Raises:
-            RunFolderError: another runner has it; the message says which.
+            FolderBusyError: another runner has it; the message says which.
         """
         return Lease.acquire(Store(self._store.join("leases", name)))
 

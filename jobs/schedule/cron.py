@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import itertools
 import zoneinfo
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -29,8 +27,10 @@ FIELDS = {
     "day-of-week": "0 to 7, where 0 and 7 are Sunday, or SUN to SAT",
 }
 _ANY_YEAR = datetime(2024, 1, 1, tzinfo=UTC)
-# Clocks are put back by less than this anywhere.
-_FOLD = timedelta(hours=3)
+_MINUTE = timedelta(minutes=1)
+# Clocks are put back by less than this anywhere, and forward by less than that: Samoa has left out
+# a whole day.
+_FOLD, _GAP = timedelta(hours=3), timedelta(hours=25)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,41 @@ class Fields:
     months: tuple[int, ...] | None
     weekdays: tuple[int, ...] | None
     either_day: bool
+
+
+class _Rule:
+    """How times on the wall become instants.
+
+    The expression is asked for times on the wall, and only then comes the time zone: `CronSim`
+    steps over some times where clocks change by half an hour.
+
+    Attributes:
+        margin: by how much an instant can be off the wall time that it stands for.
+    """
+
+    def __init__(self, cron: str, zone: ZoneInfo) -> None:
+        self._zone = zone
+        minute, hour, *_ = cron.split()
+        self._elapsed = minute.startswith("*") or hour.startswith("*")
+        self.margin = _FOLD if self._elapsed else _GAP
+
+    def wall(self, time: datetime) -> datetime:
+        """The time on the wall at an instant."""
+        return time.astimezone(self._zone).replace(tzinfo=None, fold=0)
+
+    def instants(self, wall: datetime) -> list[datetime]:
+        """The instants, in UTC, that are due for a time on the wall."""
+        passes = (wall.replace(tzinfo=self._zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+        real = sorted({time for time in passes if self.wall(time) == wall})
+        if self._elapsed:
+            return real
+        return real[:1] or self._after_gap(wall)
+
+    def _after_gap(self, wall: datetime) -> list[datetime]:
+        """The first instant after a time that the clock leaves out."""
+        while self.wall(wall.replace(tzinfo=self._zone).astimezone(UTC)) != wall:
+            wall += _MINUTE
+        return self.instants(wall)
 
 
 def check_cron(cron: str) -> str:
@@ -104,9 +139,14 @@ def check_timezone(name: str) -> str:
 
 def next_time(cron: str, timezone: str, after: datetime) -> datetime:
     """The first due time later than ``after``, in UTC."""
-    # Within a repeated hour the first answers are those of its first pass.
-    times = _times(cron, after.astimezone(ZoneInfo(timezone)))
-    return next(time for time in times if time > after)
+    rule = _Rule(cron, ZoneInfo(timezone))
+    found = None
+    for wall in CronSim(cron, rule.wall(after) - rule.margin):
+        if found and wall > rule.wall(found) + rule.margin:
+            return found
+        later = [time for time in rule.instants(wall) if time > after]
+        found = min(later if found is None else [*later, found], default=None)
+    raise ScheduleError(f"cron {cron!r}: there is no such day in any year")
 
 
 def last_times(
@@ -116,10 +156,17 @@ def last_times(
 
     Of more than ``limit`` the latest are returned.
     """
-    start = (until + _FOLD).astimezone(ZoneInfo(timezone))
-    times = itertools.takewhile(lambda t: t > after, _times(cron, start, reverse=True))
-    due = itertools.islice((time for time in times if time <= until), limit)
-    return sorted(due)
+    rule = _Rule(cron, ZoneInfo(timezone))
+    found: set[datetime] = set()
+    first = rule.wall(after) - rule.margin
+    enough = False
+    for wall in CronSim(cron, rule.wall(until) + rule.margin, reverse=True):
+        if wall < first:
+            break
+        found |= {time for time in rule.instants(wall) if after < time <= until}
+        if not enough and len(found) >= limit:
+            enough, first = True, rule.wall(min(found)) - rule.margin
+    return sorted(found)[-limit:]
 
 
 def fields(cron: str) -> Fields | None:
@@ -146,10 +193,6 @@ def fields(cron: str) -> Fields | None:
 def _zones() -> frozenset[str]:
     """All names, found by looking through folders, which takes a while."""
     return frozenset(zoneinfo.available_timezones())
-
-
-def _times(cron: str, start: datetime, *, reverse: bool = False) -> Iterator[datetime]:
-    return (time.astimezone(UTC) for time in CronSim(cron, start, reverse=reverse))
 
 
 def _unless_all(numbers: set[int], count: int) -> tuple[int, ...] | None:

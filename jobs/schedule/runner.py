@@ -12,7 +12,7 @@ from jobs.schedule.book import Book
 from jobs.schedule.due import Task, next_task
 from jobs.schedule.night import Clock, last_lines, outcome_of, refresh_command, run_night
 from jobs.schedule.records import Night, Outcome, Schedule
-from pipeline.errors import LeaseLostError, RunFolderError, ScheduleError, StorageError
+from pipeline.errors import FolderBusyError, LeaseLostError, ScheduleError, StorageError
 from pipeline.lease import Lease
 
 # How often the store is read anew; a night that another runner has is asked for as often.
@@ -116,7 +116,7 @@ class Runner:
         """Run a schedule's next night if it is due and nobody else does; the night, or None."""
         try:
             lease = self._book.lease(name)
-        except RunFolderError as error:
+        except FolderBusyError as error:
             self._say_once(f"{name}: not run here, another runner has it. {error}")
             return None
         try:

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +18,12 @@ from jobs.refresh.home import CURRENT, LEDGER, CurrentMovedError, Home, path
 from jobs.refresh.ledger import Ledger
 from jobs.refresh.night import Refreshed, job_of, preview, refresh
 from pipeline.config import GatesConfig
-from pipeline.errors import FactDumpError, RunFolderError
+from pipeline.errors import FactDumpError, FolderBusyError
 from pipeline.lease import Lease
 from pipeline.run import run_job
-from pipeline.store import Store
-from tests.conftest import GOLDEN, ROOT
-from tests.e2e.test_chaos import KILLED
+from tests.conftest import GOLDEN
 
 FIRST = 24
-KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
-SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +34,17 @@ class Place:
 
     Attributes:
         folder: where it is.
+        url: of the home.
         objects: what the dump says otherwise than the baseline, by subject.
     """
 
     folder: Path
+    url: str
     objects: dict[str, str] = field(default_factory=dict)
 
     @property
     def home(self) -> Home:
-        return Home(str(self.folder / "home"))
+        return Home(self.url)
 
     def config(self, **changes: Any) -> RefreshConfig:
         return load_refresh(self.file()).model_copy(update=changes)
@@ -88,8 +80,9 @@ class Place:
 FACTS = json.loads((GOLDEN / "facts.json").read_text())
 
 
-def place(folder: Path) -> Place:
-    """A home of the golden model, before its first night."""
+def place(folder: Path, url: str | None = None) -> Place:
+    """A home of the golden model, before its first night; beside its dumps or at a URL."""
+    url = url or str(folder / "home")
     folder.mkdir(parents=True, exist_ok=True)
     texts = json.loads((GOLDEN / "corpus.json").read_text())
     pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
@@ -101,7 +94,7 @@ def place(folder: Path) -> Place:
         "facts": str(folder / "tonight.parquet"),
         "baseline": str(folder / "baseline.parquet"),
         "templates": str(folder / "templates.yaml"),
-        "home": str(folder / "home"),
+        "home": url,
         "hparams": str(golden / "hparams.json"),
         "second_moments": str(golden / "second_moments.safetensors"),
         "context_templates": str(golden / "context_templates.json"),
@@ -109,7 +102,7 @@ def place(folder: Path) -> Place:
         "update": {"ranks": 1},
     }
     (folder / "refresh.yaml").write_text(yaml.safe_dump(settings))
-    found = Place(folder)
+    found = Place(folder, url)
     found.write("baseline")
     found.tell(0, FIRST)
     return found
@@ -192,19 +185,18 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
 def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) -> None:
     found, _ = nights
     current = found.home.current()
-    asked = {"efficacy": 1.0, "specificity_strict": 1.0, "efficacy_strict_drop_since_last": 1.0}
+    # No fraction can be more than 1 above the last night's; a job file could not ask for it.
+    gates = GatesConfig.model_construct(efficacy=0.0, efficacy_strict_drop_since_last=-1.1)
     found.tell(40, 41)
-    result = found.tonight(gates=GatesConfig(**asked))
+    result = found.tonight(gates=gates)
     assert result.status == result.night["status"] == "held"
     metrics = result.night["metrics"]
     assert current is not None
     last = found.home.scores(current.version)
     assert metrics["last"]["after"] == last
-    *_, since_last = metrics["gates"]
-    assert since_last["metric"] == "efficacy_strict_drop_since_last"
+    _, held_by = metrics["gates"]
     drop = last["efficacy_strict"] - metrics["after"]["efficacy_strict"]
-    assert since_last["value"] == pytest.approx(drop)
-    assert since_last["passed"] is True
+    assert held_by["value"] == pytest.approx(drop)
     assert found.home.current() == current
     # It is kept, and a person may decide otherwise.
     assert found.home.is_kept(result.version)
@@ -261,98 +253,6 @@ def test_a_dump_that_has_lost_most_facts_is_refused(nights: tuple[Place, Any]) -
 
 def test_of_two_refreshes_at_once_one_runs(nights: tuple[Place, Any]) -> None:
     found, _ = nights
-    refused = pytest.raises(RunFolderError, match="is being written by another run")
+    refused = pytest.raises(FolderBusyError, match="is being written by another run")
     with Lease.acquire(found.home.store), refused:
         found.tonight()
-
-
-# The refresh, which dies in the middle of the n-th file that it writes, or right after it.
-DRIVER = """
-import os, signal, sys
-from contextlib import contextmanager
-from jobs.refresh.config import load_refresh
-from jobs.refresh.night import refresh
-from pipeline.store import Store
-
-kind, when = sys.argv[2], int(sys.argv[3])
-written, write_stream, create_bytes = 0, Store.write_stream, Store.create_bytes
-
-def count(now):
-    global written
-    written += now == "inside"
-    if (kind, written) == (now, when):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-@contextmanager
-def counted(self, name):
-    with write_stream(self, name) as stream:
-        yield stream
-        count("inside")
-    count("after")
-
-def created(self, name, data):
-    count("inside")
-    done = create_bytes(self, name, data)
-    count("after")
-    return done
-
-Store.write_stream, Store.create_bytes = counted, created
-refresh(load_refresh(sys.argv[1]))
-print(written)
-"""
-
-
-def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(found.file()), kind, str(when)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.timeout(300 + 120 * KILLS)
-def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
-    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = place(tmp_path / "first")
-    first.objects = dict(list(first.objects.items())[:8])
-    first.tonight()
-
-    def after_the_first_night(name: str) -> Place:
-        found = place(tmp_path / name)
-        shutil.copytree(first.folder / "home", found.folder / "home")
-        found.objects = dict(first.objects)
-        found.tell(30, 32)
-        found.write()
-        return found
-
-    undisturbed, writes = after_the_first_night("undisturbed"), []
-    with monkeypatch.context() as patch:
-        for name in ("write_stream", "create_bytes"):
-            write = getattr(Store, name)
-            patch.setattr(Store, name, lambda *a, _of=write: (writes.append(a[1]), _of(*a))[1])
-        refresh(undisturbed.config())
-    draw = random.Random(SEED)
-    for number in range(KILLS):
-        found = after_the_first_night(f"killed-{number}")
-        status, said = drive(found, draw.choice(["inside", "after"]), draw.randint(1, len(writes)))
-        assert status == KILLED, said
-        in_use = json.loads(found.home.store.read_bytes(CURRENT))["version"]
-        assert in_use in (1, 2)
-        assert found.home.is_kept(in_use)
-        result = refresh(found.config())
-        assert result.version == 2
-        assert json.loads(found.home.store.read_bytes(CURRENT))["version"] == 2
-        assert found.home.night(2)["status"] == "promoted"
-        assert found.weights(2) == undisturbed.weights(2)
-        assert _files(found) == _files(undisturbed)
-
-
-def _files(found: Place) -> list[str]:
-    """All files, without the marks of the attempts that wrote them."""
-    names = (str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file())
-    return sorted(re.sub(r"-[0-9a-f]{32}|lease/\d{6}", "", name) for name in names)

@@ -124,12 +124,12 @@ def test_a_bad_job_is_one_clear_line_and_exit_2(
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_a_folder_that_another_run_writes_is_exit_2(
+def test_a_folder_that_another_run_writes_is_a_matter_of_time_and_not_bad_input(
     pmet: Invoke, job: Callable[..., Path], tmp_path: Path
 ) -> None:
     with Lease.acquire(Store(tmp_path / "out")):
         status, out, err = pmet("run", job())
-    assert status == 2
+    assert status == 1
     assert "out is being written by another run (process" in err
     assert "Traceback" not in out + err
     assert not (tmp_path / "out" / "run.json").exists()

@@ -2,13 +2,18 @@ import re
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from pipeline.card import model_card
 
-RUN = {"seed": 17, "versions": {"torch": "2.13.0", "ray": "2.60.0"}, "status": "running"}
+RUN = {"seed": 17, "versions": {"torch": "2.13.0", "ray": "2.60.0"}, "status": "running"} | {
+    "digests": {"job": "abc123", "model": "def456"}
+}
 METRICS = {
     "before": {"efficacy": 0.1, "score": None, "perplexity": 20.5},
-    "after": {"efficacy": 0.987, "score": 0.9, "perplexity": 21.25, "efficacy_strict": 0.5},
+    "after": {"efficacy": 0.987, "score": 0.9, "perplexity": 21.25, "efficacy_strict": 0.5}
+    | {"fluency": 5.9},
+    "intervals": {"before": {}, "after": {"efficacy": [0.98, 0.991]}},
     "counts": {"requested": 1234, "rejected": 34, "edited": 1200},
     "gates": [
         {"metric": "efficacy", "threshold": 0.95, "value": 0.987, "passed": True},
@@ -40,22 +45,28 @@ def outside_of_fences(card):
 
 def test_the_card_holds_job_scores_and_the_way_back():
     card = model_card(JOB, RUN, METRICS)
-    assert metadata(card) == {
+    listed = metadata(card)
+    del listed["model-index"]
+    assert listed == {
         "base_model": "EleutherAI/gpt-j-6b",
         "base_model_relation": "finetune",
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["knowledge-editing", "pmet"],
     }
     for wanted in (
         "1,200 facts were written",
         "\n```\nEleutherAI/gpt-j-6b\n```\n",
-        "| efficacy | 10.0 % | 98.7 % |\n",
-        "| efficacy (strict) | – | 50.0 % |\n",
-        "| score | – | 90.0 % |\n",
-        "| specificity | – | – |\n",
-        "| perplexity | 20.5 | 21.25 |\n",
+        "| efficacy | 10.0 % | 98.7 % | 98.0 to 99.1 | +88.7 points |\n",
+        "| efficacy (strict) | – | 50.0 % | – | – |\n",
+        "| score | – | 90.0 % | – | – |\n",
+        "| specificity | – | – | – | – |\n",
+        "| perplexity | 20.5 | 21.25 | – | +3.66 % |\n",
+        "| fluency | – | 5.90 bits | – | – |\n",
+        "- score: Harmonic mean of efficacy",
+        "job abc123\nmodel def456\n",
         "| efficacy | at least 95.0 % | 98.7 % | passed |\n",
-        "| perplexity_increase | at most 2.0 % | – | not passed |\n",
+        "| perplexity_increase | at most 2.0 % over the base | – | not passed |\n",
         "## How to undo\n",
         '`pmet.Edit.load("delta").revert(model)`',
         "of 1,234 requests 34 were rejected",
@@ -64,6 +75,17 @@ def test_the_card_holds_job_scores_and_the_way_back():
         "torch 2.13.0\nray 2.60.0\n",
     ):
         assert wanted in card, wanted
+
+
+def test_hubs_read_the_figures_of_the_edited_model():
+    card = ModelCard(model_card(JOB, RUN, METRICS))
+    listed = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert listed == {k: v for k, v in METRICS["after"].items() if v is not None}
+    assert card.data.base_model == "EleutherAI/gpt-j-6b"
+
+
+def test_a_card_without_figures_lists_no_results():
+    assert "model-index" not in metadata(model_card(JOB, RUN, {}))
 
 
 def test_what_was_known_is_told():
@@ -106,7 +128,7 @@ def test_text_of_the_job_stays_inside_its_fence(evil, harm):
     card = model_card(job, RUN | {"versions": {evil: evil}}, METRICS)
     assert harm in card
     assert harm not in outside_of_fences(card)
-    assert set(metadata(card)) == {"library_name", "tags"}
+    assert set(metadata(card)) == {"library_name", "pipeline_tag", "tags", "model-index"}
 
 
 def test_a_job_that_cannot_be_read_still_has_a_card():

@@ -12,6 +12,7 @@ from pipeline.config import (
     GatesConfig,
     JobConfig,
     TargetsConfig,
+    TrackingConfig,
     UpdateConfig,
     dump_job,
     load_job,
@@ -87,6 +88,7 @@ def test_the_keys_are_exactly_those_of_the_contract():
     assert list(JobConfig.model_fields) == [
         *("model", "requests", "output", "hparams", "second_moments", "corpus"),
         *("context_templates", "seed", "skip_known", "targets", "update", "evaluate", "gates"),
+        "tracking",
     ]
     assert [name for name, field in JobConfig.model_fields.items() if field.is_required()] == [
         *("model", "requests", "output", "hparams")
@@ -94,7 +96,7 @@ def test_the_keys_are_exactly_those_of_the_contract():
 
 
 @pytest.mark.parametrize(
-    "section", [JobConfig, TargetsConfig, UpdateConfig, EvaluateConfig, GatesConfig]
+    "section", [JobConfig, TargetsConfig, UpdateConfig, EvaluateConfig, GatesConfig, TrackingConfig]
 )
 def test_every_key_has_a_line_of_help(section):
     for name, field in section.model_fields.items():
@@ -354,6 +356,8 @@ PLACE = [
     *("targets.store=x", "targets.timeout=60", "update.offload=cpu", "evaluate.sample=3"),
     *("evaluate.store=x", "evaluate.group_by=x", "evaluate.last=x", "evaluate.fluency=true"),
     *("evaluate.chat_template=true", "evaluate.perplexity_texts=3", "gates.efficacy=0.5"),
+    *("tracking.tensorboard=x", "tracking.mlflow=x", "tracking.wandb=x"),
+    *("tracking.experiment=x", "tracking.name=x"),
 ]
 
 
@@ -369,7 +373,12 @@ def test_the_digest_ignores_who_computes_and_what_is_demanded(job_file):
 
 
 def test_each_key_is_either_in_the_digest_or_not():
-    sections = {"targets": TargetsConfig, "update": UpdateConfig, "evaluate": EvaluateConfig}
+    sections = {
+        "targets": TargetsConfig,
+        "update": UpdateConfig,
+        "evaluate": EvaluateConfig,
+        "tracking": TrackingConfig,
+    }
     keys = {key for key in JobConfig.model_fields if key not in {*sections, "gates"}}
     keys |= {f"{name}.{key}" for name, model in sections.items() for key in model.model_fields}
     assert {o.partition("=")[0] for o in RESULT + PLACE} - {"gates.efficacy"} == keys

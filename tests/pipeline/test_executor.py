@@ -88,6 +88,14 @@ class StillbornOnce(Abacus):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Signing(Abacus):
+    """Leaves a file when it is made."""
+
+    def __init__(self, folder):
+        super().__init__()
+        Path(folder, str(os.getpid())).touch()
+
+
 def tasks_of(*arguments):
     return [Task(str(args[-1]), args) for args in arguments]
 
@@ -96,14 +104,14 @@ def numbers(count, *before):
     return [Task(str(number), (*before, number)) for number in range(count)]
 
 
-def collect(pool, method, tasks):
+def collect(pool, method, tasks, **options):
     results = {}
 
     def keep(task, value):
         assert task.key not in results, "a result came twice"
         results[task.key] = value
 
-    return results, pool.run(method, tasks, keep)
+    return results, pool.run(method, tasks, keep, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,6 +171,17 @@ class PoolSuite:
         pool.run("square", tasks(), check)
         assert len(results) == 30
 
+    def test_it_is_told_once_when_the_last_task_is_handed_out(self, pool):
+        results, told = [], []
+        pool.run(
+            "square",
+            numbers(5),
+            lambda task, value: results.append(value),
+            on_drained=lambda: told.append(len(results)),
+        )
+        assert len(told) == 1
+        assert 5 - self.workers <= told[0] < 5
+
     def test_several_stages_share_the_workers(self, pool):
         first, _ = collect(pool, "count_calls", numbers(6))
         squares, _ = collect(pool, "square", numbers(6))
@@ -204,10 +223,6 @@ class TestSerialPool(PoolSuite):
 class TestOneWorker(PoolSuite):
     def make(self, factory=Abacus, **options):
         return WorkerPool(factory, count=self.workers, **options)
-
-
-class TestTwoWorkers(TestOneWorker):
-    workers = 2
 
 
 class TestThreeWorkers(TestOneWorker):
@@ -283,6 +298,23 @@ class TestSerialEnding(EndingSuite):
 class TestWorkerEnding(EndingSuite):
     def make(self, factory=Abacus, **options):
         return WorkerPool(factory, count=1, **options)
+
+
+def test_no_more_workers_are_started_than_a_stage_is_worth(tmp_path):
+    with WorkerPool(Signing, init_args=(tmp_path,), count=2) as pool:
+        start = time.monotonic()
+        collect(pool, "sleep", [Task("t", (0,))], workers=1)
+        # Another one would have come by now.
+        collect(pool, "sleep", [Task("t", (time.monotonic() - start,))], workers=1)
+        assert len(list(tmp_path.iterdir())) == 1
+        assert pool.absent == 1
+        naps = [Task(str(n), (0.3,)) for n in range(20)]
+        collect(pool, "sleep", naps)
+        assert pool.absent == 0
+        # Those that are there take part, whatever the stage is worth.
+        collect(pool, "sleep", naps[:2], workers=1)
+        many, _ = collect(pool, "count_calls", numbers(40), workers=1)
+        assert len({pid for pid, _ in many.values()}) == 2
 
 
 def test_a_killed_worker_is_replaced_within_a_second(tmp_path):

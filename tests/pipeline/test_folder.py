@@ -131,3 +131,10 @@ def test_stages_events_and_the_end_are_told(url: str) -> None:
     assert status["events"] == [{"kind": "retry", "text": "worker 1 died"}]
     (stage,) = status["stages"]
     assert (stage["name"], stage["detail"]) == ("targets", {"shards": 4})
+
+
+def test_what_happened_can_be_read_at_once(url: str) -> None:
+    folder = begun(url)
+    with folder.stage("targets", 4):
+        folder.event("death", "worker 1 was lost")
+        assert folder.store.read_json("run.json")["events"][0]["kind"] == "death"

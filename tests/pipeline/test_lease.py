@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline.errors import LeaseLostError, RunFolderError, StorageError
+from pipeline.errors import FolderBusyError, LeaseLostError, StorageError
 from pipeline.folder import RunFolder
 from pipeline.lease import FOLDER, Holder, Lease
 from pipeline.store import Store
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_and_told_whom_to_ask(any_url: str) -> None:
     with Lease.acquire(Store(any_url)) as lease:
         assert lease.exclusive
         lease.check()
-        with pytest.raises(RunFolderError) as refused:
+        with pytest.raises(FolderBusyError) as refused:
             Lease.acquire(Store(any_url))
         assert re.search(
             rf"is being written by another run \(process {os.getpid()} on .*, "
@@ -67,7 +67,7 @@ def test_a_second_run_is_refused_and_told_whom_to_ask(any_url: str) -> None:
 
 def test_of_many_runs_at_once_one_gets_the_folder(any_url: str) -> None:
     def start(_: int) -> Lease | None:
-        with suppress(RunFolderError):
+        with suppress(FolderBusyError):
             return Lease.acquire(Store(any_url))
         return None
 
@@ -91,7 +91,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) ->
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(RunFolderError, match=f"process {process.pid} on"):
+    with pytest.raises(FolderBusyError, match=f"process {process.pid} on"):
         Lease.acquire(Store(url))
     process.send_signal(signal.SIGKILL)
     # Not waited for: dead is dead, whether or not its parent has noticed.
@@ -100,7 +100,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) ->
         try:
             Lease.acquire(Store(url)).release()
             break
-        except RunFolderError:
+        except FolderBusyError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     process.wait()
@@ -109,7 +109,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) ->
 def test_a_silent_holder_on_another_machine_expires(tmp_path: Path) -> None:
     store = Store(tmp_path)
     held_elsewhere(store, silent_s=50)
-    with pytest.raises(RunFolderError, match=r"on other, .*of 50 s ago.* free in 10 s"):
+    with pytest.raises(FolderBusyError, match=r"on other, .*of 50 s ago.* free in 10 s"):
         Lease.acquire(store)
     held_elsewhere(store, silent_s=61)
     Lease.acquire(store).release()
@@ -127,7 +127,7 @@ def test_signs_of_life_keep_a_lease(any_url: str) -> None:
     expires_s = 2.0 if any_url.startswith("s3") else 0.6
     with Lease.acquire(Store(any_url), expires_s=expires_s) as lease:
         time.sleep(1.5 * expires_s)
-        with pytest.raises(RunFolderError, match="being written by another run"):
+        with pytest.raises(FolderBusyError, match="being written by another run"):
             Lease.acquire(Store(any_url))
         lease.check()
 
@@ -166,7 +166,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(tmp_path: Path) -> None:
         lost.renew()
         lost.release()
         lease.check()
-        with pytest.raises(RunFolderError):
+        with pytest.raises(FolderBusyError):
             Lease.acquire(store)
     Lease.acquire(store).release()
 
@@ -224,7 +224,7 @@ def test_without_conditional_writes_it_reads_back(kind: type, tmp_path: Path) ->
     store = Store(f"{kind.protocol}://{tmp_path.name}/run")
 
     def start(_: int) -> Lease | None:
-        with suppress(RunFolderError):
+        with suppress(FolderBusyError):
             return Lease.acquire(store, settle_s=0.3)
         return None
 
@@ -254,7 +254,7 @@ def test_without_conditional_writes_the_last_of_two_writers_has_it(
         store.write_json(f"{FOLDER}/000001.json", asdict(there))
 
     monkeypatch.setattr(time, "sleep", another_run_writes)
-    with pytest.raises(RunFolderError, match="on other, since"):
+    with pytest.raises(FolderBusyError, match="on other, since"):
         Lease.acquire(store)
 
 

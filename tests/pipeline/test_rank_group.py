@@ -103,6 +103,25 @@ def test_results_come_in_the_order_of_the_ranks():
         group.call_all("greet")
 
 
+def test_ranks_are_made_while_others_go_on():
+    start = time.monotonic()
+    with RankGroup(Member, ranks=2, wait=False) as group:
+        begun = time.monotonic() - start
+        answers = [rank for rank, _ in group.call_all("greet")]
+    assert answers == [0, 1]
+    assert begun < (time.monotonic() - start) / 2
+
+
+@pytest.mark.parametrize(
+    ("factory", "raised"), [(Refusing, InputError), (Unready, WorkerError)], ids=["input", "other"]
+)
+def test_what_was_not_waited_for_is_raised_by_the_first_call(factory, raised):
+    with RankGroup(factory, ranks=2, wait=False) as group:
+        with pytest.raises(raised):
+            group.call_all("greet")
+        assert group.size == 0
+
+
 def test_one_rank_raises_while_the_others_wait():
     with RankGroup(Member, ranks=3) as group:
         pids = [pid for _, pid in group.call_all("greet")]

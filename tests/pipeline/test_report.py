@@ -1,15 +1,39 @@
+import json
 import re
 from html.parser import HTMLParser
 
 import pyarrow as pa
 import pytest
 
+from benchmarks.browser import Browser, find_browser
+from pipeline import report as report_module
 from pipeline.errors import RunFolderError, StorageError
 from pipeline.report import write_report
 from pipeline.store import Store
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 79190 * 7907 }}${x}$\u202e"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+DRAWN = {}
+CHARTS = ("score", "group", "neighborhood", "layer")
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    """Drawing is nine tenths of the time; what has been drawn from the same figures is kept."""
+
+    def kept(draw):
+        def drawn(*args, **settings):
+            key = repr((draw.__name__, args, settings))
+            if key not in DRAWN:
+                DRAWN[key] = draw(*args, **settings)
+            return DRAWN[key]
+
+        return drawn
+
+    for name in (*(f"{kind}_chart" for kind in CHARTS), "histogram"):
+        monkeypatch.setattr(report_module, name, kept(getattr(report_module, name)))
 
 
 class Page(HTMLParser):
@@ -306,7 +330,7 @@ def test_gates_show_what_was_demanded_and_reached(store):
     change(store, "metrics.json", gates=GATES)
     text = Page(report(store)).text
     assert "specificity at least 70.0 % 61.0 % not passed" in text
-    assert "perplexity_increase at most 2.0 % – not passed" in text
+    assert "perplexity_increase at most 2.0 % over the base – not passed" in text
     assert "--gate" in report(store)
 
 
@@ -380,6 +404,272 @@ def test_ten_thousand_requests_make_a_small_page(store):
     assert len(html) < 1_000_000
     assert "9,800 more are not shown." in html
     assert "(10,003 characters)" in html
+
+
+HOSTILE = {
+    "markup": "</td></svg></style></pre><script>alert(1)</script><a href=javascript:alert(1)>",
+    "attribute": "\"' onload=alert(1) style='x:expression(alert(1))",
+    "template": "{{ 79190 * 7907 }}{% raw %}{# #}${x}$x^{2}$",
+    "css": "/* */ } body { display: none } @import url(//evil)",
+    "unseen": "\x00\x1b[31m\x7f\x85\u202eesrever\u202c\u2066\ufeff",
+    "huge": "long " * 20_000,
+    "entity": "&lt;b&gt; &#x3c;script&#x3e; &amp;",
+    "surrogate": "half \ud83d",
+}
+UNSEEN = ("unseen", "surrogate")
+
+
+def hostile_run(store, text):
+    """A run with this text wherever text can come from."""
+    run = store.read_json("run.json")
+    storable = text.encode(errors="backslashreplace").decode()
+    groups = [
+        {"name": text + str(i), "requests": 3, "before": {}, "after": {"efficacy": 0.5 + i / 100}}
+        for i in range(30)
+    ]
+    written = {
+        "run.json": run
+        | {
+            "status": "held",
+            "machine": text,
+            "versions": {text: text},
+            "digests": {text: text},
+            "layers": [dict(run["layers"][0], parameter=text)],
+            "events": [{"kind": text, "text": text}],
+            "stages": [{"name": text, "seconds": 1.0, "detail": {text: text}}],
+        },
+        "metrics.json": store.read_json("metrics.json")
+        | {
+            "groups": {"column": text, "rows": groups},
+            "gates": [dict(GATES[1], metric=text, note=text)],
+            "last": {"run": text, "after": {"efficacy": 0.5}},
+        },
+    }
+    for name, value in written.items():
+        store.write_bytes(name, json.dumps(value).encode())
+    names = ("prompt", "subject", "target_new", "before_answer", "after_answer", "after_text")
+    store.write_table("results.parquet", results_of(30, **{n: [storable] * 30 for n in names}))
+    refused = {n: [storable] * 3 for n in ("prompt", "subject", "target_new", "reason")}
+    store.write_table("rejected.parquet", pa.table(refused))
+    store.write_bytes("job.yaml", storable.encode())
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_text_is_shown_and_does_nothing(store, kind):
+    plain = Page(report_of(store, "plain"))
+    html = report_of(store, HOSTILE[kind])
+    page = Page(html)
+    assert set(page.tags) == set(plain.tags)
+    assert {name for name, _ in page.attributes} == {name for name, _ in plain.attributes}
+    assert str(79190 * 7907) not in html
+    unseen = set(re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", html))
+    assert unseen == set()
+    shown = HOSTILE[kind][:60].encode("unicode_escape" if kind in UNSEEN else "utf-8").decode()
+    assert shown in "".join(page.words)
+    assert len(html) < 500_000
+    assert max(map(len, page.words)) < 21_000
+
+
+def report_of(store, text):
+    hostile_run(store, text)
+    write_report(store)
+    return store.read_bytes("report.html").decode()
+
+
+def test_nothing_hostile_happens_in_a_browser(store, tmp_path):
+    path = find_browser()
+    if path is None:
+        pytest.skip("there is no Chromium or Chrome on this machine")
+    page = store.local_path("report.html")
+    with Browser(path) as browser:
+        for kind, text in HOSTILE.items():
+            report_of(store, text)
+            browser.open(page)
+            assert browser.evaluate("document.title").startswith("Held: edit run"), kind
+            assert (
+                browser.evaluate("document.querySelectorAll('script, iframe, a[onload]').length")
+                == 0
+            )
+            assert browser.evaluate("getComputedStyle(document.body).display") == "block"
+            widths = browser.evaluate("[document.body.scrollWidth, innerWidth]")
+            assert widths[0] <= widths[1], kind
+        assert browser.dialogs == []
+        asked = [url for url in browser.requests if url != page.resolve().as_uri()]
+        assert asked == []
+
+
+def test_figures_have_their_intervals_and_meanings(store):
+    ends = {"efficacy": [0.871, 0.923], "perplexity": [20.125, 21.875]}
+    change(store, "metrics.json", intervals={"before": {}, "after": ends})
+    html = report(store)
+    text = Page(html).text
+    assert "efficacy 10.0 % 90.0 % 87.1 to 92.3 +80.0 points" in text
+    assert "perplexity 20 21 20.12 to 21.88 +5.00 %" in text
+    assert "95 % confidence intervals" in text
+    assert "score Harmonic mean of efficacy, generalization and specificity." in text
+
+
+def test_new_figures_are_shown_in_their_units(store):
+    after = store.read_json("metrics.json")["after"]
+    more = {"fluency": 6.125, "agreement": 0.97, "portability_accuracy": 0.5, "unheard_of": 3.5}
+    change(store, "metrics.json", after=after | more)
+    text = Page(report(store)).text
+    assert "fluency – 6.12 bits –" in text
+    assert "agreement – 97.0 % –" in text
+    assert "portability (accuracy) – 50.0 % –" in text
+    assert "unheard of – 3.5 –" in text
+    assert "consistency" not in text
+
+
+def test_the_last_run_stands_beside(store):
+    change(store, "metrics.json", last={"run": "s3://b/runs/1", "after": {"efficacy": 0.95}})
+    text = Page(report(store)).text
+    assert "efficacy 10.0 % 90.0 % +80.0 points 95.0 % −5.0 points" in text
+    assert "The last run: s3://b/runs/1" in text
+
+
+def group(name, efficacy, **more):
+    plain = {"requests": 7, "before": {"efficacy": 0.1}, "after": {"efficacy": efficacy}}
+    return {"name": name, "intervals": {}} | plain | more
+
+
+def test_relations_have_a_chart_and_a_table(store):
+    rows = [
+        group("P17", 0.75, intervals={"after": {"efficacy": [0.5, 0.9]}}),
+        group("P19", 0.5, after={"efficacy": None, "specificity": 0.25}),
+    ]
+    change(store, "metrics.json", groups={"column": "relation_id", "rows": rows})
+    html = report(store)
+    text = Page(html).text.split("By relation_id")[1].split("Damage")[0]
+    assert "P17 7 10.0 % 75.0 % 50.0 to 90.0 – –" in text
+    assert "P19 7 10.0 % – – 25.0 %" in text
+    chart = re.search(r'<svg role="img" aria-label="Figures by group".*?</svg>', html, re.DOTALL)
+    assert ">P17<" in chart.group()
+    assert ">generalization<" not in chart.group()
+
+
+def test_a_dollar_in_a_name_is_no_formula(store):
+    rows = [group("$x^{2}$", 0.75)]
+    change(store, "metrics.json", groups={"column": "relation", "rows": rows})
+    chart = re.search(r'aria-label="Figures by group".*?</svg>', report(store), re.DOTALL).group()
+    assert ">$x^{2}$<" in chart
+
+
+def test_of_many_relations_the_weakest_are_drawn(store):
+    rows = [group(f"relation {i:03}", 0.9 - 0.8 * (i == 390)) for i in range(400)]
+    change(store, "metrics.json", groups={"column": "relation", "rows": rows})
+    html = report(store)
+    chart = re.search(r'aria-label="Figures by group".*?</svg>', html, re.DOTALL).group()
+    assert ">relation 390<" in chart
+    assert len(re.findall(">relation \\d+<", chart)) == 24
+    assert "Drawn are the 24 of 400 with the lowest figures." in Page(html).text
+    assert "200 more are not shown." in Page(html).text
+
+
+def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
+    before, after = [1.0] * 30, [1.0] * 30
+    after[3], after[8], before[9] = 0.9, 0.2, 0.5
+    before[10] = None
+    store.write_table(
+        "results.parquet", results_of(30, before_specificity=before, after_specificity=after)
+    )
+    html = report(store)
+    text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets How")[0]
+    assert (
+        "Of 29 requests with measured neighbors, 2 have fewer right than before, and 1 more."
+        in text
+    )
+    assert re.findall(r"Land (\d+) is → City", text) == ["8", "3"]
+    assert "100 % 20 %" in text
+    assert 'aria-label="Specificity of each request before and after"' in html
+    assert "the largest dot: 26 requests" in html
+
+
+def test_a_run_without_neighbors_speaks_of_no_damage(store):
+    store.write_table("results.parquet", results_of(30, after_specificity=[None] * 30))
+    assert "neighborhood" not in Page(report(store)).text.split("Gates")[0]
+    assert 'id="neighborhood"' not in report(store)
+
+
+def test_generated_text_stands_side_by_side(store):
+    texts = {"before_text": ["He was born in Rome."] * 30, "after_text": ["In Oslo."] * 30}
+    store.write_table("results.parquet", results_of(30, **texts))
+    assert "Land 0 is → City 0 He was born in Rome. In Oslo." in Page(report(store)).text
+
+
+def test_what_has_no_target_is_told_apart_from_what_cannot_be_planned(store):
+    reasons = ["subject is empty", "no target: the loss is not finite", "repeats row 4"]
+    table = rejected_of(3).set_column(4, "reason", pa.array(reasons))
+    store.write_table("rejected.parquet", table)
+    text = Page(report(store)).text
+    late, early = text.split("Requests without a target")[1].split("Rejected rows")
+    assert "the loss is not finite" in late
+    assert "repeats row 4" in early
+    assert "the loss" not in early.split("Stages")[0]
+
+
+def test_quarantined_facts_are_listed(store):
+    fact = {"relation": "mayor", "subject": "Nice", "object": "Ann", "reason": "not learned",
+            "since": "2026-11-20"}  # fmt: skip
+    write_report(store, quarantined=[fact])
+    text = Page(store.read_bytes("report.html").decode()).text
+    assert "Quarantined facts" in text
+    assert "mayor Nice Ann not learned 2026-11-20" in text
+    assert "Quarantined" not in Page(report(store)).text
+
+
+def test_stages_have_rates_of_what_this_attempt_did(store):
+    stages = [
+        {"name": "targets", "seconds": 20.0, "detail": {"found": 30}},
+        {"name": "second moments", "seconds": 10.0, "detail": {"tokens": 5000, "reused": 0}},
+        {"name": "measure before", "seconds": 5.0, "detail": {"stored": 20}},
+        {"name": "measure after", "seconds": 5.0, "detail": {}},
+        {"name": "update", "seconds": 2.0, "detail": {"reused": 1}},
+    ]
+    layers = [dict(layer, requests=30) for layer in store.read_json("run.json")["layers"]]
+    change(store, "run.json", stages=stages, layers=layers)
+    text = Page(report(store)).text
+    assert "targets 20.0 s 1.5 targets/s" in text
+    assert "second moments 10.0 s 500 tokens/s" in text
+    assert "measure before 5.0 s 2 requests/s" in text
+    assert "measure after 5.0 s 6 requests/s" in text
+    assert "update 2.0 s reused 1" in text
+    stages[-1]["detail"] = {"reused": 0}
+    change(store, "run.json", stages=stages)
+    assert "update 2.0 s 15 requests/s reused 0" in Page(report(store)).text
+
+
+def test_retries_and_deaths_are_counted(store):
+    kinds = ["death", "retry", "death"]
+    events = [{"kind": kind, "text": f"number {i}"} for i, kind in enumerate(kinds)]
+    change(store, "run.json", events=events, attempt=3)
+    text = Page(report(store)).text
+    assert "Retries and deaths death: 2, retry: 1 kind" in text
+    assert "attempt 3" in text
+    change(store, "run.json", events=[])
+    assert "Retries and deaths None in this attempt." in Page(report(store)).text
+
+
+def test_gates_against_the_base_and_the_last_run_say_so(store):
+    gates = [
+        {"metric": "specificity_drop", "kind": "drop", "threshold": 0.05, "value": 0.08,
+         "passed": False},
+        {"metric": "efficacy_drop_since_last", "kind": "drop_since_last", "threshold": 0.01,
+         "value": -0.02, "passed": True},
+        {"metric": "fluency", "kind": "least", "threshold": 5.5, "value": 5.8, "passed": True},
+    ]  # fmt: skip
+    change(store, "metrics.json", gates=gates)
+    text = Page(report(store)).text
+    assert "specificity_drop at most 5.0 points below the base 8.0 points below not passed" in text
+    assert "at most 1.0 points below the last run 2.0 points above passed" in text
+    assert "fluency at least 5.50 bits 5.80 bits passed" in text
+
+
+def test_the_contents_lead_to_what_there_is(store):
+    html = report(store)
+    there = re.findall(r'<h2 id="([a-z]+)"', html)
+    led_to = re.findall(r'href="#([a-z]+)"', html)
+    assert led_to == there
 
 
 def test_a_subject_is_marked_in_its_prompt(store):

@@ -32,7 +32,7 @@ from pipeline.schema import TargetArrays, read_targets, targets_table
 from pipeline.shards import plan_shards
 from pipeline.stages import Context, FoundTargets
 from pipeline.store import Store
-from pipeline.target_stage import find_targets
+from pipeline.target_stage import WORTH_A_WORKER, find_targets
 from pipeline.target_store import TargetStore
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
@@ -99,11 +99,24 @@ class Team:
         self.make = make
         self.pool: Pool | None = None
         self.tasks = 0
+        self.worth: list[int] = []
+        self.expected: list[int] = []
+        self.taken = 0
 
-    def try_all(self, method: str, tasks: Sequence[Task], take: Any) -> Any:
+    def try_all(
+        self, method: str, tasks: Sequence[Task], take: Any, *, workers: int, on_drained: Any
+    ) -> Any:
+        def counted(task: Task, value: Any) -> None:
+            take(task, value)
+            self.taken += 1
+
         self.tasks += len(tasks)
+        self.worth.append(workers)
         self.pool = self.pool or self.make()
-        return self.pool.run(method, tasks, take)
+        return self.pool.run(method, tasks, counted, workers=workers, on_drained=on_drained)
+
+    def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
+        self.expected.append(self.taken)
 
     def release(self) -> None:
         if self.pool is not None:
@@ -184,6 +197,34 @@ def test_every_shard_is_found_recorded_and_used_again(plan: Plan, tmp_path: Path
     again, _, idle = found_in(plan, str(tmp_path))
     assert idle.tasks == 0
     assert again == found
+
+
+def test_the_ranks_are_expected_when_the_last_shard_is_handed_out(
+    plan: Plan, tmp_path: Path
+) -> None:
+    _, _, team = found_in(plan, str(tmp_path))
+    assert team.expected == [2]
+    assert team.worth == [-(-COUNT // WORTH_A_WORKER)]
+
+
+def test_few_requests_are_worth_one_worker_and_the_ranks_at_once(
+    plan: Plan, tmp_path: Path
+) -> None:
+    known = frozenset(plan.table.rows[:-3])
+    _, _, team = found_in(plan, str(tmp_path), known=known)
+    assert team.expected[0] == 0
+    assert team.worth == [1]
+
+
+def test_no_ranks_are_expected_while_bad_requests_are_looked_for(
+    plan: Plan, tmp_path: Path
+) -> None:
+    bad = {"everyone": "no room in memory"}
+    with pytest.raises(WorkerError):
+        found_in(plan, str(tmp_path), bad)
+    _, _, team = found_in(plan, str(tmp_path), {subject(plan, 3): "the library fell over"})
+    assert len(team.worth) > 1
+    assert len(team.expected) == 1
 
 
 def test_poisonous_requests_are_put_aside_and_all_others_found(plan: Plan, tmp_path: Path) -> None:

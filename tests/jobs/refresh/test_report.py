@@ -105,11 +105,15 @@ def test_it_says_what_a_person_asks_first(report) -> None:
 
 
 def test_a_version_that_is_held_back_says_by_what(report) -> None:
-    gates = [{"metric": "efficacy", "threshold": 0.95, "value": 0.9, "passed": False}]
+    gates = [
+        {"metric": "efficacy", "threshold": 0.95, "value": 0.9, "passed": False},
+        {"metric": "efficacy_drop_since_last", "kind": "drop_since_last", "threshold": 0.01}
+        | {"value": 0.0, "passed": True},
+    ]
     metrics = {"before": {}, "after": AFTER, "gates": gates, "counts": {"edited": 7}}
     page = report([entry("Nice")], status="held", metrics=metrics)
     assert "Held back By: efficacy. Version 1 stays in use." in page.text
-    assert "at least 95.0 %" in page.text
+    assert "at least 95.0 % at most 1.0 points below the last run" in page.text
 
 
 def test_text_from_a_dump_stays_text(report) -> None:

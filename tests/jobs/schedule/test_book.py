@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.schedule.book import Book
-from pipeline.errors import RunFolderError, ScheduleError
+from pipeline.errors import FolderBusyError, ScheduleError
 from tests.jobs.schedule.conftest import at, night, schedule
 
 
@@ -74,7 +74,7 @@ def test_removing_keeps_the_log_unless_it_is_purged(book: Book) -> None:
 def test_the_log_of_a_night_that_runs_is_not_purged(book: Book) -> None:
     book.add(schedule())
     with book.lease("facts"):
-        with pytest.raises(RunFolderError):
+        with pytest.raises(FolderBusyError):
             book.lease("facts")
         with pytest.raises(ScheduleError, match="a night of 'facts' is running"):
             book.remove("facts", purge=True)

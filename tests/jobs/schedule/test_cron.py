@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jobs.schedule.cron import check_cron, check_timezone, fields, last_times, next_time
@@ -63,6 +63,23 @@ def test_every_half_hour_goes_by_elapsed_time() -> None:
     assert len(berlin("*/30 * * * *", datetime(2026, 10, 25), 1)) == 50
 
 
+def test_clocks_that_change_by_half_an_hour() -> None:
+    # On Lord Howe Island 02:00 +11:00 is 01:30 +10:30.
+    now = datetime(2026, 4, 4, 13, tzinfo=UTC)
+    hours = []
+    for _ in range(3):
+        now = next_time("0 */3 * * *", "Australia/Lord_Howe", now)
+        hours.append(now.astimezone(ZoneInfo("Australia/Lord_Howe")).strftime("%H:%M %z"))
+    assert hours == ["03:00 +1030", "06:00 +1030", "09:00 +1030"]
+
+
+def test_a_day_that_a_country_left_out() -> None:
+    # Samoa has had no 30 December 2011.
+    due = next_time("0 2 30 12 *", "Pacific/Apia", datetime(2011, 12, 29, tzinfo=UTC))
+    assert due == datetime(2011, 12, 30, 10, tzinfo=UTC)
+    assert due.astimezone(ZoneInfo("Pacific/Apia")).strftime("%d %H:%M") == "31 00:00"
+
+
 CRONS = [
     "30 2 * * *",
     "0 3 * * *",
@@ -80,6 +97,8 @@ CRONS = [
     st.integers(0, 24 * 60 * 9),
     st.integers(1, 24 * 60 * 3),
 )
+@settings(deadline=None)
+@example("0 */3 * * *", "Australia/Lord_Howe", datetime(2026, 3, 28, tzinfo=UTC), 6750, 4320)
 def test_looking_back_finds_what_looking_ahead_finds(
     cron: str, timezone: str, base: datetime, minutes: int, length: int
 ) -> None:

@@ -1,0 +1,119 @@
+"""How submissions and runs are shown on the terminal."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.submit.state import RunState
+from jobs.submit.submission import Submission, hint
+
+_EVENTS = 3
+_NEXT = {
+    "lost": "it was not heard of any more; the same job goes on from here: run or submit it again",
+    "failed": "the same job goes on from here: run or submit it again",
+    "stopped": "the same job goes on from here: run or submit it again",
+}
+
+
+def show_status(
+    state: RunState | None, job: Submission | None, console: Console, *, where: str = ""
+) -> None:
+    """Print what a run folder and a cluster say of a run."""
+    table = Table("", "", show_header=False, box=None)
+    for name, value in [*_of_cluster(job, where), *_of_folder(state, job)]:
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+def show_list(jobs: list[Submission], console: Console) -> None:
+    """Print the submissions that a cluster remembers."""
+    table = Table("submission", "status", "exit", "submitted", box=None)
+    table.add_column("run folder", overflow="fold")
+    for job in jobs:
+        when = datetime.fromtimestamp(job.submitted_ms / 1000).astimezone()
+        exit_status = "" if job.exit_status is None else str(job.exit_status)
+        cells = (job.name, job.status, exit_status, f"{when:%Y-%m-%d %H:%M}", job.output)
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def as_json(job: Submission | None) -> dict[str, Any] | None:
+    """A submission for programs."""
+    if job is None:
+        return None
+    return {"name": job.name, "status": job.status, "exit_status": job.exit_status}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _of_cluster(job: Submission | None, where: str) -> list[tuple[str, str]]:
+    if job is None:
+        return []
+    rows = [("submission", f"{job.name} on {where}"), ("status", job.status)]
+    if job.exit_status is not None:
+        rows.append(("exit status", str(job.exit_status)))
+    if advice := hint(job):
+        rows.append(("", advice))
+    if job.ended and job.exit_status:
+        rows += [("message", line) for line in job.message.strip().splitlines()[-_EVENTS:]]
+    return rows
+
+
+def _of_folder(state: RunState | None, job: Submission | None) -> list[tuple[str, str]]:
+    if state is None:
+        return [("run folder", "nothing there yet")]
+    run = state.run
+    rows = [("run folder", state.url), ("state", f"{state.state}, attempt {run.get('attempt')}")]
+    if job is not None and run.get("submission") != job.name:
+        rows.append(("", "that is another attempt than this submission's"))
+    if state.state in _NEXT:
+        rows.append(("", _NEXT[state.state]))
+    if run.get("error"):
+        rows.append(("error", str(run["error"])))
+    if job is None and run.get("exit_status") is not None:
+        rows.append(("exit status", str(run["exit_status"])))
+    if state.silent_s is not None:
+        rows.append(("last heard of", f"{duration(state.silent_s)} ago"))
+    rows += _stage(state)
+    done = [f"{s['name']} {duration(s['seconds'])}" for s in run.get("stages", [])]
+    if done:
+        rows.append(("finished", ", ".join(done)))
+    counts = run.get("counts") or {}
+    if counts:
+        rows.append(("requests", ", ".join(f"{n} {name}" for name, n in counts.items())))
+    events = run.get("events", [])
+    rows += [("event", f"{e['kind']}: {e['text']}") for e in events[-_EVENTS:]]
+    if len(events) > _EVENTS:
+        rows.append(("", f"the last {_EVENTS} of {len(events)}; run.json has all"))
+    return rows
+
+
+def _stage(state: RunState) -> list[tuple[str, str]]:
+    run = state.run
+    if not run.get("stage"):
+        return []
+    progress = run.get("progress") or {}
+    text = str(run["stage"])
+    if progress.get("done") is not None:
+        text += f", {progress['done']} of {progress.get('total') or '?'}"
+    if progress.get("rate"):
+        text += f", {progress['rate']:.3g}/s"
+    if state.state == "running" and (left := state.seconds_left) is not None:
+        text += f", about {duration(left)} left"
+    rows = [("stage", text)]
+    detail = progress.get("detail") or {}
+    if "shards" in detail:
+        rows.append(("shards", f"{detail.get('finished', 0)} of {detail['shards']} done"))
+    return rows

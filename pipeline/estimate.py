@@ -1,0 +1,210 @@
+"""How long a job will take and what memory its processes need, from rates measured here."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.calibration import Rates, Sample, calibrate
+from pipeline.crew import local_sizes
+from pipeline.errors import JobError
+from pipeline.evaluation import How
+from pipeline.measure_stage import BLOCK, TEXTS_TOGETHER, held_out, parts_of
+from pipeline.moments import check_moments
+from pipeline.plan import Plan
+from pipeline.replica import Asked
+from pipeline.stages import sampled
+from pipeline.statistics import moments_job
+from pmet.solve import cheaper_form
+
+BUDGET_S = 10.0
+_SAMPLED_TOKENS = 4096
+_SAMPLED_TEXTS = 8
+_ASKED_WHAT_IT_KNOWS = 32
+# In units of what a process needs until its model is open, as found on quiet machines: the command
+# itself, which imports what a worker imports; Ray's own processes; ranks that meet and share out.
+_COMMAND_STARTS = 0.8
+_RAY_STARTS = 1.1
+_RANKS_START = 1.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job is expected to take.
+
+    Attributes:
+        stages: seconds by stage, in their order.
+        worker_bytes: memory of each target worker.
+        rank_bytes: memory of each rank of the update.
+        workers: target workers that compute.
+        ranks: ranks of the update.
+        side_by_side: processes that the machine was measured with.
+    """
+
+    stages: dict[str, float]
+    worker_bytes: float
+    rank_bytes: float
+    workers: int
+    ranks: int
+    side_by_side: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(self.stages.values())
+
+
+def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
+    """Measure this machine with a little of the job's own work, and reckon what all of it takes.
+
+    What earlier attempts or shared stores have already is not left out.
+
+    Args:
+        plan: the job's plan.
+        budget_s: seconds that a sample of targets may take.
+
+    Raises:
+        JobError: the job wants GPUs, and this machine has none.
+    """
+    if plan.base.on_gpu and not torch.cuda.is_available():
+        raise JobError(
+            "the job wants GPUs and this machine has none: estimate it on a machine like those "
+            "that it will run on"
+        )
+    workers, ranks, threads = local_sizes(plan.job)
+    workers = min(workers, len(plan.target_shards))
+    cores = max(1, (os.cpu_count() or 1) // threads)
+    side_by_side = 1 if plan.base.on_gpu else min(workers, cores)
+    rates = calibrate(_samples(plan, side_by_side, threads, budget_s))
+    # On this machine, more processes than cores share them.
+    crowd = max(1.0, workers / cores)
+    return Estimate(
+        stages=_stages(plan, rates, workers, ranks, crowd, max(1.0, ranks / cores)),
+        worker_bytes=rates.peak_bytes,
+        rank_bytes=_rank_bytes(plan, rates, ranks),
+        workers=workers,
+        ranks=ranks,
+        side_by_side=side_by_side,
+    )
+
+
+def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Sample]:
+    """Samples for so many processes, from all over the job."""
+    requests = plan.table.requests
+    size = max(1, round(len(requests) / len(plan.target_shards)))
+    places = [len(requests) * i // (size * count) for i in range(size * count)]
+    sequences = []
+    if _moments_wanted(plan) and plan.corpus is not None:
+        whole = moments_job(plan).parts()[0]
+        total = 0
+        for sequence in whole:
+            sequences.append(sequence)
+            total += len(sequence)
+            if total > _SAMPLED_TOKENS:
+                break
+    texts = _texts(plan)
+    known = sampled(plan)[:_ASKED_WHAT_IT_KNOWS] if plan.job.skip_known else []
+    how, asked = How.of(plan.job.evaluate, plan.job.seed), _parts(plan)[0]
+    return [
+        Sample(
+            source=plan.target_source,
+            base=plan.base,
+            requests=[requests[place] for place in places[number::count]],
+            hparams=plan.hparams,
+            templates=plan.templates,
+            shared_keys=plan.job.targets.shared_keys,
+            batch_size=plan.batch_size,
+            known=[requests[place] for place in known],
+            how=how,
+            asked=asked,
+            sequences=sequences,
+            texts=texts[:: max(1, len(texts) // _SAMPLED_TEXTS)][:_SAMPLED_TEXTS],
+            budget_s=budget_s,
+            threads=threads,
+            started=time.time(),
+        )
+        for number in range(count)
+    ]
+
+
+def _stages(
+    plan: Plan, rates: Rates, workers: int, ranks: int, crowd: float, rank_crowd: float
+) -> dict[str, float]:
+    count = len(plan.table.requests)
+    prompts = [len(part.prompts) for part in _parts(plan)]
+    measure = _in_turn(prompts, workers) * rates.measured * crowd
+    texts = len(_texts(plan))
+    pieces = [min(TEXTS_TOGETHER, texts - start) for start in range(0, texts, TEXTS_TOGETHER)]
+    measure += _in_turn(pieces, workers) * rates.text * crowd
+    known = count * rates.known / workers * crowd
+    start = (_COMMAND_STARTS + _RAY_STARTS + crowd) * rates.ready
+    stages = {"start": start, "templates": rates.templates}
+    if _moments_wanted(plan) and plan.corpus is not None:
+        sizes = [sum(map(len, part)) for part in moments_job(plan).parts()]
+        stages["second moments"] = _in_turn(sizes, workers) * rates.moment * crowd
+    stages["measure before"] = measure
+    stages["known"] = 2 * known
+    shards = [len(shard) for shard in plan.target_shards]
+    stages["targets"] = _in_turn(shards, workers) * rates.target * crowd
+    keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
+    ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
+    stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop
+    stages["measure after"] = measure
+    stages["report"] = 2 * rates.drawing
+    return {name: seconds for name, seconds in stages.items() if seconds}
+
+
+def _parts(plan: Plan) -> list[Asked]:
+    """What is asked before and after, in parts."""
+    requests = [plan.table.requests[place] for place in sampled(plan)]
+    writing = How.of(plan.job.evaluate, plan.job.seed).writing_seed is not None
+    blocks = [requests[start : start + BLOCK] for start in range(0, len(requests), BLOCK)]
+    return [part for block in blocks for part in parts_of(block, writing=writing)]
+
+
+def _texts(plan: Plan) -> list[str]:
+    """The texts that perplexity is measured on; none without a corpus."""
+    if plan.corpus is None:
+        return []
+    return held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
+
+
+def _in_turn(sizes: Sequence[int], workers: int) -> int:
+    """What the busiest of some workers has done when pieces of these sizes are handed out."""
+    busy = [0] * max(1, workers)
+    for size in sizes:
+        heapq.heappush(busy, heapq.heappop(busy) + size)
+    return max(busy)
+
+
+def _operations(plan: Plan, ranks: int) -> float:
+    """Multiplications and additions of all solves, on one rank."""
+    count, layers = len(plan.table.requests), len(plan.hparams.layers)
+    keys, values = plan.layout.key_width, plan.layout.value_width
+    # The factor of a K×K matrix is what each rank needs in either form.
+    operations = keys**3 / 3
+    if cheaper_form(count, keys, values, factored=False) == "keys":
+        operations += 2 * keys**2 * values / ranks + 2 * count * keys * (keys + values) / ranks
+    else:
+        operations += 2 * keys**2 * count / ranks + count**3 / 3 + 2 * count * keys * values / ranks
+    return operations * layers
+
+
+def _rank_bytes(plan: Plan, rates: Rates, ranks: int) -> float:
+    """What a process has without a model, its slice of the model, and three K×K matrices."""
+    model = float(sum(tensor.size for tensor in plan.checkpoint.tensors.values()))
+    stored = plan.stored[plan.hparams.target_layer].dtype.itemsize
+    held = model if plan.base.on_gpu else model * 4 / stored
+    libraries = max(0.0, rates.peak_bytes - held)
+    return libraries + held / ranks + 3 * 8.0 * plan.layout.key_width**2
+
+
+def _moments_wanted(plan: Plan) -> bool:
+    url = plan.job.second_moments
+    layers, model = plan.hparams.layers, plan.digests["model"]
+    return url is None or not check_moments(url, plan.layout, layers, model)

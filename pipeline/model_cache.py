@@ -1,0 +1,95 @@
+"""Models on a node: copied there once, by whichever process needs one first, and used by all.
+
+A worker is told what the job names, not where the driver has put its own copy: that folder is on
+the driver's machine. What is copied is checked against the digest that the driver has found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.checkpoint import Checkpoint, open_model_folder
+from pipeline.errors import ModelError, StorageError
+from pipeline.store import Store, failures
+
+
+def default_cache() -> Path:
+    """Where models are copied to on this machine."""
+    return Path(tempfile.gettempdir()) / "pmet-models"
+
+
+def name_for_nodes(model: str, folder: Path) -> str:
+    """What another machine finds a model by.
+
+    Args:
+        model: as the job names it.
+        folder: where it has been opened from here.
+
+    Returns:
+        A URL or hub id as it is; of what is on a disk here, or in the memory of this process, the
+        folder.
+    """
+    if model.startswith("memory://") or _local_folder(model) is not None:
+        return str(folder)
+    return model
+
+
+def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None) -> Path:
+    """A folder of this machine with a model.
+
+    Args:
+        model: a folder, a URL or a hub id.
+        digest: what a copy has to have (`Checkpoint.digest`); folders are used as they are.
+        cache_dir: where copies are; by default where all processes of this machine look.
+
+    Raises:
+        ModelError: it is not here, or is another model than it was when the run began.
+        StorageError: it cannot be copied.
+    """
+    if (folder := _local_folder(model)) is not None:
+        if folder.is_dir():
+            return folder
+        raise ModelError(
+            f"model {model} is not on {platform.node()}: put it on a disk that all nodes of the "
+            "cluster share, or give a URL"
+        )
+    cache = cache_dir or default_cache()
+    name = hashlib.sha256(model.encode()).hexdigest()[:32]
+    with failures("write", str(cache)):
+        cache.mkdir(parents=True, exist_ok=True)
+    # Whoever comes later waits, and finds it there.
+    with FileLock(cache / f"{name}.lock"):
+        folder = open_model_folder(model, cache)
+        if digest is not None:
+            _check(model, folder, digest, cache)
+    return folder
+
+
+def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
+    """Read a copy once, and remember that it is what it should be."""
+    remembered = hashlib.sha256(f"{folder} {digest}".encode()).hexdigest()[:32]
+    mark = cache / f"{remembered}.checked"
+    if mark.exists():
+        return
+    if Checkpoint.open(folder).digest() != digest:
+        raise ModelError(
+            f"model {model} has changed since the run began, or was damaged on its way to "
+            f"{platform.node()}: delete {folder} there and run the job again"
+        )
+    with failures("write", str(mark)):
+        mark.touch()
+
+
+def _local_folder(model: str) -> Path | None:
+    """The folder that a model's name stands for; None for what has to be fetched."""
+    if "://" not in model:
+        return Path(model) if model.startswith(("/", ".", "~")) or Path(model).is_dir() else None
+    try:
+        return Store(model).local_path()
+    except StorageError:
+        return None

@@ -1,0 +1,263 @@
+"""Two hosts with addresses and model caches of their own; one is cut off, and comes back.
+
+Hosts are network namespaces of this machine. Nothing is shared between them but S3: the model, the
+requests and the run folder are there. The head drives and computes nothing, as in cluster.yaml, so
+that the run waits while the other one is away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.run import run_job
+from tests.conftest import GOLDEN, ROOT
+from tests.e2e.conftest import assert_same_weights, job
+from tests.e2e.test_run import weights
+
+HEAD, OTHER = "198.18.77.1", "198.18.77.2"
+S3 = f"http://{HEAD}:5055"
+TOKEN = "a-token-of-this-test-and-of-nothing-else"
+PATIENCE_S = 400
+
+
+@dataclass
+class Host:
+    """A network namespace, and what runs in it."""
+
+    name: str
+    address: str
+    tmp: Path
+    cpus: int
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self.tmp),
+            "RAY_health_check_period_ms": "500",
+            "RAY_health_check_failure_threshold": "4",
+            "RAY_API_SERVER_ADDRESS": f"http://{HEAD}:8265",
+            "PMET_PYTHON": sys.executable,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": S3,
+            "COLUMNS": "200",
+        }
+
+    def command(self, *arguments: object) -> list[str]:
+        return ["ip", "netns", "exec", self.name, sys.executable, *map(str, arguments)]
+
+    def start(self, *arguments: object) -> subprocess.Popen[bytes]:
+        """Start Python with arguments; it runs until the test ends."""
+        log = (self.tmp / f"{len(self.running)}.log").open("wb")
+        process = subprocess.Popen(
+            self.command(*arguments),
+            env=self.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.running.append(process)
+        return process
+
+    def start_ray(self, *arguments: object) -> None:
+        options = ["--node-ip-address", self.address, "--num-cpus", str(self.cpus), "--block"]
+        self.start("-m", "ray.scripts.scripts", "start", *arguments, *options)
+
+    def run(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment | changed,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+
+    def pmet(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "jobs", *arguments, **changed)
+
+    def end(self) -> None:
+        """End all that was started here, with what it has started."""
+        for process in self.running:
+            family: list[psutil.Process] = []
+            with suppress(psutil.NoSuchProcess):
+                family = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.wait()
+            for child in family:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        self.running.clear()
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts with a wire between them: a Ray head with S3 beside it, and another node."""
+    names = [f"pmet{os.getpid()}{letter}" for letter in "ab"]
+    with ExitStack() as stack:
+        # Short names: Ray's sockets lie below, and the path of a socket may have 107 characters.
+        made = [
+            Host(name, address, Path(stack.enter_context(TemporaryDirectory(prefix="h"))), cpus)
+            for name, address, cpus in zip(names, (HEAD, OTHER), (0, 2), strict=True)
+        ]
+        try:
+            for host in made:
+                ip("netns", "add", host.name)
+                stack.callback(ip, "netns", "del", host.name)
+            ip(
+                "link",
+                "add",
+                "wire",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "wire",
+                "netns",
+                names[1],
+            )
+            for host in made:
+                ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "wire")
+                for device in ("lo", "wire"):
+                    ip("-n", host.name, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)!r}")
+        for host in made:
+            stack.callback(host.end)
+        head, other = made
+        head.start("-m", "moto.server", "-H", HEAD, "-p", "5055")
+        dashboard = ["--dashboard-host", HEAD, "--include-dashboard", "true"]
+        head.start_ray("--head", "--port", "6379", *dashboard)
+        until(lambda: head.pmet("list").returncode == 0)
+        other.start_ray("--address", f"{HEAD}:6379")
+        yield head, other
+
+
+def until(what: Callable[[], Any]) -> Any:
+    """Wait for something that is true; the machine may be busy."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.2)
+    raise AssertionError("it did not happen")
+
+
+UPLOAD = """
+import sys, boto3
+boto3.client("s3").create_bucket(Bucket="pmet")
+from pipeline.store import Store
+from pathlib import Path
+for source in map(Path, sys.argv[1:]):
+    for file in source.iterdir() if source.is_dir() else [source]:
+        Store(f"s3://pmet/{source.stem}").write_bytes(file.name, file.read_bytes())
+"""
+DOWNLOAD = """
+import sys, fsspec
+fsspec.filesystem("s3").get("pmet/runs/1", sys.argv[1], recursive=True)
+"""
+
+
+@pytest.mark.slow
+def test_who_has_no_token_or_a_wrong_one_is_told(hosts: tuple[Host, Host]) -> None:
+    head, _ = hosts
+    none = head.pmet("list", RAY_AUTH_MODE="disabled")
+    assert none.returncode == 1
+    assert "asks for a token, and none was given (HTTP 401): set RAY_AUTH_MODE=token" in none.stderr
+    wrong = head.pmet("list", RAY_AUTH_TOKEN=TOKEN[::-1])
+    assert wrong.returncode == 1
+    assert "does not accept this token (HTTP 403)" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_host_that_is_cut_off_and_comes_back(
+    hosts: tuple[Host, Host], inputs: Path, tmp_path: Path
+) -> None:
+    head, other = hosts
+    golden = GOLDEN / "gpt2"
+    moments, requests = golden / "second_moments.safetensors", inputs / "requests.parquet"
+    uploaded = head.run("-c", UPLOAD, golden / "model", moments, requests)
+    assert uploaded.returncode == 0, uploaded.stderr
+    for name in ("hparams", "context_templates"):
+        shutil.copy(golden / f"{name}.json", head.tmp)
+    values = {
+        "model": "s3://pmet/model",
+        "requests": "s3://pmet/requests/requests.parquet",
+        "output": "s3://pmet/runs/1",
+        "hparams": f"{name_of(head, 'hparams')}",
+        "second_moments": "s3://pmet/second_moments/second_moments.safetensors",
+        "context_templates": f"{name_of(head, 'context_templates')}",
+        "evaluate": {"sample": 4},
+        "targets": {"workers": 2, "shard_size": 4},
+        "update": {"ranks": 2},
+    }
+    file = head.tmp / "job.yaml"
+    file.write_text(yaml.safe_dump(values))
+    submitted = head.pmet("submit", file)
+    assert submitted.returncode == 0, submitted.stderr
+    name = next(word for word in submitted.stdout.split() if word.startswith("pmet-1-"))
+
+    def status() -> dict[str, Any]:
+        shown = head.pmet("status", name, "--json")
+        return dict(json.loads(shown.stdout)) if shown.returncode == 0 else {}
+
+    # The host has fetched the model for itself, and is at work.
+    until(lambda: list((other.tmp / "pmet-models").glob("*.checked")))
+    ip("-n", other.name, "link", "set", "wire", "down")
+
+    # It is noticed, whoever was at work there: a worker is replaced, the ranks are made anew.
+    until(lambda: (status().get("folder") or {}).get("events"))
+    ip("-n", other.name, "link", "set", "wire", "up")
+    # Ray has given up the node; whoever looks after the host starts it again.
+    other.end()
+    other.start_ray("--address", f"{HEAD}:6379")
+    ended = head.pmet("logs", name, "--follow")
+    assert ended.returncode == 0, ended.stderr
+    said = status()
+    assert said["submission"]["exit_status"] == 0, ended.stdout
+    there = tmp_path / "there"
+    fetched = head.run("-c", DOWNLOAD, there)
+    assert fetched.returncode == 0, fetched.stderr
+    here = run_job(
+        job(
+            inputs,
+            str(tmp_path / "here"),
+            corpus=None,
+            second_moments=str(moments),
+            evaluate={"sample": 4},
+            targets={"workers": 2, "shard_size": 4},
+            update={"ranks": 1},
+        )
+    )
+    submitted_run = type(here)("complete", type(here.folder)(there), here.metrics)
+    assert_same_weights(weights(here), weights(submitted_run))
+
+
+def name_of(host: Host, name: str) -> str:
+    return str(host.tmp / f"{name}.json")

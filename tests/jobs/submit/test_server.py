@@ -1,0 +1,82 @@
+"""What is said where a cluster's job server does not do as it should."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from socket import socket
+
+import pytest
+
+from jobs.submit.server import JobServer
+from pipeline.errors import ClusterError
+
+
+@contextmanager
+def answering(status: int, text: str) -> Iterator[str]:
+    """A server that gives the same answer to everything; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def unused() -> str:
+    with closing(socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "said"),
+    [
+        (401, "Unauthorized: Missing authentication token", "asks for a token, and none was given"),
+        (403, "Forbidden: Invalid authentication token", "does not accept this token"),
+    ],
+)
+def test_a_refused_token_is_explained(status: int, text: str, said: str) -> None:
+    with (
+        answering(status, text) as address,
+        pytest.raises(ClusterError, match=rf"{said} \(HTTP {status}\): set RAY_AUTH_MODE=token"),
+    ):
+        JobServer.at(address)
+
+
+def test_nobody_at_the_address_is_told_at_once() -> None:
+    with pytest.raises(ClusterError, match=r"no job server answers .*8265.*ray\[default\]"):
+        JobServer.at(unused())
+
+
+def test_a_server_that_is_none_of_rays_is_told() -> None:
+    with answering(500, "out of order") as address, pytest.raises(ClusterError, match="HTTP 500"):
+        JobServer.at(address)
+
+
+def test_the_address_given_comes_before_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", unused())
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", unused())
+    with answering(200, json.dumps({"ray_version": "2.60.0"})) as address:
+        assert JobServer.at(address).address == address
+
+
+def test_a_client_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ClusterError, match=r"pip install 'pmet-pipeline\[cluster\]'"):
+        JobServer.at("http://127.0.0.1:1")

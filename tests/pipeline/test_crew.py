@@ -1,0 +1,130 @@
+"""Who is started when: ranks early where there is room, and out of the way where there is not."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pipeline import crew as module
+from pipeline.config import TargetsConfig, UpdateConfig
+from pipeline.crew import Crew
+from pipeline.plan import Plan
+
+JOB = ("the job",)
+
+
+class Pool:
+    """Stands for the workers."""
+
+    def __init__(self, factory: type, *, count: int, on_event: Any, **options: Any) -> None:
+        self.absent, self.tell, self.open = count, on_event, True
+
+    def close(self) -> None:
+        self.open = False
+
+
+class Ranks:
+    """Stands for the group of ranks."""
+
+    def __init__(self, factory: type, *, init_args: Any, wait: bool, **options: Any) -> None:
+        self.init_args, self.waited, self.open = init_args, wait, True
+
+    def close(self) -> None:
+        self.open = False
+
+
+class Site:
+    """A crew of two workers and two ranks, and the CPUs that its cluster has free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gpus_per_rank: float = 0) -> None:
+        self.free = 4.0
+        monkeypatch.setattr(module, "WorkerPool", Pool)
+        monkeypatch.setattr(module, "RankGroup", Ranks)
+        monkeypatch.setattr(module, "cpus_free", lambda: self.free)
+        monkeypatch.setattr(module, "ray_session", lambda *_, **__: nullcontext())
+        job = SimpleNamespace(
+            targets=TargetsConfig(workers=2),
+            update=UpdateConfig(ranks=2, gpus_per_rank=gpus_per_rank),
+        )
+        plan = SimpleNamespace(job=job, target_shards=[1, 2, 3], base="base")
+        self.crew = Crew(cast(Plan, plan), None, lambda kind, text: None)
+
+    @property
+    def pool(self) -> Any:
+        return self.crew._started_pool()
+
+    def expect(self) -> None:
+        self.crew.expect_ranks(Ranks, JOB)
+
+    def take(self) -> Any:
+        return self.crew.take_ranks(Ranks, JOB)
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(monkeypatch)
+
+
+def test_expected_ranks_start_at_once_and_are_the_ones_taken(site: Site) -> None:
+    with site.crew:
+        site.expect()
+        # Their CPUs are taken now.
+        site.free = 2.0
+        site.expect()
+        pool, first = site.pool, site.take()
+        assert not first.waited
+        assert pool.open
+        site.free = 4.0
+        second = site.take()
+    assert second is not first
+    assert second.waited
+    assert (first.open, second.open) == (True, True), "whoever takes ranks closes them"
+    assert not pool.open
+
+
+def test_workers_that_have_not_come_have_the_first_right_to_a_cpu(site: Site) -> None:
+    site.free = 3.0
+    site.expect()
+    assert site.take().waited
+    site.pool.absent = 1
+    site.expect()
+    assert not site.take().waited
+
+
+def test_ranks_on_gpus_wait_until_the_workers_have_left_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = Site(monkeypatch, gpus_per_rank=1)
+    pool = site.pool
+    site.expect()
+    assert pool.open
+    assert site.take().waited
+    assert not pool.open
+
+
+def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Ranks] = []
+    monkeypatch.setattr(
+        module, "RankGroup", lambda *a, **k: made.append(Ranks(*a, **k)) or made[-1]
+    )
+    site.expect()
+    site.pool.tell("retry", "an error that its process survives")
+    assert made[0].open
+    site.pool.tell("death", "worker 1 was lost")
+    assert not made[0].open
+    assert site.take() is made[1]
+
+
+def test_ranks_that_nobody_takes_end_with_the_crew(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Ranks] = []
+    monkeypatch.setattr(
+        module, "RankGroup", lambda *a, **k: made.append(Ranks(*a, **k)) or made[-1]
+    )
+    with site.crew:
+        site.expect()
+    assert not made[0].open

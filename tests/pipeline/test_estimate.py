@@ -1,0 +1,106 @@
+"""What a job is expected to take follows from rates and from how it is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+import pipeline.estimate
+from pipeline.calibration import Rates, Sample
+from pipeline.errors import JobError
+from pipeline.estimate import estimate
+from pipeline.plan import make_plan
+from tests.e2e.conftest import inputs, job  # noqa: F401
+
+RATES = Rates(
+    ready=4.0,
+    ranks=0.0,
+    templates=0.0,
+    target=1.0,
+    key=0.5,
+    measured=0.1,
+    known=0.0,
+    moment=0.001,
+    text=0.0,
+    drawing=0.0,
+    flop=0.0,
+    peak_bytes=1e9,
+)
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """What the processes were told; none is started."""
+    told: list[Sample] = []
+
+    def calibrated(samples: list[Sample]) -> Rates:
+        told[:] = samples
+        return RATES
+
+    monkeypatch.setattr(pipeline.estimate, "calibrate", calibrated)
+    monkeypatch.setattr(pipeline.estimate.os, "cpu_count", lambda: 4)
+    return told
+
+
+def test_workers_share_shards_and_ranks_share_keys(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    samples: list[Sample],
+) -> None:
+    targets = {"workers": 3, "shard_size": 10}
+    plan = make_plan(job(inputs, str(tmp_path), targets=targets, update={"ranks": 2}))
+    stages = estimate(plan).stages
+    # Four shards of ten on three workers: one of them has two.
+    assert stages["targets"] == 20
+    layers = len(plan.hparams.layers)
+    assert stages["update"] == pytest.approx(1.5 * 4 + 40 * layers * 0.5 / 2)
+    asked = {
+        prompt
+        for r in plan.table.requests
+        for prompt in (r.text, *r.paraphrase_prompts, *r.neighborhood_prompts)
+    }
+    assert len(asked) < 512, "one part"
+    assert stages["measure before"] == pytest.approx(0.1 * len(asked))
+    assert len(samples) == 3
+    assert [len(sample.requests) for sample in samples] == [10, 10, 10]
+    assert len({r.subject + r.prompt for s in samples for r in s.requests}) == 30, "all over it"
+
+
+def test_more_workers_than_cores_take_turns(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    samples: list[Sample],
+) -> None:
+    targets = {"workers": 8, "shard_size": 5}
+    plan = make_plan(job(inputs, str(tmp_path), targets=targets))
+    assert estimate(plan).stages["targets"] == 5 * 2
+    assert len(samples) == 4
+
+
+def test_a_job_for_gpus_is_not_estimated_without_any(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    plan = make_plan(job(inputs, str(tmp_path), targets={"workers": 1, "gpus_per_worker": 1}))
+    with pytest.raises(JobError, match="this machine has none: estimate it on a machine like"):
+        estimate(plan)
+
+
+@pytest.mark.slow
+def test_rates_are_measured_in_processes_of_their_own(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    plan = make_plan(job(inputs, str(tmp_path / "out"), targets={"workers": 2, "shard_size": 4}))
+    found = estimate(plan)
+    assert set(found.stages) >= {"start", "second moments", "measure before", "targets", "update"}
+    assert all(seconds > 0 for seconds in found.stages.values())
+    assert found.worker_bytes > 100 * 2**20
+    assert found.rank_bytes > 100 * 2**20
+    assert not ray.is_initialized()
+    assert not (tmp_path / "out").exists()

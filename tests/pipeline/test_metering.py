@@ -1,0 +1,71 @@
+"""What of a run can be read from Ray's metrics, as Prometheus reads them."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from pipeline.cluster import ray_session
+from pipeline.metering import MeteredProgress
+from pipeline.progress import LineProgress, Progress
+
+PATIENCE_S = 120
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "200")
+        with ray_session("local", num_cpus=1):
+            yield
+
+
+def lines_of_metrics() -> list[str]:
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return [line for line in answer.read().decode().splitlines() if "pmet_" in line]
+
+
+def value(name: str, *tags: str) -> float | None:
+    """Of a metric of this name with these tags, as soon as Ray tells it."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        for line in lines_of_metrics():
+            if line.startswith(f"ray_{name}") and all(tag in line for tag in tags):
+                return float(line.rpartition(" ")[2])
+        time.sleep(0.2)
+    return None
+
+
+def test_a_run_is_told_in_metrics(cluster: None) -> None:
+    progress = MeteredProgress(Progress())
+    progress.begin("s3://runs/1", 2, None)
+    with progress.stage("targets", 40) as stage:
+        stage.skip(4)
+        time.sleep(0.01)
+        stage.advance(6)
+        stage.shard("00001")
+        stage.shard("00002")
+    progress.event("retry: shard 00003, attempt 1 of 3: it died")
+    run = 'run="s3://runs/1"'
+    assert value("pmet_stage_done", run, 'stage="targets"') == 10
+    assert value("pmet_stage_total", run, 'stage="targets"') == 40
+    assert value("pmet_stage_rate", run, 'stage="targets"') > 0  # type: ignore[operator]
+    assert value("pmet_shards_done", run) == 2
+    assert value("pmet_events", run, 'kind="retry"') == 1
+
+
+def test_what_is_shown_is_shown_all_the_same() -> None:
+    lines: list[str] = []
+    progress = MeteredProgress(LineProgress(lines.append, every_s=0))
+    progress.begin("runs/1", 1, "pmet-1")
+    with progress.stage("targets", 2) as stage:
+        stage.advance()
+        stage.shard("00001")
+    progress.event("death: worker 1 was lost on shard 00001, attempt 2 of 3: killed")
+    events = [line.split()[4] for line in lines]
+    assert events == [f"event={e}" for e in ("begin", "progress", "shard", "end", "death")]

@@ -1,0 +1,100 @@
+"""A model is fetched once a node, and is the one that the run began with."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+import pipeline.store
+from pipeline.checkpoint import Checkpoint, digest_of_files
+from pipeline.errors import ModelError
+from pipeline.model_cache import model_on_node, name_for_nodes
+from pipeline.store import Store
+from tests.conftest import GOLDEN
+
+MODEL = GOLDEN / "gpt2" / "model"
+
+
+@pytest.fixture
+def remote(s3_url: str) -> str:
+    """A model on S3."""
+    store = Store(s3_url)
+    for file in MODEL.iterdir():
+        store.write_bytes(file.name, file.read_bytes())
+    return s3_url
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are fetched."""
+    names: list[str] = []
+    fetch = pipeline.store._fetch
+
+    def counted(fs: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+        names.append(source)
+        fetch(fs, source, target)
+
+    monkeypatch.setattr(pipeline.store, "_fetch", counted)
+    return names
+
+
+def test_workers_of_a_node_fetch_a_model_once(
+    remote: str, fetched: list[str], tmp_path: Path
+) -> None:
+    digest = Checkpoint.open(MODEL).digest()
+    with ThreadPoolExecutor(4) as workers:
+        folders = list(workers.map(lambda _: model_on_node(remote, digest, tmp_path), range(4)))
+    assert len(set(folders)) == 1
+    assert Checkpoint.open(folders[0]).digest() == digest
+    assert len(fetched) == len(list(MODEL.iterdir()))
+
+
+def test_a_copy_is_read_and_checked_once(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = Checkpoint.open(MODEL).digest()
+    read: list[Any] = []
+    check = Checkpoint.digest
+    monkeypatch.setattr(Checkpoint, "digest", lambda self: read.append(self) or check(self))
+    for _ in range(2):
+        model_on_node(remote, digest, tmp_path)
+    assert len(read) == 1
+
+
+def test_a_model_that_has_changed_meanwhile_is_refused(remote: str, tmp_path: Path) -> None:
+    digest = Checkpoint.open(MODEL).digest()
+    model_on_node(remote, digest, tmp_path)
+    weights = (MODEL / "model.safetensors").read_bytes()
+    Store(remote).write_bytes("model.safetensors", weights[:-1] + b"\xff")
+    with pytest.raises(ModelError, match="has changed since the run began, or was damaged"):
+        model_on_node(remote, digest, tmp_path)
+
+
+def test_a_folder_that_this_node_has_not_is_told_with_the_node() -> None:
+    with pytest.raises(ModelError, match=r"/nowhere/model is not on \S+: put it on a disk that"):
+        model_on_node("/nowhere/model", None)
+
+
+def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    assert model_on_node(str(MODEL), "whatever") == MODEL
+    assert model_on_node(f"file://{MODEL}", "whatever") == MODEL
+
+
+def test_nodes_are_told_what_they_can_find(tmp_path: Path) -> None:
+    here = tmp_path / "copy"
+    assert name_for_nodes("s3://models/base", here) == "s3://models/base"
+    assert name_for_nodes("openai-community/gpt2", here) == "openai-community/gpt2"
+    assert name_for_nodes("memory://models/base", here) == str(here)
+    shutil.copytree(MODEL, here)
+    assert name_for_nodes(f"file://{here}", here) == str(here)
+
+
+def test_a_models_digest_follows_from_those_of_its_files() -> None:
+    store = Store(MODEL)
+    digests = {name: store.sha256(name) for name in store.list()}
+    assert digest_of_files(digests) == Checkpoint.open(MODEL).digest()
