@@ -15,14 +15,12 @@ own, as the command line has it.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from safetensors.torch import load_file
 
@@ -31,6 +29,7 @@ from benchmarks.nights import Nights, World, counterfact_world, demo_world
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.home import path
 from jobs.refresh.night import Refreshed, job_of, refresh
+from pipeline.cluster import ray_session
 from pipeline.moments import read_moments
 from pipeline.replica import open_causal_lm, open_tokenizer
 from pipeline.run import run_job
@@ -71,14 +70,8 @@ def main() -> None:
         if options.times:
             _times(config, folder, world, options)
         else:
-            ray.init(
-                address="local",
-                num_cpus=8,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            _nights(config, folder, world, options)
+            with ray_session("local", num_cpus=8):
+                _nights(config, folder, world, options)
 
 
 def _nights(config: RefreshConfig, folder: Path, world: World, options: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import ray
 from ray import exceptions as ray_exceptions
 from ray._private import ray_constants
+from ray._private import utils as ray_utils
 
 from pipeline.errors import WorkerError
 
@@ -182,7 +183,7 @@ def one_line(text: str, *, limit: int = 600) -> str:
 def _connect(where: str, num_cpus: int | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where == LOCAL:
-        with _loopback_only():
+        with _loopback_only(), _without_servers():
             ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
     else:
         knock(where)
@@ -220,6 +221,21 @@ def _loopback_only() -> Iterator[None]:
             del os.environ[_LOOPBACK_VARIABLE]
         else:
             os.environ[_LOOPBACK_VARIABLE] = before
+
+
+@contextlib.contextmanager
+def _without_servers() -> Iterator[None]:
+    """Start a cluster in this block as if Ray were installed without its dashboard.
+
+    Where that is installed, each node has an agent that serves HTTP on a fixed port, even without
+    the dashboard: a second cluster on the machine then waits for the port for five seconds.
+    """
+    asked = getattr(ray_utils, "get_dashboard_dependency_error", None)
+    ray_utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
+    try:
+        yield
+    finally:
+        ray_utils.get_dashboard_dependency_error = asked
 
 
 def _search_path() -> list[str]:

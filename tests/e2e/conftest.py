@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
+from pipeline.cluster import ray_session
 from pipeline.config import JobConfig
 from pipeline.run import RunResult, run_job
 from pipeline.schema import read_targets
@@ -74,9 +74,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """One Ray for all runs of a module; logical CPUs for three workers and three ranks."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_session("local", num_cpus=8):
+        yield
 
 
 Runner = Callable[..., RunResult]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 from ray import exceptions as ray_exceptions
+from ray._private import ray_constants
 
 from pipeline import cluster
 from pipeline.cluster import root_cause
@@ -25,6 +27,15 @@ OUT_OF_MEMORY = """1 worker(s) were killed due to the node running low on memory
 node (IP: 127.0.0.1, ID: aa7f) was 4.81GB used / 23.54GB limit (0.204217)
 OOM kill reason: Memory usage 5095976960B exceeded threshold of 5055303168B
 Object store memory usage: [- objects spillable: 0"""
+
+
+def test_a_cluster_of_its_own_serves_nothing_on_a_fixed_port() -> None:
+    # Ray's agent would, where the dashboard is installed, and the next cluster would wait for it.
+    with cluster.ray_session("local", num_cpus=1):
+        started = psutil.Process().children(recursive=True)
+        ports = {c.laddr.port for p in started for c in p.net_connections() if c.status == "LISTEN"}
+    assert ports
+    assert ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT not in ports
 
 
 def dead(text: str) -> ray_exceptions.ActorDiedError:

@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from pipeline import statistics
+from pipeline.cluster import ray_session
 from pipeline.crew import run_all
 from pipeline.errors import JobError
 from pipeline.executor import EventKind, Pool, SerialPool, Task, WorkerPool
@@ -210,9 +210,8 @@ class Mortal(Replica):
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_session("local", num_cpus=3):
+        yield
 
 
 def test_any_number_of_workers_and_a_death_give_the_same_bytes(

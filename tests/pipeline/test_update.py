@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import save_file
 
+from pipeline.cluster import ray_session
 from pipeline.factors import FactorFile
 from pipeline.rank_group import RankGroup
 from pipeline.schema import targets_table
@@ -31,9 +31,8 @@ DELTA = 2e-5
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_session("local", num_cpus=4):
+        yield
 
 
 def many_requests() -> list[EditRequest]:
