@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import cpus_free, default_workers, ray_session
-from pipeline.config import JobConfig
 from pipeline.errors import WorkerError
 from pipeline.executor import EventKind, FailedTask, Pool, Task, WorkerPool
 from pipeline.plan import Plan
@@ -18,6 +17,7 @@ from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.replica import Replica
 
 _MOST_CPU_RANKS = 4
+_WORTH_A_RANK = 128 << 20  # bytes of weights, as stored
 _SHOWN_SHARDS = 3
 
 
@@ -40,15 +40,21 @@ def run_all(
     )
 
 
-def local_sizes(job: JobConfig) -> tuple[int, int, int]:
+def local_sizes(plan: Plan) -> tuple[int, int, int]:
     """Workers, ranks, and threads of each, of a run on this machine's CPUs."""
-    targets, update, cores = job.targets, job.update, os.cpu_count() or 1
+    targets, update, cores = plan.job.targets, plan.job.update, os.cpu_count() or 1
     # One thread unless told otherwise: the number of threads decides how sums are split, and a
     # default that follows the machine would let the machine decide the last bits.
     threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
     workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
-    ranks = min(cores, _MOST_CPU_RANKS) if update.ranks == "auto" else update.ranks
+    ranks = _worth(plan, cores) if update.ranks == "auto" else update.ranks
     return workers, ranks, threads
+
+
+def _worth(plan: Plan, cores: int) -> int:
+    """Ranks that a model is worth: each takes seconds to start, and a small one is done sooner."""
+    weights = sum(tensor.size for tensor in plan.checkpoint.tensors.values())
+    return min(cores, _MOST_CPU_RANKS, -(-weights // _WORTH_A_RANK))
 
 
 class Crew:
@@ -75,7 +81,7 @@ class Crew:
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
-        self.threads = local_sizes(plan.job)[2]
+        self.threads = local_sizes(plan)[2]
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +185,7 @@ class Crew:
         """Numbers of workers and ranks; joins the cluster, which ``auto`` asks for its size."""
         if self._size is None:
             targets, update = self._plan.job.targets, self._plan.job.update
-            workers, ranks, _ = local_sizes(self._plan.job)
+            workers, ranks, _ = local_sizes(self._plan)
             # Logical CPUs of a cluster started here: room for all that was asked for, so that a
             # small machine runs what a large one would, and ranks need not wait for workers.
             session = ray_session(self._address, num_cpus=workers * self.threads + ranks)

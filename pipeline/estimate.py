@@ -76,7 +76,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
             "the job wants GPUs and this machine has none: estimate it on a machine like those "
             "that it will run on"
         )
-    workers, ranks, threads = local_sizes(plan.job)
+    workers, ranks, threads = local_sizes(plan)
     workers = min(workers, len(plan.target_shards))
     cores = max(1, (os.cpu_count() or 1) // threads)
     side_by_side = 1 if plan.base.on_gpu else min(workers, cores)
@@ -147,10 +147,10 @@ def _stages(
     if _moments_wanted(plan) and plan.corpus is not None:
         sizes = [sum(map(len, part)) for part in moments_job(plan).parts()]
         stages["second moments"] = _in_turn(sizes, workers) * rates.moment * crowd
-    stages["measure before"] = measure
     stages["known"] = 2 * known
     shards = [len(shard) for shard in plan.target_shards]
     stages["targets"] = _in_turn(shards, workers) * rates.target * crowd
+    stages["measure before"] = measure
     keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
     ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
     stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop

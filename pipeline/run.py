@@ -152,8 +152,9 @@ def _exit_status(error: BaseException) -> int:
 def _run_stages(run: Context) -> RunResult:
     templates = write_templates(run)
     collect_moments(run)
-    before = measure(run, "before", run.plan.base)
     found = find_targets(run, templates, find_known(run))
+    # By now the ranks of the update are starting, and need a while.
+    before = measure(run, "before", run.plan.base)
     reports = update(run, templates, found)
     publish_model(run, reports)
     edited_model = published_model(run)

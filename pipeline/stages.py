@@ -1,9 +1,9 @@
 """The stages of a run. Each finds what the run folder already has, and does only the rest.
 
-    templates ─▶ second moments ─▶ measure before ─▶ targets ─▶ update ─▶ publish ─▶ measure after
+    templates ─▶ second moments ─▶ targets ─▶ measure before ─▶ update ─▶ publish ─▶ measure after
 
 Targets and measurements are modules of their own (`pipeline.target_stage`,
-`pipeline.measure_stage`). Where a job says so, what the base knows is found after *measure before*
+`pipeline.measure_stage`). Where a job says so, what the base knows is found before the targets
 (`pipeline.known`), and asked again at the end. What is computed together is decided by the plan,
 never by who computes it.
 """

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jobs.demo.world import write_corpus, write_requests
 from jobs.views import show_result
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, UpdateConfig
 from pipeline.progress import RichProgress
 from pipeline.run import RunResult, run_job
 
@@ -35,6 +35,8 @@ def demo_job(output: Path) -> JobConfig:
         hparams=str(HERE / "hparams.json"),
         corpus=(str(inputs / "corpus.parquet"),),
         context_templates=str(HERE / "context_templates.json"),
+        # The model is worth one; two show how they share it.
+        update=UpdateConfig(ranks=2),
     )
 
 

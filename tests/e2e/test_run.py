@@ -81,8 +81,8 @@ def test_the_run_folder_has_all_that_is_promised(run: Runner) -> None:
     assert status["status"] == "complete"
     assert [s["name"] for s in status["stages"]] == [
         "second moments",
-        "measure before",
         "targets",
+        "measure before",
         "update",
         "publish",
         "measure after",

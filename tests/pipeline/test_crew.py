@@ -118,6 +118,20 @@ def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(
     assert site.take() is made[1]
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "cores", "ranks"), [(5, 8, 1), (129, 8, 2), (600, 8, 4), (600, 2, 2)]
+)
+def test_a_model_gets_the_ranks_that_it_is_worth(
+    mebibytes: int, cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = SimpleNamespace(targets=TargetsConfig(), update=UpdateConfig())
+    halves = SimpleNamespace(size=mebibytes << 19)
+    checkpoint = SimpleNamespace(tensors={"a": halves, "b": halves})
+    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
+    plan = SimpleNamespace(job=job, checkpoint=checkpoint)
+    assert module.local_sizes(cast(Plan, plan))[1] == ranks
+
+
 def test_ranks_that_nobody_takes_end_with_the_crew(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
