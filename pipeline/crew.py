@@ -162,9 +162,6 @@ class Crew:
         """
         if self._early is not None:
             group, self._early = self._early, None
-            if self._pool is not None and self.ranks < (os.cpu_count() or 1):
-                # Cores that the ranks leave idle; the edited model will be measured by all.
-                self._pool.prepare()
             return group
         update = self._plan.job.update
         if self._pool is not None and (update.gpus_per_rank or cpus_free() < self.ranks):

@@ -274,18 +274,14 @@ class WorkerPool(Pool):
         queue = _Queue(tasks, self._max_attempts, self._on_event)
         try:
             self._greet()
-            self.prepare(workers)
+            for seat in self._seats[:workers]:
+                if seat.actor is None and seat.failed_starts < self._max_attempts:
+                    self._start(seat)
             self._supervise(method, queue, on_result, on_drained)
         except BaseException:
             self.close()
             raise
         return queue.given_up()
-
-    def prepare(self, workers: int | None = None) -> None:
-        """Start so many workers, all if None, where they are not there; nothing is waited for."""
-        for seat in self._seats[:workers]:
-            if seat.actor is None and seat.failed_starts < self._max_attempts:
-                self._start(seat)
 
     @property
     def absent(self) -> int:

@@ -19,10 +19,6 @@ class Pool:
 
     def __init__(self, factory: type, *, count: int, on_event: Any, **options: Any) -> None:
         self.absent, self.tell, self.open = count, on_event, True
-        self.prepared = False
-
-    def prepare(self) -> None:
-        self.prepared = True
 
     def close(self) -> None:
         self.open = False
@@ -85,17 +81,6 @@ def test_expected_ranks_start_at_once_and_are_the_ones_taken(site: Site) -> None
     assert second.waited
     assert (first.open, second.open) == (True, True), "whoever takes ranks closes them"
     assert not pool.open
-
-
-@pytest.mark.parametrize("cores", [2, 3])
-def test_workers_are_made_complete_on_cores_that_the_ranks_leave_idle(
-    site: Site, cores: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
-    site.expect()
-    assert not site.pool.prepared
-    site.take()
-    assert site.pool.prepared == (cores > 2)
 
 
 def test_workers_that_have_not_come_have_the_first_right_to_a_cpu(site: Site) -> None:
