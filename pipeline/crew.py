@@ -51,19 +51,6 @@ def local_sizes(plan: Plan) -> tuple[int, int, int]:
     return workers, ranks, threads
 
 
-def rank_threads(plan: Plan, ranks: int) -> int:
-    """Threads of each rank of a run on this machine's CPUs.
-
-    Where a small model was found to be worth few ranks, they share the cores that more would have
-    had. So the machine decides the last bits of the weights, as it does by the number of ranks.
-    """
-    threads = local_sizes(plan)[2]
-    given = plan.job.targets.threads_per_worker != "auto" or plan.job.update.ranks != "auto"
-    if given or plan.job.update.gpus_per_rank:
-        return threads
-    return max(threads, min(os.cpu_count() or 1, _MOST_CPU_RANKS) // ranks)
-
-
 def _worth(plan: Plan, cores: int) -> int:
     """Ranks that a model is worth: each takes seconds to start, and a small one is done sooner."""
     weights = sum(tensor.size for tensor in plan.checkpoint.tensors.values())
@@ -83,7 +70,7 @@ class Crew:
         on_event: told about retries and deaths.
 
     Attributes:
-        threads: threads of each worker, and of each rank unless `rank_threads` gives it more.
+        threads: threads of each worker and rank.
     """
 
     def __init__(
@@ -94,7 +81,6 @@ class Crew:
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
-        self._is_local = False
         self.threads = local_sizes(plan)[2]
 
     def __enter__(self) -> Self:
@@ -174,8 +160,7 @@ class Crew:
             ranks=self.ranks,
             init_args=init_args,
             num_gpus=self._plan.job.update.gpus_per_rank,
-            # What other machines have is not known here.
-            threads=rank_threads(self._plan, self.ranks) if self._is_local else self.threads,
+            threads=self.threads,
             wait=wait,
         )
 
@@ -203,7 +188,6 @@ class Crew:
             workers, ranks, _ = local_sizes(self._plan)
             # Logical CPUs of a cluster started here: room for all that was asked for, so that a
             # small machine runs what a large one would, and ranks need not wait for workers.
-            self._is_local = self._address is None and not os.environ.get("RAY_ADDRESS")
             session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
             self._stack.enter_context(session)
             if targets.workers == "auto" and targets.gpus_per_worker:

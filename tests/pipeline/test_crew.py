@@ -128,12 +128,8 @@ def test_a_model_gets_the_ranks_that_it_is_worth(
     halves = SimpleNamespace(size=mebibytes << 19)
     checkpoint = SimpleNamespace(tensors={"a": halves, "b": halves})
     monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
-    plan = cast(Plan, SimpleNamespace(job=job, checkpoint=checkpoint))
-    assert module.local_sizes(plan)[1] == ranks
-    # What cores are left go to the ranks, but for those that four ranks would not have had.
-    assert module.rank_threads(plan, ranks) == min(cores, 4) // ranks
-    job.targets = TargetsConfig(threads_per_worker=1)
-    assert module.rank_threads(plan, ranks) == 1
+    plan = SimpleNamespace(job=job, checkpoint=checkpoint)
+    assert module.local_sizes(cast(Plan, plan))[1] == ranks
 
 
 def test_ranks_that_nobody_takes_end_with_the_crew(
