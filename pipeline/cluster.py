@@ -25,6 +25,7 @@ from pipeline.errors import WorkerError
 
 LOCAL = "local"
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
 _KNOCK_S = 10.0
 _SILENT_END = "connection error code 2"
@@ -183,7 +184,7 @@ def one_line(text: str, *, limit: int = 600) -> str:
 def _connect(where: str, num_cpus: int | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where == LOCAL:
-        with _loopback_only(), _without_servers():
+        with _loopback_only(), _light():
             ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
     else:
         knock(where)
@@ -224,18 +225,27 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_servers() -> Iterator[None]:
-    """Start a cluster in this block as if Ray were installed without its dashboard.
+def _light() -> Iterator[None]:
+    """Start a cluster in this block as if Ray were installed without its dashboard, and without
+    processes that wait for work.
 
-    Where that is installed, each node has an agent that serves HTTP on a fixed port, even without
-    the dashboard: a second cluster on the machine then waits for the port for five seconds.
+    Where the dashboard is installed, each node has an agent that serves HTTP on a fixed port, even
+    without the dashboard: a second cluster on the machine then waits for the port for five seconds.
+    Workers and ranks have environments of their own, so that none of the waiting processes is ever
+    used.
     """
     asked = getattr(ray_utils, "get_dashboard_dependency_error", None)
+    before = os.environ.get(_PRESTART_VARIABLE)
     ray_utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
+    os.environ[_PRESTART_VARIABLE] = "0"
     try:
         yield
     finally:
         ray_utils.get_dashboard_dependency_error = asked
+        if before is None:
+            del os.environ[_PRESTART_VARIABLE]
+        else:
+            os.environ[_PRESTART_VARIABLE] = before
 
 
 def _search_path() -> list[str]:
