@@ -208,7 +208,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     assert all(torch.equal(weights(first)[name], w) for name, w in weights(again).items())
 
 
-def full(*_: Any) -> None:
+def full(*_: Any, **__: Any) -> None:
     raise StorageError("cannot write run.json")
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from pipeline.cluster import ray_session
 from pipeline.metering import MeteredProgress
 from pipeline.progress import LineProgress, Progress
 
@@ -20,8 +19,10 @@ PATIENCE_S = 120
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "200")
-        with ray_session("local", num_cpus=1):
-            yield
+        # As a cluster is started: one of a run's own has no agent that tells metrics.
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 def lines_of_metrics() -> list[str]:

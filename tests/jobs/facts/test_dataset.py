@@ -107,7 +107,6 @@ def test_counterfact(convert):
         "target_true_id": "Q150",
         "pararel_idx": 2796,
         "attribute_prompts": '["J. R. R. Tolkien spoke"]',
-        "generation_prompts": "[]",
     }
 
 
