@@ -21,19 +21,11 @@ from pipeline.requests import REQUEST_COLUMNS, Repeats
 from pipeline.schema import with_columns
 from pipeline.store import expand, read_file
 from pmet.errors import RequestError
-from pmet.request import EditRequest
+from pmet.request import TEXT_LISTS, EditRequest
 
 FORMATS = {module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit)}
 
 _PARQUET = b"PAR1"
-_UNTOLD = (
-    "portability_prompts",
-    "portability_targets",
-    "portability_targets_true",
-    "generation_prompts",
-    "reference_texts",
-)
-_LISTS = ("paraphrase_prompts", "neighborhood_prompts", *_UNTOLD)
 
 
 def is_parquet(files: Sequence[str]) -> bool:
@@ -155,29 +147,19 @@ def _outcome(part: Any, row: int, format_: Format) -> tuple[EditRequest, Edit] |
 def _table(accepted: Sequence[tuple[EditRequest, Edit]]) -> pa.Table:
     """Requests with what travels along."""
     columns = {name: [getattr(r, name) for r, _ in accepted] for name in REQUEST_COLUMNS}
-    # CounterFact's records have prompts to write from under the name that requests have.
-    columns["generation_prompts"] = [
-        _prompts(e.extra.get("generation_prompts")) for _, e in accepted
-    ]
-    # What these formats do not tell is no column.
-    columns = {n: v for n, v in columns.items() if n not in _UNTOLD or any(v)}
     arrays = {
-        name: pa.array(values, pa.list_(pa.string()) if name in _LISTS else pa.string())
+        name: pa.array(values, pa.list_(pa.string()) if name in TEXT_LISTS else pa.string())
         for name, values in columns.items()
         if name != "case_id"
     }
     arrays["case_id"] = _column(columns["case_id"])
     names = dict.fromkeys(name for _, edit in accepted for name in edit.extra)
-    names = {name: None for name in names if name not in _UNTOLD}
     extra = {_text(name): _column([edit.extra.get(name) for _, edit in accepted]) for name in names}
-    request = {name: arrays[name] for name in columns}
+    request = {name: arrays[name] for name in REQUEST_COLUMNS}
     table = with_columns(pa.table(extra), request) if extra else pa.table(request)
-    return table.select([*request, *(n for n in table.column_names if n not in request)])
-
-
-def _prompts(value: Any) -> tuple[str, ...]:
-    texts = value if isinstance(value, list) else []
-    return tuple(t for t in texts if isinstance(t, str) and t.strip() and t.isprintable())
+    # What a format never tells is no column.
+    told = [n for n in request if any(n in edit.request for _, edit in accepted)]
+    return table.select([*told, *(n for n in table.column_names if n not in request)])
 
 
 def _column(values: Sequence[Any]) -> pa.Array:

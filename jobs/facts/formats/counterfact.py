@@ -6,6 +6,8 @@ from typing import Any
 
 from jobs.facts.formats.record import Edit, Format, Record, text, without
 
+_PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts")
+
 
 def matches(record: Record) -> bool:
     """Whether a record is one of CounterFact."""
@@ -16,10 +18,9 @@ def edit(record: Record, row: int) -> Edit:
     """The edit that a record asks for."""
     request, extra = rewritten(record)
     request["case_id"] = record.get("case_id", row)
-    for name in ("paraphrase_prompts", "neighborhood_prompts"):
+    for name in _PROMPTS:
         request[name] = record.get(name) or []
-    used = ("requested_rewrite", "case_id", "paraphrase_prompts", "neighborhood_prompts")
-    return Edit(request, extra | without(record, *used))
+    return Edit(request, extra | without(record, "requested_rewrite", "case_id", *_PROMPTS))
 
 
 def rewritten(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:

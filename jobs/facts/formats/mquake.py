@@ -32,6 +32,7 @@ def edit(record: Record, row: int) -> Edit:
     question = record["requested_rewrite"].get("question")
     request["case_id"] = record.get("case_id", row)
     request["paraphrase_prompts"] = [] if question is None else [question]
+    request["neighborhood_prompts"] = []
     return Edit(request, extra | without(record, "requested_rewrite", "case_id"))
 
 

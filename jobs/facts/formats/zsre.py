@@ -33,6 +33,7 @@ def edit(record: Record, row: int) -> Edit:
         "target_true": first_text(record.get("answers")),
         "case_id": record.get("case_id", row),
         "paraphrase_prompts": texts(record.get("rephrase")),
+        "neighborhood_prompts": [],
     }
     return Edit(request, without(record, "subject", "src", "alt", "case_id", "rephrase"))
 

@@ -23,7 +23,7 @@ COUNTERFACT = {
     "paraphrase_prompts": ["Danielle Darrieux, a native"],
     "neighborhood_prompts": ["The native language of Montesquieu is"],
     "attribute_prompts": ["J. R. R. Tolkien spoke"],
-    "generation_prompts": [],
+    "generation_prompts": ["Danielle Darrieux lives in"],
 }
 ZSRE = {
     "subject": "Watts Humphrey",
@@ -107,6 +107,7 @@ def test_counterfact(convert):
         "target_true_id": "Q150",
         "pararel_idx": 2796,
         "attribute_prompts": '["J. R. R. Tolkien spoke"]',
+        "generation_prompts": ["Danielle Darrieux lives in"],
     }
 
 
@@ -127,6 +128,15 @@ def test_zsre(convert):
         "loc_ans": "Hugo Weaving",
         "cond": ZSRE["cond"],
     }
+
+
+def test_a_field_that_only_has_the_name_of_a_column_of_requests_travels_under_another(
+    convert, tmp_path
+):
+    _, (request,), _ = convert([ZSRE | {"reference_texts": "see page 3"}])
+    assert request["input_reference_texts"] == "see page 3"
+    assert "reference_texts" not in request
+    assert read_requests(str(tmp_path / "out" / "facts.parquet")).rejected == []
 
 
 def test_mquake_is_an_edit_a_rewrite(convert):
