@@ -73,9 +73,18 @@ class FailedTask:
 
 
 class Pool(ABC):
-    """Runs tasks on workers made by one factory; use it as a context manager."""
+    """Runs tasks on workers made by one factory; use it as a context manager.
 
-    @abstractmethod
+    Args:
+        max_attempts: how often a task is tried.
+        on_event: told about what went wrong.
+    """
+
+    def __init__(self, max_attempts: int, on_event: OnEvent | None) -> None:
+        self._max_attempts = max_attempts
+        self._on_event = on_event or _ignore
+        self._closed = False
+
     def run(
         self,
         method: str,
@@ -105,6 +114,21 @@ class Pool(ABC):
             InputError: raised by a worker and never retried, because it would only come again.
             WorkerError: no worker can start, or the pool is closed.
         """
+        if self._closed:
+            raise WorkerError("this pool is closed; make a new one to run another stage")
+        queue = _Queue(tasks, self._max_attempts, self._on_event, on_drained)
+        try:
+            self._work_off(queue, method, on_result, workers)
+        except BaseException:
+            self.close()
+            raise
+        return queue.given_up()
+
+    @abstractmethod
+    def _work_off(
+        self, queue: _Queue, method: str, on_result: OnResult, workers: int | None
+    ) -> None:
+        """Try tasks until none is left to be tried or awaited; see `run`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -144,37 +168,12 @@ class SerialPool(Pool):
         max_attempts: int = 3,
         on_event: OnEvent | None = None,
     ) -> None:
+        super().__init__(max_attempts, on_event)
         self._factory = factory
         self._init_args = init_args
-        self._max_attempts = max_attempts
-        self._on_event = on_event or _ignore
         self._worker: Any = None
-        self._closed = False
         self._threads_before = limit_threads(threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    def run(
-        self,
-        method: str,
-        tasks: Iterable[Task],
-        on_result: OnResult,
-        *,
-        workers: int | None = None,
-        on_drained: Callable[[], None] | None = None,
-    ) -> list[FailedTask]:
-        """See `Pool.run`."""
-        _refuse_closed(self._closed)
-        queue = _Queue(tasks, self._max_attempts, self._on_event)
-        try:
-            if self._worker is None:
-                self._worker = self._start()
-            while (attempt := queue.take()) is not None:
-                queue.tell_when_drained(on_drained)
-                self._try(method, attempt, queue, on_result)
-        except BaseException:
-            self.close()
-            raise
-        return queue.given_up()
 
     def close(self) -> None:
         """See `Pool.close`."""
@@ -182,6 +181,14 @@ class SerialPool(Pool):
         self._closed = True
         limit_threads(self._threads_before)
         self._threads_before = None
+
+    def _work_off(
+        self, queue: _Queue, method: str, on_result: OnResult, workers: int | None
+    ) -> None:
+        if self._worker is None:
+            self._worker = self._start()
+        while (attempt := queue.take()) is not None:
+            self._try(method, attempt, queue, on_result)
 
     def _start(self) -> Any:
         try:
@@ -243,10 +250,9 @@ class WorkerPool(Pool):
     ) -> None:
         if count < 1 or max_attempts < 1:
             raise ValueError(f"count {count} and max_attempts {max_attempts} must be at least 1")
-        self._max_attempts = max_attempts
+        super().__init__(max_attempts, on_event)
         self._task_timeout_s = task_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._on_event = on_event or _ignore
         self._needs = f"{num_cpus:g} CPU and {num_gpus:g} GPU"
         self._start_args = (factory, init_args, threads)
         self._actor_class = ray.remote(_WorkerProcess).options(
@@ -257,31 +263,7 @@ class WorkerPool(Pool):
             runtime_env={"env_vars": worker_environment(threads=threads)},
         )
         self._ever_ready = False
-        self._closed = False
         self._seats = [_Seat(index) for index in range(count)]
-
-    def run(
-        self,
-        method: str,
-        tasks: Iterable[Task],
-        on_result: OnResult,
-        *,
-        workers: int | None = None,
-        on_drained: Callable[[], None] | None = None,
-    ) -> list[FailedTask]:
-        """See `Pool.run`."""
-        _refuse_closed(self._closed)
-        queue = _Queue(tasks, self._max_attempts, self._on_event)
-        try:
-            self._greet()
-            for seat in self._seats[:workers]:
-                if seat.actor is None and seat.failed_starts < self._max_attempts:
-                    self._start(seat)
-            self._supervise(method, queue, on_result, on_drained)
-        except BaseException:
-            self.close()
-            raise
-        return queue.given_up()
 
     @property
     def absent(self) -> int:
@@ -294,16 +276,15 @@ class WorkerPool(Pool):
         for seat in self._seats:
             self._dismiss(seat)
 
-    def _supervise(
-        self,
-        method: str,
-        queue: _Queue,
-        on_result: OnResult,
-        on_drained: Callable[[], None] | None,
+    def _work_off(
+        self, queue: _Queue, method: str, on_result: OnResult, workers: int | None
     ) -> None:
+        self._greet()
+        for seat in self._seats[:workers]:
+            if seat.actor is None and seat.failed_starts < self._max_attempts:
+                self._start(seat)
         while True:
             self._hand_out(method, queue)
-            queue.tell_when_drained(on_drained)
             if queue.empty and not any(seat.attempt for seat in self._seats):
                 return
             awaited = {seat.reply: seat for seat in self._seats if seat.reply is not None}
@@ -436,9 +417,15 @@ class _Attempt:
 
 
 class _Queue:
-    """The tasks of one stage still to be tried, and those given up."""
+    """The tasks of one stage still to be tried, and those given up; see `Pool.run`."""
 
-    def __init__(self, tasks: Iterable[Task], max_attempts: int, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        max_attempts: int,
+        on_event: OnEvent,
+        on_drained: Callable[[], None] | None,
+    ) -> None:
         self._fresh: Iterator[_Attempt] = (
             _Attempt(task, place, 1) for place, task in enumerate(tasks, start=1)
         )
@@ -446,13 +433,7 @@ class _Queue:
         self._given_up: list[tuple[int, FailedTask]] = []
         self._max_attempts = max_attempts
         self._on_event = on_event
-        self._told = False
-
-    def tell_when_drained(self, on_drained: Callable[[], None] | None) -> None:
-        """Call ``on_drained``, once, if nothing is left to take."""
-        if on_drained and not self._told and self.empty:
-            self._told = True
-            on_drained()
+        self._on_drained = on_drained
 
     @property
     def empty(self) -> bool:
@@ -463,7 +444,14 @@ class _Queue:
 
     def take(self) -> _Attempt | None:
         """The next attempt. Failed tasks go first: what ails them is then known early."""
-        return None if self.empty else self._again.popleft()
+        if self.empty:
+            return None
+        attempt = self._again.popleft()
+        if self._on_drained and self.empty:
+            self._on_drained()
+            # Once: what has failed comes again.
+            self._on_drained = None
+        return attempt
 
     def failed(self, attempt: _Attempt, reason: str) -> None:
         """Have the task tried again, or give it up."""
@@ -521,11 +509,6 @@ def _raise_input_error(error: ray_exceptions.RayError) -> None:
 
 def _cannot_start(reason: str, error: BaseException) -> WorkerError:
     return WorkerError(f"no worker can start: {reason}", cause_text=full_text(error))
-
-
-def _refuse_closed(closed: bool) -> None:
-    if closed:
-        raise WorkerError("this pool is closed; make a new one to run another stage")
 
 
 def _ignore(kind: EventKind, text: str) -> None:
