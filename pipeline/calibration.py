@@ -7,20 +7,18 @@ that the figures hold what they take from each other.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from pipeline.cluster import limit_threads
+from pipeline.cluster import environment, limit_threads
 from pipeline.evaluation import How
 from pipeline.replica import Asked, ModelSource, ask
 from pmet.contexts import ContextTemplates
@@ -108,8 +106,11 @@ class Rates:
 def calibrate(samples: Sequence[Sample]) -> Rates:
     """Do the work of each sample in a process of its own, all at once; the mean of what it took."""
     context = multiprocessing.get_context("spawn")
+    # Before any numerical library is imported: as of a worker.
+    threads = str(samples[0].threads)
+    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     with (
-        _environment(samples[0].threads),
+        environment({**variables, "TOKENIZERS_PARALLELISM": "false"}),
         ProcessPoolExecutor(len(samples), mp_context=context) as processes,
     ):
         found = list(processes.map(work, samples))
@@ -257,20 +258,3 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def _peak_bytes() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else peak * 1024)
-
-
-@contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """What has to be known before any numerical library is imported: as of a worker."""
-    names = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    names["TOKENIZERS_PARALLELISM"] = "false"
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
@@ -203,6 +203,21 @@ def knock(where: str) -> None:
 
 
 @contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Have environment variables for the time of a ``with`` block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
 def _loopback_only() -> Iterator[None]:
     """Let a cluster started in this block listen on 127.0.0.1 instead of on every interface.
 
@@ -210,18 +225,13 @@ def _loopback_only() -> Iterator[None]:
     there: a loopback address given to ``ray.init`` is replaced by the machine's own. The variable
     says that this is such a system; Ray has read it by now, hence the constant.
     """
-    before = os.environ.get(_LOOPBACK_VARIABLE)
     several_nodes = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
-    os.environ[_LOOPBACK_VARIABLE] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        yield
+        with environment({_LOOPBACK_VARIABLE: "0"}):
+            yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several_nodes
-        if before is None:
-            del os.environ[_LOOPBACK_VARIABLE]
-        else:
-            os.environ[_LOOPBACK_VARIABLE] = before
 
 
 @contextlib.contextmanager
@@ -235,17 +245,12 @@ def _light() -> Iterator[None]:
     used.
     """
     asked = getattr(ray_utils, "get_dashboard_dependency_error", None)
-    before = os.environ.get(_PRESTART_VARIABLE)
     ray_utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
-    os.environ[_PRESTART_VARIABLE] = "0"
     try:
-        yield
+        with environment({_PRESTART_VARIABLE: "0"}):
+            yield
     finally:
         ray_utils.get_dashboard_dependency_error = asked
-        if before is None:
-            del os.environ[_PRESTART_VARIABLE]
-        else:
-            os.environ[_PRESTART_VARIABLE] = before
 
 
 def _search_path() -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 import requests
 from ray import exceptions as ray_exceptions
 
-from pipeline.cluster import knock, one_line
+from pipeline.cluster import environment, knock, one_line
 from pipeline.errors import ClusterError
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -69,7 +68,9 @@ class JobServer:
             logging.getLogger(name).setLevel(logging.WARNING)
         where = _whole(address)
         _knock(where)
-        with _named(where), _explained(where or "this machine's cluster"):
+        # To Ray, the environment comes before what its client is told; here it is the other way.
+        named = {} if where is None else {ADDRESS: where}
+        with environment(named), _explained(where or "this machine's cluster"):
             client = JobSubmissionClient(where)
         return cls(client, where or client.get_address())
 
@@ -166,22 +167,6 @@ def _knock(where: str | None) -> None:
         knock(f"{parts.hostname}:{port}")
     except OSError as error:
         raise ClusterError(_unreachable(where, str(error))) from None
-
-
-@contextmanager
-def _named(where: str | None) -> Iterator[None]:
-    """To Ray, the environment comes before what its client is told; here it is the other way."""
-    before = os.environ.get(ADDRESS)
-    if where is not None:
-        os.environ[ADDRESS] = where
-    try:
-        yield
-    finally:
-        if where is not None:
-            if before is None:
-                del os.environ[ADDRESS]
-            else:
-                os.environ[ADDRESS] = before
 
 
 @contextmanager
