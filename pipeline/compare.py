@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 from pipeline.charts import group_chart, score_chart
+from pipeline.config import by_key
 from pipeline.figures import (
     Figure,
     GateText,
@@ -181,15 +182,7 @@ def _settings(job: str) -> dict[str, Any]:
         values = parse_yaml(job)
     except YAMLTextError:
         return {}
-    return dict(_flat(values)) if isinstance(values, dict) else {}
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
+    return dict(by_key(values)) if isinstance(values, dict) else {}
 
 
 def _seconds(run: RunRecord) -> dict[str, float]:

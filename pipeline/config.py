@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -387,6 +387,15 @@ def dump_job(job: JobConfig) -> str:
     # There are some fifty, and few jobs ask for more than three.
     values["gates"] = job.gates.thresholds()
     return dump_yaml(values)
+
+
+def by_key(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What settings hold, by key, as overrides name it: ``section.key``."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from by_key(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
 
 
 class _Keys:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pipeline.config import JobConfig, without_password
+from pipeline.config import JobConfig, by_key, without_password
 from pipeline.digest import digest_of
 from pipeline.errors import JobError
 from pipeline.figures import is_number
@@ -312,26 +312,15 @@ def tracked(job: JobConfig, digest: str) -> TrackedRun:
     return TrackedRun(
         name=job.tracking.name or Path(job.output.rstrip("/")).name or "run",
         identity=digest_of([job.output, digest])[:32],
-        params=dict(_flat(values)),
+        params={key: _param(value) for key, value in by_key(values) if value is not None},
     )
 
 
-def _flat(
-    values: Mapping[str, Any], before: str = ""
-) -> Iterator[tuple[str, str | int | float | bool]]:
-    """Values by key, without those that are not set."""
-    for name, value in values.items():
-        match value:
-            case None:
-                continue
-            case dict():
-                yield from _flat(value, f"{before}{name}.")
-            case list() | tuple():
-                yield f"{before}{name}", without_password(", ".join(map(str, value)))
-            case str():
-                yield f"{before}{name}", without_password(value)
-            case _:
-                yield f"{before}{name}", value
+def _param(value: Any) -> str | int | float | bool:
+    """A setting as trackers take it."""
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return without_password(value) if isinstance(value, str) else value
 
 
 def figures_of(record: RunRecord) -> dict[str, float]:
