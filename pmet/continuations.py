@@ -17,14 +17,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from pmet.kernels import tuned
+from pmet.kernels import tuned_if_short
 from pmet.packs import MOST, Pack, inputs, packed, reads_trees
 from pmet.padding import batches_by_tokens
 from pmet.plain import plain_score
@@ -36,7 +35,6 @@ BATCH_TOKENS = 2048
 """Padded tokens of one forward pass."""
 NEAR = 3e-4
 """Nats that decide a verdict, below which it is computed by itself."""
-_SHORT = 128  # tokens of rows for which the kernels for short rows are the faster ones
 
 
 class Scored(NamedTuple):
@@ -104,7 +102,7 @@ def score_continuations(
     packs = packed(asked, MOST if trees else 0)
     near: set[Continuation] = set()
     with frozen(model):
-        with tuned(model, max(longest, MOST)) if longest <= _SHORT else nullcontext():
+        with tuned_if_short(model, max(longest, MOST)):
             for batch in batches_by_tokens(packs, batch_tokens, lambda pack: len(pack.ids)):
                 read = _read(model, batch, asked, trees=trees)
                 scored |= {pair: found.score for pair, found in read.items()}

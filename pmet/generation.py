@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pmet.kernels import tuned
+from pmet.kernels import tuned_if_short
 from pmet.padding import pad, positions
 from pmet.problem import context_length
 from pmet.prompts import Prompts, Tokens
@@ -28,7 +27,6 @@ WRITTEN_TOKENS = 100
 TOP_K = 5
 """Likeliest tokens that a written text is drawn from (ROME, MEMIT)."""
 _BATCH, _WRITTEN_BATCH = 128, 64
-_SHORT = 128  # as of `pmet.continuations`
 
 Choose = Callable[[torch.Tensor, Sequence[int], int], torch.Tensor]
 
@@ -169,7 +167,7 @@ def _new_tokens(
     head = model.get_output_embeddings()  # type: ignore[operator]
     with (
         frozen(model),
-        tuned(model, longest) if longest <= _SHORT else nullcontext(),
+        tuned_if_short(model, longest),
         changed_input(head, lambda hidden: hidden[:, -1:]),
     ):
         for number in range(count):

@@ -14,7 +14,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
 
 _SHORT_ROWS = "pmet_short_rows"
+_SHORT = 128  # tokens of a row
 
 
 class _TanhGelu(torch.autograd.Function):
@@ -238,6 +239,13 @@ def tuned(model: nn.Module, longest: int) -> Iterator[None]:
         _short_position_tables(model, longest),
         _keeping_freed_memory(model),
     ):
+        yield
+
+
+@contextmanager
+def tuned_if_short(model: nn.Module, longest: int) -> Iterator[None]:
+    """The same where rows are so short that the kernels for short rows are the faster ones."""
+    with tuned(model, longest) if longest <= _SHORT else nullcontext():
         yield
 
 

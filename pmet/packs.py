@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from pmet.padding import pad
-
-Tokens = tuple[int, ...]
+from pmet.prompts import Tokens
 
 TREES = frozenset(
     {
