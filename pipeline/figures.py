@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+from pipeline.gates import GATES, Gate, Kind
+
 Unit = Literal["fraction", "bits", "plain"]
 
 
@@ -162,6 +164,7 @@ class GateText:
     Attributes:
         metric: the gate's name.
         figure: the figure that it looks at.
+        kind: how it looks at it.
         asked: what it demands.
         reached: what it saw.
         passed: whether it lets the model pass.
@@ -169,6 +172,7 @@ class GateText:
 
     metric: str
     figure: str
+    kind: Kind
     asked: str
     reached: str
     passed: bool
@@ -176,10 +180,9 @@ class GateText:
 
 def read_gate(gate: Mapping[str, Any]) -> GateText:
     """A gate of ``metrics.json`` in words, of whatever kind it is."""
-    metric, kind = str(gate["metric"]), gate_kind(gate)
-    figure = metric
-    for suffix in ("_increase", "_drop_since_last", "_drop"):
-        figure = figure.removesuffix(suffix)
+    metric = str(gate["metric"])
+    known = GATES.get(metric, Gate(metric, "least"))
+    figure, kind = known.metric, known.kind
     threshold, value = gate["threshold"], gate["value"]
     match kind:
         case "increase":
@@ -194,13 +197,7 @@ def read_gate(gate: Mapping[str, Any]) -> GateText:
             asked, reached = f"at least {show(threshold, figure)}", show(value, figure)
     if gate.get("note"):
         reached = str(gate["note"])
-    return GateText(metric, figure, asked, reached, bool(gate["passed"]))
-
-
-def gate_kind(gate: Mapping[str, Any]) -> str:
-    """``least``, ``increase``, ``drop`` or ``drop_since_last``; runs of old do not say which."""
-    by_name = "increase" if str(gate["metric"]).endswith("_increase") else "least"
-    return str(gate.get("kind") or by_name)
+    return GateText(metric, figure, kind, asked, reached, bool(gate["passed"]))
 
 
 def _relative(value: Any) -> str:

@@ -23,7 +23,6 @@ from pipeline.figures import (
     CORE,
     all_numbers,
     figure_of,
-    gate_kind,
     is_fraction,
     is_number,
     measured,
@@ -258,10 +257,11 @@ def _gate_lines(record: RunRecord) -> dict[str, float]:
     last = (record.metrics.get("last") or {}).get("after") or {}
     lines: dict[str, float] = {}
     for gate in record.gates:
-        name, threshold = read_gate(gate).figure, gate["threshold"]
+        text, threshold = read_gate(gate), gate["threshold"]
+        name = text.figure
         start = {"least": 0.0, "drop": record.before.get(name), "drop_since_last": last.get(name)}
-        origin = start.get(gate_kind(gate))
+        origin = start.get(text.kind)
         if is_fraction(name) and is_number(origin):
-            place = threshold if gate_kind(gate) == "least" else origin - threshold
+            place = threshold if text.kind == "least" else origin - threshold
             lines[name] = max(place, lines.get(name, place))
     return lines
