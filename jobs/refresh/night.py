@@ -325,9 +325,9 @@ class _Work:
         self._lease.check()
         write_night_report(self._home, self._config, self._night.version)
         run = Store(self._store.join(self._path()))
-        if run.exists(STATUS):
-            # The run's own report was written before the ledger was.
-            write_report(run, quarantined=quarantined(run))
+        # The run's own report was written before the ledger was, and tells all but these.
+        if run.exists(STATUS) and (facts := quarantined(run)):
+            write_report(run, quarantined=facts)
 
     def _targets(self) -> dict[str, int]:
         """How many targets were computed, and how many the store had."""
