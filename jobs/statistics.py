@@ -78,7 +78,7 @@ def _run(
                 num_gpus=gpus_per_worker,
                 # The number of threads decides how sums are split, and so the last bits.
                 threads=1,
-                on_event=lambda kind, text: progress.event(f"{kind}: {text}"),
+                on_event=lambda kind, text: progress.event(text, kind),
             )
             with pool:
                 run_all(pool, method, tasks, take)

@@ -23,7 +23,7 @@ import ray
 from ray.util import metrics
 
 from pipeline.cluster import dashboard_url
-from pipeline.progress import CountedStage, Progress, Stage
+from pipeline.progress import NOTE, CountedStage, Progress, Stage
 
 _KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "warning"})
 _GAUGES = {
@@ -56,11 +56,10 @@ class MeteredProgress(Progress):
         with self._shown.stage(name, total) as stage:
             yield _MeteredStage(stage, total, self, name)
 
-    def event(self, text: str) -> None:
+    def event(self, text: str, kind: str = NOTE) -> None:
         """See `Progress.event`."""
-        kind = text.partition(":")[0]
         self.count("pmet_events", "Things that happened.", kind=kind if kind in _KINDS else "other")
-        self._shown.event(text)
+        self._shown.event(text, kind)
 
     def count(self, name: str, what: str, **tags: str) -> None:
         """Add one to a counter."""

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
+NOTE = "note"
+"""The kind of what is only said."""
 _SHARD = re.compile(r"\bshard (\w+)")
 _ATTEMPT = re.compile(r"\battempt (\d+)")
 
@@ -113,8 +115,8 @@ class Progress:
         """Show a stage for the time of a ``with`` block."""
         yield Stage()
 
-    def event(self, text: str) -> None:
-        """Show something that happened."""
+    def event(self, text: str, kind: str = NOTE) -> None:
+        """Show something that happened, and of what kind it is: ``retry``, ``death``."""
 
 
 @dataclass
@@ -143,9 +145,10 @@ class RichProgress(Progress):
             done = bars.tasks[0].total or bars.tasks[0].completed or 1
             bars.update(task, total=done, completed=done)
 
-    def event(self, text: str) -> None:
+    def event(self, text: str, kind: str = NOTE) -> None:
         """Print a line."""
-        self.console.print(text, style="yellow", markup=False, highlight=False)
+        line = text if kind == NOTE else f"{kind}: {text}"
+        self.console.print(line, style="yellow", markup=False, highlight=False)
 
 
 class _RichStage(Stage):
@@ -190,17 +193,14 @@ class LineProgress(Progress):
         yield _LineStage(self._say, self._every_s, name, total)
         self._say(event="end", stage=name, seconds=round(time.monotonic() - start, 3))
 
-    def event(self, text: str) -> None:
+    def event(self, text: str, kind: str = NOTE) -> None:
         """See `Progress.event`."""
-        kind, colon, rest = text.partition(": ")
-        if not colon or " " in kind:
-            kind, rest = "note", text
-        shard, attempt = _SHARD.search(rest), _ATTEMPT.search(rest)
+        shard, attempt = _SHARD.search(text), _ATTEMPT.search(text)
         self._say(
             event=kind,
             shard=shard and shard[1],
             shard_attempt=attempt and int(attempt[1]),
-            text=rest,
+            text=text,
         )
 
     def _say(self, **values: Any) -> None:

@@ -77,7 +77,7 @@ def run_job(
         LeaseLostError: another run has taken the folder over; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
-    progress = MeteredProgress(progress or Progress())
+    progress = progress or Progress()
     with progress.stage("plan"):
         plan = make_plan(job)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
@@ -91,9 +91,7 @@ def run_plan(
     address: str | None = None,
 ) -> RunResult:
     """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
-    job, progress = plan.job, progress or Progress()
-    if not isinstance(progress, MeteredProgress):
-        progress = MeteredProgress(progress)
+    job, progress = plan.job, MeteredProgress(progress or Progress())
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         folder.begin(plan.digests, seed=job.seed, fresh=fresh)
@@ -107,7 +105,7 @@ def _run_in(
 ) -> RunResult:
     def on_event(kind: str, text: str) -> None:
         folder.event(kind, text)
-        progress.event(f"{kind}: {text}")
+        progress.event(text, kind)
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")

@@ -51,7 +51,7 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
         stage.advance(6)
         stage.shard("00001")
         stage.shard("00002")
-    progress.event("retry: shard 00003, attempt 1 of 3: it died")
+    progress.event("shard 00003, attempt 1 of 3: it died", "retry")
     run = 'run="s3://runs/1"'
     assert value("pmet_stage_done", run, 'stage="targets"') == 10
     assert value("pmet_stage_total", run, 'stage="targets"') == 40
@@ -67,6 +67,6 @@ def test_what_is_shown_is_shown_all_the_same() -> None:
     with progress.stage("targets", 2) as stage:
         stage.advance()
         stage.shard("00001")
-    progress.event("death: worker 1 was lost on shard 00001, attempt 2 of 3: killed")
+    progress.event("worker 1 was lost on shard 00001, attempt 2 of 3: killed", "death")
     events = [line.split()[4] for line in lines]
     assert events == [f"event={e}" for e in ("begin", "progress", "shard", "end", "death")]
