@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +110,16 @@ def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobC
         "update": {"ranks": 2},
     }
     return JobConfig.model_validate(values | changes)
+
+
+def wait_until(what: Callable[[], Any], *, within_s: float, every_s: float) -> Any:
+    """Wait for something that is true, and return it; the machine may be busy."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(every_s)
+    raise AssertionError("it did not happen")
 
 
 def targets_by_row(folder: Store) -> dict[int, np.ndarray]:

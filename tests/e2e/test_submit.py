@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -22,11 +22,18 @@ from pipeline.config import load_job
 from pipeline.run import run_job
 from pipeline.store import Store
 from tests.conftest import GOLDEN, ROOT
-from tests.e2e.conftest import assert_same_targets, assert_same_weights, targets_by_row
+from tests.e2e.conftest import (
+    assert_same_targets,
+    assert_same_weights,
+    targets_by_row,
+    wait_until,
+)
 from tests.e2e.test_lost_node import worker_of
 from tests.e2e.test_run import weights
 
 PATIENCE_S = 240
+
+until = partial(wait_until, within_s=PATIENCE_S, every_s=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +101,6 @@ def folder(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_json(folder: Path) -> dict[str, Any]:
     path = folder / "out" / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def until(what: Callable[[], Any]) -> Any:
-    """Wait for something that is true; the machine may be busy."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 def name_in(text: str) -> str:

@@ -12,10 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,13 +26,15 @@ import yaml
 
 from pipeline.run import run_job
 from tests.conftest import GOLDEN, ROOT
-from tests.e2e.conftest import assert_same_weights, job
+from tests.e2e.conftest import assert_same_weights, job, wait_until
 from tests.e2e.test_run import weights
 
 HEAD, OTHER = "198.18.77.1", "198.18.77.2"
 S3 = f"http://{HEAD}:5055"
 TOKEN = "a-token-of-this-test-and-of-nothing-else"
 PATIENCE_S = 400
+
+until = partial(wait_until, within_s=PATIENCE_S, every_s=0.2)
 
 
 @dataclass
@@ -156,16 +158,6 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         until(lambda: head.pmet("list").returncode == 0)
         other.start_ray("--address", f"{HEAD}:6379")
         yield head, other
-
-
-def until(what: Callable[[], Any]) -> Any:
-    """Wait for something that is true; the machine may be busy."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.2)
-    raise AssertionError("it did not happen")
 
 
 UPLOAD = """

@@ -39,8 +39,9 @@ class Site:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gpus_per_rank: float = 0) -> None:
         self.free = 4.0
+        self.made: list[Ranks] = []
         monkeypatch.setattr(module, "WorkerPool", Pool)
-        monkeypatch.setattr(module, "RankGroup", Ranks)
+        monkeypatch.setattr(module, "RankGroup", self._make)
         monkeypatch.setattr(module, "cpus_free", lambda: self.free)
         monkeypatch.setattr(module, "ray_session", lambda *_, **__: nullcontext())
         job = SimpleNamespace(
@@ -49,6 +50,10 @@ class Site:
         )
         plan = SimpleNamespace(job=job, target_shards=[1, 2, 3], base="base")
         self.crew = Crew(cast(Plan, plan), None, lambda kind, text: None)
+
+    def _make(self, *args: Any, **options: Any) -> Ranks:
+        self.made.append(Ranks(*args, **options))
+        return self.made[-1]
 
     @property
     def pool(self) -> Any:
@@ -103,19 +108,13 @@ def test_ranks_on_gpus_wait_until_the_workers_have_left_them(
     assert not pool.open
 
 
-def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Ranks] = []
-    monkeypatch.setattr(
-        module, "RankGroup", lambda *a, **k: made.append(Ranks(*a, **k)) or made[-1]
-    )
+def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(site: Site) -> None:
     site.expect()
     site.pool.tell("retry", "an error that its process survives")
-    assert made[0].open
+    assert site.made[0].open
     site.pool.tell("death", "worker 1 was lost")
-    assert not made[0].open
-    assert site.take() is made[1]
+    assert not site.made[0].open
+    assert site.take() is site.made[1]
 
 
 @pytest.mark.parametrize(
@@ -132,13 +131,7 @@ def test_a_model_gets_the_ranks_that_it_is_worth(
     assert module.local_sizes(cast(Plan, plan))[1] == ranks
 
 
-def test_ranks_that_nobody_takes_end_with_the_crew(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Ranks] = []
-    monkeypatch.setattr(
-        module, "RankGroup", lambda *a, **k: made.append(Ranks(*a, **k)) or made[-1]
-    )
+def test_ranks_that_nobody_takes_end_with_the_crew(site: Site) -> None:
     with site.crew:
         site.expect()
-    assert not made[0].open
+    assert not site.made[0].open
