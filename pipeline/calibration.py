@@ -225,9 +225,9 @@ def _key_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplat
         )
         with torch.no_grad():
             for index in range(len(layers)):
-                reader.begin(index)
-                for number in range(len(batches)):
-                    reader.read(number)
+                with reader.reading(index):
+                    for number in range(len(batches)):
+                        reader.read(number)
 
     return _timed(read)[0] / (len(sample.requests) * len(layers))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -81,6 +82,7 @@ class Crew:
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
+        self._leaving: Future[None] | None = None
         self.threads = local_sizes(plan)[2]
 
     def __enter__(self) -> Self:
@@ -92,6 +94,22 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._leaving is None:
+            self._leave()
+        else:
+            self._leaving.result()
+
+    def dismiss(self) -> None:
+        """End workers and ranks, and leave the cluster, while the caller goes on with other things.
+
+        Nobody can be asked to do anything afterwards; the end of the ``with`` block waits for it.
+        """
+        assert self._leaving is None, "the crew has been dismissed"
+        thread = ThreadPoolExecutor(1, "dismissal")
+        self._leaving = thread.submit(self._leave)
+        thread.shutdown(wait=False)
+
+    def _leave(self) -> None:
         self._dismiss_ranks()
         self.release()
         self._stack.close()

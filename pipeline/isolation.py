@@ -26,25 +26,31 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Piece:
-    """Requests of one shard that are computed together.
+    """Requests that are computed together: of one shard, or what several have left.
 
     Attributes:
-        shard: the shard.
-        places: their places among the accepted requests.
+        shards: those that the requests are of, in order.
+        places: their places among the accepted requests, ascending.
         groups: the group of each of them, where those of a group belong together.
     """
 
-    shard: Shard
+    shards: tuple[Shard, ...]
     places: tuple[int, ...]
     groups: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         first, last = self.places[0], self.places[-1]
+        which = "shard" if len(self.shards) == 1 else "shards"
         if len(self.places) == 1:
-            return f"shard {self.shard.name} (request {first})"
-        if len(self.places) == len(self.shard):
-            return f"shard {self.shard.name} (requests {first} to {last})"
-        return f"shard {self.shard.name} ({len(self.places)} requests, {first} to {last})"
+            return f"{which} {self.name} (request {first})"
+        if len(self.places) == sum(map(len, self.shards)):
+            return f"{which} {self.name} (requests {first} to {last})"
+        return f"{which} {self.name} ({len(self.places)} requests, {first} to {last})"
+
+    @property
+    def name(self) -> str:
+        """Of the shard; of the first and the last one where there are several."""
+        return "-".join(dict.fromkeys((self.shards[0].name, self.shards[-1].name)))
 
     @property
     def attempts(self) -> int:
@@ -59,10 +65,12 @@ class Piece:
         count = len(self.places)
         cuts = [i for i in range(1, count) if self.groups[i - 1 : i] != self.groups[i : i + 1]]
         middle = min(cuts or range(1, count), key=lambda cut: abs(cut - count // 2))
-        return (
-            Piece(self.shard, self.places[:middle], self.groups[:middle]),
-            Piece(self.shard, self.places[middle:], self.groups[middle:]),
-        )
+        return self._part(slice(middle)), self._part(slice(middle, None))
+
+    def _part(self, which: slice) -> Piece:
+        places = self.places[which]
+        shards = (s for s in self.shards if any(s.start <= p < s.stop for p in places))
+        return Piece(tuple(shards), places, self.groups[which])
 
 
 def most_isolated(count: int) -> int:

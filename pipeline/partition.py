@@ -276,8 +276,10 @@ def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     shared: Any = parameter
     if id(parameter) not in _held:
         # Weights may stay gathered after a forward: small ones, or when modules ran in another
-        # order than before. What is written to the slice of such a weight is never seen.
-        engine.empty_partition_cache()
+        # order than before. What is written to the slice of such a weight is never seen. All are
+        # let go only where this one is held: Python's garbage is collected on the way.
+        if shared.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            engine.empty_partition_cache()
         if shared.ds_status == ZeroParamStatus.NOT_AVAILABLE:
             storage: torch.Tensor = shared.ds_tensor.data
             return storage

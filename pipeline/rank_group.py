@@ -8,6 +8,7 @@ the work that was finished.
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import socket
 import time
@@ -272,6 +273,8 @@ class _RankProcess:
 
     def __init__(self) -> None:
         self._held: Any = None
+        # Until all is imported, as in a worker.
+        gc.disable()
 
     def claim(self) -> tuple[str, int]:
         """Address of this machine and a port that is free on it."""
@@ -289,6 +292,7 @@ class _RankProcess:
         threads: int | None,
     ) -> None:
         """Make what this rank holds; ``address`` is what rank 0 has claimed."""
+        gc.enable()
         limit_threads(threads)
         self._held = factory(Rendezvous(rank, ranks, *address), *init_args)
 

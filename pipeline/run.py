@@ -158,6 +158,8 @@ def _run_stages(run: Context) -> RunResult:
     edited_model = published_model(run)
     after = measure(run, "after", edited_model)
     kept = still_known(run, found.known, edited_model)
+    # Nobody is needed any more; leaving a cluster takes as long as drawing a report.
+    run.crew.dismiss()
     run.folder.sweep("targets", set(found.files.values()))
     run.folder.sweep("delta", {report.file for report in reports})
     return _conclude(run, found, before, after, kept)

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import StorageError
 from pipeline.executor import Task
@@ -101,8 +102,7 @@ class _Search:
         self._leave_out_known()
         if self._kept is not None:
             self._take_stored(self._kept)
-        works = self._works.values()
-        pieces = [self._piece(work) for work in works]
+        pieces = self._pieces()
         failed = self._compute(pieces) if pieces else {}
         if failed:
             _refuse_if_storage_fails(failed)
@@ -117,9 +117,29 @@ class _Search:
         for work in list(self._works.values()):
             self._settle(work, [p for p in work.missing if rows[p] in self._found.known])
 
-    def _piece(self, work: _Work) -> Piece:
-        places = tuple(sorted(work.missing))
-        return Piece(work.shard, places, self._groups(places))
+    def _pieces(self) -> list[Piece]:
+        """What is to be computed: shards, and together what several shards have left.
+
+        In a night that changes one fact in a hundred, no shard lacks more than a few targets, and
+        what makes a batch fast is its size.
+        """
+        works = list(self._works.values())
+        most = min(WORTH_A_WORKER, max((len(work.shard) for work in works), default=0))
+        pieces: list[list[_Work]] = []
+        room = 0
+        for work in works:
+            few = len(work.missing) < len(work.shard)
+            if few and len(work.missing) <= room:
+                pieces[-1].append(work)
+                room -= len(work.missing)
+            else:
+                pieces.append([work])
+                room = most - len(work.missing) if few else 0
+        return [self._piece(together) for together in pieces]
+
+    def _piece(self, works: Sequence[_Work]) -> Piece:
+        places = tuple(place for work in works for place in sorted(work.missing))
+        return Piece(tuple(work.shard for work in works), places, self._groups(places))
 
     def _groups(self, places: Sequence[int]) -> tuple[int, ...]:
         together = self._run.plan.together
@@ -148,11 +168,14 @@ class _Search:
                     self._detail["stored"] += len(there)
                     self._settle(work, there)
 
-    def _take_part(self, work: _Work, table: pa.Table) -> None:
+    def _take_part(
+        self, work: _Work, table: pa.Table, failures: Mapping[int, str] | None = None
+    ) -> None:
         file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
         store = self._run.store
         store.write_table(file, table)
-        work.parts.append(TargetSummary(file, store.sha256(file), {}, 0, len(table)))
+        digest = store.sha256(file)
+        work.parts.append(TargetSummary(file, digest, dict(failures or {}), 0, len(table)))
 
     def _isolating(self, pieces: Sequence[Piece]) -> dict[Piece, str]:
         return self._compute(pieces, isolating=True)
@@ -191,25 +214,40 @@ class _Search:
             plan.batch_size,
             min(1.0, plan.job.targets.gpus_per_worker or 1.0),
             self._run.store,
-            f"{FOLDER}/{piece.shard.name}",
+            f"{FOLDER}/{piece.name}",
         )
 
     def _take(self, piece: Piece, summary: TargetSummary) -> None:
-        work = self._works[piece.shard.index]
         if self._kept is not None:
             requests = [self._run.plan.table.requests[place] for place in piece.places]
             found = read_targets(self._run.store.read_table(summary.file))
             self._kept.write(requests, found, piece.groups)
-        work.parts.append(summary)
         self._detail["early"] += summary.early
         self._detail["found"] += summary.count
         rate = self._detail["found"] / (time.monotonic() - self._start)
         self._bar.note(f"{rate:.3g} targets/s, {self._detail['early']} stopped early")
-        self._settle(work, piece.places)
+        if len(piece.shards) == 1:
+            work = self._works[piece.shards[0].index]
+            work.parts.append(summary)
+            self._settle(work, piece.places)
+        else:
+            self._share_out(piece, summary)
+
+    def _share_out(self, piece: Piece, summary: TargetSummary) -> None:
+        """Give each shard its own of what was computed for several."""
+        table, rows = self._run.store.read_table(summary.file), self._run.plan.table.rows
+        for shard in piece.shards:
+            work = self._works[shard.index]
+            places = [place for place in piece.places if shard.start <= place < shard.stop]
+            own = {rows[place] for place in places}
+            failures = {row: why for row, why in summary.failures.items() if row in own}
+            there = pc.is_in(table.column("row"), pa.array(own, table.column("row").type))
+            self._take_part(work, table.filter(there), failures)
+            self._settle(work, places)
 
     def _put_aside(self, piece: Piece, reason: str) -> None:
-        work = self._works[piece.shard.index]
-        (place,) = piece.places
+        (shard,), (place,) = piece.shards, piece.places
+        work = self._works[shard.index]
         row = self._run.plan.table.rows[place]
         text = f"whoever computes it fails, also by itself ({reason})"
         work.isolated[row] = text

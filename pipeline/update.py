@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -149,12 +148,11 @@ class _Solved(NamedTuple):
 
 
 class _TakenShard(NamedTuple):
-    """What a rank keeps of a shard beside its batches: where its targets are."""
+    """What a rank keeps of a shard beside its tokens: where its targets are."""
 
     name: str
     rows: array[int]
     files: tuple[str, ...]
-    batches: int
 
 
 class UpdateRank:
@@ -185,16 +183,17 @@ class UpdateRank:
         """Take in the requests of this rank's shards; returns how many they hold.
 
         Only their tokens are kept; the targets are read again in every pass. May be called more
-        than once, for lists too long to be sent in one piece.
+        than once, for lists too long to be sent in one piece. The shards of a piece are read
+        together: weights are gathered for every batch, so small shards in batches of their own
+        would gather them more often.
         """
-        for shard in shards:
-            before = len(self._batches)
-            for batch in self._tokenizing.batches(shard.requests):
-                self._batches.append(batch)
-            batches = len(self._batches) - before
-            rows = array("q", shard.rows)
-            self._shards.append(_TakenShard(shard.name, rows, tuple(shard.files), batches))
-        return sum(len(shard.requests) for shard in shards)
+        requests = [request for shard in shards for request in shard.requests]
+        for batch in self._tokenizing.batches(requests):
+            self._batches.append(batch)
+        self._shards += [
+            _TakenShard(shard.name, array("q", shard.rows), tuple(shard.files)) for shard in shards
+        ]
+        return len(requests)
 
     def edit_layer(self, index: int) -> LayerReport | None:
         """Update the ``index``-th edited layer; rank 0 saves it and reports.
@@ -321,25 +320,25 @@ class UpdateRank:
     def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows) -> None:
         """Read keys and residuals of this rank's requests, with the other ranks."""
         reader, targets = self._reader, self._targets_by_batch()
-        reader.begin(index)
-        # Ranks gather weights together: a forward pass that one of them left out would hang the
-        # others, so one that has no batch left runs along.
-        for number, counts in in_lockstep(range(len(self._batches)), -1):
-            if not counts:
-                reader.run_along()
-                continue
-            keys_EK, values_EV = reader.read(number)
-            into.add(keys_EK, next(targets).to(self._device) - values_EV)
+        with reader.reading(index):
+            # Ranks gather weights together: a forward pass that one of them left out would hang
+            # the others, so one that has no batch left runs along.
+            for number, counts in in_lockstep(range(len(self._batches)), -1):
+                if not counts:
+                    reader.run_along()
+                    continue
+                keys_EK, values_EV = reader.read(number)
+                into.add(keys_EK, next(targets).to(self._device) - values_EV)
 
     def _targets_by_batch(self) -> Iterator[torch.Tensor]:
         """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
-        counts = iter(self._batches.counts)
-        for shard in self._shards:
-            targets_EV = self._targets(shard)
-            start = 0
-            for count in islice(counts, shard.batches):
-                yield targets_EV[start : start + count]
-                start += count
+        shards = iter(self._shards)
+        targets_EV = torch.zeros(0, self._layout.value_width, dtype=torch.float64)
+        for count in self._batches.counts:
+            while len(targets_EV) < count:
+                targets_EV = torch.cat([targets_EV, self._targets(next(shards))])
+            yield targets_EV[:count]
+            targets_EV = targets_EV[count:]
 
     def _targets(self, shard: _TakenShard) -> torch.Tensor:
         by_row: dict[int, torch.Tensor] = {}

@@ -101,8 +101,8 @@ def compute_edit(
             device = layout.weight(model, hparams.target_layer).device
             reader = KeyReader(model, layout, hparams.layers, tokenizing.shared, batches, device)
             for index, layer in enumerate(hparams.layers):
-                reader.begin(index)
-                collected = _collected(reader, batches, targets_EV.to(device), layout)
+                with reader.reading(index):
+                    collected = _collected(reader, batches, targets_EV.to(device), layout)
                 share = square_root_spread(index, len(hparams.layers))
                 weight = hparams.mom2_update_weight
                 delta_VK = solve(collected, moments[layer], weight, share)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -233,12 +234,14 @@ def tuned(model: nn.Module, longest: int) -> Iterator[None]:
         model: the model, which is as before afterwards.
         longest: the most tokens that it will read in a row.
     """
-    with (
-        _fused_activations(model),
-        _short_rows(model),
-        _short_position_tables(model, longest),
-        _keeping_freed_memory(model),
-    ):
+    with fused(model, longest), _short_rows(model), keeping_freed_memory(model):
+        yield
+
+
+@contextmanager
+def fused(model: nn.Module, longest: int) -> Iterator[None]:
+    """The same without what is for short rows only, and without keeping memory."""
+    with _fused_activations(model), _short_position_tables(model, longest):
         yield
 
 
@@ -298,15 +301,16 @@ def _short_rows(model: nn.Module) -> Iterator[None]:
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
+_MMAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 _MIB = 1 << 20
 
 
 @contextmanager
-def _keeping_freed_memory(model: nn.Module) -> Iterator[None]:
+def keeping_freed_memory(model: nn.Module) -> Iterator[None]:
     """Keep glibc from giving freed blocks back after every operation only to fault them in again.
 
-    Half of a step's time went there. Afterwards the thresholds are what glibc's own adaptation
-    ends with in a program that has freed large blocks.
+    Half of a step's time went there. Afterwards the thresholds are what the environment says, or
+    what glibc's own adaptation ends with in a program that has freed large blocks.
     """
     libc = _glibc() if next(model.parameters()).device.type == "cpu" else None
     if libc is None:
@@ -317,6 +321,7 @@ def _keeping_freed_memory(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        libc.mallopt(_MMAP_THRESHOLD, int(os.environ.get(_MMAP_VARIABLE, 32 * _MIB)))
         libc.mallopt(_TRIM_THRESHOLD, 64 * _MIB)
         libc.malloc_trim(0)
 

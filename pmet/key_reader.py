@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from pmet.architecture import Layout
-from pmet.kernels import put
+from pmet.kernels import fused, keeping_freed_memory, put
 from pmet.keys import Lookups
 from pmet.padding import pad
 from pmet.prefix import Prefixes, forward
@@ -93,9 +93,9 @@ class KeyReader:
     """Reads keys and current values of many requests, pass by pass.
 
         for index, layer in enumerate(layers):
-            reader.begin(index)
-            for batch in range(len(batches)):
-                keys_EK, values_EV = reader.read(batch)
+            with reader.reading(index):
+                for batch in range(len(batches)):
+                    keys_EK, values_EV = reader.read(batch)
             ...  # change the layer's weight
 
     Args:
@@ -131,8 +131,9 @@ class KeyReader:
         self._pass: _Pass | None = None
         self._prefixes: Prefixes | None = None
 
-    def begin(self, index: int) -> None:
-        """Make ready to read the keys of the ``index``-th layer.
+    @contextmanager
+    def reading(self, index: int) -> Iterator[None]:
+        """Within: the keys of the ``index``-th layer can be read.
 
         Passes come in order, with the layer of the one before edited. The first may be any: then it
         starts at the bottom.
@@ -144,7 +145,10 @@ class KeyReader:
             before=before,
             after=Spill(self._memory) if index + 1 < len(self._layers) else None,
         )
-        self._prefixes = self._run_shared()
+        with keeping_freed_memory(self._model):
+            self._prefixes = self._run_shared()
+            yield
+        self._prefixes = None
 
     @torch.no_grad()
     def read(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,6 +215,7 @@ class KeyReader:
                 else:
                     stack.enter_context(replaced(layout.layer(model, i), self._passing))
             stack.enter_context(self._handed_on(rows))
+            stack.enter_context(fused(model, mask_BP.shape[1] + rows.ids_BT.shape[1]))
             if self._whole_passes:
                 stack.enter_context(without_head(model, layout))
             else:

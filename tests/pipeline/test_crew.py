@@ -1,6 +1,8 @@
 """Who is started when: ranks early where there is room, and out of the way where there is not."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -40,10 +42,12 @@ class Site:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gpus_per_rank: float = 0) -> None:
         self.free = 4.0
         self.made: list[Ranks] = []
+        self.may_leave, self.left = Event(), False
+        self.may_leave.set()
         monkeypatch.setattr(module, "WorkerPool", Pool)
         monkeypatch.setattr(module, "RankGroup", self._make)
         monkeypatch.setattr(module, "cpus_free", lambda: self.free)
-        monkeypatch.setattr(module, "ray_session", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(module, "ray_session", self._session)
         job = SimpleNamespace(
             targets=TargetsConfig(workers=2),
             update=UpdateConfig(ranks=2, gpus_per_rank=gpus_per_rank),
@@ -54,6 +58,12 @@ class Site:
     def _make(self, *args: Any, **options: Any) -> Ranks:
         self.made.append(Ranks(*args, **options))
         return self.made[-1]
+
+    @contextmanager
+    def _session(self, *args: Any, **options: Any) -> Iterator[None]:
+        yield
+        self.may_leave.wait(20)
+        self.left = True
 
     @property
     def pool(self) -> Any:
@@ -134,4 +144,17 @@ def test_a_model_gets_the_ranks_that_it_is_worth(
 def test_ranks_that_nobody_takes_end_with_the_crew(site: Site) -> None:
     with site.crew:
         site.expect()
+    assert not site.made[0].open
+
+
+def test_a_dismissed_crew_leaves_while_others_go_on(site: Site) -> None:
+    site.may_leave.clear()
+    with site.crew:
+        pool = site.pool
+        site.expect()
+        site.crew.dismiss()
+        assert not site.left
+        site.may_leave.set()
+    assert site.left
+    assert not pool.open
     assert not site.made[0].open

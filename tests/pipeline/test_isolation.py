@@ -42,7 +42,7 @@ class Machine:
 
 def run(poison: set[int], count: int, size: int, limit: int) -> Machine:
     machine = Machine(poison)
-    pieces = [Piece(s, tuple(range(s.start, s.stop))) for s in plan_shards(count, size)]
+    pieces = [Piece((s,), tuple(range(s.start, s.stop))) for s in plan_shards(count, size)]
     failed = machine.compute(pieces)
     isolate(failed, machine.compute, machine.put_aside, limit)
     return machine
@@ -63,7 +63,7 @@ def test_the_poisonous_are_put_aside_and_all_others_are_computed_once(
 
 def test_what_ails_everyone_stops_early_and_puts_nobody_aside() -> None:
     machine = Machine(set(range(4096)))
-    pieces = [Piece(s, tuple(range(s.start, s.stop))) for s in plan_shards(4096, 2048)]
+    pieces = [Piece((s,), tuple(range(s.start, s.stop))) for s in plan_shards(4096, 2048)]
     with pytest.raises(WorkerError) as error:
         isolate(machine.compute(pieces), machine.compute, machine.put_aside, limit=5)
     assert str(error.value).startswith(
@@ -82,16 +82,19 @@ def test_how_many_may_be_put_aside() -> None:
 
 def test_pieces_are_named() -> None:
     (shard,) = plan_shards(8, 8)
-    whole = Piece(shard, tuple(range(8)))
+    whole = Piece((shard,), tuple(range(8)))
     assert str(whole) == "shard 00000 (requests 0 to 7)"
     half = whole.halves()[1]
     assert str(half) == "shard 00000 (4 requests, 4 to 7)"
     assert str(half.halves()[0].halves()[0]) == "shard 00000 (request 4)"
+    several = Piece(tuple(plan_shards(24, 8)), (1, 9, 20))
+    assert str(several) == "shards 00000-00002 (3 requests, 1 to 20)"
+    assert str(several.halves()[1]) == "shards 00001-00002 (2 requests, 9 to 20)"
 
 
 def test_a_group_is_cut_only_where_there_is_nothing_else() -> None:
     (shard,) = plan_shards(6, 6)
-    whole = Piece(shard, tuple(range(6)), (0, 0, 0, 0, 4, 5))
+    whole = Piece((shard,), tuple(range(6)), (0, 0, 0, 0, 4, 5))
     left, right = whole.halves()
     assert (left.places, right.places) == ((0, 1, 2, 3), (4, 5))
     assert [half.places for half in left.halves()] == [(0, 1), (2, 3)]

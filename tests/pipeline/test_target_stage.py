@@ -45,7 +45,7 @@ class Oracle:
     """A worker whose targets are easy to check, and which some subjects do no good.
 
     A request's target is full of its row; a subject named in ``poison`` kills the process
-    (``kill``), never ends (``hang``), or raises.
+    (``kill``), never ends (``hang``), has no target (``unreachable``), or raises.
     """
 
     def __init__(self, poison: Mapping[str, str] | None = None, journal: str = "") -> None:
@@ -76,13 +76,19 @@ class Oracle:
                 time.sleep(3600)
             elif what == "no storage":
                 raise StorageError("cannot write x (no room); make room there")
-            elif what:
+            elif what and what != "unreachable":
                 raise RuntimeError(what)
+        failures = {
+            row: "unreachable"
+            for request, row in zip(requests, rows, strict=True)
+            if self.poison.get(request.subject) == "unreachable"
+        }
+        rows = [row for row in rows if row not in failures]
         values = np.repeat(np.array(rows, np.float32)[:, None], 64, axis=1)
         file = f"{name}-{os.urandom(4).hex()}.parquet"
         steps = np.array(rows, np.int32) % 25
         output.write_table(file, targets_table(rows, values, steps, values[:, 0] / 7))
-        return TargetSummary(file, output.sha256(file), {}, 0, len(rows))
+        return TargetSummary(file, output.sha256(file), failures, 0, len(rows))
 
 
 class Stuck(Oracle):
@@ -455,6 +461,50 @@ def test_another_run_computes_only_what_the_store_has_not(plan: Plan, any_url: s
         assert stored == folder.store.read_table(file, columns)
     _, _, team = found_in(changed, f"{any_url}/3")
     assert team.tasks == 0
+
+
+def test_the_few_that_shards_lack_are_computed_together(plan: Plan, tmp_path: Path) -> None:
+    """A batch of one is slow: in a night most shards lack a fact or none."""
+    plan = storing(plan, str(tmp_path / "store"))
+    found_in(plan, str(tmp_path / "1"))
+    changed = with_new_facts(plan, 1, 9, 12, 20, 23)
+    journal = tmp_path / "journal"
+    bad = {subject(plan, 12): "unreachable"}
+    found, folder, _ = found_in(changed, str(tmp_path / "2"), bad, journal=str(journal))
+    computed = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
+    assert computed == [[plan.table.rows[place] for place in (1, 9, 12, 20, 23)]]
+    lost = plan.table.rows[12]
+    assert found.failures == {lost: "unreachable"}
+    assert folder.recorded("targets-00001")["failures"] == {str(lost): "unreachable"}  # type: ignore[index]
+    got = values(plan, found, folder)
+    assert {r: v[0] for r, v in got.items()} == {r: r for r in range(COUNT) if r != lost}
+    # Each is in the store, under its own key.
+    _, folder, team = found_in(changed, str(tmp_path / "3"))
+    assert (team.tasks, stage_detail(folder)["found"]) == (1, 1)
+
+
+def test_what_shards_lack_is_never_more_together_than_a_shard(plan: Plan, tmp_path: Path) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    found_in(plan, str(tmp_path / "1"))
+    changed = with_new_facts(plan, *range(5), *range(8, 12), *range(16, 20))
+    journal = tmp_path / "journal"
+    found_in(changed, str(tmp_path / "2"), journal=str(journal))
+    computed = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
+    assert [len(rows) for rows in computed] == [5, 8]
+
+
+def test_a_poisonous_request_among_what_shards_lack_is_put_aside(
+    plan: Plan, tmp_path: Path
+) -> None:
+    plan = storing(plan, str(tmp_path / "store"))
+    found_in(plan, str(tmp_path / "1"))
+    changed = with_new_facts(plan, 1, 9, 20)
+    bad = {subject(plan, 9): "fell over"}
+    found, folder, _ = found_in(changed, str(tmp_path / "2"), bad)
+    assert list(found.failures) == [plan.table.rows[9]]
+    assert folder.recorded("targets-00001")["isolated"] == [plan.table.rows[9]]  # type: ignore[index]
+    assert len(values(plan, found, folder)) == COUNT - 1
+    assert stage_detail(folder)["found"] == 2
 
 
 def test_what_was_found_before_a_failure_is_in_the_store(plan: Plan, tmp_path: Path) -> None:

@@ -118,9 +118,9 @@ def test_a_pass_runs_from_the_layer_edited_last_to_z(golden: Golden, whole_passe
         with frozen(model):
             for index, layer in enumerate(layers):
                 runs.tokens = dict.fromkeys(runs.tokens, 0)
-                reader.begin(index)
-                for number in range(len(batches)):
-                    reader.read(number)
+                with reader.reading(index):
+                    for number in range(len(batches)):
+                        reader.read(number)
                 start = layers[index - 1] if index else 0
                 ran = {int(name) for name, tokens in runs.tokens.items() if tokens}
                 assert ran == set(range(start, layers[-1] + 1)), layer
