@@ -157,7 +157,7 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
     with (
         Crew(plan, "local", lambda *_: None) as crew,
         _peaks() as peaks,
-        mock.patch("pipeline.stages.RankGroup", _TimedGroup),
+        mock.patch("pipeline.crew.RankGroup", _TimedGroup),
     ):
         context = Context(plan, run_folder, crew, progress)
         start = time.perf_counter()

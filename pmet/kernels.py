@@ -306,22 +306,24 @@ _MIB = 1 << 20
 
 
 @contextmanager
-def keeping_freed_memory(model: nn.Module) -> Iterator[None]:
+def keeping_freed_memory(model: nn.Module, largest: int = 32 * _MIB) -> Iterator[None]:
     """Keep glibc from giving freed blocks back after every operation only to fault them in again.
 
-    Half of a step's time went there. Afterwards the thresholds are what the environment says, or
-    what glibc's own adaptation ends with in a program that has freed large blocks.
+    Half of a step's time went there. Blocks of more than ``largest`` bytes are given back all the
+    same. Afterwards the thresholds are what the environment says, or what glibc's own adaptation
+    ends with in a program that has freed large blocks.
     """
     libc = _glibc() if next(model.parameters()).device.type == "cpu" else None
     if libc is None:
         yield
         return
-    libc.mallopt(_MMAP_THRESHOLD, 32 * _MIB)
+    libc.mallopt(_MMAP_THRESHOLD, largest)
     libc.mallopt(_TRIM_THRESHOLD, 2047 * _MIB)
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_THRESHOLD, int(os.environ.get(_MMAP_VARIABLE, 32 * _MIB)))
+        given = os.environ.get(_MMAP_VARIABLE, "")
+        libc.mallopt(_MMAP_THRESHOLD, int(given) if given.isdecimal() else 32 * _MIB)
         libc.mallopt(_TRIM_THRESHOLD, 64 * _MIB)
         libc.malloc_trim(0)
 

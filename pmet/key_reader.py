@@ -35,6 +35,9 @@ from pmet.tracing import changed_input, first, form_of, stopping_after, with_fir
 HIDDEN_BYTES = 8 << 20
 """Hidden states that are kept in main memory from pass to pass; the others go to a file."""
 
+# Large enough for the activations of short prompts; a partitioned model's weights, which are
+# gathered and let go all the time, are larger where they matter.
+_KEPT_BLOCK = 8 << 20
 _SHARED = -1
 
 
@@ -145,7 +148,7 @@ class KeyReader:
             before=before,
             after=Spill(self._memory) if index + 1 < len(self._layers) else None,
         )
-        with keeping_freed_memory(self._model):
+        with keeping_freed_memory(self._model, _KEPT_BLOCK):
             self._prefixes = self._run_shared()
             yield
         self._prefixes = None
