@@ -11,8 +11,8 @@ from rich.text import Text
 
 from jobs.refresh.report import quarantined
 from pipeline.compare import PAGE, Comparison, Pair, compare_runs, write_comparison
-from pipeline.figures import figure_of, show, show_change
-from pipeline.page import duration, show_setting, visible
+from pipeline.figures import duration, figure_of, show, show_change
+from pipeline.page import show_setting, visible
 from pipeline.report import group_figures, write_report
 from pipeline.run_record import require_results
 from pipeline.store import Store

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import dump_job
-from pipeline.gates import GATES
+from pipeline.figures import duration, read_gate
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
@@ -36,8 +36,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
     """Print what a job is expected to take."""
     table = Table("", "estimated", box=None, title="Estimate", title_justify="left")
     for name, seconds in found.stages.items():
-        table.add_row(name, f"{seconds:.1f} s")
-    table.add_row("in all", _duration(found.seconds))
+        table.add_row(name, duration(seconds))
+    table.add_row("in all", duration(found.seconds))
     table.add_row("memory of a worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
     table.add_row("memory of a rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
     console.print(table)
@@ -46,12 +46,6 @@ def show_estimate(found: Estimate, console: Console) -> None:
         "what earlier runs have finished is not left out",
         style="dim",
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{hours}:{minutes:02}:{rest:02}"
 
 
 def show_result(result: RunResult, console: Console) -> None:
@@ -98,13 +92,8 @@ def percent(value: float | None) -> str:
 
 def gate_text(gate: Mapping[str, Any]) -> str:
     """What a gate saw, and what it asks for."""
-    metric, kind = GATES[gate["metric"]].metric, GATES[gate["metric"]].kind
-    value, threshold = (
-        f"{x:.3f} bits" if metric == "fluency" and x is not None else percent(x)
-        for x in (gate["value"], gate["threshold"])
-    )
-    asked = "at least" if kind == "least" else "at most"
-    return f"{gate['metric']} is {value}, the gate asks for {asked} {threshold}"
+    read = read_gate(gate)
+    return f"{read.figure} is {read.reached}, the gate asks for {read.asked}"
 
 
 def _facts(plan: Plan) -> dict[str, str]:

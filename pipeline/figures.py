@@ -1,6 +1,6 @@
 """What the figures of a model are called, what they mean, and how they are written.
 
-The report, the comparison, the model card and trackers all take them from here.
+The report, the comparison, the model card, trackers and the terminal all take them from here.
 """
 
 from __future__ import annotations
@@ -89,6 +89,17 @@ ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
 def figure_of(name: str) -> Figure:
     """A figure by its name; one that is not known is a bare number without a meaning."""
     return FIGURES.get(name) or Figure(name, "", "plain")
+
+
+def duration(seconds: Any) -> str:
+    """A number of seconds as people read it; a dash where there is none."""
+    if not is_number(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def is_number(value: Any) -> TypeGuard[float]:

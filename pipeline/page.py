@@ -15,13 +15,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.figures import figure_of, is_number, show, show_change, show_interval
+from pipeline.figures import duration, figure_of, is_number, show, show_change, show_interval
 
 __all__ = [
     "TABLE_ROWS",
     "TEXT_LENGTH",
     "Cut",
-    "duration",
     "is_number",
     "page",
     "show_setting",
@@ -114,17 +113,6 @@ def show_setting(value: Any) -> str:
             return value
         case _:
             return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def duration(seconds: Any) -> str:
-    """A number of seconds as people read it; a dash where there is none."""
-    if not is_number(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _short(value: Any, limit: int = TEXT_LENGTH) -> str:

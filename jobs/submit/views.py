@@ -11,6 +11,7 @@ from rich.text import Text
 
 from jobs.submit.state import RunState
 from jobs.submit.submission import Submission, hint
+from pipeline.figures import duration
 
 _EVENTS = 3
 _NEXT = {
@@ -47,15 +48,6 @@ def as_json(job: Submission | None) -> dict[str, Any] | None:
     if job is None:
         return None
     return {"name": job.name, "status": job.status, "exit_status": job.exit_status}
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _of_cluster(job: Submission | None, where: str) -> list[tuple[str, str]]:
