@@ -400,9 +400,11 @@ class _WorkerProcess:
 
     def start(self, factory: type, init_args: tuple[Any, ...], threads: int | None) -> None:
         """Make the worker. Not in ``__init__``: Ray would report its errors as mere text."""
-        gc.enable()
-        limit_threads(threads)
-        self._worker = factory(*init_args)
+        try:
+            limit_threads(threads)
+            self._worker = factory(*init_args)
+        finally:
+            gc.enable()
 
     def ping(self) -> None:
         """Answer."""

@@ -292,9 +292,11 @@ class _RankProcess:
         threads: int | None,
     ) -> None:
         """Make what this rank holds; ``address`` is what rank 0 has claimed."""
-        gc.enable()
-        limit_threads(threads)
-        self._held = factory(Rendezvous(rank, ranks, *address), *init_args)
+        try:
+            limit_threads(threads)
+            self._held = factory(Rendezvous(rank, ranks, *address), *init_args)
+        finally:
+            gc.enable()
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         """Call a method of what this rank holds."""
