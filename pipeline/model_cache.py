@@ -7,15 +7,23 @@ the driver's machine. What is copied is checked against the digest that the driv
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock
 
 from pipeline.checkpoint import Checkpoint, open_model_folder
 from pipeline.errors import ModelError, StorageError
-from pipeline.store import Store, failures
+from pipeline.store import TEMPORARY_SUFFIX, Store, failures
+
+KEPT_S = 2 * 24 * 3600.0
+"""Seconds that a copy stays which nobody asks for: a night's model is another one every night."""
 
 
 def default_cache() -> Path:
@@ -42,6 +50,9 @@ def name_for_nodes(model: str, folder: Path) -> str:
 def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None) -> Path:
     """A folder of this machine with a model.
 
+    Copies that nobody has asked for in `KEPT_S` go when another model is asked for. Whoever reads
+    one of them meanwhile can go on.
+
     Args:
         model: a folder, a URL or a hub id.
         digest: what a copy has to have (`Checkpoint.digest`); folders are used as they are.
@@ -64,10 +75,39 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
         cache.mkdir(parents=True, exist_ok=True)
     # Whoever comes later waits, and finds it there.
     with FileLock(cache / f"{name}.lock"):
+        _forget_unused(cache)
         folder = open_model_folder(model, cache)
+        if not _marked_as_used(folder, cache):
+            # Somebody else has found it unused, and removed it right now.
+            folder = open_model_folder(model, cache)
         if digest is not None:
             _check(model, folder, digest, cache)
     return folder
+
+
+def _marked_as_used(folder: Path, cache: Path) -> bool:
+    """Note that a copy is used; False where it is gone."""
+    if folder.parent == cache:
+        try:
+            os.utime(folder)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _forget_unused(cache: Path) -> None:
+    """Remove copies, parts of copies and marks that nobody has asked for in a long time."""
+    for entry in cache.iterdir():
+        # What is somebody else's, or gone meanwhile, is not ours to remove.
+        with suppress(OSError):
+            if entry.suffix == ".lock" or time.time() - entry.stat().st_mtime < KEPT_S:
+                continue
+            if entry.is_dir():
+                # Nobody is to open half a model.
+                entry = entry.rename(cache / f"{uuid4().hex}{TEMPORARY_SUFFIX}")
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
@@ -75,6 +115,8 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
     remembered = hashlib.sha256(f"{folder} {digest}".encode()).hexdigest()[:32]
     mark = cache / f"{remembered}.checked"
     if mark.exists():
+        with failures("write", str(mark)):
+            mark.touch()
         return
     if Checkpoint.open(folder).digest() != digest:
         raise ModelError(

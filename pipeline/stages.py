@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import digest_of_files, publish
+from pipeline.checkpoint import Checkpoint, digest_of_files, publish
 from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.executor import Task
 from pipeline.folder import MODEL, RunFolder
+from pipeline.model_cache import model_on_node
 from pipeline.moments import check_moments
 from pipeline.plan import Plan
 from pipeline.progress import CountedStage, Progress, Stage
@@ -170,6 +171,8 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
 
     run.folder.forget("measured-after", "known-after")
     digests: dict[str, str] = {}
+    # Hours may have passed since it was opened; a copy of a remote model may be gone by now.
+    base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
     with run.stage("publish", len(plan.checkpoint.files())) as (bar, _):
 
         def on_file(name: str) -> None:
@@ -178,14 +181,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
                 digests[f"{MODEL}/{name}"] = run.store.sha256(f"{MODEL}/{name}")
             bar.advance()
 
-        publish(
-            plan.checkpoint,
-            by_tensor,
-            edited,
-            run.store,
-            MODEL,
-            on_file=on_file,
-        )
+        publish(base, by_tensor, edited, run.store, MODEL, on_file=on_file)
     run.folder.record("published", {"files": digests})
 
 

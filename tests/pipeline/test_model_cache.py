@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import fsspec
 import pytest
 
 import pipeline.store
+from pipeline import model_cache
 from pipeline.checkpoint import Checkpoint, digest_of_files
 from pipeline.errors import ModelError
-from pipeline.model_cache import model_on_node, name_for_nodes
+from pipeline.model_cache import KEPT_S, model_on_node, name_for_nodes
 from pipeline.store import Store
 from tests.conftest import GOLDEN
 
@@ -64,6 +67,53 @@ def test_a_copy_is_read_and_checked_once(
     for _ in range(2):
         model_on_node(remote, digest, tmp_path)
     assert len(read) == 1
+
+
+def _age(folder: Path) -> None:
+    """Let a cache look as if nobody had asked for anything in a long time."""
+    long_ago = time.time() - KEPT_S - 60
+    for entry in folder.iterdir():
+        os.utime(entry, (long_ago, long_ago))
+
+
+def test_copies_that_nobody_asks_for_go_when_another_is_fetched(
+    remote: str, fetched: list[str], tmp_path: Path
+) -> None:
+    digest = Checkpoint.open(MODEL).digest()
+    other = f"{remote}-edited"
+    for file in MODEL.iterdir():
+        Store(other).write_bytes(file.name, file.read_bytes())
+    first = model_on_node(remote, digest, tmp_path)
+    (tmp_path / "half.partial").mkdir()
+    _age(tmp_path)
+    # What is asked for again is not old.
+    os.utime(first)
+    second = model_on_node(other, digest, tmp_path)
+    assert {entry for entry in tmp_path.iterdir() if entry.is_dir()} == {first, second}
+    _age(tmp_path)
+    again = model_on_node(other, digest, tmp_path)
+    assert {entry for entry in tmp_path.iterdir() if entry.is_dir()} == {again}
+    assert Checkpoint.open(again).digest() == digest
+    assert len(list(tmp_path.glob("*.checked"))) == 1
+
+
+def test_a_copy_that_is_removed_while_it_is_asked_for_is_fetched_again(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = model_cache.open_model_folder
+    removed: list[Path] = []
+
+    def and_removed(model: str, cache: Path) -> Path:
+        folder = opened(model, cache)
+        if not removed:
+            shutil.rmtree(folder)
+            removed.append(folder)
+        return folder
+
+    monkeypatch.setattr(model_cache, "open_model_folder", and_removed)
+    digest = Checkpoint.open(MODEL).digest()
+    assert Checkpoint.open(model_on_node(remote, digest, tmp_path)).digest() == digest
+    assert removed
 
 
 def test_a_model_that_has_changed_meanwhile_is_refused(remote: str, tmp_path: Path) -> None:
