@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -41,6 +42,7 @@ _OWN = (
 SUBMISSION = "PMET_SUBMISSION"
 """Environment variable in which whoever submits a run to a cluster names it."""
 _PROGRESS_EVERY_S = 5.0
+_ATTEMPTS_KEPT = 20
 _LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "fsspec", "safetensors")
 
 
@@ -94,6 +96,7 @@ class RunFolder:
             "started_at": now_text(),
             "finished_at": None,
             "attempt": (earlier or {}).get("attempt", 0) + 1,
+            "earlier": _attempts(earlier)[-_ATTEMPTS_KEPT:] if earlier else [],
             "submission": os.environ.get(SUBMISSION),
             "seed": seed,
             "digests": dict(digests),
@@ -234,6 +237,17 @@ def _files(record: Mapping[str, Any]) -> dict[str, str]:
     if "file" in record:
         files[record["file"]] = record["sha256"]
     return files
+
+
+def _attempts(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The attempts that a ``run.json`` tells of, in short: how they ended, and what they took."""
+    kept = ("attempt", "status", "started_at", "finished_at", "written_at", "stages", "error")
+    last = {name: status.get(name) for name in kept}
+    if last["status"] == "running":
+        # Nobody has said how it ended.
+        last["status"] = "killed"
+    last["events"] = dict(Counter(event["kind"] for event in status.get("events", [])))
+    return [*status.get("earlier", []), last]
 
 
 def _is_unfinished(file: str) -> bool:

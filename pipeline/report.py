@@ -80,6 +80,7 @@ def _told(record: RunRecord) -> dict[str, Any]:
         "verdict": verdict(record),
         "gates": [read_gate(gate) for gate in record.gates],
         "seconds": record.seconds(),
+        "attempts": record.attempts(),
         "before": record.before,
         "after": record.after,
         "last": last.get("after") or {},

@@ -36,6 +36,7 @@ _RUN: dict[str, Any] = {
     "stages": [],
     "layers": [],
     "events": [],
+    "earlier": [],
     "versions": {},
     "digests": {},
 }
@@ -88,19 +89,30 @@ class RunRecord:
         return ((self.metrics.get("intervals") or {}).get(when) or {}).get(name)
 
     def seconds(self) -> float | None:
-        """Seconds from start to end, where both were recorded."""
-        try:
-            start, end = (datetime.fromisoformat(self.run[f"{w}_at"]) for w in _ENDS)
-            return (end - start).total_seconds()
-        except (KeyError, TypeError, ValueError):
-            return None
+        """Seconds from start to end of the last attempt, where both were recorded."""
+        return _seconds(self.run, "finished_at")
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The earlier attempts: ``attempt``, ``status``, ``seconds`` until it was last heard of,
+        its ``stages``, how many ``events`` of each kind it had, and its ``error``."""
+        return [
+            {**attempt, "seconds": _seconds(attempt, "finished_at", "written_at")}
+            for attempt in self.run["earlier"]
+        ]
 
     def edited(self) -> list[Row]:
         """The results of requests that took part in the edit."""
         return [row for row in self.results if row["status"] != "known"]
 
 
-_ENDS = ("started", "finished")
+def _seconds(attempt: Mapping[str, Any], *ends: str) -> float | None:
+    """Seconds from the start to the first of these ends that was recorded."""
+    said = next((attempt[name] for name in ends if attempt.get(name)), None)
+    try:
+        start, end = map(datetime.fromisoformat, (attempt["started_at"], said))
+        return (end - start).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_run(store: Store) -> RunRecord:

@@ -35,6 +35,27 @@ def test_records_outlive_the_process(url: str) -> None:
     assert again.status["attempt"] == 2
 
 
+def test_what_earlier_attempts_took_is_kept(url: str) -> None:
+    first = begun(url)
+    with first.stage("targets"):
+        pass
+    for kind in ("death", "retry", "death"):
+        first.event(kind, "it happened")
+    # It is killed; the second fails, the third finds all done.
+    second = begun(url)
+    second.finish("failed", "no room")
+    third = begun(url)
+    killed, failed = third.status["earlier"]
+    assert (killed["attempt"], killed["status"]) == (1, "killed")
+    assert [stage["name"] for stage in killed["stages"]] == ["targets"]
+    assert killed["events"] == {"death": 2, "retry": 1}
+    assert (failed["attempt"], failed["status"], failed["error"]) == (2, "failed", "no room")
+    assert begun(url, fresh=True).status["earlier"] == []
+    for _ in range(22):
+        last = begun(url)
+    assert [attempt["attempt"] for attempt in last.status["earlier"]] == list(range(3, 23))
+
+
 def test_a_record_counts_only_with_its_whole_file(url: str) -> None:
     folder = begun(url)
     folder.store.write_bytes("piece.bin", b"all of it")

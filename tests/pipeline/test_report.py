@@ -650,6 +650,27 @@ def test_retries_and_deaths_are_counted(store):
     assert "Retries and deaths None in this attempt." in Page(report(store)).text
 
 
+def test_earlier_attempts_are_told(store):
+    assert "Earlier attempts" not in Page(report(store)).text
+    killed = {
+        "attempt": 1,
+        "status": "killed",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "finished_at": None,
+        "written_at": "2026-01-01T00:02:05+00:00",
+        "stages": [{"name": "targets", "seconds": 90.0, "detail": {}}],
+        "events": {"death": 2, "retry": 1},
+        "error": None,
+    }
+    failed = killed | {"attempt": 2, "status": "failed", "error": "<b>no room</b>", "stages": []}
+    failed |= {"written_at": None, "events": {}}
+    change(store, "run.json", attempt=3, earlier=[killed, failed])
+    text = Page(report(store)).text
+    assert "time of attempt 3" in text
+    assert "1 killed 2 min 05 s targets 1 min 30 s death: 2, retry: 1" in text
+    assert "2 failed: <b>no room</b> –" in text
+
+
 def test_gates_against_the_base_and_the_last_run_say_so(store):
     gates = [
         {"metric": "specificity_drop", "kind": "drop", "threshold": 0.05, "value": 0.08,
