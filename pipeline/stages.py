@@ -171,8 +171,10 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
 
     run.folder.forget("measured-after", "known-after")
     digests: dict[str, str] = {}
-    # Hours may have passed since it was opened; a copy of a remote model may be gone by now.
-    base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
+    base = plan.checkpoint
+    if not base.folder.is_dir():
+        # Days have passed since it was opened: another run has made room on this disk.
+        base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
     with run.stage("publish", len(plan.checkpoint.files())) as (bar, _):
 
         def on_file(name: str) -> None:
