@@ -25,7 +25,7 @@ def main() -> None:
     from benchmarks.harness import show
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--counterfact", type=Path, default=Path("../shared/counterfact"))
+    parser.add_argument("--counterfact", type=Path, help="folder of a model, its facts and corpus")
     parser.add_argument("--count", type=int, default=600, help="CounterFact facts")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, JobConfig]]:
-    """The demo's job, and one on CounterFact where that is at hand."""
+    """The demo's job, and one on CounterFact where its folder is given."""
     import pyarrow.parquet as pq
 
     from jobs.demo.show import demo_job
@@ -45,7 +45,7 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, JobCo
 
     yield "demo", demo_job(folder / "demo")
     given = options.counterfact
-    if (given / "facts.parquet").is_file():
+    if given:
         facts = folder / "facts.parquet"
         pq.write_table(pq.read_table(given / "facts.parquet").slice(0, options.count), facts)
         yield (

@@ -9,7 +9,6 @@ end; so death, time and attempts are counted here, and Ray only starts and watch
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ import ray
 from ray import exceptions as ray_exceptions
 
 from pipeline.cluster import (
+    HeldInActor,
     cluster_resources,
     full_text,
     limit_threads,
@@ -389,29 +389,15 @@ class WorkerPool(Pool):
         seat.actor = seat.reply = seat.attempt = None
 
 
-class _WorkerProcess:
+class _WorkerProcess(HeldInActor):
     """What runs in a worker's process: the factory's object behind three calls."""
 
-    def __init__(self) -> None:
-        self._worker: Any = None
-        # The arguments of ``start`` bring thousands of modules with them, which stay: to look
-        # through them for garbage again and again takes a sixth of the time.
-        gc.disable()
-
     def start(self, factory: type, init_args: tuple[Any, ...], threads: int | None) -> None:
-        """Make the worker. Not in ``__init__``: Ray would report its errors as mere text."""
-        try:
-            limit_threads(threads)
-            self._worker = factory(*init_args)
-        finally:
-            gc.enable()
+        """Make the worker."""
+        self._hold(factory, init_args, threads)
 
     def ping(self) -> None:
         """Answer."""
-
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Run one task."""
-        return getattr(self._worker, method)(*args)
 
 
 @dataclass(frozen=True)

@@ -114,15 +114,12 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
     """Read a copy once, and remember that it is what it should be."""
     remembered = hashlib.sha256(f"{folder} {digest}".encode()).hexdigest()[:32]
     mark = cache / f"{remembered}.checked"
-    if mark.exists():
-        with failures("write", str(mark)):
-            mark.touch()
-        return
-    if Checkpoint.open(folder).digest() != digest:
+    if not mark.exists() and Checkpoint.open(folder).digest() != digest:
         raise ModelError(
             f"model {model} has changed since the run began, or was damaged on its way to "
             f"{platform.node()}: delete {folder} there and run the job again"
         )
+    # Also where it is there: what is used is not old.
     with failures("write", str(mark)):
         mark.touch()
 

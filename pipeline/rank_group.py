@@ -8,7 +8,6 @@ the work that was finished.
 from __future__ import annotations
 
 import contextlib
-import gc
 import re
 import socket
 import time
@@ -22,9 +21,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.cluster import (
+    HeldInActor,
     cluster_resources,
     full_text,
-    limit_threads,
     original,
     root_cause,
     worker_environment,
@@ -268,13 +267,8 @@ class RankGroup:
         )
 
 
-class _RankProcess:
+class _RankProcess(HeldInActor):
     """What runs in a rank's process: the factory's object behind a few calls."""
-
-    def __init__(self) -> None:
-        self._held: Any = None
-        # Until all is imported, as in a worker.
-        gc.disable()
 
     def claim(self) -> tuple[str, int]:
         """Address of this machine and a port that is free on it."""
@@ -292,15 +286,7 @@ class _RankProcess:
         threads: int | None,
     ) -> None:
         """Make what this rank holds; ``address`` is what rank 0 has claimed."""
-        try:
-            limit_threads(threads)
-            self._held = factory(Rendezvous(rank, ranks, *address), *init_args)
-        finally:
-            gc.enable()
-
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Call a method of what this rank holds."""
-        return getattr(self._held, method)(*args)
+        self._hold(factory, (Rendezvous(rank, ranks, *address), *init_args), threads)
 
 
 def _placement(ranks: int, num_cpus: float, num_gpus: float) -> Any:

@@ -175,7 +175,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
     if not base.folder.is_dir():
         # Days have passed since it was opened: another run has made room on this disk.
         base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
-    with run.stage("publish", len(plan.checkpoint.files())) as (bar, _):
+    with run.stage("publish", len(base.files())) as (bar, _):
 
         def on_file(name: str) -> None:
             run.folder.check()

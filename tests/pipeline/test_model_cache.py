@@ -7,7 +7,8 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import fsspec
 import pytest
@@ -16,7 +17,11 @@ import pipeline.store
 from pipeline import model_cache
 from pipeline.checkpoint import Checkpoint, digest_of_files
 from pipeline.errors import ModelError
+from pipeline.folder import RunFolder
 from pipeline.model_cache import KEPT_S, model_on_node, name_for_nodes
+from pipeline.progress import Progress
+from pipeline.replica import ModelSource
+from pipeline.stages import Context, publish_model
 from pipeline.store import Store
 from tests.conftest import GOLDEN
 
@@ -114,6 +119,20 @@ def test_a_copy_that_is_removed_while_it_is_asked_for_is_fetched_again(
     digest = Checkpoint.open(MODEL).digest()
     assert Checkpoint.open(model_on_node(remote, digest, tmp_path)).digest() == digest
     assert removed
+
+
+def test_a_base_whose_copy_is_gone_is_fetched_again_to_be_published(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_cache, "default_cache", lambda: tmp_path / "cache")
+    checkpoint = Checkpoint.open(model_on_node(remote, None))
+    base = ModelSource(remote, on_gpu=False, digest=checkpoint.digest())
+    plan = SimpleNamespace(base=base, checkpoint=checkpoint)
+    shutil.rmtree(checkpoint.folder)
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.begin({"job": "1"}, seed=0)
+    publish_model(Context(cast(Any, plan), folder, cast(Any, None), Progress()), [])
+    assert Checkpoint.open(tmp_path / "run" / "model").digest() == base.digest
 
 
 def test_a_model_that_has_changed_meanwhile_is_refused(remote: str, tmp_path: Path) -> None:
