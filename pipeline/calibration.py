@@ -7,6 +7,7 @@ that the figures hold what they take from each other.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -50,6 +51,7 @@ class Sample:
         budget_s: seconds that the targets of the sample may take, and those that its evaluation
             may; beyond that, few are computed.
         threads: of each process.
+        gpus: that each process is given.
         started: when the processes were started, as `time.time` tells it.
     """
 
@@ -67,6 +69,7 @@ class Sample:
     texts: Sequence[str]
     budget_s: float
     threads: int
+    gpus: int
     started: float
 
 
@@ -109,6 +112,8 @@ def calibrate(samples: Sequence[Sample]) -> Rates:
     # Before any numerical library is imported: as of a worker.
     threads = str(samples[0].threads)
     variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if samples[0].gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(_gpu_names()[: samples[0].gpus])
     with (
         environment({**variables, "TOKENIZERS_PARALLELISM": "false"}),
         ProcessPoolExecutor(len(samples), mp_context=context) as processes,
@@ -116,6 +121,14 @@ def calibrate(samples: Sequence[Sample]) -> Rates:
         found = list(processes.map(work, samples))
     means = {f.name: fmean(getattr(rates, f.name) for rates in found) for f in fields(Rates)}
     return Rates(**means | {"peak_bytes": max(rates.peak_bytes for rates in found)})
+
+
+def _gpu_names() -> list[str]:
+    """The GPUs that this process may use, as CUDA is told of them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def work(sample: Sample) -> Rates:
@@ -160,7 +173,6 @@ def work(sample: Sample) -> Rates:
 
 
 def _target_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplates) -> float:
-    from pmet.budget import free_memory
     from pmet.targets import compute_targets
 
     def compute(count: int) -> None:
@@ -172,7 +184,6 @@ def _target_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemp
             context_templates=templates,
             shared_keys=sample.shared_keys,
             batch_size=sample.batch_size,
-            memory=int(free_memory(model.device)),
         )
 
     return _each_s(compute, _FEW, len(sample.requests), sample.budget_s)

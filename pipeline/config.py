@@ -70,6 +70,18 @@ def _as_section(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _part_or_whole(value: float) -> float:
+    if value > 1 and value % 1:
+        raise ValueError("Ray shares out parts of one GPU, or whole ones")
+    return value
+
+
+def _none_or_one(value: float) -> float:
+    if value not in (0, 1):
+        raise ValueError("a process of NCCL has a GPU to itself")
+    return value
+
+
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 _Address = Annotated[_Text, AfterValidator(_without_secret)]
 _Texts = Annotated[tuple[_Text, ...], Field(min_length=1)]
@@ -91,7 +103,10 @@ CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or 
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
 Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
-GPUs = Annotated[_FromZero, allowed("a number, 0 or more")]
+GPUsOfWorker = Annotated[
+    _FromZero, AfterValidator(_part_or_whole), allowed("a fraction up to 1, or a whole number")
+]
+GPUOfRank = Annotated[_FromZero, AfterValidator(_none_or_one), allowed("0 or 1")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
 SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
@@ -118,9 +133,10 @@ class TargetsConfig(Section):
         default="auto",
         description="Worker processes, each with a replica of the model; auto: what fits.",
     )
-    gpus_per_worker: GPUs = Field(
+    gpus_per_worker: GPUsOfWorker = Field(
         default=0.0,
-        description="GPUs for each worker; 0 computes on the CPU, a fraction shares a GPU.",
+        description="GPUs for each worker; 0 computes on the CPU, a fraction shares a GPU, and "
+        "among several the layers of the model are shared out.",
     )
     batch_size: CountOrAuto = Field(
         default="auto",
@@ -167,8 +183,8 @@ class UpdateConfig(Section):
         default="auto",
         description="Processes that hold the partitioned model together; auto: what fits.",
     )
-    gpus_per_rank: GPUs = Field(
-        default=0.0, description="GPUs for each rank; 0 computes on the CPU."
+    gpus_per_rank: GPUOfRank = Field(
+        default=0.0, description="1: each rank computes on a GPU of its own; 0: on the CPU."
     )
     offload: Offload = Field(
         default="none", description="Where partitioned weights wait: none (on the device) or cpu."

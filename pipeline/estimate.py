@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -76,8 +77,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
             "the job wants GPUs and this machine has none: estimate it on a machine like those "
             "that it will run on"
         )
-    workers, ranks, threads = local_sizes(plan)
-    workers = min(workers, len(plan.target_shards))
+    workers, ranks, threads = _sizes(plan)
     cores = max(1, (os.cpu_count() or 1) // threads)
     side_by_side = 1 if plan.base.on_gpu else min(workers, cores)
     rates = calibrate(_samples(plan, side_by_side, threads, budget_s))
@@ -91,6 +91,18 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
         ranks=ranks,
         side_by_side=side_by_side,
     )
+
+
+def _sizes(plan: Plan) -> tuple[int, int, int]:
+    """Workers, ranks, and threads of each; GPUs are counted here where the job does not say."""
+    targets, update = plan.job.targets, plan.job.update
+    workers, ranks, threads = local_sizes(plan)
+    gpus = torch.cuda.device_count()
+    if targets.workers == "auto" and targets.gpus_per_worker:
+        workers = max(1, int(gpus / targets.gpus_per_worker + 1e-6))
+    if update.ranks == "auto" and update.gpus_per_rank:
+        ranks = gpus
+    return min(workers, len(plan.target_shards)), ranks, threads
 
 
 def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Sample]:
@@ -126,6 +138,7 @@ def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Samp
             texts=texts[:: max(1, len(texts) // _SAMPLED_TEXTS)][:_SAMPLED_TEXTS],
             budget_s=budget_s,
             threads=threads,
+            gpus=math.ceil(plan.job.targets.gpus_per_worker),
             started=time.time(),
         )
         for number in range(count)

@@ -100,13 +100,14 @@ class _MeteredStage(CountedStage):
 
 
 def tell_gpu_memory(work: str) -> None:
-    """Set the most that this process has allocated on its GPU; nothing where it has none."""
+    """Set the most that this process has allocated on its GPUs; nothing where it has none."""
     import torch
 
     if ray.is_initialized() and torch.cuda.is_available():
-        gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on the GPU.", ("work",))
+        gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on a GPU.", ("work",))
         with contextlib.suppress(RuntimeError):
-            gauge.set(float(torch.cuda.max_memory_allocated()), {"work": work})
+            gpus = range(torch.cuda.device_count())
+            gauge.set(float(max(map(torch.cuda.max_memory_allocated, gpus))), {"work": work})
 
 
 @cache

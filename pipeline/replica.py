@@ -21,9 +21,11 @@ from pipeline.schema import targets_table
 from pipeline.skeleton import NO_CODE
 from pipeline.store import Store
 from pmet import contexts, metrics, second_moment
-from pmet.budget import free_memory
+from pmet.architecture import resolve
+from pmet.budget import free_memory, room_beside
 from pmet.contexts import ContextTemplates
 from pmet.continuations import score_continuations
+from pmet.devices import share_out
 from pmet.generation import answers, write_on
 from pmet.hparams import PMETHyperParams
 from pmet.metrics import TextScore
@@ -39,7 +41,7 @@ class ModelSource:
 
     Attributes:
         folder: a model folder that all nodes have, a URL or a hub id; see `pipeline.model_cache`.
-        on_gpu: whether to put it on the GPU that the worker was given.
+        on_gpu: whether to put it on the GPU that the worker was given; on all of several.
         dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By default float32 on a CPU,
             where 16-bit arithmetic is slow and coarse, and as stored on a GPU.
         digest: what a copy of the model has to have; None: whatever it has.
@@ -55,7 +57,21 @@ class ModelSource:
         dtype = "float32" if self.dtype == "auto" and not self.on_gpu else self.dtype
         folder = str(model_on_node(self.folder, self.digest))
         model = open_causal_lm(folder, dtype=dtype)
-        return model.to("cuda" if self.on_gpu else "cpu"), open_tokenizer(folder)
+        return self._placed(model), open_tokenizer(folder)
+
+    def _placed(self, model: Any) -> Any:
+        """On the GPUs that this process was given, if it is to be on any."""
+        if not self.on_gpu:
+            return model
+        gpus = visible_gpus()
+        if len(gpus) < 2:
+            return model.to("cuda")
+        return share_out(model, gpus, [free_memory(gpu) for gpu in gpus])
+
+
+def visible_gpus() -> list[torch.device]:
+    """The GPUs that Ray has given to this process."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
@@ -202,6 +218,7 @@ class Replica:
         Without a ``batch_size`` it follows from the worker's ``share`` of the free memory.
         """
         self._use(source)
+        layout = resolve(self._model, hparams)
         found = compute_targets(
             self._model,
             self._tokenizer,
@@ -210,7 +227,7 @@ class Replica:
             context_templates=templates,
             shared_keys=shared_keys,
             batch_size=batch_size,
-            memory=int(free_memory(self._model.device) * share),
+            memory=int(room_beside(self._model, layout, hparams.target_layer) * share),
         )
         table = targets_table(
             list(rows), found.values.numpy(), found.steps.numpy(), found.losses.numpy()

@@ -10,14 +10,17 @@ loss reads, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from pmet.architecture import Layout
+from pmet.devices import layers_on
 from pmet.problem import Problem
 
 _FLOAT = 4
@@ -70,7 +73,7 @@ class Footprint:
 class Count:
     """Adds up what autograd saves for the backward pass, each storage once."""
 
-    def __init__(self, but: Iterator[torch.Tensor]) -> None:
+    def __init__(self, but: Iterable[torch.Tensor]) -> None:
         self.total = 0
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in but}
 
@@ -95,6 +98,15 @@ def attention_shape(config: Any) -> tuple[int, int, int]:
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, int(key_heads), int(width)
+
+
+def room_beside(model: nn.Module, layout: Layout, layer: int) -> int:
+    """Bytes that the optimisation of targets at ``layer`` may take beside a model.
+
+    Of a model on several devices each takes its share of what is kept of the layers above.
+    """
+    parts = layers_on(model, layout, above=layer)
+    return int(min(free_memory(device) / part for device, part in parts.items()))
 
 
 def free_memory(device: torch.device) -> int:

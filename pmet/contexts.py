@@ -16,7 +16,7 @@ from torch import nn
 
 from pmet.errors import ContextTemplateError
 from pmet.lookup import encode
-from pmet.tracing import frozen
+from pmet.tracing import cache_name, frozen
 
 ContextTemplates = Sequence[Sequence[str]]
 
@@ -113,11 +113,11 @@ def _sample(
     device = next(model.parameters()).device
     banned = sorted({int(i) for i in tokenizer.all_special_ids})
     step = torch.tensor([list(encode(tokenizer, start))] * count, device=device)
-    ids, cache = step, None
+    ids, cache, held = step, None, cache_name(model)
     with frozen(model):
         for _ in range(tokens):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=step, use_cache=True, **{held: cache})
+            cache = getattr(output, held)
             logits = output.logits[:, -1].float().cpu()
             logits[:, banned] = -torch.inf
             allowed = logits.shape[1] - len(banned)

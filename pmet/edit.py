@@ -17,6 +17,7 @@ from pmet import contexts, second_moment
 from pmet.architecture import Layout, resolve
 from pmet.contexts import ContextTemplates
 from pmet.delta import Edit, changed
+from pmet.devices import home
 from pmet.errors import InputError, NotFiniteError
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
@@ -98,7 +99,7 @@ def compute_edit(
         with frozen(model), torch.no_grad():
             tokenizing = LookupTokenizer(tokenizer, templates)
             batches = list(tokenizing.batches(requests))
-            device = layout.weight(model, hparams.target_layer).device
+            device = home(model)
             reader = KeyReader(model, layout, hparams.layers, tokenizing.shared, batches, device)
             for index, layer in enumerate(hparams.layers):
                 with reader.reading(index):

@@ -19,7 +19,7 @@ from pmet.kernels import tuned_if_short
 from pmet.padding import pad, positions
 from pmet.problem import context_length
 from pmet.prompts import Prompts, Tokens
-from pmet.tracing import changed_input, frozen, takes_positions
+from pmet.tracing import cache_name, changed_input, frozen, takes_positions
 
 ANSWER_TOKENS = 8
 WRITTEN_TOKENS = 100
@@ -163,7 +163,7 @@ def _new_tokens(
     ended_B = torch.zeros(len(ids), dtype=torch.bool, device=device)
     ends_E = torch.tensor(ends, dtype=torch.int64, device=device)
     new: list[torch.Tensor] = []
-    cache: Any = None
+    cache, held = None, cache_name(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     with (
         frozen(model),
@@ -179,11 +179,11 @@ def _new_tokens(
             output = model(
                 input_ids=step_BT,
                 attention_mask=mask_BT,
-                past_key_values=cache,
                 use_cache=True,
+                **{held: cache},
                 **places,
             )
-            cache = output.past_key_values
+            cache = getattr(output, held)
             chosen_B = choose(output.logits[:, -1].float(), number)
             new.append(chosen_B)
             ended_B |= torch.isin(chosen_B, ends_E)

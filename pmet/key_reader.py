@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from pmet.architecture import Layout
+from pmet.devices import chosen
 from pmet.kernels import fused, keeping_freed_memory, put
 from pmet.keys import Lookups
 from pmet.padding import pad
@@ -86,10 +87,10 @@ class _Rows:
         """
         flat = output.reshape(-1, output.shape[-1])
         if len(flat) == self.mask_BT.numel():
-            return flat.index_select(0, self.ends_B)
+            return chosen(flat, self.ends_B)
         if len(flat) == len(self.ends_B):
             return flat.clone()
-        return flat.index_select(0, self.mask_BT.sum(1).cumsum(0) - 1)
+        return chosen(flat, self.mask_BT.sum(1).cumsum(0) - 1)
 
 
 class KeyReader:
@@ -107,7 +108,7 @@ class KeyReader:
         layers: the edited layers, ascending; the last one is layer z.
         shared: of the `LookupTokenizer`.
         batches: of the same.
-        device: of the model.
+        device: where the model takes tokens, and where keys and values are wanted.
         whole_passes: for a model whose passes must not be ended early (ZeRO-3): what is not needed
             is passed by.
         memory: bytes of hidden states that may stay in main memory from pass to pass; the others go
@@ -165,7 +166,7 @@ class KeyReader:
         prefixes = self._prefixes.kept(contexts, room=ids_BT.shape[1])
         with self._reading(rows) as seen:
             self._run(rows, prefixes.mask_BP, prefixes.cache())
-        keys_BK, values_BV = seen
+        keys_BK, values_BV = (rows_BX.to(self._device) for rows_BX in seen)
         return lookups.mean_over_contexts(keys_BK), values_BV[:: lookups.every].double()
 
     @torch.no_grad()
@@ -192,11 +193,13 @@ class KeyReader:
         cache = nothing.cache(recording=True, stopping=False)
         self._run(rows, nothing.mask_BP, cache)
         padding = (mask_CP == 0)[:, None, :, None]
+
         # What stands in padding may be no number, and shares of zero would spread it.
+        def cleared(part: torch.Tensor) -> torch.Tensor:
+            return part.masked_fill(padding.to(part.device), 0)
+
         layers = [
-            (held.keys.masked_fill(padding, 0), held.values.masked_fill(padding, 0))
-            if held.keys is not None
-            else None
+            (cleared(held.keys), cleared(held.values)) if held.keys is not None else None
             for held in cache.layers
         ]
         return Prefixes(layers, mask_CP)
@@ -238,12 +241,14 @@ class KeyReader:
             count = rows.mask_BT.numel()
             if rows.key is None:
                 return hidden.new_zeros(1, 1, self._layout.value_width)
-            stored_ND = now.before.get(rows.key).to(self._device)
-            return put(stored_ND, places_N, count).reshape(*rows.mask_BT.shape, -1)
+            stored_ND = now.before.get(rows.key).to(hidden.device)
+            return put(stored_ND, places_N.to(hidden.device), count).reshape(
+                *rows.mask_BT.shape, -1
+            )
 
         def leave(hidden: torch.Tensor) -> torch.Tensor:
             if now.after is not None and rows.key is not None:
-                now.after.put(rows.key, hidden.flatten(0, 1).index_select(0, places_N))
+                now.after.put(rows.key, chosen(hidden.flatten(0, 1), places_N))
             return hidden
 
         def note(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -20,10 +20,11 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pmet.architecture import Layout
+from pmet.devices import home
 from pmet.kernels import written_behind
 from pmet.padding import pad, positions
 from pmet.standins import layer_on_places, places_of_tokens
-from pmet.tracing import StopForward, takes_positions
+from pmet.tracing import StopForward, cache_name, takes_positions
 
 
 class PrefixLayer(DynamicLayer):
@@ -117,13 +118,13 @@ class Prefixes:
 
         def selected(part: torch.Tensor) -> torch.Tensor:
             _, heads, columns, width = part.shape
-            chosen = part.new_empty(len(rows), heads, length + room, width)
+            selection = part.new_empty(len(rows), heads, length + room, width)
             # Together with the old room, whatever it holds, as far as it goes.
             columns = min(columns - front, length + room)
-            torch.index_select(
-                part[:, :, front : front + columns], 0, rows, out=chosen[:, :, :columns]
-            )
-            return chosen
+            place = selection[:, :, :columns]
+            held = part[:, :, front : front + columns]
+            torch.index_select(held, 0, rows.to(part.device), out=place)
+            return selection
 
         layers: list[Held] = [
             held and (selected(held[0]), selected(held[1])) for held in self.layers
@@ -185,7 +186,7 @@ class PrefixFiller:
         self, model: nn.Module, layout: Layout, prefixes: Sequence[Sequence[Sequence[int]]]
     ) -> None:
         self._model, self._layout, self._depth = model, layout, layout.depth
-        self._device = layout.weight(model, layout.depth - 1).device
+        self._device = home(model)
         self._shared = [_common(group) for group in prefixes]
         nothing = Prefixes(
             [None] * self._depth,
@@ -250,8 +251,10 @@ def _common(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 def _moved(part: torch.Tensor, index_BP: torch.Tensor, mask_BP: torch.Tensor) -> torch.Tensor:
     """Columns of keys or values by row; padding is zeroed, so that no NaN spreads from it."""
-    index = index_BP[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
-    return part.gather(2, index).masked_fill_((mask_BP == 0)[:, None, :, None], 0)
+    index = index_BP.to(part.device)[:, None, :, None]
+    padding = (mask_BP.to(part.device) == 0)[:, None, :, None]
+    wanted = part.gather(2, index.expand(-1, part.shape[1], -1, part.shape[3]))
+    return wanted.masked_fill_(padding, 0)
 
 
 def forward(model: nn.Module, given: torch.Tensor, mask_BU: torch.Tensor, cache: Cache) -> Any:
@@ -266,7 +269,7 @@ def forward(model: nn.Module, given: torch.Tensor, mask_BU: torch.Tensor, cache:
     inputs: dict[str, Any] = {
         "inputs_embeds" if given.is_floating_point() else "input_ids": given,
         "attention_mask": mask_BU,
-        "past_key_values": cache,
+        cache_name(model): cache,
         "use_cache": True,
     }
     if takes_positions(model):

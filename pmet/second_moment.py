@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pmet.architecture import Layout, resolve
+from pmet.devices import chosen, home
 from pmet.errors import InputError
 from pmet.hparams import PMETHyperParams
 from pmet.lookup import encode
@@ -114,14 +115,16 @@ def measure_tokens(
     """The same for texts that are tokens already; which are read together follows from them alone.
 
     Returns:
-        Sums on the model's device.
+        Each layer's sum on the layer's device.
     """
     layout = resolve(model, hparams)
     ordered = sorted((s for s in sequences if len(s)), key=len)
-    device = layout.weight(model, hparams.target_layer).device
     shape = (layout.key_width, layout.key_width)
     moments = SecondMoments(
-        {i: torch.zeros(shape, dtype=torch.float64, device=device) for i in hparams.layers}
+        {
+            i: torch.zeros(shape, dtype=torch.float64, device=layout.weight(model, i).device)
+            for i in hparams.layers
+        }
     )
     with frozen(model):
         for batch in batches_by_tokens(ordered, BATCH_TOKENS, len):
@@ -135,14 +138,14 @@ def _add_batch(
     model: nn.Module, layout: Layout, batch: Sequence[Sequence[int]], moments: SecondMoments
 ) -> None:
     layers = list(moments.sums)
-    ids_BT, mask_BT = pad(batch, moments.sums[layers[-1]].device)
+    ids_BT, mask_BT = pad(batch, home(model))
     real_N = mask_BT.flatten().nonzero().squeeze(1)
     padded = len(real_N) < mask_BT.numel()
 
     def adding_to(total_KK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         def add(keys_BTK: torch.Tensor) -> torch.Tensor:
             keys_NK = keys_BTK.reshape(mask_BT.numel(), -1)
-            _add_product(total_KK, keys_NK.index_select(0, real_N) if padded else keys_NK)
+            _add_product(total_KK, chosen(keys_NK, real_N) if padded else keys_NK)
             return keys_BTK
 
         return add

@@ -66,9 +66,9 @@ def on_places(original: Callable[..., Any], places_N: torch.Tensor) -> Stored:
     """A module that treats tokens one by one, on some of them; the others come out as zeros."""
 
     def run(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        output = called(original, take(rows, places_N)[None], args, kwargs)
-        full = put(first(output).flatten(0, -2), places_N, len(rows))
+        rows, here_N = hidden.reshape(-1, hidden.shape[-1]), places_N.to(hidden.device)
+        output = called(original, take(rows, here_N)[None], args, kwargs)
+        full = put(first(output).flatten(0, -2), here_N, len(rows))
         return with_first(output, full.reshape(*hidden.shape[:-1], full.shape[-1]))
 
     return run

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.functional import pad as padded
 
 from pmet.architecture import Layout, part_with
+from pmet.devices import chosen
 from pmet.errors import ArchitectureError
 from pmet.kernels import take
 from pmet.lookup import TokenizedPrompt
@@ -82,10 +83,10 @@ class _Rows:
             self.prefixes.kept(rows, room=columns),
             self.ids_BS[:, :columns].index_select(0, rows),
             mask_BS[:, :columns],
-            self.hidden_BD.index_select(0, rows),
-            self.attention_BD.index_select(0, rows),
-            self.ffn_BD.index_select(0, rows),
-            self.output_BSD[:, :columns].index_select(0, rows),
+            chosen(self.hidden_BD, rows),
+            chosen(self.attention_BD, rows),
+            chosen(self.ffn_BD, rows),
+            chosen(self.output_BSD[:, :columns], rows),
         )
 
     def joined(self, others: _Rows) -> _Rows:
@@ -293,4 +294,5 @@ def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:
 
 def _added(output: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """Sum in the wider of both types, so that a small δ is not rounded before it is added."""
-    return (output.to(torch.promote_types(output.dtype, delta.dtype)) + delta).to(output.dtype)
+    wider = torch.promote_types(output.dtype, delta.dtype)
+    return (output.to(wider) + delta.to(output.device)).to(output.dtype)

@@ -35,10 +35,11 @@ from pmet.budget import (
     Count,
     Footprint,
     attention_shape,
-    free_memory,
     out_of_memory,
+    room_beside,
 )
 from pmet.contexts import ContextTemplates, check
+from pmet.devices import home
 from pmet.errors import OutOfMemoryError
 from pmet.hparams import PMETHyperParams
 from pmet.kernels import tuned
@@ -128,7 +129,7 @@ def compute_targets(
     limit = context_length(model.config)
     for request, problem in zip(requests, problems, strict=True):
         problem.check_length(request, limit)
-    device = layout.weight(model, hparams.target_layer).device
+    device = home(model)
     outcomes: list[_Outcome | None] = [None] * len(requests)
     if not requests:
         return _targets([], layout.value_width)
@@ -139,7 +140,7 @@ def compute_targets(
     # Neighbours of like length share little padding.
     order = sorted(range(len(problems)), key=lambda g: (problems[g].shape, g))
     size = batch_size or default_batch_size(device, len(problems))
-    budget = None if batch_size else memory or free_memory(device)
+    budget = None if batch_size else memory or room_beside(model, layout, hparams.target_layer)
     longest = max(problem.longest for problem in problems)
     with frozen(model), tuned(model, longest):
         optimisation = _Optimisation(
@@ -236,7 +237,8 @@ class _Optimisation:
         # The bare context comes first; its clean outputs are the vectors that δ is added to.
         starts = list(accumulate((len(m.problem.rows) for m in new[:-1]), initial=first_row))
         clean_EPD = torch.stack([self._run.clean_attention[starts], self._run.clean_ffn[starts]], 1)
-        clean_EPD = clean_EPD.to(torch.promote_types(clean_EPD.dtype, torch.float32))
+        wider = torch.promote_types(clean_EPD.dtype, torch.float32)
+        clean_EPD = clean_EPD.to(self._device, wider)
         factor, vocabulary = self._hparams.nll_loss_factor, len(_weight(self._head))
         state = self._state
         for e, member in enumerate(new):
@@ -314,7 +316,7 @@ class _Optimisation:
 
     @property
     def _device(self) -> torch.device:
-        return self._layout.weight(self._model, self._hparams.target_layer).device
+        return home(self._model)
 
     @property
     def _held(self) -> State:
@@ -330,8 +332,8 @@ class _Optimisation:
         last = [member.evaluations + 1 == limit for member in self._members]
         deltas_EPD = state.deltas_EPD.detach().requires_grad_()
         measuring = self._memory is not None and self._footprint is None
-        weights = self._model.parameters() if measuring else ()
-        count = Count(chain(weights, self._run.keys_and_values))
+        held = chain(self._model.parameters(), self._run.keys_and_values) if measuring else ()
+        count = Count(held)
         with torch.enable_grad(), count.counting() if measuring else nullcontext():
             losses_E, kl_E, greedy_E = self._evaluate(deltas_EPD)
         gradient_EPD = None

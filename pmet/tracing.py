@@ -161,6 +161,11 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in _parameters(type(model).forward)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model calls keys and values of earlier tokens, where it takes and returns them."""
+    return "cache" if "cache" in _parameters(type(model).forward) else "past_key_values"
+
+
 @cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -19,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pmet
 from pmet import keys
+from pmet.devices import share_out
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
 from pmet.plain import PlainTargets, plain_deltas, plain_evaluate, plain_targets
 from pmet.request import EditRequest
+from tests import simulated
 
 # Float32 sums taken in another order (left padding, other batch shapes, a cached prefix) move
 # the hidden states by about 1e-7; five steps of Adam, whose size does not shrink with the
@@ -396,3 +399,31 @@ def test_the_optimisation_moves_every_target(problem: Problem):
     assert moved_E.min() >= 0.1
     assert problem.targets.losses.mean() <= clean.losses.mean() - 0.1
     assert (problem.targets.steps == HPARAMS["v_num_grad_steps"]).all()
+
+
+def test_a_model_on_several_devices_does_the_same(problem: Problem):
+    some = slice(0, 4)
+    with simulated.devices(3) as devices:
+        model = share_out(deepcopy(problem.model), devices)
+        assert {weight.device for weight in model.parameters()} == set(devices)
+        arguments = (model, problem.tokenizer)
+        targets = pmet.compute_targets(
+            *arguments, REQUESTS[some], problem.found, context_templates=CONTEXTS
+        )
+        edit = pmet.compute_edit(
+            *arguments,
+            REQUESTS,
+            problem.found,
+            context_templates=CONTEXTS,
+            second_moments=problem.second_moments,
+            targets=problem.targets.values,
+        )
+        rows = pmet.evaluate(*arguments, MEASURED)["rows"]
+    assert targets.steps.tolist() == problem.targets.steps[some].tolist()
+    assert worst(targets.values, problem.targets.values[some]) <= TARGET
+    for name, expected in problem.deltas.items():
+        assert (edit.deltas[name].double() - expected).norm() <= DELTA * expected.norm(), name
+    plain = plain_evaluate(problem.model, problem.tokenizer, MEASURED)["rows"]
+    for mine, reference in zip(rows, plain, strict=True):
+        expected = [reference[name] for name in FIGURES]
+        assert [mine[name] for name in FIGURES] == pytest.approx(expected, abs=1e-12)

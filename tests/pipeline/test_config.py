@@ -150,7 +150,8 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         "FILE: corpus: [] is not allowed; give a path, a list of paths, or null",
         "FILE: seed: -1 is not allowed; give a whole number from 0 to 4294967295",
         "FILE: targets.workers: 0 is not allowed; give a whole number, 1 or more, or auto",
-        "FILE: targets.gpus_per_worker: true is not allowed; give a number, 0 or more",
+        "FILE: targets.gpus_per_worker: true is not allowed; "
+        "give a fraction up to 1, or a whole number",
         'FILE: targets.batch_size: "many" is not allowed; give a whole number, 1 or more, or auto',
         "FILE: targets.shard_size: 1.5 is not allowed; give a whole number, 1 or more, or auto",
         "FILE: unknown key targets.wokers; did you mean targets.workers?",
@@ -192,7 +193,13 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         ),
         ("seed: 1\nseed: 2", "line 6: key 'seed' is already given on line 5"),
         ("seed: &a 1\nother: *a", "line 6: aliases (*name) are not read; write the value out"),
-        ("update: {gpus_per_rank: .inf}", "update.gpus_per_rank: Infinity is not allowed; give a"),
+        ("update: {gpus_per_rank: .inf}", "update.gpus_per_rank: Infinity is not allowed; give 0"),
+        (
+            "targets: {gpus_per_worker: 1.5}",
+            "targets.gpus_per_worker: 1.5 is not allowed; give a fraction up to 1, or a whole",
+        ),
+        ("update: {gpus_per_rank: 2}", "update.gpus_per_rank: 2 is not allowed; give 0 or 1"),
+        ("update: {gpus_per_rank: 0.5}", "update.gpus_per_rank: 0.5 is not allowed; give 0 or 1"),
         ("corpus: [a, '']", 'corpus: ["a", ""] is not allowed; give a path, a list of paths,'),
         ("corpus: [a, 5]", 'corpus: ["a", 5] is not allowed; give a path, a list of paths, or'),
         ('second_moments: "a\\0b"', 'second_moments: "a\\u0000b" is not allowed; give text, or'),
@@ -334,7 +341,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
         second_moments=st.none() | WORDS,
         corpus=st.none() | st.lists(WORDS, min_size=1, max_size=2).map(tuple),
         seed=st.integers(0, 2**32 - 1),
-        targets=st.builds(TargetsConfig, gpus_per_worker=st.floats(0, 8)),
+        targets=st.builds(TargetsConfig, gpus_per_worker=st.floats(0, 1) | st.integers(2, 8)),
         gates=st.builds(GatesConfig, score=st.none() | st.floats(0, 1)),
     )
 )

@@ -91,6 +91,20 @@ def test_a_job_for_gpus_is_not_estimated_without_any(
         estimate(plan)
 
 
+def test_auto_counts_the_gpus_of_this_machine(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    sections = {"targets": {"gpus_per_worker": 2, "shard_size": 5}, "update": {"gpus_per_rank": 1}}
+    found = estimate(make_plan(job(inputs, str(tmp_path), **sections)))
+    assert (found.workers, found.ranks) == (2, 4)
+    assert [sample.gpus for sample in samples] == [2]
+
+
 @pytest.mark.slow
 def test_rates_are_measured_in_processes_of_their_own(
     inputs: Path,  # noqa: F811
