@@ -20,9 +20,10 @@ import torch
 from benchmarks.harness import Problem, arguments, problem, show, timed
 from pipeline.cluster import ray_session
 from pipeline.evaluation import How
-from pipeline.executor import Task, WorkerPool
+from pipeline.executor import WorkerPool
 from pipeline.measure_stage import Answers, parts_of
 from pipeline.replica import ModelSource, Replica
+from pipeline.tasks import Task
 from pmet.continuations import score_continuations
 from pmet.figures import METRICS
 from pmet.metrics import evaluate

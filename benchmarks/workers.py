@@ -12,9 +12,10 @@ import ray
 
 from benchmarks.harness import arguments, problem, show, timed
 from pipeline.cluster import ray_session
-from pipeline.executor import Task, WorkerPool
+from pipeline.executor import WorkerPool
 from pipeline.replica import ModelSource, Replica
 from pipeline.store import Store
+from pipeline.tasks import Task
 
 
 def main() -> None:

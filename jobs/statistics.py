@@ -11,12 +11,13 @@ from rich.table import Table
 from pipeline.cluster import default_workers, ray_session
 from pipeline.crew import run_all
 from pipeline.errors import JobError
-from pipeline.executor import Task, WorkerPool
+from pipeline.executor import WorkerPool
 from pipeline.plan import load_hparams
 from pipeline.progress import Progress
 from pipeline.replica import Replica
 from pipeline.statistics import MomentsJob, collect, finished, plan_statistics
 from pipeline.store import Store
+from pipeline.tasks import Task
 from pmet.hparams import PMETHyperParams
 
 AUTO = "auto"

@@ -37,8 +37,8 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
-    """Have a Ray cluster for the time of a ``with`` block.
+def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[bool]:
+    """Have a Ray cluster for the time of a ``with`` block; tells whether this process started it.
 
     A Ray that this process has already initialised is used as it is and left running. Otherwise
     the session joins the cluster at ``address``, or the one that the environment names in
@@ -53,7 +53,7 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         WorkerError: no cluster answers at the address, or none can be started.
     """
     if ray.is_initialized():
-        yield
+        yield _is_own()
         return
     where = address or os.environ.get("RAY_ADDRESS") or LOCAL
     try:
@@ -66,9 +66,14 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
             cause_text=str(error),
         ) from error
     try:
-        yield
+        yield _is_own()
     finally:
         ray.shutdown()
+
+
+def _is_own() -> bool:
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
 
 
 def cluster_resources() -> tuple[float, float]:
@@ -89,27 +94,46 @@ def cpus_free() -> float:
 
 
 def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
-    """The number of workers that fills the cluster.
+    """The number of workers that fills the cluster, as it is now.
 
     Args:
         gpus_per_worker: GPUs of one worker, a fraction allowed; 0 for workers without one.
         cpus_per_worker: logical CPUs of one worker.
 
     Raises:
-        WorkerError: the cluster cannot hold a single worker.
+        WorkerError: no node of the cluster holds a single worker.
     """
-    cpus, gpus = cluster_resources()
-    # A little slack: 0.1 GPU fits ten times into one, though not in floating point.
-    if gpus_per_worker > 0:
-        count = int(gpus / gpus_per_worker + 1e-6)
-    else:
-        count = int(cpus / cpus_per_worker + 1e-6)
+    count = room_for_workers(gpus_per_worker, cpus_per_worker=cpus_per_worker)
     if count < 1:
+        cpus, gpus = cluster_resources()
         raise WorkerError(
-            f"a worker needs {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU, but the cluster "
-            f"has {cpus:g} CPU and {gpus:g} GPU in all; ask for less or use a larger cluster"
+            f"a worker needs {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU of one node, but "
+            f"the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for less or use a larger "
+            "cluster; where nodes come when they are asked for, name the number of workers"
         )
     return count
+
+
+def room_for_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
+    """How many workers the nodes of the cluster hold, whatever else is running on them."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(
+            _fit(cpus_per_worker, node.get("CPU", 0.0)),
+            _fit_gpus(gpus_per_worker, node.get("GPU", 0.0)) if gpus_per_worker else sys.maxsize,
+        )
+        for node in nodes
+    )
+
+
+def _fit(each: float, into: float) -> int:
+    # A little slack: 0.1 fits ten times into one, though not in floating point.
+    return int(into / each + 1e-6)
+
+
+def _fit_gpus(each: float, into: float) -> int:
+    """Several workers share a GPU, but none has parts of two."""
+    return _fit(each, into) if each > 1 else int(into) * _fit(each, 1.0)
 
 
 def worker_environment(*, threads: int | None) -> dict[str, str]:

@@ -9,16 +9,19 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.cluster import cpus_free, default_workers, ray_session
+from pipeline.cluster import cpus_free, default_workers, ray_session, room_for_workers
 from pipeline.errors import WorkerError
-from pipeline.executor import EventKind, FailedTask, Pool, Task, WorkerPool
+from pipeline.executor import Pool, WorkerPool
 from pipeline.plan import Plan
 from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.replica import Replica
+from pipeline.tasks import EventKind, FailedTask, Task
 
+WORTH_A_GPU = 2 << 30
+"""Stored bytes of weights that are worth a rank on a GPU."""
+_WORTH_A_RANK = 128 << 20  # the same on CPUs
 _MOST_CPU_RANKS = 4
-_WORTH_A_RANK = 128 << 20  # bytes of weights, as stored
 _SHOWN_SHARDS = 3
 
 
@@ -48,14 +51,18 @@ def local_sizes(plan: Plan) -> tuple[int, int, int]:
     # default that follows the machine would let the machine decide the last bits.
     threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
     workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
-    ranks = _worth(plan, cores) if update.ranks == "auto" else update.ranks
+    most = min(cores, _MOST_CPU_RANKS)
+    ranks = min(most, worth(plan, _WORTH_A_RANK)) if update.ranks == "auto" else update.ranks
     return workers, ranks, threads
 
 
-def _worth(plan: Plan, cores: int) -> int:
-    """Ranks that a model is worth: each takes seconds to start, and a small one is done sooner."""
+def worth(plan: Plan, each: int) -> int:
+    """Ranks that a model is worth if each has so many bytes of the stored weights.
+
+    A rank takes seconds to start, and all of them talk to each other at every layer.
+    """
     weights = sum(tensor.size for tensor in plan.checkpoint.tensors.values())
-    return min(cores, _MOST_CPU_RANKS, -(-weights // _WORTH_A_RANK))
+    return -(-weights // each)
 
 
 class Crew:
@@ -82,6 +89,8 @@ class Crew:
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
+        # Whether there are to be as many workers as the cluster holds, also when it grows.
+        self._elastic = False
         self._leaving: Future[None] | None = None
         self.threads = local_sizes(plan)[2]
 
@@ -207,19 +216,28 @@ class Crew:
             # Logical CPUs of a cluster started here: room for all that was asked for, so that a
             # small machine runs what a large one would, and ranks need not wait for workers.
             session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
-            self._stack.enter_context(session)
-            if targets.workers == "auto" and targets.gpus_per_worker:
-                workers = default_workers(targets.gpus_per_worker)
+            own = self._stack.enter_context(session)
+            self._elastic = targets.workers == "auto" and (not own or targets.gpus_per_worker > 0)
+            if self._elastic:
+                workers = default_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
             if update.ranks == "auto" and update.gpus_per_rank:
-                ranks = default_workers(update.gpus_per_rank)
+                ranks = min(default_workers(1), worth(self._plan, WORTH_A_GPU))
             self._size = (workers, ranks)
         return self._size
 
+    def _room(self) -> int:
+        """Workers that the cluster holds by now."""
+        targets = self._plan.job.targets
+        found = room_for_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
+        return min(found, len(self._plan.target_shards))
+
     def _started_pool(self) -> WorkerPool:
         if self._pool is None:
+            count = min(self._sized()[0], len(self._plan.target_shards))
             self._pool = WorkerPool(
                 Replica,
-                count=min(self._sized()[0], len(self._plan.target_shards)),
+                count=count,
+                grown=self._room if self._elastic else None,
                 init_args=(self._plan.base,),
                 num_cpus=self.threads,
                 num_gpus=self._plan.job.targets.gpus_per_worker,

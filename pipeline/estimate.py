@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.calibration import Rates, Sample, calibrate
-from pipeline.crew import local_sizes
+from pipeline.crew import WORTH_A_GPU, local_sizes, worth
 from pipeline.errors import JobError
 from pipeline.evaluation import How
 from pipeline.measure_stage import BLOCK, TEXTS_TOGETHER, held_out, parts_of
@@ -101,7 +101,7 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
     if targets.workers == "auto" and targets.gpus_per_worker:
         workers = max(1, int(gpus / targets.gpus_per_worker + 1e-6))
     if update.ranks == "auto" and update.gpus_per_rank:
-        ranks = gpus
+        ranks = min(gpus, worth(plan, WORTH_A_GPU))
     return min(workers, len(plan.target_shards)), ranks, threads
 
 

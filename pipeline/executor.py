@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import ray
 from ray import exceptions as ray_exceptions
@@ -31,46 +30,16 @@ from pipeline.cluster import (
     worker_environment,
 )
 from pipeline.errors import WorkerError
+from pipeline.tasks import Attempt, EventKind, FailedTask, OnEvent, Task, TaskQueue
 from pmet.errors import InputError
 
-EventKind = Literal["retry", "death", "timeout", "failed", "start-failure"]
-OnEvent = Callable[[EventKind, str], None]
-OnResult = Callable[["Task", Any], None]
+OnResult = Callable[[Task, Any], None]
 
 _TICK_S = 0.1
+_LOOK_S = 5.0
 # After one of these the process still lives, but its memory or its GPU is not to be trusted.
 # Named, not imported: an executor has no need of torch.
 _RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
-
-
-@dataclass(frozen=True)
-class Task:
-    """One call of a worker's method.
-
-    Attributes:
-        key: names the task in messages; unique within a stage.
-        args: positional arguments of the call.
-        attempts: how often it is tried; as the pool says if None.
-    """
-
-    key: str
-    args: tuple[Any, ...] = ()
-    attempts: int | None = None
-
-
-@dataclass(frozen=True)
-class FailedTask:
-    """A task that was given up.
-
-    Attributes:
-        task: the task.
-        attempts: how often it was tried.
-        reason: root cause of the last attempt: exception type, message, last traceback line.
-    """
-
-    task: Task
-    attempts: int
-    reason: str
 
 
 class Pool(ABC):
@@ -117,7 +86,7 @@ class Pool(ABC):
         """
         if self._closed:
             raise WorkerError("this pool is closed; make a new one to run another stage")
-        queue = _Queue(tasks, self._max_attempts, self._on_event, on_drained)
+        queue = TaskQueue(tasks, self._max_attempts, self._on_event, on_drained)
         try:
             self._work_off(queue, method, on_result, workers)
         except BaseException:
@@ -127,7 +96,7 @@ class Pool(ABC):
 
     @abstractmethod
     def _work_off(
-        self, queue: _Queue, method: str, on_result: OnResult, workers: int | None
+        self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None
     ) -> None:
         """Try tasks until none is left to be tried or awaited; see `run`."""
 
@@ -184,7 +153,7 @@ class SerialPool(Pool):
         self._threads_before = None
 
     def _work_off(
-        self, queue: _Queue, method: str, on_result: OnResult, workers: int | None
+        self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None
     ) -> None:
         if self._worker is None:
             self._worker = self._start()
@@ -199,7 +168,7 @@ class SerialPool(Pool):
         except Exception as error:
             raise _cannot_start(root_cause(error), error) from error
 
-    def _try(self, method: str, attempt: _Attempt, queue: _Queue, on_result: OnResult) -> None:
+    def _try(self, method: str, attempt: Attempt, queue: TaskQueue, on_result: OnResult) -> None:
         try:
             value = getattr(self._worker, method)(*attempt.task.args)
         except InputError:
@@ -221,6 +190,7 @@ class WorkerPool(Pool):
     Args:
         factory: class of the worker; called once in each process.
         count: largest number of workers.
+        grown: asked from time to time for a larger number, because the cluster may have grown.
         init_args: what the factory is called with.
         num_cpus: logical CPUs of one worker.
         num_gpus: GPUs of one worker; a fraction shares one.
@@ -240,6 +210,7 @@ class WorkerPool(Pool):
         factory: type,
         *,
         count: int,
+        grown: Callable[[], int] | None = None,
         init_args: tuple[Any, ...] = (),
         num_cpus: float = 1.0,
         num_gpus: float = 0.0,
@@ -265,6 +236,7 @@ class WorkerPool(Pool):
         )
         self._ever_ready = False
         self._seats = [_Seat(index) for index in range(count)]
+        self._grown, self._next_look = grown, time.monotonic() + _LOOK_S
 
     @property
     def absent(self) -> int:
@@ -278,7 +250,7 @@ class WorkerPool(Pool):
             self._dismiss(seat)
 
     def _work_off(
-        self, queue: _Queue, method: str, on_result: OnResult, workers: int | None
+        self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None
     ) -> None:
         self._greet()
         for seat in self._seats[:workers]:
@@ -293,14 +265,26 @@ class WorkerPool(Pool):
             for reply in ready:
                 self._settle(awaited[reply], queue, on_result)
             self._end_overdue(queue)
+            if not queue.empty:
+                self._look_for_more_room(workers)
 
-    def _hand_out(self, method: str, queue: _Queue) -> None:
+    def _look_for_more_room(self, workers: int | None) -> None:
+        """Add seats where the cluster has grown, but no more than the stage is worth."""
+        if self._grown is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_S
+        most = self._grown() if workers is None else min(workers, self._grown())
+        for index in range(len(self._seats), most):
+            self._seats.append(_Seat(index))
+            self._start(self._seats[-1])
+
+    def _hand_out(self, method: str, queue: TaskQueue) -> None:
         for seat in self._seats:
             if seat.idle and (attempt := queue.take()) is not None:
                 seat.attempt = attempt
                 seat.expect(seat.actor.call.remote(method, attempt.task.args))
 
-    def _settle(self, seat: _Seat, queue: _Queue, on_result: OnResult) -> None:
+    def _settle(self, seat: _Seat, queue: TaskQueue, on_result: OnResult) -> None:
         reply, attempt = seat.reply, seat.attempt
         seat.reply = seat.attempt = None
         try:
@@ -319,7 +303,7 @@ class WorkerPool(Pool):
             on_result(attempt.task, value)
 
     def _attempt_failed(
-        self, seat: _Seat, attempt: _Attempt, error: ray_exceptions.RayError, queue: _Queue
+        self, seat: _Seat, attempt: Attempt, error: ray_exceptions.RayError, queue: TaskQueue
     ) -> None:
         reason = root_cause(error)
         if _process_is_lost(error):
@@ -345,7 +329,7 @@ class WorkerPool(Pool):
         else:
             self._on_event("start-failure", f"worker {seat.index} is given up: {reason}")
 
-    def _end_overdue(self, queue: _Queue) -> None:
+    def _end_overdue(self, queue: TaskQueue) -> None:
         now = time.monotonic()
         for seat in self._seats:
             waited_s = now - seat.since
@@ -355,7 +339,7 @@ class WorkerPool(Pool):
             elif seat.reply is not None and waited_s > self._start_timeout_s:
                 self._refuse_to_wait()
 
-    def _time_out(self, seat: _Seat, attempt: _Attempt, queue: _Queue) -> None:
+    def _time_out(self, seat: _Seat, attempt: Attempt, queue: TaskQueue) -> None:
         reason = f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s"
         self._on_event("timeout", f"worker {seat.index} was ended on {attempt.task.key}: {reason}")
         self._start(seat)
@@ -400,69 +384,6 @@ class _WorkerProcess(HeldInActor):
         """Answer."""
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """The ``number``-th try of a task that came ``place``-th in its stage; both from 1."""
-
-    task: Task
-    place: int
-    number: int
-
-
-class _Queue:
-    """The tasks of one stage still to be tried, and those given up; see `Pool.run`."""
-
-    def __init__(
-        self,
-        tasks: Iterable[Task],
-        max_attempts: int,
-        on_event: OnEvent,
-        on_drained: Callable[[], None] | None,
-    ) -> None:
-        self._fresh: Iterator[_Attempt] = (
-            _Attempt(task, place, 1) for place, task in enumerate(tasks, start=1)
-        )
-        self._again: deque[_Attempt] = deque()
-        self._given_up: list[tuple[int, FailedTask]] = []
-        self._max_attempts = max_attempts
-        self._on_event = on_event
-        self._on_drained = on_drained
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is left to take."""
-        if not self._again and (attempt := next(self._fresh, None)) is not None:
-            self._again.append(attempt)
-        return not self._again
-
-    def take(self) -> _Attempt | None:
-        """The next attempt. Failed tasks go first: what ails them is then known early."""
-        if self.empty:
-            return None
-        attempt = self._again.popleft()
-        if self._on_drained and self.empty:
-            self._on_drained()
-            # Once: what has failed comes again.
-            self._on_drained = None
-        return attempt
-
-    def failed(self, attempt: _Attempt, reason: str) -> None:
-        """Have the task tried again, or give it up."""
-        task, number = attempt.task, attempt.number
-        allowed = task.attempts or self._max_attempts
-        text = f"{task.key}, attempt {number} of {allowed}: {reason}"
-        if number < allowed:
-            self._on_event("retry", text)
-            self._again.appendleft(_Attempt(task, attempt.place, number + 1))
-        else:
-            self._on_event("failed", text)
-            self._given_up.append((attempt.place, FailedTask(task, number, reason)))
-
-    def given_up(self) -> list[FailedTask]:
-        """The tasks given up, in the order of the stage."""
-        return [failed for _, failed in sorted(self._given_up, key=lambda item: item[0])]
-
-
 @dataclass
 class _Seat:
     """The place of one worker: its process, and the reply that it owes.
@@ -473,7 +394,7 @@ class _Seat:
     index: int
     actor: Any = None
     reply: Any = None
-    attempt: _Attempt | None = None
+    attempt: Attempt | None = None
     since: float = 0.0
     ready: bool = False
     failed_starts: int = 0

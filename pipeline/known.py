@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pipeline.executor import Task
 from pipeline.replica import ModelSource
 from pipeline.stages import Context
+from pipeline.tasks import Task
 
 ASKED_TOGETHER = 256
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from pipeline.digest import digest_of
 from pipeline.evaluation import How
-from pipeline.executor import Task
 from pipeline.measurement_store import FORMAT, MeasurementStore, request_key, texts_key
 from pipeline.plan import Plan
 from pipeline.replica import Asked, Measured, ModelSource
 from pipeline.stages import Context, sampled
+from pipeline.tasks import Task
 from pmet.metrics import TextScore, add_texts
 from pmet.prompts import Continuation
 from pmet.questions import Score, beginnings, continuations, figures_of

@@ -22,7 +22,6 @@ import torch
 from pipeline.checkpoint import Checkpoint, digest_of_files, publish
 from pipeline.crew import Crew
 from pipeline.errors import WorkerError
-from pipeline.executor import Task
 from pipeline.folder import MODEL, RunFolder
 from pipeline.model_cache import model_on_node
 from pipeline.moments import check_moments
@@ -33,6 +32,7 @@ from pipeline.replica import ModelSource
 from pipeline.shards import Shard
 from pipeline.statistics import PARTS, collect, moments_job
 from pipeline.store import Store
+from pipeline.tasks import Task
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 

@@ -26,7 +26,6 @@ from safetensors.torch import load
 from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.corpus import Corpus, read_corpus
 from pipeline.errors import JobError
-from pipeline.executor import Task
 from pipeline.folder import versions
 from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.moments import (
@@ -41,6 +40,7 @@ from pipeline.plan import Plan, open_fast_tokenizer, open_skeleton
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, StoredFile
 from pipeline.store import Store
+from pipeline.tasks import Task
 from pmet.architecture import Layout, resolve
 from pmet.hparams import PMETHyperParams
 from pmet.second_moment import convergence, longest

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import StorageError
-from pipeline.executor import Task
 from pipeline.isolation import Piece, isolate, most_isolated
 from pipeline.progress import Stage
 from pipeline.replica import TargetSummary
@@ -26,6 +25,7 @@ from pipeline.schema import read_targets, targets_table
 from pipeline.shards import Shard
 from pipeline.stages import Context, FoundTargets, expect_update
 from pipeline.target_store import TargetStore
+from pipeline.tasks import Task
 
 FOLDER = "targets"
 WORTH_A_WORKER = 16

@@ -19,7 +19,10 @@ JOB = ("the job",)
 class Pool:
     """Stands for the workers."""
 
-    def __init__(self, factory: type, *, count: int, on_event: Any, **options: Any) -> None:
+    def __init__(
+        self, factory: type, *, count: int, grown: Any, on_event: Any, **options: Any
+    ) -> None:
+        self.count, self.grown = count, grown
         self.absent, self.tell, self.open = count, on_event, True
 
     def close(self) -> None:
@@ -39,8 +42,15 @@ class Ranks:
 class Site:
     """A crew of two workers and two ranks, and the CPUs that its cluster has free."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gpus_per_rank: float = 0) -> None:
-        self.free = 4.0
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        gpus_per_rank: float = 0,
+        targets: TargetsConfig = TargetsConfig(workers=2),  # noqa: B008 - immutable
+        own: bool = True,
+    ) -> None:
+        self.free, self.room, self.own = 4.0, 2, own
         self.made: list[Ranks] = []
         self.may_leave, self.left = Event(), False
         self.may_leave.set()
@@ -48,8 +58,10 @@ class Site:
         monkeypatch.setattr(module, "RankGroup", self._make)
         monkeypatch.setattr(module, "cpus_free", lambda: self.free)
         monkeypatch.setattr(module, "ray_session", self._session)
+        for name in ("default_workers", "room_for_workers"):
+            monkeypatch.setattr(module, name, lambda gpus, cpus_per_worker: self.room)
         job = SimpleNamespace(
-            targets=TargetsConfig(workers=2),
+            targets=targets,
             update=UpdateConfig(ranks=2, gpus_per_rank=gpus_per_rank),
         )
         plan = SimpleNamespace(job=job, target_shards=[1, 2, 3], base="base")
@@ -61,7 +73,7 @@ class Site:
 
     @contextmanager
     def _session(self, *args: Any, **options: Any) -> Iterator[None]:
-        yield
+        yield self.own
         self.may_leave.wait(20)
         self.left = True
 
@@ -79,6 +91,27 @@ class Site:
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("own", "targets"), [(False, TargetsConfig()), (True, TargetsConfig(gpus_per_worker=0.5))]
+)
+def test_auto_takes_what_the_cluster_has_now_and_later(
+    own: bool, targets: TargetsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(monkeypatch, targets=targets, own=own)
+    assert site.pool.count == 2
+    site.room = 9
+    # There are three shards.
+    assert site.pool.grown() == 3
+
+
+def test_a_number_that_is_named_and_a_cluster_of_ones_own_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+    for site in (Site(monkeypatch, own=False), Site(monkeypatch, targets=TargetsConfig())):
+        assert site.pool.grown is None
 
 
 def test_expected_ranks_start_at_once_and_are_the_ones_taken(site: Site) -> None:

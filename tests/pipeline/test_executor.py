@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.cluster import default_workers, ray_session
+from pipeline.cluster import default_workers, ray_session, room_for_workers
 from pipeline.errors import WorkerError
-from pipeline.executor import FailedTask, SerialPool, Task, WorkerPool
+from pipeline.executor import SerialPool, WorkerPool
+from pipeline.tasks import FailedTask, Task
 from pmet.errors import InputError, RequestError
 
 
@@ -59,6 +60,10 @@ class Abacus:
         if len(seen) < deaths:
             os.kill(os.getpid(), signal.SIGKILL)
         return number
+
+    def slow_pid(self, _):
+        time.sleep(0.2)
+        return os.getpid()
 
     def sleep(self, seconds):
         time.sleep(seconds)
@@ -435,10 +440,49 @@ def test_nonsense_is_refused():
         WorkerPool(Abacus, count=0)
 
 
+def test_workers_are_added_when_the_cluster_has_grown(monkeypatch):
+    monkeypatch.setattr("pipeline.executor._LOOK_S", 0.0)
+    room = iter([1, 3, 2])
+    found = set()
+    with WorkerPool(Abacus, count=1, grown=lambda: next(room, 3)) as pool:
+        while len(found) < 3:
+            pool.run("slow_pid", numbers(6), lambda _task, pid: found.add(pid))
+        more = []
+        pool.run("slow_pid", numbers(2), lambda _task, pid: more.append(pid), workers=1)
+        assert set(more) <= found
+
+
+def test_no_worker_is_added_beyond_what_a_stage_is_worth(monkeypatch):
+    monkeypatch.setattr("pipeline.executor._LOOK_S", 0.0)
+    found = set()
+    with WorkerPool(Abacus, count=1, grown=lambda: 3) as pool:
+        pool.run("slow_pid", numbers(6), lambda _task, pid: found.add(pid), workers=2)
+        assert len(pool._seats) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_worker", "count"), [(0, 11), (0.3, 9), (0.5, 7), (1, 5), (2, 2), (3, 1), (4, 0)]
+)
+def test_workers_are_counted_node_by_node(monkeypatch, gpus_per_worker, count):
+    """None has its GPUs on two nodes, or parts of two GPUs, or no CPU."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 3.0}},
+        {"Alive": True, "Resources": {"GPU": 2.0}},
+        {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}},
+    ]
+    monkeypatch.setattr("pipeline.cluster.ray.nodes", lambda: nodes)
+    assert room_for_workers(gpus_per_worker) == count
+
+
 def test_default_workers():
     assert default_workers(0) == 3
     assert default_workers(0, cpus_per_worker=1.5) == 2
-    with pytest.raises(WorkerError, match="needs 1 CPU and 1 GPU, but the cluster has 3 CPU"):
+    with pytest.raises(
+        WorkerError, match="needs 1 CPU and 1 GPU of one node, but the cluster has 3 CPU"
+    ):
+        default_workers(1)
+    with pytest.raises(WorkerError, match="where nodes come when they are asked for, name the nu"):
         default_workers(1)
 
 
@@ -452,7 +496,8 @@ STRAY_DRIVER = """
 import sys
 sys.path[:0] = {paths!r}
 from pipeline.cluster import ray_session
-from pipeline.executor import Task, WorkerPool
+from pipeline.executor import WorkerPool
+from pipeline.tasks import Task
 from stray_worker import Stray
 with ray_session(num_cpus=1), WorkerPool(Stray, count=1) as pool:
     assert pool.run("hello", [Task("t")], lambda task, value: sys.stdout.write(value)) == []

@@ -10,12 +10,12 @@ import pytest
 
 from pipeline import known
 from pipeline.checkpoint import Checkpoint
-from pipeline.executor import Task
 from pipeline.folder import RunFolder
 from pipeline.known import find_known, still_known
 from pipeline.progress import Progress
 from pipeline.replica import ModelSource
 from pipeline.stages import Context, publish_model
+from pipeline.tasks import Task
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 

@@ -18,13 +18,13 @@ from pipeline import measure_stage
 from pipeline.config import JobConfig
 from pipeline.crew import Crew
 from pipeline.evaluation import How
-from pipeline.executor import Task
 from pipeline.folder import RunFolder
 from pipeline.measure_stage import LARGEST_PART, Measurement, held_out, measure, parts_of
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.replica import Asked, Measured, ModelSource
 from pipeline.stages import Context
+from pipeline.tasks import Task
 from pmet.continuations import Scored
 from pmet.metrics import TextScore
 from pmet.request import EditRequest

@@ -20,12 +20,13 @@ from pipeline import statistics
 from pipeline.cluster import ray_session
 from pipeline.crew import run_all
 from pipeline.errors import JobError
-from pipeline.executor import EventKind, Pool, SerialPool, Task, WorkerPool
+from pipeline.executor import Pool, SerialPool, WorkerPool
 from pipeline.moments import PROVENANCE, TENSORS, check_moments, read_moments
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, Replica
 from pipeline.statistics import PARTS, MomentsJob, collect, finished, plan_statistics
 from pipeline.store import Store
+from pipeline.tasks import EventKind, Task
 from pmet.architecture import resolve
 from pmet.hparams import PMETHyperParams
 from pmet.tracing import captured_input

@@ -23,7 +23,7 @@ from pipeline.cluster import ray_session
 from pipeline.config import JobConfig
 from pipeline.crew import Crew
 from pipeline.errors import StorageError, WorkerError
-from pipeline.executor import Pool, SerialPool, Task, WorkerPool
+from pipeline.executor import Pool, SerialPool, WorkerPool
 from pipeline.folder import RunFolder
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
@@ -34,6 +34,7 @@ from pipeline.stages import Context, FoundTargets
 from pipeline.store import Store
 from pipeline.target_stage import WORTH_A_WORKER, find_targets
 from pipeline.target_store import TargetStore
+from pipeline.tasks import Task
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 

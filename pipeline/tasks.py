@@ -1,0 +1,104 @@
+"""Tasks of a stage: which are still to be tried, how often, and which are given up."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+EventKind = Literal["retry", "death", "timeout", "failed", "start-failure"]
+OnEvent = Callable[[EventKind, str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a worker's method.
+
+    Attributes:
+        key: names the task in messages; unique within a stage.
+        args: positional arguments of the call.
+        attempts: how often it is tried; as the pool says if None.
+    """
+
+    key: str
+    args: tuple[Any, ...] = ()
+    attempts: int | None = None
+
+
+@dataclass(frozen=True)
+class FailedTask:
+    """A task that was given up.
+
+    Attributes:
+        task: the task.
+        attempts: how often it was tried.
+        reason: root cause of the last attempt: exception type, message, last traceback line.
+    """
+
+    task: Task
+    attempts: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The ``number``-th try of a task that came ``place``-th in its stage; both from 1."""
+
+    task: Task
+    place: int
+    number: int
+
+
+class TaskQueue:
+    """The tasks of one stage still to be tried, and those given up; see `Pool.run`."""
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        max_attempts: int,
+        on_event: OnEvent,
+        on_drained: Callable[[], None] | None,
+    ) -> None:
+        self._fresh: Iterator[Attempt] = (
+            Attempt(task, place, 1) for place, task in enumerate(tasks, start=1)
+        )
+        self._again: deque[Attempt] = deque()
+        self._given_up: list[tuple[int, FailedTask]] = []
+        self._max_attempts = max_attempts
+        self._on_event = on_event
+        self._on_drained = on_drained
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left to take."""
+        if not self._again and (attempt := next(self._fresh, None)) is not None:
+            self._again.append(attempt)
+        return not self._again
+
+    def take(self) -> Attempt | None:
+        """The next attempt. Failed tasks go first: what ails them is then known early."""
+        if self.empty:
+            return None
+        attempt = self._again.popleft()
+        if self._on_drained and self.empty:
+            self._on_drained()
+            # Once: what has failed comes again.
+            self._on_drained = None
+        return attempt
+
+    def failed(self, attempt: Attempt, reason: str) -> None:
+        """Have the task tried again, or give it up."""
+        task, number = attempt.task, attempt.number
+        allowed = task.attempts or self._max_attempts
+        text = f"{task.key}, attempt {number} of {allowed}: {reason}"
+        if number < allowed:
+            self._on_event("retry", text)
+            self._again.appendleft(Attempt(task, attempt.place, number + 1))
+        else:
+            self._on_event("failed", text)
+            self._given_up.append((attempt.place, FailedTask(task, number, reason)))
+
+    def given_up(self) -> list[FailedTask]:
+        """The tasks given up, in the order of the stage."""
+        return [failed for _, failed in sorted(self._given_up, key=lambda item: item[0])]
