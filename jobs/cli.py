@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 from jobs.submit_cli import list_, logs, status, stop, submit
+
+if TYPE_CHECKING:
+    from pipeline.config import JobConfig
 
 STOPPED = 128 + signal.SIGTERM
 app = typer.Typer(
@@ -67,11 +70,15 @@ def run(
     job: Annotated[str, typer.Argument(metavar="JOB.yaml", help="Job file: a path or a URL.")],
     settings: Settings = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the plan, start nothing.")
-    ] = False,
-    estimate: Annotated[
         bool,
-        typer.Option("--estimate", help="A dry run that also measures how long the job will take."),
+        typer.Option(
+            "--dry-run",
+            help="Check everything, show the plan and how long it will take, start nothing.",
+        ),
+    ] = False,
+    no_estimate: Annotated[
+        bool,
+        typer.Option("--no-estimate", help="A dry run that computes nothing, and tells no time."),
     ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
@@ -83,20 +90,12 @@ def run(
     ] = False,
 ) -> None:
     """Run a job: edit a model, publish it, measure it, report."""
-    from jobs.views import show_plan, show_result
+    from jobs.views import show_result
     from pipeline.config import load_job
 
     config = load_job(job, settings or [])
-    if dry_run or estimate:
-        from pipeline.plan import make_plan
-
-        plan = make_plan(config)
-        show_plan(plan, out)
-        if estimate:
-            from jobs.views import show_estimate
-            from pipeline.estimate import estimate as estimated
-
-            show_estimate(estimated(plan), out)
+    if dry_run:
+        _show_what_would_run(config, estimate=not no_estimate)
         return
     from pipeline.progress import LineProgress, RichProgress
     from pipeline.run import run_job
@@ -107,6 +106,25 @@ def run(
     show_result(result, out)
     if result.status == "held":
         raise typer.Exit(3)
+
+
+def _show_what_would_run(config: JobConfig, *, estimate: bool) -> None:
+    from jobs.views import show_estimate, show_plan
+    from pipeline.errors import JobError
+    from pipeline.estimate import estimate as estimated
+    from pipeline.plan import make_plan
+
+    plan = make_plan(config)
+    show_plan(plan, out)
+    if not estimate:
+        return
+    try:
+        with err.status("computing some of the job, to tell how long it will take"):
+            found = estimated(plan)
+    except JobError as error:
+        out.print(f"no estimate: {error}", style="yellow", markup=False, soft_wrap=True)
+    else:
+        show_estimate(found, out)
 
 
 @app.command()

@@ -47,10 +47,6 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the job, show what would be submitted.")
     ] = False,
-    estimate: Annotated[
-        bool,
-        typer.Option("--estimate", help="A dry run that also measures how long the job will take."),
-    ] = False,
     python: Annotated[
         str,
         typer.Option(envvar="PMET_PYTHON", help="Interpreter of the cluster's nodes with pmet."),
@@ -62,17 +58,10 @@ def submit(
     from jobs.submit.submission import submit as send
     from pipeline.config import load_job
 
-    given = load_job(job, settings or [])
-    parcel = pack(given)
+    parcel = pack(load_job(job, settings or []))
     _warn(parcel)
-    if dry_run or estimate:
+    if dry_run:
         _show(parcel, python, fresh)
-        if estimate:
-            from jobs.views import show_estimate
-            from pipeline.estimate import estimate as estimated
-            from pipeline.plan import make_plan
-
-            show_estimate(estimated(make_plan(given)), out)
         return
     server = JobServer.at(address)
     name, new = send(parcel, server, fresh=fresh, python=python)

@@ -41,6 +41,11 @@ def show_estimate(found: Estimate, console: Console) -> None:
     table.add_row("memory of a worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
     table.add_row("memory of a rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
     console.print(table)
+    console.print("\nOn a cluster, where each worker has a core or a GPU such as here to itself")
+    others = Table("workers", "time", "workers × time", box=None)
+    for count, seconds in found.by_workers.items():
+        others.add_row(str(count), duration(seconds), duration(count * seconds))
+    console.print(others)
     console.print(
         f"from this machine's rates, measured with {found.side_by_side} processes side by side; "
         "what earlier runs have finished is not left out",

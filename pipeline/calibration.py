@@ -111,7 +111,8 @@ def calibrate(samples: Sequence[Sample]) -> Rates:
     context = multiprocessing.get_context("spawn")
     # Before any numerical library is imported: as of a worker.
     threads = str(samples[0].threads)
-    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    kind = "cuda" if samples[0].gpus else "cpu"
+    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "DS_ACCELERATOR": kind}
     if samples[0].gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(_gpu_names()[: samples[0].gpus])
     with (

@@ -62,7 +62,8 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         ray.shutdown()
         raise WorkerError(
             f"Ray cannot be reached at {where!r}: {one_line(str(error))}; name a running cluster "
-            f"as host:port, or {LOCAL!r} to start one on this machine",
+            f"as host:port, or {LOCAL!r} to start one on this machine; where the cluster asks for "
+            "a token, set RAY_AUTH_MODE=token",
             cause_text=str(error),
         ) from error
     try:

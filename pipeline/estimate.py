@@ -45,6 +45,8 @@ class Estimate:
         workers: target workers that compute.
         ranks: ranks of the update.
         side_by_side: processes that the machine was measured with.
+        by_workers: seconds of the whole run by the number of workers, where each of them and of
+            the ranks has a core, or a GPU, of its own.
     """
 
     stages: dict[str, float]
@@ -53,6 +55,7 @@ class Estimate:
     workers: int
     ranks: int
     side_by_side: int
+    by_workers: dict[int, float]
 
     @property
     def seconds(self) -> float:
@@ -83,7 +86,12 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
     rates = calibrate(_samples(plan, side_by_side, threads, budget_s))
     # On this machine, more processes than cores share them.
     crowd = max(1.0, workers / cores)
+    alone = {
+        count: sum(_stages(plan, rates, count, ranks, 1.0, 1.0).values())
+        for count in _numbers(len(plan.target_shards))
+    }
     return Estimate(
+        by_workers=alone,
         stages=_stages(plan, rates, workers, ranks, crowd, max(1.0, ranks / cores)),
         worker_bytes=rates.peak_bytes,
         rank_bytes=_rank_bytes(plan, rates, ranks),
@@ -103,6 +111,11 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
     if update.ranks == "auto" and update.gpus_per_rank:
         ranks = min(gpus, worth(plan, WORTH_A_GPU))
     return min(workers, len(plan.target_shards)), ranks, threads
+
+
+def _numbers(shards: int) -> list[int]:
+    """Numbers of workers worth telling of: powers of two, and what takes all shards at once."""
+    return [*(1 << power for power in range((shards - 1).bit_length())), shards]
 
 
 def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Sample]:

@@ -17,6 +17,7 @@ import yaml
 
 import pipeline.run
 from pipeline.errors import WorkerError
+from pipeline.estimate import Estimate
 from pipeline.lease import Holder, Lease
 from pipeline.stages import Context
 from pipeline.store import Store
@@ -63,14 +64,46 @@ def test_help_says_what_there_is(pmet: Invoke) -> None:
 def test_a_dry_run_shows_the_plan_and_starts_nothing(
     pmet: Invoke, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    status, out, _ = pmet("run", job(), "--dry-run", "--set", "targets.shard_size=4")
+    status, out, _ = pmet(
+        "run", job(), "--dry-run", "--no-estimate", "--set", "targets.shard_size=4"
+    )
     assert status == 0
+    assert "estimate" not in out
     assert "shard_size: 4" in out
     assert "1 to edit, 1 rejected" in out
     assert re.search(r"shared keys +none", out)
     assert "row 1: prompt 'no place' holds 0 places" in out
     assert not ray.is_initialized()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Estimate(
+        stages={"start": 10.0, "targets": 7190.0},
+        worker_bytes=3 * 2**30,
+        rank_bytes=2**29,
+        workers=2,
+        ranks=1,
+        side_by_side=2,
+        by_workers={1: 14400.0, 4: 3600.0},
+    )
+    monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
+    status, out, _ = pmet("run", job(), "--dry-run")
+    assert status == 0
+    assert re.search(r"in all +2 h 00 min", out)
+    assert "3.00 GiB × 2" in out
+    assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
+
+
+def test_a_dry_run_of_a_job_for_gpus_is_one_on_a_machine_without_too(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, _ = pmet("run", job(), "--dry-run", "--set", "targets.gpus_per_worker=1")
+    assert status == 0
+    assert "no estimate: the job wants GPUs and this machine has none" in out
 
 
 def test_a_dry_run_says_how_many_requests_share_a_key(
@@ -80,7 +113,7 @@ def test_a_dry_run_says_how_many_requests_share_a_key(
     rows = [{"prompt": p, "subject": "Sur Bavov", "target_new": t} for p, t in facts]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shared.parquet")
     override = f"requests={tmp_path / 'shared.parquet'}"
-    _, out, _ = pmet("run", job(), "--dry-run", "--set", override)
+    _, out, _ = pmet("run", job(), "--dry-run", "--no-estimate", "--set", override)
     assert re.search(r"shared keys +2 requests share 1 key \(targets.shared_keys: joint\)", out)
 
 

@@ -66,6 +66,13 @@ def test_workers_share_shards_and_ranks_share_keys(
     assert stages["measure before"] == pytest.approx(0.1 * len(asked))
     assert len(samples) == 3
     assert [len(sample.requests) for sample in samples] == [10, 10, 10]
+    by_workers = estimate(plan).by_workers
+    assert list(by_workers) == [1, 2, 4]
+    for count, seconds in by_workers.items():
+        sections = {"targets": targets | {"workers": count}, "update": {"ranks": 2}}
+        named = make_plan(job(inputs, str(tmp_path), **sections))
+        # Here are four cores.
+        assert estimate(named).seconds == pytest.approx(seconds)
     assert len({r.subject + r.prompt for s in samples for r in s.requests}) == 30, "all over it"
 
 
