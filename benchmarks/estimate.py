@@ -1,4 +1,4 @@
-"""What ``--estimate`` says, and what the run then takes: on the demo, and on CounterFact facts.
+"""What a dry run says, and what the run then takes: on the demo, and on CounterFact facts.
 
 python -m benchmarks.estimate [--counterfact FOLDER] [--count 600]
 """

@@ -12,7 +12,7 @@ import pipeline.estimate
 from pipeline.calibration import Rates, Sample
 from pipeline.errors import JobError
 from pipeline.estimate import estimate
-from pipeline.plan import make_plan
+from pipeline.plan import Plan, make_plan
 from tests.e2e.conftest import inputs, job  # noqa: F401
 
 RATES = Rates(
@@ -66,14 +66,22 @@ def test_workers_share_shards_and_ranks_share_keys(
     assert stages["measure before"] == pytest.approx(0.1 * len(asked))
     assert len(samples) == 3
     assert [len(sample.requests) for sample in samples] == [10, 10, 10]
-    by_workers = estimate(plan).by_workers
+    assert len({r.subject + r.prompt for s in samples for r in s.requests}) == 30, "all over it"
+
+
+def test_a_cluster_takes_what_as_many_cores_here_would_take(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    samples: list[Sample],
+) -> None:
+    def planned(workers: int) -> Plan:
+        sections = {"targets": {"workers": workers, "shard_size": 10}, "update": {"ranks": 2}}
+        return make_plan(job(inputs, str(tmp_path), **sections))
+
+    by_workers = estimate(planned(8)).by_workers
     assert list(by_workers) == [1, 2, 4]
     for count, seconds in by_workers.items():
-        sections = {"targets": targets | {"workers": count}, "update": {"ranks": 2}}
-        named = make_plan(job(inputs, str(tmp_path), **sections))
-        # Here are four cores.
-        assert estimate(named).seconds == pytest.approx(seconds)
-    assert len({r.subject + r.prompt for s in samples for r in s.requests}) == 30, "all over it"
+        assert estimate(planned(count)).seconds == pytest.approx(seconds)
 
 
 def test_more_workers_than_cores_take_turns(
