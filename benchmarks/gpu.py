@@ -26,6 +26,7 @@ import transformers
 import pmet.targets
 from benchmarks.operations import matmul_rate, needed, synchronize
 from pmet import EditRequest, PMETHyperParams, compute_targets
+from pmet.devices import share_out
 from pmet.plain import plain_targets
 
 # How many of CounterFact's requests have so many tokens from the subject's last one on.
@@ -113,6 +114,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--gpus", type=int, default=1, help="that the layers are shared out among")
     parser.add_argument("--layers", type=int, default=28, help="of the model")
     parser.add_argument("--width", type=int, default=4096, help="of the model")
     parser.add_argument("--edited", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8])
@@ -137,12 +139,15 @@ def _model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype
     )
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
+    several = options.gpus > 1
     try:
-        with device:
-            model = transformers.GPTJForCausalLM(config)
+        with torch.device("cpu") if several else device:
+            model = transformers.GPTJForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    return model.eval()
+    if several:
+        share_out(model, [torch.device("cuda", number) for number in range(options.gpus)])
+    return model
 
 
 def _tokenizer() -> Any:

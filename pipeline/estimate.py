@@ -179,6 +179,9 @@ def _stages(
     stages["measure before"] = measure
     keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
     ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
+    if not plan.job.update.gpus_per_rank:
+        # Where they need no worker's GPU, they start while the last shards are computed.
+        ready = max(0.0, ready - max(shards) * rates.target * crowd - measure)
     stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop
     stages["measure after"] = measure
     stages["report"] = 2 * rates.drawing

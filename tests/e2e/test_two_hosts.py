@@ -27,6 +27,7 @@ import yaml
 from pipeline.run import run_job
 from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import assert_same_weights, job, wait_until
+from tests.e2e.test_lost_node import worker_of
 from tests.e2e.test_run import weights
 
 HEAD, OTHER = "198.18.77.1", "198.18.77.2"
@@ -98,6 +99,12 @@ class Host:
     def pmet(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "jobs", *arguments, **changed)
 
+    def computes(self) -> bool:
+        """Whether a worker under what was started here is at a task just now."""
+        with suppress(psutil.NoSuchProcess):
+            return any(worker_of(process.pid) for process in self.running)
+        return False
+
     def end(self) -> None:
         """End all that was started here, with what it has started."""
         for process in self.running:
@@ -118,7 +125,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a wire between them: a Ray head with S3 beside it, and another node."""
+    """Two hosts with a wire between them: a Ray head with S3 beside it, and one with nothing yet."""
     names = [f"pmet{os.getpid()}{letter}" for letter in "ab"]
     with ExitStack() as stack:
         # Short names: Ray's sockets lie below, and the path of a socket may have 107 characters.
@@ -156,7 +163,6 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         dashboard = ["--dashboard-host", HEAD, "--include-dashboard", "true"]
         head.start_ray("--head", "--port", "6379", *dashboard)
         until(lambda: head.pmet("list").returncode == 0)
-        other.start_ray("--address", f"{HEAD}:6379")
         yield head, other
 
 
@@ -219,12 +225,16 @@ def test_a_host_that_is_cut_off_and_comes_back(
         shown = head.pmet("status", name, "--json")
         return dict(json.loads(shown.stdout)) if shown.returncode == 0 else {}
 
-    # The host has fetched the model for itself, and is at work.
+    # A node that comes when there is work, as an autoscaler's do.
+    until(lambda: (status().get("folder") or {}).get("stage") == "targets")
+    other.start_ray("--address", f"{HEAD}:6379")
+    # The host has fetched the model for itself, and is in the middle of a task.
     until(lambda: list((other.tmp / "pmet-models").glob("*.checked")))
+    until(other.computes, every_s=0.01)
     ip("-n", other.name, "link", "set", "wire", "down")
 
-    # It is noticed, whoever was at work there: a worker is replaced, the ranks are made anew.
-    until(lambda: (status().get("folder") or {}).get("events"))
+    lost = until(lambda: (status().get("folder") or {}).get("events"))
+    assert any("was lost on" in str(event) for event in lost), lost
     ip("-n", other.name, "link", "set", "wire", "up")
     # Ray has given up the node; whoever looks after the host starts it again.
     other.end()
