@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from pipeline.copies import is_hub_id, localized
 from pipeline.errors import ModelError
-from pipeline.store import CHUNK_BYTES, Store, localized
+from pipeline.store import CHUNK_BYTES, Store
 
 _DTYPES = {
     "F64": torch.float64,
@@ -177,9 +178,9 @@ def open_model_folder(model: str, cache_dir: Path) -> Path:
     path = Path(localized(model, cache_dir))
     if path.is_dir():
         return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f"model {model} is not a folder; give a model folder, a URL or a hub id")
-    return _hub_snapshot(model)
+    if is_hub_id(model):
+        return _hub_snapshot(model)
+    raise ModelError(f"model {model} is not a folder; give a model folder, a URL or a hub id")
 
 
 def publish(

@@ -19,6 +19,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from pipeline.checkpoint import Checkpoint, open_model_folder
+from pipeline.copies import is_hub_id
 from pipeline.errors import ModelError, StorageError
 from pipeline.store import TEMPORARY_SUFFIX, Store, failures
 
@@ -127,7 +128,7 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
 def _local_folder(model: str) -> Path | None:
     """The folder that a model's name stands for; None for what has to be fetched."""
     if "://" not in model:
-        return Path(model) if model.startswith(("/", ".", "~")) or Path(model).is_dir() else None
+        return None if is_hub_id(model) else Path(model)
     try:
         return Store(model).local_path()
     except StorageError:

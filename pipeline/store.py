@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from pipeline.errors import ModelError, RequestTableError, StorageError
+from pipeline.errors import RequestTableError, StorageError
 from pipeline.patience import is_transient, patiently
 
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class Store:
         """Open the folder ``url``; it need not exist, the first write makes it."""
         self.fs, root = opened(str(url))
         self.root = root.rstrip("/") or root
-        self.is_local = _is_local(self.fs)
+        self.is_local = is_local(self.fs)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -216,7 +216,7 @@ class Store:
             return
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / PurePosixPath(name).name
-            attempt("read", self.join(name), _fetch, self.fs, self._path(name), copy)
+            attempt("read", self.join(name), fetch, self.fs, self._path(name), copy)
             yield copy
 
     @contextmanager
@@ -357,65 +357,10 @@ def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
     return list(dict.fromkeys(file for pattern in given for file in _matches(pattern, deep)))
 
 
-def localized(url: str, cache_dir: str | Path) -> str:
-    """Where a model can be opened from: remote folders are copied to ``cache_dir`` once.
-
-    Local paths and hub ids such as ``org/name`` are returned as they are. A copy is kept under
-    a name that changes with the remote files, and is visible only when complete.
-
-    Raises:
-        ModelError: there are no files at a remote ``url``.
-        StorageError: they cannot be copied.
-    """
-    if "://" not in url:
-        return url
-    fs, root = opened(url)
-    if _is_local(fs):
-        return str(root)
-
-    def find() -> dict[str, dict]:
-        fs.invalidate_cache()
-        found: dict[str, dict] = fs.find(root, detail=True)
-        return found
-
-    files = attempt("list", url, find)
-    if not files:
-        raise ModelError(f"there is no model at {url}: no files there; check the URL")
-    state = repr([url, *((name, sorted(info.items())) for name, info in sorted(files.items()))])
-    target = Path(cache_dir) / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if not target.is_dir():
-        _download(fs, root, sorted(files), target)
-    return str(target)
-
-
-def _download(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str], target: Path) -> None:
-    partial = target.with_name(f"{target.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
-    try:
-        for file in files:
-            name = file.removeprefix(root).lstrip("/") or PurePosixPath(file).name
-            if ".." in PurePosixPath(name).parts:
-                raise StorageError(f"{file} would be copied outside its folder; rename it")
-            with failures("copy", file):
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            attempt("copy", file, _fetch, fs, file, partial / name)
-        with failures("write", str(target)):
-            _rename_unless_there(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fetch(fs: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+def fetch(fs: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
+    """Copy a file to this machine."""
     with _room(str(target)):
         fs.get_file(source, str(target))
-
-
-def _rename_unless_there(source: Path, target: Path) -> None:
-    try:
-        source.rename(target)
-    except OSError:
-        # Another process may have finished the same copy first; then this one is dropped.
-        if not target.is_dir():
-            raise
 
 
 def _matches(pattern: str, deep: bool) -> list[str]:
@@ -462,7 +407,8 @@ def opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether files are on a disk of this machine."""
     return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
 
 
@@ -496,7 +442,7 @@ def _link_into_place(path: Path, data: bytes) -> None:
 
 
 def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if _is_local(fs) else str(fs.unstrip_protocol(path))
+    return path if is_local(fs) else str(fs.unstrip_protocol(path))
 
 
 @contextmanager

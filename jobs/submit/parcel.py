@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.config import JobConfig, dump_job
+from pipeline.copies import is_hub_id
 from pipeline.errors import JobError
 from pipeline.store import read_file
 from pmet.hparams import PMETHyperParams
@@ -56,7 +57,7 @@ def pack(job: JobConfig) -> Parcel:
             files[name] = _small(key, path)
     shared, problems = [], []
     for key, path in _paths(job):
-        if key in renamed or _is_preset(key, path) or (key == "model" and _is_hub_id(path)):
+        if key in renamed or _is_preset(key, path) or (key == "model" and is_hub_id(path)):
             continue
         if problem := _problem(path):
             problems.append(f"{key}: {path} {problem}")
@@ -112,12 +113,6 @@ def _is_relative(path: str) -> bool:
 
 def _is_preset(key: str, path: str) -> bool:
     return key == "hparams" and path in PMETHyperParams.presets()
-
-
-def _is_hub_id(model: str) -> bool:
-    """As when a model is opened: what is a folder here is meant as one."""
-    parts = model.split("/")
-    return len(parts) <= 2 and not model.startswith((".", "/", "~")) and not Path(model).exists()
 
 
 def _small(key: str, path: str) -> bytes:

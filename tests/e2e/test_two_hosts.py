@@ -125,7 +125,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a wire between them: a Ray head with S3 beside it, and one with nothing yet."""
+    """Two hosts with a wire between them: a Ray head with S3 beside it, and one with nothing."""
     names = [f"pmet{os.getpid()}{letter}" for letter in "ab"]
     with ExitStack() as stack:
         # Short names: Ray's sockets lie below, and the path of a socket may have 107 characters.

@@ -13,7 +13,7 @@ from typing import Any, cast
 import fsspec
 import pytest
 
-import pipeline.store
+import pipeline.copies
 from pipeline import model_cache
 from pipeline.checkpoint import Checkpoint, digest_of_files
 from pipeline.errors import ModelError
@@ -41,13 +41,13 @@ def remote(s3_url: str) -> str:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are fetched."""
     names: list[str] = []
-    fetch = pipeline.store._fetch
+    fetch = pipeline.copies.fetch
 
     def counted(fs: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
         names.append(source)
         fetch(fs, source, target)
 
-    monkeypatch.setattr(pipeline.store, "_fetch", counted)
+    monkeypatch.setattr(pipeline.copies, "fetch", counted)
     return names
 
 

@@ -18,8 +18,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline import patience
-from pipeline.errors import ModelError, RequestTableError, StorageError
-from pipeline.store import Store, attempt, expand, localized, read_file, read_parquet
+from pipeline.errors import RequestTableError, StorageError
+from pipeline.store import Store, attempt, expand, read_file, read_parquet
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "y", None]})
 
@@ -347,62 +347,6 @@ class RemoteSuite(StorageSuite):
         assert store.local_path() is None
         assert store.local_path("a") is None
 
-    def test_a_model_folder_is_copied_once(self, store, url, tmp_path, monkeypatch):
-        store.write_bytes("m/config.json", b"{}")
-        store.write_bytes("m/sub/w.safetensors", b"w" * 1000)
-        folder = Path(localized(store.join("m"), tmp_path / "cache"))
-        assert (folder / "config.json").read_bytes() == b"{}"
-        assert (folder / "sub" / "w.safetensors").read_bytes() == b"w" * 1000
-        monkeypatch.setattr(store.fs, "get_file", None)
-        assert localized(store.join("m"), tmp_path / "cache") == str(folder)
-        assert list((tmp_path / "cache").iterdir()) == [folder]
-
-    def test_a_changed_model_is_copied_anew(self, store, tmp_path):
-        store.write_bytes("m/w", b"one")
-        first = localized(store.join("m"), tmp_path)
-        store.write_bytes("m/w", b"two")
-        second = localized(store.join("m"), tmp_path)
-        assert Path(first, "w").read_bytes() == b"one"
-        assert Path(second, "w").read_bytes() == b"two"
-
-    def test_a_copy_that_fails_leaves_nothing(self, store, tmp_path, monkeypatch):
-        store.write_bytes("m/1", b"1")
-        store.write_bytes("m/2", b"2")
-        get_file = store.fs.get_file
-
-        def failing(source, target):
-            if source.endswith("2"):
-                raise TimeoutError("no answer")
-            return get_file(source, target)
-
-        monkeypatch.setattr(store.fs, "get_file", failing)
-        monkeypatch.setattr(patience, "PATIENCE_S", 0)
-        with pytest.raises(StorageError, match=r"cannot copy .*m/2 \(no answer\)"):
-            localized(store.join("m"), tmp_path)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_full_disk_is_named_where_a_file_is_copied_to(self, store, tmp_path, monkeypatch):
-        def full(*_args):
-            raise OSError(28, "No space left on device")
-
-        store.write_bytes("m/w", b"one")
-        monkeypatch.setattr(store.fs, "get_file", full)
-        said = rf"^cannot write {tmp_path}/.*/w \(.*No space left on device\); make room there"
-        with pytest.raises(StorageError, match=said):
-            localized(store.join("m"), tmp_path)
-        with (
-            pytest.raises(StorageError, match=r"^cannot write /.*/w \(.*; make room there"),
-            store.local_copy("m/w"),
-        ):
-            pass
-
-    def test_a_missing_model_is_named(self, store, tmp_path):
-        with pytest.raises(ModelError) as caught:
-            localized(store.join("no-model"), tmp_path)
-        assert str(caught.value) == (
-            f"there is no model at {store.join('no-model')}: no files there; check the URL"
-        )
-
 
 class TestMemory(RemoteSuite):
     @pytest.fixture
@@ -414,13 +358,6 @@ class TestS3(RemoteSuite):
     @pytest.fixture
     def url(self, s3_url):
         return s3_url
-
-    def test_keys_that_lead_out_of_the_cache_are_refused(self, store, tmp_path):
-        bucket = store.root.split("/")[0]
-        boto3.client("s3").put_object(Bucket=bucket, Key="runs/1/m/../../../evil", Body=b"x")
-        with pytest.raises(StorageError, match="outside its folder"):
-            localized(store.join("m"), tmp_path / "cache")
-        assert not (tmp_path / "evil").exists()
 
     def test_no_parts_of_a_failed_stream_stay(self, store):
         with pytest.raises(RuntimeError):
@@ -491,16 +428,6 @@ class TestS3(RemoteSuite):
             with late():
                 assert look() == seen
         s3.clear_instance_cache()
-
-
-@pytest.mark.parametrize("name", ["/models/gpt2", "org/name", "gpt2", "./a", "../b"])
-def test_local_models_and_hub_ids_stay_as_they_are(name, tmp_path):
-    assert localized(name, tmp_path) == name
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_at_a_file_url_is_local(tmp_path):
-    assert localized(f"file://{tmp_path}/m", tmp_path) == f"{tmp_path}/m"
 
 
 def test_an_unknown_protocol_is_named():
