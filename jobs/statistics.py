@@ -45,6 +45,10 @@ def compute_statistics(
         WorkerError: a part of the corpus failed; the finished ones are kept.
     """
     count = _count(workers)
+    if gpus_per_worker > 1 and gpus_per_worker % 1:
+        raise JobError(
+            f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1, nor whole"
+        )
     with progress.stage("plan"):
         job = plan_statistics(
             model,

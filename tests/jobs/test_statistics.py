@@ -65,6 +65,7 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
         ({"--layers": "99"}, "99"),
         ({"--layers": None, "--hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
         ({"--workers": "many"}, "--workers: 'many' is neither auto nor a whole number"),
+        ({"--gpus-per-worker": "1.5"}, "--gpus-per-worker: 1.5 is neither a fraction up to 1"),
         ({"--workers": "0"}, "--workers: '0' is neither auto nor a whole number"),
         ({"model": "/no/such"}, "model /no/such is not a folder"),
         ({"corpus": "/no/such.parquet"}, "/no/such.parquet matches no file"),
