@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster import default_workers, ray_session
+from pipeline.cluster import default_workers, ray_session, room_for_workers
 from pipeline.crew import run_all
 from pipeline.errors import JobError
 from pipeline.executor import WorkerPool
@@ -75,10 +75,14 @@ def _run(
     progress: Progress,
 ) -> None:
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        def most() -> int:
+            return min(room_for_workers(gpus_per_worker), len(tasks))
+
         with ray_session(address, num_cpus=workers):
             pool = WorkerPool(
                 Replica,
                 count=min(workers or default_workers(gpus_per_worker), len(tasks)),
+                grown=None if workers else most,
                 init_args=(job.source,),
                 num_gpus=gpus_per_worker,
                 # The number of threads decides how sums are split, and so the last bits.
