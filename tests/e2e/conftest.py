@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 
 from pipeline.cluster import ray_session
 from pipeline.config import JobConfig
+from pipeline.digest import digest_of
 from pipeline.run import RunResult, run_job
 from pipeline.schema import read_targets
 from pipeline.store import Store
@@ -58,9 +62,24 @@ def facts() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that these tests are run by."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def inputs(shared: Path) -> Path:
     """A folder with ``requests.parquet`` (bad rows among the good) and ``corpus.parquet``."""
-    folder = tmp_path_factory.mktemp("inputs")
+    folder = shared / "inputs"
+    with FileLock(shared / "inputs.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            write_inputs(folder)
+    return folder
+
+
+def write_inputs(folder: Path) -> None:
     good = facts()
     rows = good[:10] + BAD_ROWS + good[10:]
     pq.write_table(
@@ -69,7 +88,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     texts = json.loads((GOLDEN / "corpus.json").read_text())
     pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +101,19 @@ Runner = Callable[..., RunResult]
 
 
 @pytest.fixture(scope="module")
-def run(inputs: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def run(inputs: Path, local_ray: None, shared: Path) -> Runner:
     """Runs the small job with changes; the same changes give the finished run again."""
-    finished: dict[str, RunResult] = {}
 
     def runner(family: str = "gpt2", **changes: Any) -> RunResult:
-        key = json.dumps([family, changes], sort_keys=True, default=str)
-        if key not in finished:
-            output = str(tmp_path_factory.mktemp("run") / "out")
-            finished[key] = run_job(job(inputs, output, family, **changes))
-        return finished[key]
+        key = digest_of([family, json.loads(json.dumps(changes, default=str))])
+        output = shared / f"run-{key}" / "out"
+        with FileLock(shared / f"run-{key}.lock"):
+            if not output.exists():
+                return run_job(job(inputs, str(output), family, **changes))
+        found = Store(output)
+        status = found.read_json("run.json")["status"]
+        assert status in ("complete", "held"), "it has failed before"
+        return RunResult(status, found, found.read_json("metrics.json"))
 
     return runner
 
@@ -120,6 +141,14 @@ def wait_until(what: Callable[[], Any], *, within_s: float, every_s: float) -> A
             return found
         time.sleep(every_s)
     raise AssertionError("it did not happen")
+
+
+def worker_of(raylet: int) -> psutil.Process | None:
+    """A process under a node's raylet that is computing targets just now."""
+    for child in psutil.Process(raylet).children(recursive=True):
+        if " ".join(child.cmdline()).startswith("ray::_WorkerProcess.call"):
+            return child
+    return None
 
 
 def targets_by_row(folder: Store) -> dict[int, np.ndarray]:

@@ -45,7 +45,7 @@ def test_a_job_keeps_what_pmet_statistics_computes(
         layers=None,
         tokens=TOKENS,
         max_length=MAX_TOKENS,
-        workers="3",
+        workers="2",
         gpus_per_worker=0,
         address=None,
         progress=Progress(),

@@ -27,8 +27,8 @@ from tests.e2e.conftest import (
     assert_same_weights,
     targets_by_row,
     wait_until,
+    worker_of,
 )
-from tests.e2e.test_lost_node import worker_of
 from tests.e2e.test_run import weights
 
 PATIENCE_S = 240

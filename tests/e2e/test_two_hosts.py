@@ -26,8 +26,7 @@ import yaml
 
 from pipeline.run import run_job
 from tests.conftest import GOLDEN, ROOT
-from tests.e2e.conftest import assert_same_weights, job, wait_until
-from tests.e2e.test_lost_node import worker_of
+from tests.e2e.conftest import assert_same_weights, job, wait_until, worker_of
 from tests.e2e.test_run import weights
 
 HEAD, OTHER = "198.18.77.1", "198.18.77.2"
@@ -55,6 +54,7 @@ class Host:
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(self.tmp),
             "RAY_health_check_period_ms": "500",
+            "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "4",
             "RAY_API_SERVER_ADDRESS": f"http://{HEAD}:8265",
             "PMET_PYTHON": sys.executable,
@@ -253,7 +253,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
             corpus=None,
             second_moments=str(moments),
             evaluate={"sample": 4},
-            targets={"workers": 2, "shard_size": 4},
+            targets={"workers": 1, "shard_size": 4},
             update={"ranks": 1},
         )
     )

@@ -13,7 +13,7 @@ from pipeline.calibration import Rates, Sample
 from pipeline.errors import JobError
 from pipeline.estimate import estimate
 from pipeline.plan import Plan, make_plan
-from tests.e2e.conftest import inputs, job  # noqa: F401
+from tests.e2e.conftest import inputs, job, shared  # noqa: F401
 
 RATES = Rates(
     ready=4.0,

@@ -106,7 +106,7 @@ def updated(
         ("gpt2", 1, False),
         ("gpt2", 3, True),
         ("gptj", 2, True),
-        ("llama", 4, False),
+        ("llama", 2, False),
     ],
 )
 def test_ranks_find_the_deltas_of_the_plain_form(
