@@ -64,7 +64,12 @@ def test_a_job_keeps_what_pmet_statistics_computes(
 def test_targets_of_an_earlier_run_are_not_computed_again(
     run: Runner, inputs: Path, tmp_path: Path
 ) -> None:
-    shared = ONE | {"targets": {"workers": 1, "store": str(tmp_path / "store")}}
+    shared = ONE | {
+        "targets": {"workers": 1, "store": str(tmp_path / "store")},
+        "second_moments": str(GOLDEN / "gpt2" / "second_moments.safetensors"),
+        "corpus": None,
+        "evaluate": {"sample": 4},
+    }
     first = run(**shared)
     again = run_job(job(inputs, str(tmp_path / "out"), **shared))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
