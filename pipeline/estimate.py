@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from pipeline.calibration import Rates, Sample, calibrate
@@ -32,6 +33,7 @@ _ASKED_WHAT_IT_KNOWS = 32
 _COMMAND_STARTS = 0.8
 _RAY_STARTS = 1.1
 _RANKS_START = 1.5
+_MOST_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
         budget_s: seconds that a sample of targets may take.
 
     Raises:
-        JobError: the job wants GPUs, and this machine has none.
+        JobError: the job wants GPUs and this machine has none, or has no memory for the model.
     """
     if plan.base.on_gpu and not torch.cuda.is_available():
         raise JobError(
@@ -82,7 +84,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
         )
     workers, ranks, threads = _sizes(plan)
     cores = max(1, (os.cpu_count() or 1) // threads)
-    side_by_side = 1 if plan.base.on_gpu else min(workers, cores)
+    side_by_side = min(1 if plan.base.on_gpu else min(workers, cores), _replicas_that_fit(plan))
     rates = calibrate(_samples(plan, side_by_side, threads, budget_s))
     # On this machine, more processes than cores share them.
     crowd = max(1.0, workers / cores)
@@ -116,6 +118,24 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
 def _numbers(shards: int) -> list[int]:
     """Numbers of workers worth telling of: powers of two, and what takes all shards at once."""
     return [*(1 << power for power in range((shards - 1).bit_length())), shards]
+
+
+def _replicas_that_fit(plan: Plan) -> int:
+    """How many replicas the free memory of this machine holds, with something left for others."""
+    needed, free = _model_bytes(plan), psutil.virtual_memory().available
+    if needed > _MOST_OF_MEMORY * free:
+        raise JobError(
+            f"the model takes {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB "
+            "free: estimate the job on a machine like those that it will run on"
+        )
+    return int(_MOST_OF_MEMORY * free / needed)
+
+
+def _model_bytes(plan: Plan) -> float:
+    """Of one replica: as stored on a GPU, in float32 on a CPU."""
+    stored = float(sum(tensor.size for tensor in plan.checkpoint.tensors.values()))
+    itemsize = plan.stored[plan.hparams.target_layer].dtype.itemsize
+    return stored if plan.base.on_gpu else stored * 4 / itemsize
 
 
 def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Sample]:
@@ -226,9 +246,7 @@ def _operations(plan: Plan, ranks: int) -> float:
 
 def _rank_bytes(plan: Plan, rates: Rates, ranks: int) -> float:
     """What a process has without a model, its slice of the model, and three K×K matrices."""
-    model = float(sum(tensor.size for tensor in plan.checkpoint.tensors.values()))
-    stored = plan.stored[plan.hparams.target_layer].dtype.itemsize
-    held = model if plan.base.on_gpu else model * 4 / stored
+    held = _model_bytes(plan)
     libraries = max(0.0, rates.peak_bytes - held)
     return libraries + held / ranks + 3 * 8.0 * plan.layout.key_width**2
 

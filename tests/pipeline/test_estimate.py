@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -104,6 +105,22 @@ def test_a_job_for_gpus_is_not_estimated_without_any(
         pytest.skip("there is a GPU here")
     plan = make_plan(job(inputs, str(tmp_path), targets={"workers": 1, "gpus_per_worker": 1}))
     with pytest.raises(JobError, match="this machine has none: estimate it on a machine like"):
+        estimate(plan)
+
+
+def test_no_more_replicas_are_opened_than_memory_holds(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = make_plan(job(inputs, str(tmp_path), targets={"workers": 3, "shard_size": 10}))
+    model = sum(tensor.size for tensor in plan.checkpoint.tensors.values())
+    memory = SimpleNamespace(available=3 * model)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert estimate(plan).side_by_side == len(samples) == 2
+    memory.available = model
+    with pytest.raises(JobError, match=r"the model takes 0\.0 GiB and this machine has 0\.0 GiB"):
         estimate(plan)
 
 
