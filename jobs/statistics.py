@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cluster import default_workers, ray_session, room_for_workers
+from pipeline.config import is_part_or_whole
 from pipeline.crew import run_all
 from pipeline.errors import JobError
 from pipeline.executor import WorkerPool
@@ -45,7 +46,7 @@ def compute_statistics(
         WorkerError: a part of the corpus failed; the finished ones are kept.
     """
     count = _count(workers)
-    if gpus_per_worker > 1 and gpus_per_worker % 1:
+    if not is_part_or_whole(gpus_per_worker):
         raise JobError(
             f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1, nor whole"
         )

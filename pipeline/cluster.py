@@ -121,7 +121,7 @@ def room_for_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) ->
     return sum(
         min(
             _fit(cpus_per_worker, node.get("CPU", 0.0)),
-            _fit_gpus(gpus_per_worker, node.get("GPU", 0.0)) if gpus_per_worker else sys.maxsize,
+            fit_gpus(gpus_per_worker, node.get("GPU", 0.0)) if gpus_per_worker else sys.maxsize,
         )
         for node in nodes
     )
@@ -132,8 +132,8 @@ def _fit(each: float, into: float) -> int:
     return int(into / each + 1e-6)
 
 
-def _fit_gpus(each: float, into: float) -> int:
-    """Several workers share a GPU, but none has parts of two."""
+def fit_gpus(each: float, into: float) -> int:
+    """How many workers fit: several share a GPU, but none has parts of two."""
     return _fit(each, into) if each > 1 else int(into) * _fit(each, 1.0)
 
 

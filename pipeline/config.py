@@ -70,16 +70,15 @@ def _as_section(value: Any) -> Any:
     return {} if value is None else value
 
 
-def _part_or_whole(value: float) -> float:
-    if value > 1 and value % 1:
-        raise ValueError("Ray shares out parts of one GPU, or whole ones")
-    return value
+def is_part_or_whole(gpus: float) -> bool:
+    """Whether Ray shares GPUs out like that: a part of one, or whole ones."""
+    return gpus <= 1 or gpus % 1 == 0
 
 
-def _none_or_one(value: float) -> float:
-    if value not in (0, 1):
-        raise ValueError("a process of NCCL has a GPU to itself")
-    return value
+def _part_or_whole(gpus: float) -> float:
+    if not is_part_or_whole(gpus):
+        raise ValueError("parts of several GPUs")
+    return gpus
 
 
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
@@ -106,7 +105,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4
 GPUsOfWorker = Annotated[
     _FromZero, AfterValidator(_part_or_whole), allowed("a fraction up to 1, or a whole number")
 ]
-GPUOfRank = Annotated[_FromZero, AfterValidator(_none_or_one), allowed("0 or 1")]
+# A process of NCCL has a GPU to itself.
+GPUOfRank = Annotated[float, Field(ge=0, le=1, multiple_of=1), allowed("0 or 1")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
 SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]

@@ -61,8 +61,12 @@ def worth(plan: Plan, each: int) -> int:
 
     A rank takes seconds to start, and all of them talk to each other at every layer.
     """
-    weights = sum(tensor.size for tensor in plan.checkpoint.tensors.values())
-    return -(-weights // each)
+    return -(-stored_bytes(plan) // each)
+
+
+def stored_bytes(plan: Plan) -> int:
+    """Of the model's weights, as the checkpoint has them."""
+    return sum(tensor.size for tensor in plan.checkpoint.tensors.values())
 
 
 class Crew:

@@ -6,6 +6,7 @@ import heapq
 import math
 import os
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pipeline.calibration import Rates, Sample, calibrate
-from pipeline.crew import WORTH_A_GPU, local_sizes, worth
+from pipeline.cluster import fit_gpus
+from pipeline.crew import WORTH_A_GPU, local_sizes, stored_bytes, worth
 from pipeline.errors import JobError
 from pipeline.evaluation import How
 from pipeline.measure_stage import BLOCK, TEXTS_TOGETHER, held_out, parts_of
@@ -85,16 +87,17 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
     workers, ranks, threads = _sizes(plan)
     cores = max(1, (os.cpu_count() or 1) // threads)
     side_by_side = min(1 if plan.base.on_gpu else min(workers, cores), _replicas_that_fit(plan))
-    rates = calibrate(_samples(plan, side_by_side, threads, budget_s))
+    work = _Work.of(plan)
+    rates = calibrate(_samples(plan, work, side_by_side, threads, budget_s))
     # On this machine, more processes than cores share them.
     crowd = max(1.0, workers / cores)
     alone = {
-        count: sum(_stages(plan, rates, count, ranks, 1.0, 1.0).values())
+        count: sum(_stages(plan, work, rates, count, ranks, 1.0, 1.0).values())
         for count in _numbers(len(plan.target_shards))
     }
     return Estimate(
         by_workers=alone,
-        stages=_stages(plan, rates, workers, ranks, crowd, max(1.0, ranks / cores)),
+        stages=_stages(plan, work, rates, workers, ranks, crowd, max(1.0, ranks / cores)),
         worker_bytes=rates.peak_bytes,
         rank_bytes=_rank_bytes(plan, rates, ranks),
         workers=workers,
@@ -109,7 +112,7 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
     workers, ranks, threads = local_sizes(plan)
     gpus = torch.cuda.device_count()
     if targets.workers == "auto" and targets.gpus_per_worker:
-        workers = max(1, int(gpus / targets.gpus_per_worker + 1e-6))
+        workers = max(1, fit_gpus(targets.gpus_per_worker, gpus))
     if update.ranks == "auto" and update.gpus_per_rank:
         ranks = min(gpus, worth(plan, WORTH_A_GPU))
     return min(workers, len(plan.target_shards)), ranks, threads
@@ -133,28 +136,52 @@ def _replicas_that_fit(plan: Plan) -> int:
 
 def _model_bytes(plan: Plan) -> float:
     """Of one replica: as stored on a GPU, in float32 on a CPU."""
-    stored = float(sum(tensor.size for tensor in plan.checkpoint.tensors.values()))
+    stored = float(stored_bytes(plan))
     itemsize = plan.stored[plan.hparams.target_layer].dtype.itemsize
     return stored if plan.base.on_gpu else stored * 4 / itemsize
 
 
-def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Sample]:
+@dataclass(frozen=True)
+class _Work:
+    """What of a job is shared out among workers, beside the targets.
+
+    Attributes:
+        asked: before and after, in parts.
+        texts: that perplexity is measured on; none without a corpus.
+        corpus: parts of what second moments are computed from; none where they are there.
+    """
+
+    asked: list[Asked]
+    texts: list[str]
+    corpus: list[list[array[int]]]
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Work:
+        """All of it; cutting a large job takes a while."""
+        requests = [plan.table.requests[place] for place in sampled(plan)]
+        writing = How.of(plan.job.evaluate, plan.job.seed).writing_seed is not None
+        blocks = [requests[start : start + BLOCK] for start in range(0, len(requests), BLOCK)]
+        asked = [part for block in blocks for part in parts_of(block, writing=writing)]
+        if plan.corpus is None:
+            return cls(asked, [], [])
+        texts = held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
+        return cls(asked, texts, moments_job(plan).parts() if _moments_wanted(plan) else [])
+
+
+def _samples(plan: Plan, work: _Work, count: int, threads: int, budget_s: float) -> list[Sample]:
     """Samples for so many processes, from all over the job."""
     requests = plan.table.requests
     size = max(1, round(len(requests) / len(plan.target_shards)))
     places = [len(requests) * i // (size * count) for i in range(size * count)]
-    sequences = []
-    if _moments_wanted(plan) and plan.corpus is not None:
-        whole = moments_job(plan).parts()[0]
-        total = 0
-        for sequence in whole:
-            sequences.append(sequence)
-            total += len(sequence)
-            if total > _SAMPLED_TOKENS:
-                break
-    texts = _texts(plan)
+    sequences, total = [], 0
+    for sequence in work.corpus[0] if work.corpus else []:
+        sequences.append(sequence)
+        total += len(sequence)
+        if total > _SAMPLED_TOKENS:
+            break
+    texts = work.texts
     known = sampled(plan)[:_ASKED_WHAT_IT_KNOWS] if plan.job.skip_known else []
-    how, asked = How.of(plan.job.evaluate, plan.job.seed), _parts(plan)[0]
+    how = How.of(plan.job.evaluate, plan.job.seed)
     return [
         Sample(
             source=plan.target_source,
@@ -166,7 +193,7 @@ def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Samp
             batch_size=plan.batch_size,
             known=[requests[place] for place in known],
             how=how,
-            asked=asked,
+            asked=work.asked[0],
             sequences=sequences,
             texts=texts[:: max(1, len(texts) // _SAMPLED_TEXTS)][:_SAMPLED_TEXTS],
             budget_s=budget_s,
@@ -179,19 +206,25 @@ def _samples(plan: Plan, count: int, threads: int, budget_s: float) -> list[Samp
 
 
 def _stages(
-    plan: Plan, rates: Rates, workers: int, ranks: int, crowd: float, rank_crowd: float
+    plan: Plan,
+    work: _Work,
+    rates: Rates,
+    workers: int,
+    ranks: int,
+    crowd: float,
+    rank_crowd: float,
 ) -> dict[str, float]:
     count = len(plan.table.requests)
-    prompts = [len(part.prompts) for part in _parts(plan)]
+    prompts = [len(part.prompts) for part in work.asked]
     measure = _in_turn(prompts, workers) * rates.measured * crowd
-    texts = len(_texts(plan))
+    texts = len(work.texts)
     pieces = [min(TEXTS_TOGETHER, texts - start) for start in range(0, texts, TEXTS_TOGETHER)]
     measure += _in_turn(pieces, workers) * rates.text * crowd
     known = count * rates.known / workers * crowd
     start = (_COMMAND_STARTS + _RAY_STARTS + crowd) * rates.ready
     stages = {"start": start, "templates": rates.templates}
-    if _moments_wanted(plan) and plan.corpus is not None:
-        sizes = [sum(map(len, part)) for part in moments_job(plan).parts()]
+    if work.corpus:
+        sizes = [sum(map(len, part)) for part in work.corpus]
         stages["second moments"] = _in_turn(sizes, workers) * rates.moment * crowd
     stages["known"] = 2 * known
     shards = [len(shard) for shard in plan.target_shards]
@@ -206,21 +239,6 @@ def _stages(
     stages["measure after"] = measure
     stages["report"] = 2 * rates.drawing
     return {name: seconds for name, seconds in stages.items() if seconds}
-
-
-def _parts(plan: Plan) -> list[Asked]:
-    """What is asked before and after, in parts."""
-    requests = [plan.table.requests[place] for place in sampled(plan)]
-    writing = How.of(plan.job.evaluate, plan.job.seed).writing_seed is not None
-    blocks = [requests[start : start + BLOCK] for start in range(0, len(requests), BLOCK)]
-    return [part for block in blocks for part in parts_of(block, writing=writing)]
-
-
-def _texts(plan: Plan) -> list[str]:
-    """The texts that perplexity is measured on; none without a corpus."""
-    if plan.corpus is None:
-        return []
-    return held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
 
 
 def _in_turn(sizes: Sequence[int], workers: int) -> int:
