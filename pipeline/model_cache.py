@@ -128,7 +128,7 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
 def _local_folder(model: str) -> Path | None:
     """The folder that a model's name stands for; None for what has to be fetched."""
     if "://" not in model:
-        return None if is_hub_id(model) else Path(model)
+        return None if is_hub_id(model) else Path(model).expanduser()
     try:
         return Store(model).local_path()
     except StorageError:
