@@ -21,6 +21,7 @@ from pipeline.errors import JobError
 from pipeline.groups import group_column, grouped
 from pipeline.measure_stage import Measurement, held_out
 from pipeline.model_cache import default_cache
+from pipeline.model_checks import check_readable
 from pipeline.plan import open_fast_tokenizer
 from pipeline.progress import RichProgress
 from pipeline.replica import ModelSource
@@ -94,12 +95,13 @@ def evaluate_model(
     figures["counts"] = {"measured": len(chosen), "rejected": len(table.rejected)}
     _show(figures, console)
     if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        output.expanduser().write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _source(model: str) -> ModelSource:
-    folder = Checkpoint.open(open_model_folder(model, default_cache())).folder
-    return ModelSource(str(folder), torch.cuda.is_available())
+    checkpoint = Checkpoint.open(open_model_folder(model, default_cache()))
+    check_readable(checkpoint, open_fast_tokenizer(checkpoint.folder))
+    return ModelSource(str(checkpoint.folder), torch.cuda.is_available())
 
 
 def _flat(groups: dict[str, Any]) -> dict[str, Any]:

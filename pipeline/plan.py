@@ -24,6 +24,7 @@ from pipeline.digest import digest_of
 from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
 from pipeline.evaluation import Last, check_evaluation
 from pipeline.model_cache import default_cache, name_for_nodes
+from pipeline.model_checks import check_configuration, checked_layout
 from pipeline.moments import check_moments, is_file_name
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
@@ -32,7 +33,7 @@ from pipeline.skeleton import UNREADABLE, open_skeleton
 from pipeline.store import read_file
 from pipeline.tracking import trackers_of
 from pmet import contexts
-from pmet.architecture import Layout, resolve
+from pmet.architecture import Layout
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
@@ -127,9 +128,10 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     trackers_of(job)
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
+    check_configuration(checkpoint)
     hparams = load_hparams(job.hparams)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
-    layout = resolve(skeleton, hparams)
+    layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     prefix = getattr(skeleton, "base_model_prefix", "")
     stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
     templates = _templates(job)
