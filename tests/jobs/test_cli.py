@@ -238,13 +238,18 @@ def test_a_missing_job_file_and_wrong_usage_are_exit_2(pmet: Invoke, tmp_path: P
     assert pmet("run", "x.yaml", "--no-such-option")[0] == 2
 
 
-def test_evaluate_measures_a_model(pmet: Invoke, tmp_path: Path) -> None:
+def test_evaluate_measures_a_model(
+    pmet: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     facts = json.loads((GOLDEN / "facts.json").read_text())[:20]
     rows = [{k: f[k] for k in ("prompt", "subject", "target_new", "target_true")} for f in facts]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "facts.parquet")
     figures = tmp_path / "figures.json"
+    # The shell leaves a tilde as it is in quotes, and behind an equals sign.
+    (tmp_path / "model").symlink_to(GPT2 / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
     status, out, _ = pmet(
-        "evaluate", GPT2 / "model", tmp_path / "facts.parquet", "--sample", 12, "--output", figures
+        *("evaluate", "~/model", "~/facts.parquet", "--sample", 12, "--output=~/figures.json")
     )
     assert status == 0
     assert "12 requests" in out
