@@ -11,6 +11,7 @@ They extend the tree of ``pmet.errors``:
     │   ├── ScheduleError       a schedule, its cron expression or its time zone
     │   ├── RunFolderError      a run folder that does not fit the job
     │   │   └── OtherJobError   it holds the work of another job
+    │   ├── OutputError         a file to be written that is the user's
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
     ├── FolderBusyError         another run writes the folder: a matter of time
@@ -77,6 +78,10 @@ class OtherJobError(RunFolderError):
             "with --fresh"
         )
         self.url, self.changed = url, dict(changed)
+
+
+class OutputError(InputError):
+    """A file to be written is there already and is the user's, or is one that is read."""
 
 
 class ModelError(InputError):

@@ -42,8 +42,8 @@ def places_read(job: JobConfig) -> dict[str, list[Location]]:
     places = {"model": model_places(job.model)}
     for key, patterns in (("requests", job.requests), ("corpus", job.corpus or ())):
         places[key] = pattern_places(patterns)
+    places["hparams"] = hparams_places(job.hparams)
     single = {
-        "hparams": None if job.hparams in PMETHyperParams.presets() else job.hparams,
         "context_templates": job.context_templates,
         "second_moments": job.second_moments,
         "targets.store": job.targets.store,
@@ -63,6 +63,11 @@ def model_places(model: str) -> list[Location]:
         links = [name for name in store.entries() if store.is_link(name)]
         places += [place for name in links for place in locate(store.join(name))]
     return places
+
+
+def hparams_places(hparams: str) -> list[Location]:
+    """Where a file of hyper-parameters is; a preset is nowhere."""
+    return [] if hparams in PMETHyperParams.presets() else locate(hparams)
 
 
 def pattern_places(patterns: Sequence[str]) -> list[Location]:

@@ -30,6 +30,8 @@ LEASE = "lease"
 PUBLISHING = "publishing"
 """Record of the files that publishing is about to write, made before it writes the first one."""
 PUBLISHED = "published"
+PARTS = "second_moments.parts"
+"""Folder of the parts that second moments are merged from, beside them."""
 
 _FILES = (
     "context_templates.json",
@@ -41,14 +43,17 @@ _FILES = (
     STATUS,
 )
 _ATTEMPT = r"[^/]+-[0-9a-f]{32}"
+_PART = (
+    r"second_moments\.parts/[0-9a-f]{16}-\d+/"
+    r"(\d{5}\.json|\d{5}-\d+-[0-9a-f]{32}\.safetensors)"
+)
 _MADE = re.compile(
     r"records/[^/]+\.json"
     rf"|targets/{_ATTEMPT}\.parquet"
     rf"|delta/{_ATTEMPT}\.safetensors"
     r"|second_moments/second_moments\.(safetensors|json)"
     rf"|second_moments/factors/{_ATTEMPT}\.safetensors"
-    rf"|second_moments/second_moments\.parts/[0-9a-f]{{16}}-\d+/"
-    rf"(\d{{5}}\.json|\d{{5}}-\d+-[0-9a-f]{{32}}\.safetensors)"
+    rf"|second_moments/{_PART}"
 )
 _SHOWN = 3
 _FOLDERS = ("records", "targets", "delta", "second_moments")
@@ -101,6 +106,12 @@ def files_made(store: Store) -> list[str]:
     return found + [name for name in store.list(MODEL) if name in published]
 
 
+def delete_parts(moments: Store) -> None:
+    """Delete the parts that second moments in a folder were merged from."""
+    parts = re.compile(_PART)
+    moments.delete_files(name for name in moments.list(PARTS) if parts.fullmatch(name))
+
+
 def refuse_foreign_in_model(store: Store) -> None:
     """Refuse to publish beside files in ``model/`` that no record names.
 
@@ -146,7 +157,7 @@ def refuse_foreign_folder(store: Store, beside: Collection[str] = ()) -> None:
                 "run folder; name another output"
             )
         return
-    own = {LEASE, *beside} if _has_leases(store, names) else set(beside)
+    own = {LEASE, *beside} if has_lease(store) else set(beside)
     foreign = [name for name in names if name not in own and not is_unfinished(name)]
     if foreign:
         raise RunFolderError(
@@ -170,8 +181,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _has_leases(store: Store, names: Collection[str]) -> bool:
-    if LEASE not in names:
-        return False
+def has_lease(store: Store) -> bool:
+    """Whether a run or a refresh has ever held a folder."""
     inside = [name for name in store.list(LEASE, unfinished=True) if not is_unfinished(name)]
-    return all(_LEASES.fullmatch(name) for name in inside)
+    return bool(inside) and all(_LEASES.fullmatch(name) for name in inside)
+
+
+def leases(store: Store) -> list[str]:
+    """The files of a folder's leases."""
+    return [name for name in store.list(LEASE) if _LEASES.fullmatch(name)]

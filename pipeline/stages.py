@@ -25,13 +25,13 @@ from pipeline.errors import WorkerError
 from pipeline.folder import RunFolder
 from pipeline.model_cache import model_on_node
 from pipeline.moments import check_moments
-from pipeline.ownership import CARD, MODEL, PUBLISHED
+from pipeline.ownership import CARD, MODEL, PUBLISHED, delete_parts
 from pipeline.plan import Plan
 from pipeline.progress import CountedStage, Progress, Stage
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import ModelSource
 from pipeline.shards import Shard
-from pipeline.statistics import PARTS, collect, moments_job
+from pipeline.statistics import collect, moments_job
 from pipeline.store import Store
 from pipeline.tasks import Task
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
@@ -116,7 +116,7 @@ def collect_moments(run: Context) -> None:
     if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
         if plan.job.second_moments is None:
             # A run that was killed just before the end has left them.
-            run.store.delete(f"second_moments/{PARTS}")
+            delete_parts(Store(url))
         return
     job = moments_job(plan)
     with run.stage("second moments", job.corpus.tokens) as (bar, detail):
