@@ -15,12 +15,11 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.checkpoint import Checkpoint, digest_of_files, publish
-from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.folder import MODEL, RunFolder
 from pipeline.model_cache import model_on_node
@@ -36,6 +35,10 @@ from pipeline.tasks import Task
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
+if TYPE_CHECKING:
+    from pipeline.crew import Crew
+    from pipeline.serial import SerialCrew
+
 # The model card: written at the end, over what the base has under this name.
 CARD = "README.md"
 UPDATE_ATTEMPTS = 3
@@ -48,7 +51,7 @@ class Context:
 
     plan: Plan
     folder: RunFolder
-    crew: Crew
+    crew: Crew | SerialCrew
     progress: Progress
 
     @property
