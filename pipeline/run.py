@@ -7,12 +7,12 @@ import json
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.card import model_card
 from pipeline.config import JobConfig, by_key, dump_job, load_job
-from pipeline.crew import Crew
 from pipeline.errors import (
+    JobError,
     LeaseLostError,
     NothingToEditError,
     OtherJobError,
@@ -33,6 +33,7 @@ from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
 from pipeline.run_record import NO_TARGET
 from pipeline.schema import Rejection
+from pipeline.serial import SerialCrew
 from pipeline.stages import (
     Context,
     FoundTargets,
@@ -44,11 +45,15 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
+from pipeline.tasks import OnEvent
 from pipeline.tracking import Tracking, trackers_of
 from pmet.errors import InputError, PMETError
 
 JOB, REJECTED = "job.yaml", "rejected.parquet"
 _SHOWN_VALUE = 60
+
+if TYPE_CHECKING:
+    from pipeline.crew import Crew
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ def run_plan(
     job, progress = plan.job, MeteredProgress(progress or Progress())
     # The plan may have been made a while ago, and the lease is the first thing written.
     refuse_foreign_folder(Store(job.output), plan.beside)
+    if address is not None and job.in_this_process:
+        raise JobError(
+            f"the cluster {address} would not be used: the job computes in this process "
+            "(targets.workers: 0); name no address, or a number of workers and ranks"
+        )
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         _begin(folder, plan, fresh=fresh)
@@ -190,7 +200,7 @@ def _run_in(
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
-        with Crew(plan, address, on_event) as crew:
+        with _crew(plan, address, on_event) as crew:
             result = _run_stages(Context(plan, folder, crew, progress))
     except BaseException as error:
         # A run that has lost its folder is stopped here: the status is the other run's to write.
@@ -201,6 +211,15 @@ def _run_in(
         raise
     _tell_end(tracking, folder, result)
     return result
+
+
+def _crew(plan: Plan, address: str | None, on_event: OnEvent) -> Crew | SerialCrew:
+    if plan.job.in_this_process:
+        return SerialCrew(plan, on_event)
+    # Imported here: it imports Ray.
+    from pipeline.crew import Crew
+
+    return Crew(plan, address, on_event)
 
 
 def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:

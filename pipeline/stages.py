@@ -15,12 +15,11 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.checkpoint import Checkpoint, digest_of_files, publish
-from pipeline.crew import Crew
 from pipeline.errors import WorkerError
 from pipeline.folder import RunFolder
 from pipeline.model_cache import model_on_node
@@ -37,6 +36,10 @@ from pipeline.tasks import Task
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
+if TYPE_CHECKING:
+    from pipeline.crew import Crew
+    from pipeline.serial import SerialCrew
+
 UPDATE_ATTEMPTS = 3
 SHARDS_SENT = 8
 
@@ -47,7 +50,7 @@ class Context:
 
     plan: Plan
     folder: RunFolder
-    crew: Crew
+    crew: Crew | SerialCrew
     progress: Progress
 
     @property

@@ -52,7 +52,7 @@ _ALL_PARTS_BYTES = 64 * 2**30
 """What the sums of all parts may take on the disk: there are fewer parts where keys are wide."""
 
 RunTasks = Callable[[str, Sequence[Task], Callable[[Task, Any], None]], None]
-"""Runs tasks on workers, as `pipeline.crew.run_all` does."""
+"""Runs tasks on workers, as `pipeline.pool.run_all` does."""
 
 
 @dataclass(frozen=True)
