@@ -20,9 +20,9 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from pipeline.cluster import environment, limit_threads
 from pipeline.errors import WorkerError
 from pipeline.evaluation import How
+from pipeline.process import environment, limit_threads
 from pipeline.replica import Asked, ModelSource, ask
 from pmet.contexts import ContextTemplates
 from pmet.errors import PMETError

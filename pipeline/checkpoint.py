@@ -218,8 +218,9 @@ def publish(
 ) -> None:
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
-    What was there is deleted. What is not whole cannot be opened: ``config.json`` comes last, once
-    the edited tensors have been read back from where transformers will look for them.
+    Files of the same names are overwritten; what else is there is the caller's to remove.
+    ``config.json`` comes last, once the edited tensors have been read back from where transformers
+    will look for them: a model that is not whole cannot be opened.
 
     Args:
         checkpoint: the base.
@@ -233,7 +234,6 @@ def publish(
         ModelError: an edited tensor has not the shape it had.
         StorageError: what was written does not have the edited tensors.
     """
-    store.delete(folder)
     written: dict[str, str] = {}
     for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
         if name == "config.json":
