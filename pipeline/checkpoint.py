@@ -219,8 +219,8 @@ def publish(
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
     Files of the same names are overwritten; what else is there is the caller's to remove.
-    ``config.json`` comes last, once the edited tensors have been read back from where transformers
-    will look for them: a model that is not whole cannot be opened.
+    ``config.json`` goes first and comes last, once the edited tensors have been read back from
+    where transformers will look for them: a model that is not whole cannot be opened.
 
     Args:
         checkpoint: the base.
@@ -235,6 +235,7 @@ def publish(
         StorageError: what was written does not have the edited tensors.
     """
     written: dict[str, str] = {}
+    store.delete(f"{folder}/config.json")
     for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
         if name == "config.json":
             published = Store(store.join(folder))
