@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -123,8 +124,9 @@ class Checkpoint:
         if (stored := self.stored(parameter, prefix)) is not None:
             return stored
         raise ModelError(
-            f"model {self.folder} does not store {parameter} as a tensor of its own; load it and "
-            "save it again with save_pretrained, then edit that copy"
+            f"model {self.folder} does not store {parameter} as a tensor of its own: transformers "
+            "makes it from others while it loads the model, and an edit is written into what is "
+            "stored; edit a model of another family"
         )
 
     def stored(self, parameter: str, prefix: str) -> StoredTensor | None:
@@ -395,6 +397,8 @@ def _stored_tensor(
     dtype = _DTYPES.get(header.dtype)
     if dtype is None:
         return header, None
+    if end - begin != dtype.itemsize * math.prod(header.shape):
+        raise ValueError(f"{name} does not have the bytes that its shape needs")
     return header, StoredTensor(file, name, dtype, header.shape, base + begin, end - begin)
 
 

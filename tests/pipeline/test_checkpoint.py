@@ -157,10 +157,11 @@ def test_pickles_are_neither_named_nor_copied(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99999999999]}}',
         b'{"w": {"dtype": "F32", "shape": [1]}}',
+        b'{"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}    ',
         b'{"w": 1}',
         b"[]",
     ],
-    ids=["deep", "outside", "no offsets", "no entry", "no mapping"],
+    ids=["deep", "outside", "no offsets", "too few", "no entry", "no mapping"],
 )
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "config.json").write_text("{}")
