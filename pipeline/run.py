@@ -39,6 +39,7 @@ from pipeline.store import Store
 from pipeline.target_stage import find_targets
 from pipeline.tracking import Tracking, trackers_of
 from pmet.errors import InputError
+from pmet.hparams import ignored_sentence
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    if sentence := ignored_sentence(plan.hparams):
+        on_event("warning", f"{plan.job.hparams}: {sentence}")
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:

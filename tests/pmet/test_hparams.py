@@ -115,7 +115,7 @@ def test_what_would_harm_a_reader_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("h.yaml").write_text(text)
-    with pytest.raises(HyperParameterError, match=r"^h\.yaml is neither JSON nor YAML"):
+    with pytest.raises(HyperParameterError, match=r"^h\.yaml (is not JSON|cannot be read as YAML)"):
         PMETHyperParams.from_file("h.yaml")
     assert [p.name for p in tmp_path.iterdir()] == ["h.yaml"]
 
@@ -123,7 +123,7 @@ def test_what_would_harm_a_reader_is_refused(
 def test_aliases_of_aliases_are_not_multiplied(tmp_path: Path) -> None:
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)]
     (tmp_path / "h.yaml").write_text("\n".join(["l0: &l0 [x]", *levels]))
-    with pytest.raises(HyperParameterError, match="unknown key l29") as error:
+    with pytest.raises(HyperParameterError, match="line 2: aliases") as error:
         PMETHyperParams.from_file(tmp_path / "h.yaml")
     assert len(str(error.value)) < 100_000
 
@@ -134,7 +134,7 @@ def test_a_missing_key_a_missing_file_and_a_broken_file(tmp_path: Path) -> None:
     with pytest.raises(HyperParameterError, match="one of the presets gpt-j-6b"):
         PMETHyperParams.from_file(tmp_path / "none.json")
     (tmp_path / "b.json").write_text('{"layers": [1,')
-    with pytest.raises(HyperParameterError, match="neither JSON nor YAML"):
+    with pytest.raises(HyperParameterError, match=r"b\.json is not JSON .*fix its syntax"):
         PMETHyperParams.from_file(tmp_path / "b.json")
     with pytest.raises(HyperParameterError, match="there is no preset 'gpt-5'"):
         PMETHyperParams.preset("gpt-5")
