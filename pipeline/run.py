@@ -20,7 +20,7 @@ from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
 from pipeline.metering import MeteredProgress
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import Progress
+from pipeline.progress import NOTE, Progress
 from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
 from pipeline.run_record import NO_TARGET
@@ -109,6 +109,8 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    for note in plan.table.notes:
+        on_event(NOTE, note)
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:

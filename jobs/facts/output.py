@@ -32,6 +32,7 @@ class Conversion:
         rejected: how many were rejected for what kind of reason.
         output: the file of edit requests.
         rejected_output: the file of rejected rows, with ``row`` and ``reason``.
+        left_out: null and empty texts that were left out of requests' lists.
     """
 
     format: str
@@ -41,6 +42,7 @@ class Conversion:
     rejected: Mapping[str, int]
     output: str
     rejected_output: str
+    left_out: int = 0
 
 
 class Outputs:

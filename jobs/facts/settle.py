@@ -1,8 +1,8 @@
 """Rows of one fact settled: which of them holds, and what becomes of the others.
 
-A fact is a subject and a relation, and texts are compared in their normal form (`pipeline.normal`). Of its rows the one with the latest ``updated_at`` holds; rows
-without a time are older than any other. Where the latest rows name different objects, nothing
-decides, and none of them holds.
+A fact is a subject and a relation, and texts are compared in their normal form (`pipeline.normal`).
+Of its rows the one with the latest ``updated_at`` holds; rows without a time are older than any
+other. Where the latest rows name different objects, nothing decides, and none of them holds.
 """
 
 from __future__ import annotations
