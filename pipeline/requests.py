@@ -145,7 +145,7 @@ def checked(values: _Values) -> tuple[EditRequest | str, list[str]]:
     """The request that a row asks for, or the reason why it cannot be carried out.
 
     Returns:
-        Either, and the places of null and empty texts that are left out of the row's lists.
+        Either, and the places of null and empty texts that are left out of the row.
     """
     given = {name: value for name, value in values.items() if not _is_missing(value)}
     for name in REQUIRED_COLUMNS:
@@ -165,7 +165,7 @@ def request_of(given: dict[str, Any]) -> tuple[EditRequest | str, list[str]]:
     """The request with some fields, or the reason why ``EditRequest`` refuses them.
 
     Returns:
-        Either, and the places of null and empty texts that are left out of its lists. What is only
+        Either, and the places of null and empty texts that are left out of it. What is only
         measured does not stand in the way of an edit. Portability asks in pairs: a prompt goes with
         its answers.
     """
@@ -182,9 +182,12 @@ def request_of(given: dict[str, Any]) -> tuple[EditRequest | str, list[str]]:
 
 
 def _without_empty(given: _Values) -> tuple[dict[str, Any], list[str]]:
-    """The fields without the empty texts in their lists, and the places of these."""
+    """The fields without empty texts that are only measured, and the places of these."""
     filled = dict(given)
     empty: list[str] = []
+    if given.get("target_true") is not None and _is_empty(given["target_true"]):
+        filled["target_true"] = None
+        empty.append("target_true")
     lists = {name: given[name] for name in TEXT_LISTS if isinstance(given.get(name), list)}
     asked = [lists[name] for name in _PORTABILITY if lists.get(name)]
     for name, texts in lists.items():

@@ -43,7 +43,7 @@ class RequestTable:
         rows: the input row of each accepted request, counted over all files from 0.
         table: all the input rows, in order; dictionary-encoded columns are decoded.
         rejected: the other rows, ascending.
-        left_out: by row, null and empty texts that its lists do without: ``paraphrase_prompts[1]``.
+        left_out: by row, null and empty texts that it does without: ``paraphrase_prompts[1]``.
         breaking: how many prompts end in a line break.
     """
 
@@ -63,9 +63,8 @@ class RequestTable:
             row, first = next(iter(self.left_out.items()))
             more = "; …" if len(self.left_out) > 1 else ""
             found.append(
-                f"null or empty texts left out of the lists of requests: {texts} in "
-                f"{len(self.left_out)} rows (row {row}: {', '.join(first)}{more}); the requests "
-                "are edited"
+                f"null or empty texts left out of requests: {texts} in {len(self.left_out)} rows "
+                f"(row {row}: {', '.join(first)}{more}); the requests are edited"
             )
         if self.breaking:
             found.append(
@@ -79,7 +78,14 @@ class RequestTable:
         which order."""
         rows = array("q", (self.rows[place] for place in places))
         assert isinstance(self.requests, Requests)
-        return replace(self, requests=self.requests.of_rows(rows), rows=rows, rejected=rejected)
+        staying = set(rows)
+        return replace(
+            self,
+            requests=self.requests.of_rows(rows),
+            rows=rows,
+            rejected=rejected,
+            left_out={row: texts for row, texts in self.left_out.items() if row in staying},
+        )
 
     def rejected_table(self) -> pa.Table:
         """The input columns of the rejected rows, with ``row`` (int64) and ``reason`` (string).

@@ -113,7 +113,7 @@ def _stripped(name: str, value: object) -> str:
     if not stripped:
         raise RequestError(f"{name} is empty; give text that is more than white space")
     if stripped != value and name.partition("[")[0] in _CONTINUED:
-        stripped = _with_line_breaks(value, stripped)
+        stripped = trimmed_prompt(value)
     try:
         stripped.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -123,9 +123,10 @@ def _stripped(name: str, value: object) -> str:
     return stripped
 
 
-def _with_line_breaks(value: str, stripped: str) -> str:
-    """A stripped text with the white space on each side of it that holds a line break."""
-    before, _, after = value.partition(stripped)
+def trimmed_prompt(value: str) -> str:
+    """A prompt without the white space on either side of it, unless that holds a line break."""
+    stripped = value.strip()
+    before, _, after = value.partition(stripped) if stripped else ("", "", "")
     return "".join((_if_breaking(before), stripped, _if_breaking(after)))
 
 
