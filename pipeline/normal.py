@@ -9,7 +9,6 @@ not NFKC): 10² is not 102.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +18,14 @@ _ODD_SPACE = (
     r"\t-\r\x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 )
 _RUN = f"[ {_ODD_SPACE}]+"
-_NOT_SINGLE = f"[{_ODD_SPACE}]|  |^ | $"
+# Every character that composition may change or join to the one before it: marks, letters of Hangul
+# in pieces, and those that stand for others. Texts without any are composed.
+_UNCOMPOSED = (
+    r"\p{M}\x{340}-\x{387}\x{958}-\x{95f}\x{9dc}-\x{9df}\x{a33}-\x{a5e}\x{b5c}\x{b5d}"
+    r"\x{f43}-\x{fb9}\x{1100}-\x{11ff}\x{1f00}-\x{1fff}\x{2126}-\x{212b}\x{2329}\x{232a}\x{2adc}"
+    r"\x{f900}-\x{fb4f}\x{1d15e}-\x{1d1c0}\x{2f800}-\x{2fa1f}"
+)
+_ODD = f"[{_ODD_SPACE}{_UNCOMPOSED}]|  |^ | $"
 
 
 def normal(text: str) -> str:
@@ -33,22 +39,11 @@ def normal_column(column: pa.Array) -> pa.Array:
     Args:
         column: (rows,) valid text. One that is in this form already comes back as it is.
     """
-    composed = _where(column, pc.invert(pc.string_is_ascii(column)), _composed)
-    return _where(composed, pc.match_substring_regex(composed, _NOT_SINGLE), _spaced)
-
-
-def _composed(texts: pa.Array) -> pa.Array:
-    return pc.utf8_normalize(texts, form="NFC")
-
-
-def _spaced(texts: pa.Array) -> pa.Array:
-    return pc.utf8_trim(pc.replace_substring_regex(texts, _RUN, " "), " ")
-
-
-def _where(column: pa.Array, mask: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
-    """A column with some of its texts changed; texts that repeat are changed once."""
-    mask = pc.fill_null(mask, False)
-    if not pc.any(mask).as_py():
+    odd = pc.fill_null(pc.match_substring_regex(column, _ODD), False)
+    if not pc.any(odd).as_py():
         return column
-    chosen = column.filter(mask).dictionary_encode()
-    return pc.replace_with_mask(column, mask, change(chosen.dictionary).take(chosen.indices))
+    # Texts that repeat are changed once.
+    chosen = column.filter(odd).dictionary_encode()
+    composed = pc.utf8_normalize(chosen.dictionary, form="NFC")
+    forms = pc.utf8_trim(pc.replace_substring_regex(composed, _RUN, " "), " ")
+    return pc.replace_with_mask(column, odd, forms.take(chosen.indices))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import unicodedata
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.normal import normal, normal_column
+from pipeline.normal import _ODD, normal, normal_column
 
 SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace()]
 TEXTS = st.text(
@@ -60,3 +61,22 @@ def test_a_column_has_the_form_of_each_of_its_texts(
 def test_a_column_in_normal_form_is_not_copied() -> None:
     column = pa.array(["Nice", None, "New York"])
     assert normal_column(column) is column
+
+
+def test_no_character_that_composition_changes_is_overlooked() -> None:
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    alone = [c for c in characters if normal(c) != c]
+    marks = [c for c in characters if unicodedata.combining(c)]
+    joins = [
+        second
+        for c in characters
+        if len(pair := unicodedata.normalize("NFD", c)) > 1
+        for second in pair[1:]
+    ]
+    seen = normal_column(pa.array([f"a{c}" for c in (*alone, *marks, *joins)]))
+    assert seen.to_pylist() == [normal(f"a{c}") for c in (*alone, *marks, *joins)]
+    assert set(_matched([*marks, *joins, *(c for c in alone if not c.isspace())])) == {True}
+
+
+def _matched(characters: list[str]) -> list[bool]:
+    return pc.match_substring_regex(pa.array(characters), _ODD).to_pylist()
