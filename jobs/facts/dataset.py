@@ -23,6 +23,7 @@ from pipeline.hive import Columns, expand_with_columns
 from pipeline.parquet import parquet_footer, read_batches
 from pipeline.requests import REQUEST_COLUMNS, Repeats, request_of
 from pipeline.schema import readable, with_columns
+from pmet.json_text import repeated_key
 from pmet.request import TEXT_LISTS, EditRequest
 
 FORMATS = {
@@ -132,13 +133,16 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
 
 
 def _parts(record: Any, format_: Format) -> Iterator[Any]:
-    return format_.parts(record) if isinstance(record, dict) else iter([record])
+    whole = isinstance(record, dict) and repeated_key(record) is None
+    return format_.parts(record) if whole else iter([record])
 
 
 def _outcome(part: Any, row: int, format_: Format) -> _Converted | str:
     """The request that a part of a record asks for, or the reason why there is none."""
     if not isinstance(part, dict):
         return f"the record is {type(part).__name__}, not an object with fields"
+    if (key := repeated_key(part)) is not None:
+        return f"key {key!r} is given twice in the record; keep one of them"
     try:
         edit = format_.edit(part, row)
     except RecordError as error:

@@ -15,6 +15,7 @@ from pipeline.hive import Columns
 from pipeline.parquet import map_parquet
 from pipeline.schema import readable
 from pipeline.store import read_file
+from pmet.json_text import parse_records
 from pmet.request import TEXT_LISTS
 
 PARQUET = b"PAR1"
@@ -46,7 +47,10 @@ def read_records(file: str, folder: Columns) -> list[Any]:
             records = _of_text(file, read_file(file))
     except StorageError as error:
         raise FactDumpError(str(error)) from None
-    return [folder | r if isinstance(r, dict) else r for r in records] if folder else records
+    for record in records:
+        if isinstance(record, dict):
+            record.update({name: folder[name] for name in folder if name not in record})
+    return records
 
 
 def unwrapped(value: Any, is_record: Callable[[Any], bool]) -> Any:
@@ -89,10 +93,10 @@ def _of_text(file: str, data: bytes) -> list[Any]:
 def _of_json(text: str) -> Iterator[Any]:
     """The records of a JSON list, of lines with one record each, or a single record."""
     if text.lstrip().startswith("["):
-        yield from json.loads(text)
+        yield from parse_records(text)
         return
     try:
-        yield json.loads(text)
+        yield parse_records(text)
         return
     except ValueError:
         # Lines of JSON, or the loop says in which line it is none.
@@ -100,7 +104,7 @@ def _of_json(text: str) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield parse_records(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
 
