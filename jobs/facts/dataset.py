@@ -16,7 +16,7 @@ from jobs.facts.check import reason_kind
 from jobs.facts.dump import FACT
 from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
-from jobs.facts.output import Conversion, open_outputs, output_urls
+from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
 from jobs.facts.records import is_parquet, read_records, unwrapped
 from pipeline.errors import FactDumpError, StorageError
 from pipeline.hive import Columns, expand_with_columns
@@ -77,6 +77,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
     """
     files = expand_with_columns(source, deep=True)
     urls = output_urls(output, files)
+    refuse_among(output, [source])
     records = [record for file, folder in files.items() for record in _records(file, folder)]
     format_ = _format(records, source, format_name)
     parts = [part for record in records for part in _parts(record, format_)]
