@@ -236,7 +236,7 @@ def test_the_hubs_parquet_of_counterfact_is_the_same_as_its_json(convert, tmp_pa
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(records), folder / "train-00000-of-00001.parquet")
     assert is_dataset(expand_with_columns(str(folder.parent), deep=True))
-    with pytest.raises(FactDumpError, match="would be read as a part of .* the next time"):
+    with pytest.raises(FactDumpError, match=r"would be read as a part of .* the next time"):
         convert_dataset(str(folder.parent), str(folder / "requests.parquet"))
     found = convert_dataset(str(folder.parent), str(tmp_path / "o.parquet"))
     _, requests, _ = convert(records)
