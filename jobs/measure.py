@@ -66,6 +66,8 @@ def evaluate_model(
     tokenizer = open_fast_tokenizer(Path(source.folder))
     Prompts(tokenizer, config.chat_template)
     table = read_requests(requests)
+    for note in table.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     column = group_column(config.group_by, table.table.column_names)
     if not table.requests:
         raise RequestError(f"none of {len(table.table)} rows can be measured: they are all faulty")

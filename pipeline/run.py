@@ -28,7 +28,7 @@ from pipeline.measure_stage import Measurement, measure
 from pipeline.metering import MeteredProgress
 from pipeline.ownership import CARD, MODEL, STATUS, refuse_foreign_folder
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import Progress
+from pipeline.progress import NOTE, Progress
 from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
 from pipeline.run_record import NO_TARGET
@@ -200,6 +200,8 @@ def _run_in(
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
     if sentence := ignored_sentence(plan.hparams):
         on_event("warning", f"{plan.job.hparams}: {sentence}")
+    for note in plan.table.notes:
+        on_event(NOTE, note)
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:

@@ -375,7 +375,8 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
 def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
     """The files that paths, URLs, globs and folders stand for.
 
-    A folder stands for every ``*.parquet`` directly in it, or with ``deep`` anywhere below it.
+    A folder stands for every ``*.parquet`` directly in it or in its Hive partitions, folders such
+    as ``relation=capital/`` in it or in one another; with ``deep`` for all anywhere below it.
     Patterns keep their order, the files of each are sorted by name, and a file that several
     patterns reach is listed once.
 
@@ -410,12 +411,35 @@ def _found(fs: fsspec.AbstractFileSystem, path: str, deep: bool) -> list[str]:
     fs.invalidate_cache()
     kind = _kind(fs, path)
     if kind == "directory":
-        below = fs.find(path) if deep else fs.ls(path, detail=False)
+        below = fs.find(path) if deep else _with_partitions(fs, path)
         return [p for p in below if _is_visible_parquet(p.removeprefix(path))]
     if kind is not None:
         return [path]
     matches: dict[str, dict] = fs.glob(path, detail=True)
     return [p for p, info in matches.items() if info["type"] != "directory"]
+
+
+def _with_partitions(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """What is directly in a folder, and the files of its Hive partitions."""
+    found: list[str] = []
+    for inside in fs.ls(path, detail=False):
+        if not _is_partition(inside.rstrip("/")):
+            found.append(inside)
+            continue
+        files = fs.find(inside)
+        # Of a file of such a name, which is no folder, only itself is found.
+        found += [file for file in files if all(map(_is_partition, _folders(file, path)))]
+    return found
+
+
+def _folders(file: str, path: str) -> tuple[str, ...]:
+    """The folders between a folder and a file in it."""
+    return PurePosixPath(file.removeprefix(path).lstrip("/")).parts[:-1]
+
+
+def _is_partition(path: str) -> bool:
+    name, equals, _ = PurePosixPath(path).name.partition("=")
+    return bool(name and equals)
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
