@@ -13,6 +13,7 @@ from pipeline.config import is_part_or_whole
 from pipeline.crew import run_all
 from pipeline.errors import JobError
 from pipeline.executor import WorkerPool
+from pipeline.place import Ask, check_gpus, wait_for_nodes
 from pipeline.plan import load_hparams
 from pipeline.progress import Progress
 from pipeline.replica import Replica
@@ -50,7 +51,9 @@ def compute_statistics(
         raise JobError(
             f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1, nor whole"
         )
+    wanted = Ask("worker", count, 1, gpus_per_worker, "--workers", "--gpus-per-worker")
     with progress.stage("plan"):
+        check_gpus([wanted], address)
         job = plan_statistics(
             model,
             corpus,
@@ -61,7 +64,7 @@ def compute_statistics(
         )
     store = Store(output)
     if finished(job, store) is None:
-        _run(job, store, count, gpus_per_worker, address, progress)
+        _run(job, store, wanted, address, progress)
     provenance = finished(job, store)
     assert provenance is not None
     _show(provenance, store, console)
@@ -70,22 +73,23 @@ def compute_statistics(
 def _run(
     job: MomentsJob,
     store: Store,
-    workers: int | None,
-    gpus_per_worker: float,
+    wanted: Ask,
     address: str | None,
     progress: Progress,
 ) -> None:
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
         def most() -> int:
-            return min(room_for_workers(gpus_per_worker), len(tasks))
+            return min(room_for_workers(wanted.gpus), len(tasks))
 
-        with ray_session(address, num_cpus=workers):
+        with ray_session(address, num_cpus=wanted.count, say=progress.event):
+            if wanted.count:
+                wait_for_nodes(wanted, lambda text: progress.event(text, "waiting"))
             pool = WorkerPool(
                 Replica,
-                count=min(workers or default_workers(gpus_per_worker), len(tasks)),
-                grown=None if workers else most,
+                count=min(wanted.count or default_workers(wanted.gpus), len(tasks)),
+                grown=None if wanted.count else most,
                 init_args=(job.source,),
-                num_gpus=gpus_per_worker,
+                num_gpus=wanted.gpus,
                 # The number of threads decides how sums are split, and so the last bits.
                 threads=1,
                 on_event=lambda kind, text: progress.event(text, kind),

@@ -23,13 +23,15 @@ from ray import exceptions as ray_exceptions
 from pipeline.cluster import (
     HeldInActor,
     cluster_resources,
+    free_text,
     full_text,
+    has_free,
     limit_threads,
     original,
     root_cause,
     worker_environment,
 )
-from pipeline.errors import WorkerError
+from pipeline.errors import NoRoomError, WorkerError
 from pipeline.tasks import Attempt, EventKind, FailedTask, OnEvent, Task, TaskQueue
 from pmet.errors import InputError
 
@@ -37,6 +39,8 @@ OnResult = Callable[[Task, Any], None]
 
 _TICK_S = 0.1
 _LOOK_S = 5.0
+# Starting a worker takes some seconds; after these something is said of what it waits for.
+_SILENCE_S = 20.0
 # After one of these the process still lives, but its memory or its GPU is not to be trusted.
 # Named, not imported: an executor has no need of torch.
 _RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
@@ -225,7 +229,7 @@ class WorkerPool(Pool):
         super().__init__(max_attempts, on_event)
         self._task_timeout_s = task_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._needs = f"{num_cpus:g} CPU and {num_gpus:g} GPU"
+        self._each, self._needs = (num_cpus, num_gpus), f"{num_cpus:g} CPU and {num_gpus:g} GPU"
         self._start_args = (factory, init_args, threads)
         self._actor_class = ray.remote(_WorkerProcess).options(
             num_cpus=num_cpus,
@@ -234,7 +238,7 @@ class WorkerPool(Pool):
             max_task_retries=0,
             runtime_env={"env_vars": worker_environment(threads=threads)},
         )
-        self._ever_ready = False
+        self._ever_ready = self._looked_for_room = False
         self._seats = [_Seat(index) for index in range(count)]
         self._grown, self._next_look = grown, time.monotonic() + _LOOK_S
 
@@ -338,6 +342,8 @@ class WorkerPool(Pool):
                     self._time_out(seat, seat.attempt, queue)
             elif seat.reply is not None and waited_s > self._start_timeout_s:
                 self._refuse_to_wait()
+            elif seat.reply is not None and waited_s > _SILENCE_S and not self._ever_ready:
+                self._say_waiting()
 
     def _time_out(self, seat: _Seat, attempt: Attempt, queue: TaskQueue) -> None:
         reason = f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s"
@@ -345,11 +351,20 @@ class WorkerPool(Pool):
         self._start(seat)
         queue.failed(attempt, reason)
 
+    def _say_waiting(self) -> None:
+        """Say once that there is no room for a worker, if that is what the first one waits for."""
+        if self._looked_for_room:
+            return
+        self._looked_for_room = True
+        if not has_free(*self._each):
+            text = f"no room for a worker yet: each needs {self._needs}, {free_text()}"
+            self._on_event("waiting", f"{text}; waiting {self._start_timeout_s:g} s at most")
+
     def _refuse_to_wait(self) -> None:
         if any(seat.attempt is not None or seat.idle for seat in self._seats):
             return
         cpus, gpus = cluster_resources()
-        raise WorkerError(
+        raise NoRoomError(
             f"no worker was ready within {self._start_timeout_s:g} s; each needs {self._needs}, "
             f"the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for less, free the "
             "cluster, or allow more time if the model is slow to load"

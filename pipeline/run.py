@@ -19,6 +19,7 @@ from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
 from pipeline.metering import MeteredProgress
+from pipeline.place import asks, check_gpus, crowding
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
@@ -29,6 +30,7 @@ from pipeline.stages import (
     CARD,
     Context,
     FoundTargets,
+    check_ranks,
     collect_moments,
     publish_model,
     published_model,
@@ -79,6 +81,7 @@ def run_job(
     """
     progress = progress or Progress()
     with progress.stage("plan"):
+        check_gpus(asks(job), address)
         plan = make_plan(job)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
 
@@ -109,6 +112,8 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    for text in crowding(plan.job, address):
+        on_event("warning", text)
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
@@ -148,6 +153,7 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _run_stages(run: Context) -> RunResult:
+    check_ranks(run)
     templates = write_templates(run)
     collect_moments(run)
     found = find_targets(run, templates, find_known(run))

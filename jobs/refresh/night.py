@@ -41,6 +41,7 @@ from pipeline.folder import MODEL, STATUS
 from pipeline.lease import Lease
 from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
+from pipeline.place import asks, check_gpus
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
@@ -228,6 +229,7 @@ class _Work:
         plan = None
         if len(requests):
             with self._progress.stage("plan"):
+                check_gpus(asks(job), address)
                 plan = make_plan(job)
         self._said["settings"] = _settings(job, self._config)
         if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
