@@ -8,6 +8,7 @@ The heavy libraries are imported inside the commands, so that ``--help`` answers
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -266,9 +267,14 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    """Point libraries to folders that can be written, before any is imported."""
+    """Have names of any letters printed, and libraries use folders that can be written."""
     from pipeline.user_folders import libraries_environment
 
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may know fewer letters than a path has, and a path letters that none knows.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Before any of the libraries is imported.
     os.environ.update(libraries_environment())
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import ray
 from ray import exceptions as ray_exceptions
 from ray._private import ray_constants
-from ray._private import state as ray_state
 from ray._private import utils as ray_utils
 
 from pipeline.errors import WorkerError
@@ -124,12 +123,6 @@ def dashboard_url() -> str | None:
 def cpus_free() -> float:
     """Logical CPUs of the cluster that nobody has reserved."""
     return float(ray.available_resources().get("CPU", 0.0))
-
-
-def has_free(cpus: float, gpus: float) -> bool:
-    """Whether a node of the cluster has so much that is not reserved."""
-    nodes = ray_state.available_resources_per_node().values()
-    return any(n.get("CPU", 0.0) >= cpus and n.get("GPU", 0.0) >= gpus for n in nodes)
 
 
 def free_text() -> str:

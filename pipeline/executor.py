@@ -25,7 +25,6 @@ from pipeline.cluster import (
     cluster_resources,
     free_text,
     full_text,
-    has_free,
     limit_threads,
     original,
     root_cause,
@@ -39,8 +38,8 @@ OnResult = Callable[[Task, Any], None]
 
 _TICK_S = 0.1
 _LOOK_S = 5.0
-# Starting a worker takes some seconds; after these something is said of what it waits for.
-_SILENCE_S = 20.0
+# A worker is ready in less, unless its model is large or the cluster has no room for it.
+_SILENCE_S = 60.0
 # After one of these the process still lives, but its memory or its GPU is not to be trusted.
 # Named, not imported: an executor has no need of torch.
 _RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
@@ -229,7 +228,7 @@ class WorkerPool(Pool):
         super().__init__(max_attempts, on_event)
         self._task_timeout_s = task_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._each, self._needs = (num_cpus, num_gpus), f"{num_cpus:g} CPU and {num_gpus:g} GPU"
+        self._needs = f"{num_cpus:g} CPU and {num_gpus:g} GPU"
         self._start_args = (factory, init_args, threads)
         self._actor_class = ray.remote(_WorkerProcess).options(
             num_cpus=num_cpus,
@@ -238,7 +237,7 @@ class WorkerPool(Pool):
             max_task_retries=0,
             runtime_env={"env_vars": worker_environment(threads=threads)},
         )
-        self._ever_ready = self._looked_for_room = False
+        self._ever_ready = self._said_waiting = False
         self._seats = [_Seat(index) for index in range(count)]
         self._grown, self._next_look = grown, time.monotonic() + _LOOK_S
 
@@ -352,13 +351,14 @@ class WorkerPool(Pool):
         queue.failed(attempt, reason)
 
     def _say_waiting(self) -> None:
-        """Say once that there is no room for a worker, if that is what the first one waits for."""
-        if self._looked_for_room:
-            return
-        self._looked_for_room = True
-        if not has_free(*self._each):
-            text = f"no room for a worker yet: each needs {self._needs}, {free_text()}"
-            self._on_event("waiting", f"{text}; waiting {self._start_timeout_s:g} s at most")
+        """Say once that no worker has come, and what each waits for."""
+        if not self._said_waiting:
+            self._said_waiting = True
+            self._on_event(
+                "waiting",
+                f"no worker is ready after {_SILENCE_S:g} s, waiting {self._start_timeout_s:g} s "
+                f"at most: each needs {self._needs}, {free_text()}",
+            )
 
     def _refuse_to_wait(self) -> None:
         if any(seat.attempt is not None or seat.idle for seat in self._seats):

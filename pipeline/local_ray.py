@@ -88,7 +88,9 @@ def token() -> dict[str, str]:
     has is used as it is, and the variable left out.
     """
     forget_token()
-    if _LOADER is None or _LOADER.instance().has_token(ignore_auth_mode=True):
+    # Without any of these there is none, and Ray would complain that it knows no home.
+    asked = any(os.environ.get(name) for name in ("HOME", _TOKEN, f"{_TOKEN}_PATH"))
+    if _LOADER is None or (asked and _LOADER.instance().has_token(ignore_auth_mode=True)):
         return {}
     forget_token()
     return {_TOKEN: secrets.token_hex(32)}
