@@ -16,17 +16,17 @@ as UTF-8, ``runs/läuf`` as ``runs/l%C3%A4uf``.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import ray
-from ray.util import metrics
-
-from pipeline.cluster import dashboard_url
 from pipeline.progress import NOTE, CountedStage, Progress, Stage
+
+if TYPE_CHECKING:
+    from ray.util import metrics
 
 _KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "warning"})
 # What stays as it is in a tag: the printable characters of ASCII but %, which marks the others.
@@ -83,9 +83,11 @@ class MeteredProgress(Progress):
 
     def _has_cluster(self) -> bool:
         """Whether this process has joined a cluster; says once where its dashboard is."""
-        if not ray.is_initialized():
+        if not _in_cluster():
             return False
         if not self._joined:
+            from pipeline.cluster import dashboard_url
+
             self._joined = True
             if url := dashboard_url():
                 self._shown.event(f"Ray's dashboard: {url}")
@@ -108,13 +110,19 @@ def tell_gpu_memory(work: str) -> None:
     """Set the most that this process has allocated on its GPUs; nothing where it has none."""
     import torch
 
-    if ray.is_initialized() and torch.cuda.is_available():
+    if _in_cluster() and torch.cuda.is_available():
         gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on a GPU.", ("work",))
         with contextlib.suppress(RuntimeError):
             gpus = range(torch.cuda.device_count())
             gauge.set(
                 float(max(map(torch.cuda.max_memory_allocated, gpus))), _ascii({"work": work})
             )
+
+
+def _in_cluster() -> bool:
+    """Whether this process has joined a cluster, for which it must have imported Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _ascii(tags: Mapping[str, str]) -> dict[str, str]:
@@ -124,9 +132,13 @@ def _ascii(tags: Mapping[str, str]) -> dict[str, str]:
 
 @cache
 def _gauge(name: str, what: str, tags: tuple[str, ...]) -> metrics.Gauge:
+    from ray.util import metrics
+
     return metrics.Gauge(name, description=what, tag_keys=tags)
 
 
 @cache
 def _counter(name: str, what: str, tags: tuple[str, ...]) -> metrics.Counter:
+    from ray.util import metrics
+
     return metrics.Counter(name, description=what, tag_keys=tags)

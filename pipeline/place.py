@@ -1,28 +1,20 @@
-"""Whether the place where a job runs holds what it asks for: this machine, or a cluster.
+"""What a job asks of the place where it runs, and whether this machine has the GPUs for it.
 
-On this machine a job that asks for more GPUs than there are is refused: none will be added. A
-cluster that is joined may grow, because an autoscaler or a person adds nodes: there the run says
-what it waits for and gives up after a while.
+A job that runs on this machine and asks for more GPUs than there are is refused: none will be
+added. What a cluster that is joined lacks may still come: `pipeline.nodes` waits for it.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 
-import ray
-from ray._private import accelerators
-from ray.util.placement_group import placement_group, remove_placement_group
-
-from pipeline.cluster import cluster_resources, fit_gpus, named_cluster, room_for_workers
 from pipeline.config import JobConfig
-from pipeline.errors import JobError, NoRoomError
+from pipeline.errors import JobError
+from pipeline.process import named_cluster
+from pipeline.sizes import fit_gpus
 
-START_TIMEOUT_S = 900.0
-"""Seconds that a run waits for a cluster to have room."""
-_LOOK_S = 1.0
 # Threads for each core that are no cause for a warning.
 _CROWD = 2
 
@@ -85,7 +77,9 @@ def ranks_of(job: JobConfig) -> Ask:
 
 def runs_here(address: str | None) -> bool:
     """Whether a run given this address starts a Ray of its own on this machine."""
-    return named_cluster(address) is None and not ray.is_initialized()
+    ray = sys.modules.get("ray")
+    joined = ray is not None and ray.is_initialized()
+    return named_cluster(address) is None and not joined
 
 
 def check_gpus(wanted: list[Ask], address: str | None) -> None:
@@ -113,6 +107,7 @@ def gpus_here() -> tuple[int, str]:
     Devices that ``CUDA_VISIBLE_DEVICES`` hides do not count.
     """
     import torch
+    from ray._private import accelerators
 
     manager = accelerators.get_accelerator_manager_for_resource("GPU")
     by_ray = manager.get_current_node_num_accelerators()
@@ -166,47 +161,3 @@ def crowding(job: JobConfig, address: str | None) -> list[str]:
         for ask in asks(job)
         if ask.count and not ask.gpus and ask.count * ask.cpus > _CROWD * cores
     ]
-
-
-def wait_for_nodes(ask: Ask, say: Callable[[str], None]) -> None:
-    """Wait until the nodes of the cluster could hold what is asked for, were nothing else on them.
-
-    Meanwhile the cluster is asked for the place, so that an autoscaler adds nodes.
-
-    Args:
-        ask: what is asked for.
-        say: called with a sentence if there is something to wait for.
-
-    Raises:
-        NoRoomError: the cluster was not large enough in time.
-    """
-    if _holds(ask):
-        return
-    end = time.monotonic() + START_TIMEOUT_S
-    say(f"waiting for nodes, {minutes(START_TIMEOUT_S)} at most: {_too_small(ask)}")
-    bundle = {"CPU": ask.cpus, "GPU": ask.gpus}
-    place = placement_group([{k: v for k, v in bundle.items() if v}] * ask.least)
-    try:
-        while not _holds(ask):
-            if time.monotonic() > end:
-                raise NoRoomError(
-                    f"no nodes came within {minutes(START_TIMEOUT_S)}: {_too_small(ask)}. Add "
-                    f"nodes, or lower {ask.count_key} or {ask.gpus_key}, and run the same job again"
-                )
-            time.sleep(_LOOK_S)
-    finally:
-        remove_placement_group(place)
-
-
-def _holds(ask: Ask) -> bool:
-    return room_for_workers(ask.gpus, cpus_per_worker=ask.cpus) >= ask.least
-
-
-def _too_small(ask: Ask) -> str:
-    cpus, gpus = cluster_resources()
-    return f"{ask} cannot be placed on the cluster, which has {cpus:g} CPU and {gpus:g} GPU in all"
-
-
-def minutes(seconds: float) -> str:
-    """A time as people say it: ``15 minutes``, ``0.5 s``."""
-    return f"{seconds:g} s" if seconds < 120 or seconds % 60 else f"{seconds / 60:g} minutes"

@@ -1,4 +1,4 @@
-"""What a job asks for, against what this machine or a cluster has."""
+"""What a job asks for, against what this machine has."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 from ray._private import accelerators
 
-from pipeline import place
 from pipeline.config import JobConfig, TargetsConfig, UpdateConfig
-from pipeline.errors import JobError, NoRoomError
-from pipeline.place import asks, check_gpus, crowding, ranks_of, wait_for_nodes, workers_of
+from pipeline.errors import JobError
+from pipeline.place import asks, check_gpus, crowding
 
 
 def job(**sections: Any) -> JobConfig:
@@ -159,60 +158,3 @@ def test_a_crowd_is_warned_about(machine: Machine, monkeypatch: pytest.MonkeyPat
     assert "2 workers of 8 CPU each share the 2" in text
     machine.has(8)
     assert crowding(job(targets={"workers": 8, "gpus_per_worker": 1}), None) == []
-
-
-class Nodes:
-    """A cluster whose nodes come after some looks, if they are asked for."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, *later: tuple[float, float]) -> None:
-        self.nodes = [{"CPU": 1.0}]
-        self.later, self.looks = list(later), 0
-        self.asked: list[Any] = []
-        patch.setattr("pipeline.cluster.ray.nodes", self._look)
-        patch.setattr("pipeline.cluster.ray.cluster_resources", self._total)
-        patch.setattr(place, "placement_group", self.asked.append)
-        patch.setattr(place, "remove_placement_group", lambda _: self.asked.append("no more"))
-        patch.setattr(place, "_LOOK_S", 0.001)
-
-    def _look(self) -> list[Any]:
-        self.looks += 1
-        if self.asked and self.later:
-            cpus, gpus = self.later.pop(0)
-            self.nodes.append({"CPU": cpus, "GPU": gpus})
-        return [{"Alive": True, "Resources": node} for node in self.nodes]
-
-    def _total(self) -> dict[str, float]:
-        return {name: sum(n.get(name, 0.0) for n in self.nodes) for name in ("CPU", "GPU")}
-
-
-RANKS = ranks_of(job(update={"ranks": 3, "gpus_per_rank": 1}))
-
-
-def test_nodes_that_may_come_are_asked_for_and_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Nodes(monkeypatch, (8.0, 2.0), (8.0, 1.0))
-    said: list[str] = []
-    wait_for_nodes(RANKS, said.append)
-    assert said == [
-        "waiting for nodes, 15 minutes at most: 3 ranks of 1 CPU and 1 GPU each cannot be placed "
-        "on the cluster, which has 1 CPU and 0 GPU in all"
-    ]
-    assert cluster.asked == [[{"CPU": 1, "GPU": 1.0}] * 3, "no more"]
-
-
-def test_a_run_that_waits_in_vain_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Nodes(monkeypatch, (8.0, 2.0))
-    monkeypatch.setattr(place, "START_TIMEOUT_S", 0.2)
-    with pytest.raises(
-        NoRoomError,
-        match=r"no nodes came within 0\.2 s: 3 ranks of 1 CPU and 1 GPU each cannot be placed on "
-        r"the cluster, which has 9 CPU and 2 GPU in all\. Add nodes, or lower update\.ranks or "
-        r"update\.gpus_per_rank, and run the same job again",
-    ):
-        wait_for_nodes(RANKS, lambda _: None)
-    assert cluster.asked[-1] == "no more"
-
-
-def test_one_worker_is_enough_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Nodes(monkeypatch)
-    wait_for_nodes(workers_of(job(targets={"workers": 9})), lambda _: pytest.fail("it waited"))
-    assert not cluster.asked
