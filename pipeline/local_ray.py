@@ -74,7 +74,7 @@ def _unusable(folder: Path) -> str | None:
 def _unmade(folder: Path) -> str | None:
     """Make the user's own folder around Ray's; why that cannot be done, or None."""
     try:
-        if folder.parent.name == own_folder(folder).name:
+        if folder.parent == own_folder(folder.parent.parent):
             make_own(folder.parent)
     except (OSError, StorageError) as error:
         return str(error)
@@ -88,12 +88,10 @@ def token() -> dict[str, str]:
     has is used as it is, and the variable left out.
     """
     forget_token()
-    # Without any of these there is none, and Ray would complain that it knows no home.
-    asked = any(os.environ.get(name) for name in ("HOME", _TOKEN, f"{_TOKEN}_PATH"))
-    if _LOADER is None or (asked and _LOADER.instance().has_token(ignore_auth_mode=True)):
-        return {}
-    forget_token()
-    return {_TOKEN: secrets.token_hex(32)}
+    home = os.environ.get("HOME")
+    kept = home is not None and os.access(Path(home, ".ray", "auth_token"), os.R_OK)
+    given = any(os.environ.get(name) for name in (_TOKEN, f"{_TOKEN}_PATH"))
+    return {} if kept or given else {_TOKEN: secrets.token_hex(32)}
 
 
 def forget_token() -> None:

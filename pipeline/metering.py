@@ -28,7 +28,7 @@ from pipeline.progress import NOTE, CountedStage, Progress, Stage
 if TYPE_CHECKING:
     from ray.util import metrics
 
-_KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "warning"})
+_KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "waiting", "warning"})
 # What stays as it is in a tag: the printable characters of ASCII but %, which marks the others.
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 _GAUGES = {

@@ -133,14 +133,17 @@ def test_ray_starts_without_a_home_and_with_letters_that_are_not_ascii(tmp_path:
     shutil.rmtree(session, ignore_errors=True)
 
 
-def test_a_token_of_the_user_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    if local_ray._LOADER is None:
-        pytest.skip("this Ray asks for no token")
+def test_a_token_of_the_user_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     assert local_ray.token() == {}
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    monkeypatch.setenv("HOME", "/no/such/home")
+    monkeypatch.setenv("HOME", str(tmp_path))
     first, second = local_ray.token(), local_ray.token()
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
-    local_ray.forget_token()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("mine")
+    assert local_ray.token() == {}
