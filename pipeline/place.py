@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from pipeline.config import JobConfig
+from pipeline.config import EditSettings
 from pipeline.errors import JobError
 from pipeline.process import named_cluster
 from pipeline.sizes import fit_gpus
@@ -54,12 +54,12 @@ class Ask:
         )
 
 
-def asks(job: JobConfig) -> list[Ask]:
+def asks(job: EditSettings) -> list[Ask]:
     """The workers and the ranks of a job."""
     return [workers_of(job), ranks_of(job)]
 
 
-def workers_of(job: JobConfig) -> Ask:
+def workers_of(job: EditSettings) -> Ask:
     """The workers that compute a job's targets."""
     targets = job.targets
     count = None if targets.workers == "auto" else targets.workers
@@ -68,7 +68,7 @@ def workers_of(job: JobConfig) -> Ask:
     return Ask("worker", count, threads, targets.gpus_per_worker, *keys)
 
 
-def ranks_of(job: JobConfig) -> Ask:
+def ranks_of(job: EditSettings) -> Ask:
     """The ranks of a job's update."""
     update = job.update
     count = None if update.ranks == "auto" else update.ranks
@@ -146,7 +146,7 @@ def _fault(ask: Ask, here: int, known: str) -> str | None:
     )
 
 
-def crowding(job: JobConfig, address: str | None) -> list[str]:
+def crowding(job: EditSettings, address: str | None) -> list[str]:
     """Warnings about workers or ranks that are too many for this machine's cores, if it runs here.
 
     They are no error: what is computed does not depend on how many compute it.

@@ -57,6 +57,7 @@ from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
 from pipeline.overlap import locate, refuse_overlap
 from pipeline.ownership import MODEL, STATUS
+from pipeline.place import asks, check_gpus
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
@@ -130,6 +131,7 @@ def refresh(
         CurrentMovedError: CURRENT was moved while the night was under way.
         PMETError: a stage failed; the same call takes the night up again.
     """
+    check_gpus(asks(config), address)
     home = Home(config.home)
     now = datetime.now(UTC)
     day = night or _today(config, now)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from ray._private import accelerators
 
-from pipeline.config import JobConfig, TargetsConfig, UpdateConfig
+from pipeline.config import EditSettings, TargetsConfig, UpdateConfig
 from pipeline.errors import JobError
 from pipeline.place import asks, check_gpus, crowding
 
 
-def job(**sections: Any) -> JobConfig:
+def job(**sections: Any) -> EditSettings:
     """The settings of a job that say who computes."""
     found = SimpleNamespace(
         targets=TargetsConfig(**sections.get("targets", {})),
         update=UpdateConfig(**sections.get("update", {})),
     )
-    return cast(JobConfig, found)
+    return cast(EditSettings, found)
 
 
 class Machine:
@@ -45,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def refused(wanted: JobConfig, address: str | None = None) -> str | None:
+def refused(wanted: EditSettings, address: str | None = None) -> str | None:
     try:
         check_gpus(asks(wanted), address)
     except JobError as error:
