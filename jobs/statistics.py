@@ -27,6 +27,7 @@ from pmet.hparams import PMETHyperParams
 AUTO = "auto"
 THREADS = 1
 """Of each worker: their number decides how sums are split, and so the last bits."""
+_DIGITS = 9
 
 
 def compute_statistics(
@@ -149,7 +150,7 @@ def _layers(hparams: str | None, layers: str | None) -> PMETHyperParams:
     if hparams is not None:
         return load_hparams(hparams)
     numbers = [part.strip() for part in (layers or "").split(",")]
-    if not all(number.isdecimal() for number in numbers):
+    if not all(number.isdecimal() and len(number) <= _DIGITS for number in numbers):
         raise JobError(f"--layers: {layers!r} is no list of layers; write it as 3,4,5")
     return PMETHyperParams.from_dict({"layers": list(map(int, numbers))}, source="--layers")
 

@@ -21,6 +21,7 @@ from pipeline.requests import REQUEST_COLUMNS, Repeats
 from pipeline.schema import with_columns
 from pipeline.store import expand, read_file
 from pmet.errors import RequestError
+from pmet.json_text import parse_records, repeated_key
 from pmet.request import TEXT_LISTS, EditRequest
 
 FORMATS = {module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit)}
@@ -96,10 +97,10 @@ def _records(file: str) -> list[Any]:
 def _parsed(text: str) -> Iterator[Any]:
     """The records of a JSON list, of lines with one record each, or a single record."""
     if text.lstrip().startswith("["):
-        yield from json.loads(text)
+        yield from parse_records(text)
         return
     try:
-        yield json.loads(text)
+        yield parse_records(text)
         return
     except ValueError:
         # Lines of JSON, or the loop says in which line it is none.
@@ -107,7 +108,7 @@ def _parsed(text: str) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield parse_records(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
 
@@ -130,13 +131,16 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
 
 
 def _parts(record: Any, format_: Format) -> Iterator[Any]:
-    return format_.parts(record) if isinstance(record, dict) else iter([record])
+    whole = isinstance(record, dict) and repeated_key(record) is None
+    return format_.parts(record) if whole else iter([record])
 
 
 def _outcome(part: Any, row: int, format_: Format) -> tuple[EditRequest, Edit] | str:
     """The request that a part of a record asks for, or the reason why there is none."""
     if not isinstance(part, dict):
         return f"the record is {type(part).__name__}, not an object with fields"
+    if (key := repeated_key(part)) is not None:
+        return f"key {key!r} is given twice in the record; keep one of them"
     try:
         edit = format_.edit(part, row)
         return EditRequest(**edit.request), edit

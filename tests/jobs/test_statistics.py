@@ -62,6 +62,7 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
         ({"--hparams": "gpt-j-6b"}, "either --hparams (a preset or a file) or --layers"),
         ({"--layers": "1;2"}, "--layers: '1;2' is no list of layers; write it as 3,4,5"),
         ({"--layers": "2,1"}, "ascending"),
+        ({"--layers": "9" * 5000}, "is no list of layers"),
         ({"--layers": "99"}, "99"),
         ({"--layers": None, "--hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
         ({"--workers": "many"}, "--workers: 'many' is neither auto nor a whole number"),

@@ -225,6 +225,16 @@ def test_a_record_that_cannot_be_converted_is_kept_with_its_reason(
     assert json.loads(rejected["record"]) == bad | at_fault
 
 
+@pytest.mark.parametrize("record", [COUNTERFACT, ZSRE, MQUAKE, EASYEDIT])
+@pytest.mark.parametrize("form", ["[{}, {}]", "{}\n{}"], ids=["list", "lines"])
+def test_a_record_with_a_key_given_twice_is_kept_with_its_reason(convert, record, form):
+    good = json.dumps(record)
+    found, requests, (rejected,) = convert(form.format(good, good[:-1] + ', "note": 1, "note": 2}'))
+    assert found.converted == len(requests) >= 1
+    assert rejected["reason"] == "key 'note' is given twice in the record; keep one of them"
+    assert json.loads(rejected["record"]) == record | {"note": 2}
+
+
 def test_the_subject_may_touch_what_is_no_letter(convert):
     records = [
         ZSRE | {"src": "Where's Rome's mayor?", "subject": "Rome"},
