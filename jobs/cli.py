@@ -8,6 +8,8 @@ The heavy libraries are imported inside the commands, so that ``--help`` answers
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -95,7 +97,7 @@ def run(
 
     config = load_job(job, settings or [])
     if dry_run:
-        _show_what_would_run(config, estimate=not no_estimate)
+        _show_what_would_run(config, address, estimate=not no_estimate)
         return
     from pipeline.progress import LineProgress, RichProgress
     from pipeline.run import run_job
@@ -108,14 +110,18 @@ def run(
         raise typer.Exit(3)
 
 
-def _show_what_would_run(config: JobConfig, *, estimate: bool) -> None:
+def _show_what_would_run(config: JobConfig, address: str | None, *, estimate: bool) -> None:
     from jobs.views import show_estimate, show_plan
     from pipeline.errors import JobError
     from pipeline.estimate import estimate as estimated
+    from pipeline.place import asks, check_gpus, crowding
     from pipeline.plan import make_plan
 
+    check_gpus(asks(config), address)
     plan = make_plan(config)
     show_plan(plan, out)
+    for text in crowding(config, address):
+        out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
     if not estimate:
         return
     try:
@@ -255,12 +261,25 @@ def report(
 def main() -> None:
     """Entry point of the console script."""
     try:
+        _prepare()
         app(standalone_mode=True)
     except KeyboardInterrupt:
         err.print("interrupted; run the same command again to go on from here", style="yellow")
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - sorted by class below, anything unknown is raised
         sys.exit(_explain(error))
+
+
+def _prepare() -> None:
+    """Have names of any letters printed, and libraries use folders that can be written."""
+    from pipeline.user_folders import libraries_environment
+
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may know fewer letters than a path has, and a path letters that none knows.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Before any of the libraries is imported.
+    os.environ.update(libraries_environment())
 
 
 @contextmanager

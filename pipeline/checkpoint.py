@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +23,7 @@ import torch
 from pipeline.copies import is_hub_id, localized
 from pipeline.errors import ModelError, StorageError
 from pipeline.store import CHUNK_BYTES, Store
+from pipeline.user_folders import hub_cache, make_cache
 from pipeline.weight_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -411,8 +413,15 @@ def _hub_snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    files = list(_HUB_FILES)
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        if (cache := hub_cache()) is None:
+            return Path(snapshot_download(model, allow_patterns=files))
+        # An image may bring the model along, in a folder that nothing can be added to.
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
+        make_cache(cache)
+        return Path(snapshot_download(model, allow_patterns=files, cache_dir=cache))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

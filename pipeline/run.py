@@ -27,6 +27,7 @@ from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
 from pipeline.metering import MeteredProgress
 from pipeline.ownership import CARD, MODEL, STATUS, refuse_foreign_folder
+from pipeline.place import asks, check_gpus, crowding
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import NOTE, Progress
 from pipeline.report import write_report
@@ -37,6 +38,7 @@ from pipeline.serial import SerialCrew
 from pipeline.stages import (
     Context,
     FoundTargets,
+    check_ranks,
     collect_moments,
     publish_model,
     published_model,
@@ -97,23 +99,25 @@ def run_job(
     """
     progress = progress or Progress()
     with progress.stage("plan"):
-        plan = plan_run(job, beside=beside)
+        plan = plan_run(job, address=address, beside=beside)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
 
 
-def plan_run(job: JobConfig, *, beside: Sequence[str] = ()) -> Plan:
+def plan_run(job: JobConfig, *, address: str | None = None, beside: Sequence[str] = ()) -> Plan:
     """The plan of a job that is about to run.
 
     Where no request can be edited, ``rejected.parquet`` in the run folder says why of each.
 
     Args:
         job: the job.
+        address: Ray cluster to run on; the job's GPUs have to be on this machine if None.
         beside: names in the run folder that the caller wrote for this run.
 
     Raises:
         InputError: the job cannot be run as it is.
         StorageError: something cannot be read.
     """
+    check_gpus(asks(job), address)
     try:
         return make_plan(job, beside=beside)
     except NothingToEditError as error:
@@ -198,6 +202,8 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    for text in crowding(plan.job, address):
+        on_event("warning", text)
     if sentence := ignored_sentence(plan.hparams):
         on_event("warning", f"{plan.job.hparams}: {sentence}")
     for note in plan.table.notes:
@@ -250,6 +256,7 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _run_stages(run: Context) -> RunResult:
+    check_ranks(run)
     templates = write_templates(run)
     collect_moments(run)
     found = find_targets(run, templates, find_known(run))

@@ -57,6 +57,7 @@ from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
 from pipeline.overlap import locate, refuse_overlap
 from pipeline.ownership import MODEL, STATUS
+from pipeline.place import asks, check_gpus
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
@@ -130,6 +131,7 @@ def refresh(
         CurrentMovedError: CURRENT was moved while the night was under way.
         PMETError: a stage failed; the same call takes the night up again.
     """
+    check_gpus(asks(config), address)
     home = Home(config.home)
     now = datetime.now(UTC)
     day = night or _today(config, now)
@@ -277,7 +279,7 @@ class _Work:
         plan = None
         if len(requests):
             with self._progress.stage("plan"):
-                plan = plan_run(job, beside=NIGHT_FILES)
+                plan = plan_run(job, address=address, beside=NIGHT_FILES)
         self._said["settings"] = _settings(job, self._config)
         if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
             self._home.discard(self._night.version)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -98,13 +100,37 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
     assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
 
 
-def test_a_dry_run_of_a_job_for_gpus_is_one_on_a_machine_without_too(
+@pytest.mark.parametrize("section", ["targets.gpus_per_worker", "update.gpus_per_rank"])
+def test_a_job_for_gpus_is_refused_on_a_machine_without(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for options in (["--dry-run", "--no-estimate"], ["--dry-run"], []):
+        status, _, err = pmet("run", job(), *options, "--set", f"{section}=1")
+        assert status == 2
+        assert f"{section}: 1, but this machine has no GPU" in err
+        assert f"set {section} to 0, to compute on CPUs, or run on" in err
+
+
+def test_a_dry_run_of_a_job_for_a_clusters_gpus_is_one_on_a_machine_without_too(
     pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    status, out, _ = pmet("run", job(), "--dry-run", "--set", "targets.gpus_per_worker=1")
+    there = ["--dry-run", "--address", "head:6379"]
+    status, out, _ = pmet("run", job(), *there, "--set", "targets.gpus_per_worker=1")
     assert status == 0
     assert "no estimate: the job wants GPUs and this machine has none" in out
+
+
+def test_a_dry_run_warns_of_more_processes_than_cores_can_serve(
+    pmet: Invoke, job: Callable[..., Path]
+) -> None:
+    many = ["--set", "targets.workers=1000", "--set", "update.ranks=1000"]
+    status, out, _ = pmet("run", job(), "--dry-run", "--no-estimate", *many)
+    assert status == 0
+    for key, what in (("targets.workers", "workers"), ("update.ranks", "ranks")):
+        assert f"warning: {key}: 1000 {what} of 1 CPU each share the" in out
 
 
 def test_a_dry_run_says_how_many_requests_share_a_key(
@@ -426,3 +452,14 @@ def test_the_demo_takes_no_folder_of_the_users(pmet: Invoke, tmp_path: Path) -> 
     status, _, err = pmet("demo", "--output", tmp_path)
     assert (status, "holds inputs and is not a run folder" in err) == (2, True)
     assert (tmp_path / "inputs" / "requests.parquet").read_text() == "mine"
+
+
+def test_a_terminal_of_ascii_shows_names_of_any_letters(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    status, _, _ = pmet("run", job(output=str(tmp_path / "läuf")), "--dry-run", "--no-estimate")
+    sys.stdout.flush()
+    assert status == 0
+    assert f"output: {tmp_path}/l\\xe4uf" in written.getvalue().decode("ascii")

@@ -156,3 +156,15 @@ def test_a_folder_that_is_no_home_is_refused(pmet: Invoke, tmp_path: Path) -> No
     for command in (["versions"], ["rollback"], ["facts", "ledger"]):
         status, _, err = pmet(*command, tmp_path)
         assert (status, "is no home of versions" in err) == (2, True)
+
+
+def test_a_night_on_gpus_that_are_not_there_is_refused(
+    pmet: Invoke, refresh_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = ["--set", f"home={tmp_path / 'new'}", "--set", "update.gpus_per_rank=1"]
+    status, _, err = pmet("refresh", refresh_file, *settings)
+    assert status == 2
+    assert "update.gpus_per_rank: 1, but this machine has no GPU" in err
+    assert not (tmp_path / "new").exists()
