@@ -52,7 +52,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setattr(serial, "Replica", Worker)
     monkeypatch.setattr(Worker, "held", 0)
     targets = SimpleNamespace(workers=0, threads_per_worker=2)
-    job = SimpleNamespace(targets=targets, update=None, in_this_process=True)
+    job = SimpleNamespace(targets=targets, update=None)
     return cast(Plan, SimpleNamespace(job=job, base="base"))
 
 
