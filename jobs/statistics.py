@@ -11,6 +11,8 @@ from rich.table import Table
 
 from pipeline.config import is_part_or_whole
 from pipeline.errors import JobError
+from pipeline.job_places import model_places, pattern_places
+from pipeline.overlap import refuse_overlap
 from pipeline.plan import load_hparams
 from pipeline.pool import Pool, SerialPool, run_all
 from pipeline.progress import Progress
@@ -56,6 +58,8 @@ def compute_statistics(
         raise JobError(
             f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1, nor whole"
         )
+    read = [("model", model_places(model)), ("corpus", pattern_places(corpus))]
+    refuse_overlap(("--output", output), read)
     with progress.stage("plan"):
         job = plan_statistics(
             model,

@@ -365,14 +365,18 @@ class JobConfig(EditSettings, _Places):
     """One run: which facts go into which model, and how."""
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
+        """SHA-256, in hexadecimal, of the settings that the edited weights depend on."""
+        return digest_of(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the edited weights depend on, as JSON values.
 
         Left out are where results go and are tracked, what is measured and demanded of them, and
         which machines compute: the numbers of workers, ranks, threads and GPUs, the time that they
         have, and offloading; and the store of targets, which has the same ones. The contents of
         files that are named are not read here.
         """
-        values = self.model_dump(
+        return self.model_dump(
             mode="json",
             include={
                 "model": True,
@@ -387,7 +391,6 @@ class JobConfig(EditSettings, _Places):
                 "update": {"shard_size"},
             },
         )
-        return digest_of(values)
 
 
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
