@@ -21,6 +21,7 @@ import torch
 from pipeline.copies import is_hub_id, localized
 from pipeline.errors import ModelError
 from pipeline.store import CHUNK_BYTES, Store
+from pmet.errors import NotFiniteError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -206,6 +207,7 @@ def publish(
 
     Raises:
         ModelError: an edited tensor has not the shape it had.
+        NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
     """
     store.delete(folder)
     for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
@@ -221,10 +223,21 @@ def publish(
 
 def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
     data = tensor.to(stored.dtype).contiguous()
+    _check_finite(stored.name, data)
     if tuple(data.shape) != stored.shape or data.nbytes != stored.size:
         raise ModelError(f"{stored.name} became {tuple(data.shape)}, it was {stored.shape}")
     target.seek(stored.start)
     target.write(data.view(torch.uint8).numpy().tobytes())
+
+
+def _check_finite(name: str, data: torch.Tensor) -> None:
+    """The last guard: what is not a number is never published, whatever computed it."""
+    if not torch.isfinite(data).all():
+        raise NotFiniteError(
+            f"the edited tensor {name} holds NaN or infinity as {data.dtype} and is not "
+            "published; lower clamp_norm_factor or v_lr in the hyper-parameters, or store the "
+            "model in a wider dtype"
+        )
 
 
 def _stored_tensors(file: Path) -> Sequence[StoredTensor]:

@@ -21,6 +21,16 @@ def added(number: int | float) -> float:
     return total.item()
 
 
+def largest(number: float) -> float:
+    """The largest of a number over all ranks, in float64; infinite where any of them is NaN."""
+    # Backends disagree about NaN in a maximum.
+    most = torch.tensor(number, dtype=torch.float64, device=_device()).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
+
+
 def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
     """The largest number of steps that any rank of the group has: all must run as many.
 
