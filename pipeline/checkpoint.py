@@ -158,15 +158,20 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of configuration, tokenizer and weights."""
-        names = [name for name in self.files() if name.endswith(_DIGESTED)]
+        names = list(filter(is_digested, self.files()))
         with ThreadPoolExecutor() as threads:
             contents = threads.map(lambda name: _file_digest(self.folder / name), names)
             return digest_of_files(dict(zip(names, contents, strict=True)))
 
 
+def is_digested(name: str) -> bool:
+    """Whether a file of this name is part of a model's digest."""
+    return name.endswith(_DIGESTED)
+
+
 def digest_of_files(digests: Mapping[str, str]) -> str:
     """The digest of a model (`Checkpoint.digest`) from the SHA-256 of each of its files."""
-    listing = [[name, digests[name]] for name in sorted(digests) if name.endswith(_DIGESTED)]
+    listing = [[name, digests[name]] for name in sorted(digests) if is_digested(name)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 

@@ -86,9 +86,7 @@ def check_fits(
     )
 
 
-def _refuse(
-    name: str, original: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype
-) -> NoReturn:
+def _refuse(name: str, original: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> NoReturn:
     largest = _sum(original, delta).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
     before = original.double().norm().item()
     share = delta.double().norm().item() / before if before else math.inf

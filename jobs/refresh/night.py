@@ -37,6 +37,7 @@ from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requ
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
+from pipeline.finite import checked_digest
 from pipeline.folder import MODEL, STATUS
 from pipeline.lease import Lease
 from pipeline.model_cache import default_cache
@@ -282,6 +283,7 @@ class _Work:
         if plan is None:
             self._lease.check()
             base = Checkpoint.open(open_model_folder(self._config.model, default_cache()))
+            checked_digest(base)
             publish(base, (), _untouched, self._store, self._path(MODEL), on_file=lambda _: None)
             return None
         # What another dump or other settings have left here is of no use.
