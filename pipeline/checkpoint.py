@@ -21,6 +21,7 @@ import torch
 from pipeline.copies import is_hub_id, localized
 from pipeline.errors import ModelError
 from pipeline.store import CHUNK_BYTES, Store
+from pmet.errors import NotFiniteError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -157,15 +158,20 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of configuration, tokenizer and weights."""
-        names = [name for name in self.files() if name.endswith(_DIGESTED)]
+        names = list(filter(is_digested, self.files()))
         with ThreadPoolExecutor() as threads:
             contents = threads.map(lambda name: _file_digest(self.folder / name), names)
             return digest_of_files(dict(zip(names, contents, strict=True)))
 
 
+def is_digested(name: str) -> bool:
+    """Whether a file of this name is part of a model's digest."""
+    return name.endswith(_DIGESTED)
+
+
 def digest_of_files(digests: Mapping[str, str]) -> str:
     """The digest of a model (`Checkpoint.digest`) from the SHA-256 of each of its files."""
-    listing = [[name, digests[name]] for name in sorted(digests) if name.endswith(_DIGESTED)]
+    listing = [[name, digests[name]] for name in sorted(digests) if is_digested(name)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -207,6 +213,7 @@ def publish(
 
     Raises:
         ModelError: an edited tensor has not the shape it had.
+        NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
     """
     for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
         patches = [t for t in checkpoint.tensors.values() if t.file == name and t.name in names]
@@ -221,10 +228,21 @@ def publish(
 
 def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
     data = tensor.to(stored.dtype).contiguous()
+    _check_finite(stored.name, data)
     if tuple(data.shape) != stored.shape or data.nbytes != stored.size:
         raise ModelError(f"{stored.name} became {tuple(data.shape)}, it was {stored.shape}")
     target.seek(stored.start)
     target.write(data.view(torch.uint8).numpy().tobytes())
+
+
+def _check_finite(name: str, data: torch.Tensor) -> None:
+    """The last guard: what is not a number is never published, whatever computed it."""
+    if not torch.isfinite(data).all():
+        raise NotFiniteError(
+            f"the edited tensor {name} holds NaN or infinity as {data.dtype} and is not "
+            "published; lower clamp_norm_factor or v_lr in the hyper-parameters, or store the "
+            "model in a wider dtype"
+        )
 
 
 def _stored_tensors(file: Path) -> Sequence[StoredTensor]:

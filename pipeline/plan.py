@@ -23,6 +23,7 @@ from pipeline.corpus import Corpus, read_corpus
 from pipeline.digest import digest_of
 from pipeline.errors import JobError, ModelError, NothingToEditError, StorageError
 from pipeline.evaluation import Last, check_evaluation
+from pipeline.finite import checked_digest
 from pipeline.job_places import refuse_overlaps
 from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.moments import check_moments, is_file_name
@@ -150,7 +151,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         raise NothingToEditError(
             f"none of {len(table.table)} requests can be edited: {reasons}", table.rejected_table()
         )
-    digest = checkpoint.digest()
+    digest = checked_digest(checkpoint)
     corpus = _corpus(job, tokenizer, skeleton.config)
     _check_second_moments(job, layout, hparams.layers, digest)
     columns = table.table.column_names

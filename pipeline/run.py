@@ -32,7 +32,7 @@ from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
 from pipeline.run_record import NO_TARGET
-from pipeline.schema import Rejection
+from pipeline.schema import Rejection, RequestTable
 from pipeline.serial import SerialCrew
 from pipeline.stages import (
     Context,
@@ -44,7 +44,7 @@ from pipeline.stages import (
     write_templates,
 )
 from pipeline.store import Store
-from pipeline.target_stage import find_targets
+from pipeline.target_stage import find_targets, refuse_without_edits
 from pipeline.tasks import OnEvent
 from pipeline.tracking import Tracking, trackers_of
 from pmet.errors import InputError, PMETError
@@ -248,6 +248,9 @@ def _run_stages(run: Context) -> RunResult:
     templates = write_templates(run)
     collect_moments(run)
     found = find_targets(run, templates, find_known(run))
+    if not found.edited(run.plan.table.rows) and len(found.known) < len(run.plan.table.rows):
+        run.store.write_table("rejected.parquet", _concluded(run.plan, found).rejected_table())
+        refuse_without_edits(run, found)
     # By now the ranks of the update are starting, and need a while.
     before = measure(run, "before", run.plan.base)
     reports = update(run, templates, found)
@@ -262,6 +265,13 @@ def _run_stages(run: Context) -> RunResult:
     return _conclude(run, found, before, after, kept)
 
 
+def _concluded(plan: Plan, found: FoundTargets) -> RequestTable:
+    """The input with all rejections: those of the plan, and requests without a target."""
+    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
+    rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
+    return dataclasses.replace(plan.table, rejected=rejected)
+
+
 def _conclude(
     run: Context,
     found: FoundTargets,
@@ -272,9 +282,7 @@ def _conclude(
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
     run.folder.check()
-    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
-    rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
-    table = dataclasses.replace(plan.table, rejected=rejected)
+    table = _concluded(plan, found)
     edited = sorted(found.edited(table.rows))
     metrics = model_metrics(before, after, edited)
     measured = {"before": before.rows, "after": after.rows}
@@ -285,7 +293,7 @@ def _conclude(
         metrics["last"] = dataclasses.asdict(plan.last)
     metrics["counts"] = {
         "requested": len(table.table),
-        "rejected": len(rejected),
+        "rejected": len(table.rejected),
         "edited": len(edited),
     }
     if plan.job.skip_known:

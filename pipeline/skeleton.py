@@ -78,6 +78,17 @@ def skeleton_with_buffers(
     return model.eval(), _places(model, stored)
 
 
+def unread(checkpoint: Checkpoint, model: Any) -> set[str]:
+    """Names of stored tensors that ``model``, a skeleton of the checkpoint, does not read.
+
+    Old releases stored masks, in 16 bits of −∞; what is fused or split while loading is read.
+    """
+    renamed = _in_todays_names(checkpoint, model)
+    found = (renamed.stored(name, model.base_model_prefix) for name in model.state_dict())
+    read = {tensor.name for tensor in found if tensor is not None}
+    return {tensor.name for tensor in renamed.tensors.values()} - read
+
+
 def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with its tensors named as they are loaded: names of old files have changed.
 

@@ -109,7 +109,10 @@ class Rank:
         start, stop = owned_slice(parameter)
         change = delta.flatten()[start:stop]
         expected = [part.square().sum() for part in (change, kept, after - kept - change)]
-        return torch.tensor(squares, dtype=torch.float64).sum(0), torch.stack(expected)
+        expected.append((kept + change).abs().max())
+        *sums, largest = torch.tensor(squares, dtype=torch.float64).T
+        found = [*(column.sum() for column in sums), largest.max()]
+        return torch.stack(found), torch.stack(expected)
 
     def refusal(self, method, *args):
         """The error that a method raises, as the ranks that share a group go on after it."""

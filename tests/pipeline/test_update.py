@@ -88,6 +88,7 @@ def updated(
         run=store,
         device="cpu",
         dtype=torch.float32,
+        stored=dict.fromkeys(golden.hparams.layers, torch.float32),
         offload="none",
     )
     shards = shards_of(store, requests, targets_EV)
