@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import dump_job
-from pipeline.figures import duration, read_gate
+from pipeline.figures import duration, is_number, read_gate, show_special
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
@@ -85,19 +85,26 @@ def show_scores(
         table.add_row(name, *(percent(m[k]) for k in (name, strict) for m in (before, after)))
     table.add_row("score", percent(before["score"]), percent(after["score"]), "", "")
     if after.get("perplexity") is not None:
-        values = [f"{m['perplexity']:.3f}" for m in (before, after) if m.get("perplexity")]
+        values = [plain(m.get("perplexity")) for m in (before, after)]
         table.add_row("perplexity", *values, "", "")
     console.print(table)
 
 
 def percent(value: float | None) -> str:
     """A fraction as people read it; a dash where it was not measured."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if is_number(value) else show_special(value)
+
+
+def plain(value: float | None) -> str:
+    """A bare number as people read it."""
+    return f"{value:.3f}" if is_number(value) else show_special(value)
 
 
 def gate_text(gate: Mapping[str, Any]) -> str:
     """What a gate saw, and what it asks for."""
     read = read_gate(gate)
+    if gate.get("note"):
+        return f"{read.metric} is {read.reached}; the gate asks for {read.asked}"
     return f"{read.figure} is {read.reached}, the gate asks for {read.asked}"
 
 

@@ -235,8 +235,13 @@ class Replica:
             batch_size=batch_size,
             memory=int(room_beside(self._model, layout, hparams.target_layer) * share),
         )
+        first = found.first_losses
         table = targets_table(
-            list(rows), found.values.numpy(), found.steps.numpy(), found.losses.numpy()
+            list(rows),
+            found.values.numpy(),
+            found.steps.numpy(),
+            found.losses.numpy(),
+            None if first is None else first.numpy(),
         )
         file = f"{name}-{uuid4().hex}.parquet"
         output.write_table(file, table)

@@ -34,7 +34,10 @@ def test_every_figure_that_is_measured_has_a_name_and_a_meaning() -> None:
         ("perplexity", 1234.6, "1,235"),
         ("perplexity", 2.2347, "2.235"),
         ("something new", 0.5, "0.5"),
-        *(("efficacy", nothing, "–") for nothing in (None, math.nan, math.inf, True, "0.5", [])),
+        *(("efficacy", nothing, "–") for nothing in (None, True, "0.5", [])),
+        ("efficacy", math.nan, "undefined"),
+        ("perplexity", math.inf, "∞"),
+        ("fluency", -math.inf, "−∞"),
     ],
 )
 def test_values_are_shown_in_their_unit(name: str, value: Any, shown: str) -> None:

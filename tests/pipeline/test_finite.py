@@ -1,4 +1,4 @@
-"""A base with values that are not finite is refused by name, and the check costs next to nothing."""
+"""A base with values that are not finite is refused by name, wherever it is opened."""
 
 from __future__ import annotations
 
