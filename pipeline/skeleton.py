@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint, StoredTensor
@@ -21,7 +22,15 @@ from pipeline.errors import ModelError
 # Said aloud: where nothing is said, transformers asks at the terminal whether to run such code.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 # What transformers raises where a file of a model is not what it should be.
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, RecursionError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    TypeError,
+    RecursionError,
+    StrictDataclassError,
+)
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:

@@ -27,6 +27,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from pipeline import run
 from pipeline.config import JobConfig, load_job
 from pipeline.report import write_report
 from pipeline.run import RunResult, run_job
@@ -136,10 +137,10 @@ def odd(draw: random.Random) -> float:
     return draw.choice(draw.choice((NOT_FINITE, NOT_FINITE, TINY, HUGE, ODD)))
 
 
-def spoil(draw: random.Random, tensor: torch.Tensor, value: float) -> torch.Tensor:
+def spoil(draw: random.Random, tensor: torch.Tensor, value: Any) -> torch.Tensor:
     """A copy with an odd number in one place, a row, or everywhere."""
     spoilt = tensor.clone()
-    flat = spoilt.view(-1)
+    flat, value = spoilt.view(-1), torch.tensor(value, dtype=torch.float64).to(tensor.dtype)
     match draw.randrange(4):
         case 0 | 1:
             flat[draw.randrange(len(flat))] = value
@@ -402,15 +403,11 @@ PLACES: tuple[Callable[[random.Random, Job], list[str]], ...] = (
 def outcome(job: Job, overrides: list[str]) -> str:
     """How a job ends: of the four ways that are allowed, which; anything else is raised."""
     try:
-        result = run_job(job.load(overrides))
-    except InputError as error:
+        ended = check_result(run_job(job.load(overrides)))
+    except InputError:
         ended = "refused"
-        assert str(error)
-    except PMETError as error:
+    except PMETError:
         ended = "failed with a sentence"
-        assert str(error)
-    else:
-        ended = check_result(result)
     check_published(job.path("out") / "model", ended)
     return ended
 
@@ -418,11 +415,18 @@ def outcome(job: Job, overrides: list[str]) -> str:
 def check_result(result: RunResult) -> str:
     """What a job that has ended well or was held back leaves, and how it ended."""
     for name in ("metrics.json", "run.json"):
-        json.loads(result.folder.read_bytes(name))
-    write_report(result.folder)
+        json.loads(result.folder.read_bytes(name), parse_constant=no_json)
     if result.status == "held":
         return "held back by a gate"
     return "set rows aside" if result.metrics["counts"]["rejected"] else "complete"
+
+
+def no_json(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def no_report(_: Store) -> None:
+    """Draw nothing."""
 
 
 def check_published(model: Path, ended: str) -> None:
@@ -436,11 +440,15 @@ def check_published(model: Path, ended: str) -> None:
         assert tensor.float().isfinite().all(), (ended, name, "read as float32")
 
 
-def try_jobs(site: Site, folder: Path, seeds: range) -> Counter[tuple[str, str]]:
+def try_jobs(
+    site: Site, folder: Path, seeds: range, monkeypatch: pytest.MonkeyPatch
+) -> Counter[tuple[str, str]]:
     """Try jobs, one a seed; returns how they ended, by place."""
     ended: Counter[tuple[str, str]] = Counter()
     for seed in seeds:
         draw = random.Random(seed)
+        # Most of a small job's time goes into drawing.
+        monkeypatch.setattr(run, "write_report", write_report if seed % 10 < 2 else no_report)
         place = PLACES[seed % len(PLACES)]
         job = site.job(folder / str(seed))
         overrides = place(draw, job)
@@ -454,7 +462,9 @@ def try_jobs(site: Site, folder: Path, seeds: range) -> Counter[tuple[str, str]]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_odd_number_ends_in_a_model_that_is_not_finite(site: Site, tmp_path: Path) -> None:
-    ended = try_jobs(site, tmp_path, range(COUNT))
+def test_no_odd_number_ends_in_a_model_that_is_not_finite(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = try_jobs(site, tmp_path, range(COUNT), monkeypatch)
     if 50 * len(PLACES) <= COUNT:
         assert {how for _, how in ended} >= {"complete", "refused", "failed with a sentence"}
