@@ -51,6 +51,7 @@ from pipeline.target_stage import find_targets, refuse_without_edits
 from pipeline.tasks import OnEvent
 from pipeline.tracking import Tracking, trackers_of
 from pmet.errors import InputError, PMETError
+from pmet.hparams import ignored_sentence
 
 JOB, REJECTED = "job.yaml", "rejected.parquet"
 _SHOWN_VALUE = 60
@@ -200,6 +201,8 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    if sentence := ignored_sentence(plan.hparams):
+        on_event("warning", f"{plan.job.hparams}: {sentence}")
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:

@@ -18,7 +18,16 @@ from pipeline.run import RunResult, run_job
 from pipeline.schema import read_targets
 from pmet import Edit, EditRequest, evaluate
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
+from tests.e2e.conftest import (
+    BAD_ROWS,
+    GOOD_ROWS,
+    Runner,
+    assert_same_targets,
+    assert_same_weights,
+    facts,
+    job,
+    targets_by_row,
+)
 
 # A process that opens a model takes seconds: only where their number matters are there several.
 FEWEST = {"targets": {"workers": 1}, "update": {"ranks": 1}}
@@ -105,6 +114,29 @@ def test_every_row_is_in_results_or_rejected(run: Runner) -> None:
         "edited": GOOD_ROWS,
     }
     assert {r["note"] for r in results} == {f["note"] for f in facts()}
+
+
+def test_a_hyper_parameter_file_of_memit_gives_the_same_targets_and_weights(
+    run: Runner, tmp_path: Path
+) -> None:
+    memit = json.loads((GOLDEN / "gpt2" / "hparams.json").read_text()) | {
+        "attn_module_tmp": "transformer.h.{}.attn",
+        "mlp_module_tmp": "transformer.h.{}.mlp",
+        "alg_name": "AlphaEdit",
+        "nullspace_threshold": 0.02,
+    }
+    del memit["rewrite_module_tmps"], memit["nll_loss_factor"]
+    path = tmp_path / "memit.json"
+    path.write_text(json.dumps(memit))
+    here = {"targets": {"workers": 0}, "update": {"ranks": 0}}
+    expected, found = run(), run(hparams=str(path), **here)
+    assert_same_targets(targets_by_row(expected.folder), targets_by_row(found.folder))
+    assert_same_weights(weights(expected), weights(found))
+    said = [event["text"] for event in run_json(found)["events"] if event["kind"] == "warning"]
+    assert said == [
+        f"{path}: these hyper-parameters of other methods and tools have no effect here: "
+        "alg_name, nullspace_threshold"
+    ]
 
 
 def test_the_published_model_knows_the_facts(run: Runner) -> None:

@@ -117,6 +117,54 @@ def test_a_dry_run_says_how_many_requests_share_a_key(
     assert re.search(r"shared keys +2 requests share 1 key \(targets.shared_keys: joint\)", out)
 
 
+def test_a_hyper_parameter_file_of_memit_is_planned_and_what_it_means_here_is_shown(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    memit = json.loads((GPT2 / "hparams.json").read_text()) | {
+        "attn_module_tmp": "transformer.h.{}.attn",
+        "mlp_module_tmp": "transformer.h.{}.mlp",
+        "alg_name": "AlphaEdit",
+        "nullspace_threshold": 0.02,
+    }
+    del memit["rewrite_module_tmps"], memit["nll_loss_factor"]
+    (tmp_path / "memit.json").write_text(json.dumps(memit))
+    status, out, err = pmet(
+        "run", job(hparams=str(tmp_path / "memit.json")), "--dry-run", "--no-estimate"
+    )
+    assert status == 0, err
+    block, projection = r"transformer\.h\.\{\}\.attn", r"transformer\.h\.\{\}\.attn\.c_proj"
+    assert re.search(rf"attention output +{projection}, inside {block}", out)
+    assert re.search(r"ignored keys +alg_name, nullspace_threshold", out)
+    assert re.search(r"default values +nll_loss_factor 1", out)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"layers": [0], "layers": [0, 1]}', "h: key 'layers' is given twice; keep one of them"),
+        ("layers: [0]\nlayers: [1]", "h cannot be read as YAML: line 2: key 'layers' is already"),
+        ("layers: [true]", "h: layers: [true] is not allowed; give a list of layer numbers"),
+        ("layers: [0]\nv_lr: 1e300", "h: v_lr: 1e+300 is not allowed; give a number above 0, from"),
+        ("layers: [0]\nmom2_adjustment: false", "false asks for an update without second moments"),
+        (
+            "layers: [0]\nv_loss_layer: 1",
+            "v_loss_layer is 1, but the loss is read from the model's",
+        ),
+        ("layers: [0]\nattn_module_tmp: transformer.h.{}.ln_1", "name the attention output projec"),
+        ("layers: [0]\nattn_module_tmp: transformer.h.{}.mlp", "attn_module_tmp: transformer.h.{}"),
+    ],
+)
+def test_a_bad_hyper_parameter_file_is_one_clear_line_and_exit_2(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "h").write_text(text)
+    status, out, err = pmet("run", job(hparams=str(tmp_path / "h")), "--dry-run", "--no-estimate")
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
+
+
 NO_MODEL = "/no/such/model"
 
 
