@@ -19,6 +19,10 @@ from pipeline.store import Store
 from pmet.solve import Factor, moment_factor
 
 _TENSOR = "lower"
+_ROWS = 1024
+# Rounding in float64 leaves 1e-13 or so. A damaged factor is found above this; it would only be
+# computed again where a sound one was not recognised.
+_TOLERANCE = 1e-9
 
 
 class FactorFile:
@@ -41,7 +45,7 @@ class FactorFile:
         return self._store is not None and self._store.exists(self._name)
 
     def read(self) -> Factor:
-        """The factor that has been kept, or, where it cannot be read, a new one.
+        """The factor that has been kept, or, where it cannot be read or is not C's, a new one.
 
         Raises:
             NumericalError: there is no factor.
@@ -56,9 +60,8 @@ class FactorFile:
                 lower_KK = kept.get_tensor(_TENSOR)
         except (StorageError, SafetensorError, OSError, KeyError, ValueError):
             return moment_factor(self._moment_KK)
-        if lower_KK.shape != self._moment_KK.shape or lower_KK.dtype != torch.float64:
-            return moment_factor(self._moment_KK)
-        return Factor(lower_KK, jitter)
+        found = Factor(lower_KK, jitter)
+        return found if _is_factor(found, self._moment_KK) else moment_factor(self._moment_KK)
 
     def keep(self, found: Factor) -> bool:
         """Keep a factor; returns whether there is a folder that took it."""
@@ -71,3 +74,18 @@ class FactorFile:
         except (StorageError, OSError):
             return False
         return True
+
+
+def _is_factor(found: Factor, moment_KK: torch.Tensor) -> bool:
+    """Whether L Lᵀ is C with the jitter, for one random vector: K² operations, not K³."""
+    lower_KK = found.lower
+    if lower_KK.shape != moment_KK.shape or lower_KK.dtype != torch.float64:
+        return False
+    random = torch.Generator().manual_seed(0)
+    vector_K = torch.randn(len(lower_KK), generator=random, dtype=torch.float64)
+    # In pieces: C in float64 takes twice the memory of the file.
+    wanted_K = torch.cat([rows.double() @ vector_K for rows in moment_KK.split(_ROWS)])
+    wanted_K += found.jitter * moment_KK.diagonal().double().mean() * vector_K
+    error_K = lower_KK @ (lower_KK.T @ vector_K) - wanted_K
+    # NaN is not less than anything.
+    return bool(error_K.norm() <= _TOLERANCE * wanted_K.norm())

@@ -170,3 +170,34 @@ def test_a_factor_is_found_by_the_numbers_it_belongs_to(tmp_path: Path) -> None:
     assert torch.equal(again.read().lower, moment_factor(moment_KK).lower)
     assert not FactorFile(str(tmp_path), "h.0.mlp", moment_KK + 1e-6).exists()
     assert not FactorFile(str(tmp_path), "h.1.mlp", moment_KK).exists()
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 1e300, 0.0, 1.001])
+@pytest.mark.parametrize("place", ["lower", "jitter"])
+def test_a_factor_with_an_odd_number_is_computed_anew(
+    tmp_path: Path, odd: float, place: str
+) -> None:
+    moment_KK = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    sound = moment_factor(moment_KK)
+    lower_KK = sound.lower.clone()
+    if place == "lower":
+        lower_KK[1, 0] = odd
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    assert kept.keep(Factor(lower_KK, odd or 0.5 if place == "jitter" else 0.0))
+    assert torch.equal(kept.read().lower, sound.lower)
+    assert kept.read().jitter == 0.0
+
+
+@pytest.mark.parametrize("width", [3, 200])
+def test_a_factor_of_a_matrix_with_too_little_text_is_recognised(
+    tmp_path: Path, width: int
+) -> None:
+    torch.manual_seed(0)
+    keys_EK = torch.randn(width - 1, width)
+    moment_KK = keys_EK.T @ keys_EK
+    made = moment_factor(moment_KK)
+    lower_KK = made.lower.clone()
+    lower_KK[0] = -lower_KK[0]  # as good a factor, and not the one that would be computed
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    kept.keep(Factor(made.lower, made.jitter))
+    assert torch.equal(kept.read().lower, made.lower)
