@@ -1,4 +1,4 @@
-"""Nothing that is not a number is published, and a run that met one goes on once its cause is gone."""
+"""Nothing that is not a number is published; a run that met one resumes when its cause is gone."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_model_whose_perplexity_is_infinite_is_held_with_a_sentence(
 
 
 class Unlucky(Replica):
-    """A worker that finds no target as long as a file is there: a GPU that computes nonsense, say."""
+    """A worker that finds no target while a file is there: its GPU computes nonsense, say."""
 
     def find_targets(
         self, source: Any, requests: Sequence[Any], rows: Sequence[int], *rest: Any
@@ -144,7 +144,7 @@ class Unlucky(Replica):
         found = super().find_targets(source, requests, rows, *rest)
         if not Path(str(rest[-2].local_path("nonsense"))).exists():
             return found
-        failures = {row: "the loss is nan at evaluation 1" for row in rows}
+        failures = dict.fromkeys(rows, "the loss is nan at evaluation 1")
         return TargetSummary(found.file, found.sha256, failures, found.early, found.count)
 
 

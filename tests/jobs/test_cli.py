@@ -88,6 +88,7 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
         ranks=1,
         side_by_side=2,
         by_workers={1: 14400.0, 4: 3600.0},
+        diverging=0.25,
     )
     monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
@@ -95,6 +96,10 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
     assert re.search(r"in all +2 h 00 min", out)
     assert "3.00 GiB × 2" in out
     assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
+    assert re.search(r"targets that diverge +25.0 % of the sample", out)
+    assert "lower v_lr or clamp_norm_factor in the hyper-parameters" in out
+    # What only the whole update decides is not guessed.
+    assert re.search(r"‖Δ‖/‖W‖ +known after the update", out)
 
 
 def test_a_dry_run_of_a_job_for_gpus_is_one_on_a_machine_without_too(
