@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import pipeline.run
 from pipeline.errors import WorkerError
@@ -120,6 +123,29 @@ def test_a_dry_run_says_how_many_requests_share_a_key(
     override = f"requests={tmp_path / 'shared.parquet'}"
     _, out, _ = pmet("run", job(), "--dry-run", "--no-estimate", "--set", override)
     assert re.search(r"shared keys +2 requests share 1 key \(targets.shared_keys: joint\)", out)
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate", "statistics"])
+def test_a_model_with_values_that_are_not_finite_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, command: str
+) -> None:
+    base, name = tmp_path / "base", "transformer.h.3.mlp.c_proj.weight"
+    shutil.copytree(GPT2 / "model", base)
+    weights = load_file(base / "model.safetensors")
+    weights[name][0, 0] = torch.nan
+    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    arguments: list[object] = {
+        "run": [job(model=str(base))],
+        "evaluate": [base, tmp_path / "requests.parquet"],
+        "statistics": [base, tmp_path / "corpus.parquet", "--output", tmp_path / "moments"]
+        + ["--layers", "0"],
+    }[command]
+    status, _, err = pmet(command, *arguments)
+    assert status == 2
+    assert "holds values that are not finite: " in err
+    assert f"{name} (1 " in err
+    assert "Traceback" not in err
+    assert not ray.is_initialized()
 
 
 NO_MODEL = "/no/such/model"
