@@ -84,9 +84,7 @@ def test_an_edit_of_float32_is_not_applied_to_a_float16_model_that_cannot_hold_i
     edit.revert(held)
     half = model(torch.float16)
     edit.originals[WEIGHT] = half.get_parameter(WEIGHT).detach().float()
-    with pytest.raises(
-        NotFiniteError, match=r"its dtype, float16: the largest \|W \+ Δ\| is 1e\+06"
-    ):
+    with pytest.raises(NotFiniteError, match=r"its dtype, float16: the largest .* is 1e\+06"):
         edit.apply(half)
     assert half.get_parameter(WEIGHT).isfinite().all()
 
