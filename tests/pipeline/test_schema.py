@@ -485,6 +485,6 @@ class TestTargets:
     def test_other_tables_are_refused(self):
         _, table = self.table()
         holes = table.set_column(2, "steps", pa.array([1, None, 2], pa.int32()))
-        for other in (table.drop_columns(["loss"]), table.rename_columns(list("abcd")), holes):
+        for other in (table.drop_columns(["loss"]), table.rename_columns(list("abcde")), holes):
             with pytest.raises(StorageError, match=r"not a table of targets: .*delete the shard"):
                 read_targets(other)
