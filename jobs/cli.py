@@ -194,7 +194,11 @@ def statistics(
     ] = 1_000_000,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that each text is cut at.")] = 1024,
     workers: Annotated[
-        str, typer.Option(help="Processes with a model replica each; auto: what the cluster holds.")
+        str,
+        typer.Option(
+            help="Processes with a model replica each; auto: what the cluster holds; "
+            "0: this process, without Ray."
+        ),
     ] = "auto",
     gpus_per_worker: Annotated[
         float, typer.Option(min=0, help="GPUs of each worker; 0: on the CPU, in float32.")

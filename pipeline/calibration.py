@@ -20,8 +20,8 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from pipeline.cluster import environment, limit_threads
 from pipeline.evaluation import How
+from pipeline.process import environment, limit_threads
 from pipeline.replica import Asked, ModelSource, ask
 from pipeline.sanity import is_astray
 from pmet.contexts import ContextTemplates

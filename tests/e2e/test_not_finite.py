@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import crew
+from pipeline import serial
 from pipeline.errors import NoEditError
 from pipeline.replica import Replica, TargetSummary
 from pipeline.run import run_job
@@ -27,7 +28,7 @@ WITHOUT_BOUND = {"v_lr": 1e6, "clamp_norm_factor": 1e30}
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Four facts, one worker, one rank, and hyper-parameters with changes."""
+    """Four facts in this process, and hyper-parameters with changes."""
     requests, hparams = folder / "requests.parquet", folder / "hparams.json"
     pq.write_table(pq.read_table(folder / "all.parquet").slice(0, 4), requests)
     values = json.loads((BASE / "hparams.json").read_text())
@@ -37,15 +38,13 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "hparams": str(hparams),
         "corpus": None,
         "second_moments": str(BASE / "second_moments.safetensors"),
-        "targets": {"workers": 1},
-        "update": {"ranks": 1},
+        "targets": {"workers": 0},
+        "update": {"ranks": 0},
     } | changes
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    import pyarrow as pa
-
     pq.write_table(pa.Table.from_pylist(facts()), tmp_path / "all.parquet")
     return tmp_path
 
@@ -66,9 +65,10 @@ def test_an_edit_that_float16_cannot_hold_is_not_published(
     inputs: Path, local_ray: None, place: Path
 ) -> None:
     base, output = in_float16(place / "base"), str(place / "out")
-    wild = settings(place, model=base, hparams=WITHOUT_BOUND, update={"ranks": 2})
+    wild = settings(place, model=base, hparams=WITHOUT_BOUND)
+    shared = {"targets": {"workers": 1}, "update": {"ranks": 2}}
     with pytest.raises(NotFiniteError) as first:
-        run_job(job(inputs, output, **wild))
+        run_job(job(inputs, output, **wild | shared))
     text = str(first.value)
     assert text.startswith(
         "the edited weight of layer 0 (transformer.h.0.mlp.c_proj.weight) does not fit its dtype, "
@@ -88,7 +88,7 @@ def test_an_edit_that_float16_cannot_hold_is_not_published(
     assert not list((place / "out" / "delta").glob("*.safetensors"))
     # The same job fails the same way at once, also with another number of ranks.
     with pytest.raises(NotFiniteError) as again:
-        run_job(job(inputs, output, **wild | {"update": {"ranks": 1}}))
+        run_job(job(inputs, output, **wild))
     assert str(again.value) == text
     (stage,) = [stage for stage in said(output)["stages"] if stage["name"] == "targets"]
     assert stage["detail"]["shards"] == 0
@@ -107,7 +107,7 @@ def test_an_edit_that_float16_cannot_hold_is_not_published(
 
 
 def test_a_model_whose_perplexity_is_infinite_is_held_with_a_sentence(
-    inputs: Path, local_ray: None, place: Path
+    inputs: Path, place: Path
 ) -> None:
     wild = settings(
         place,
@@ -149,9 +149,9 @@ class Unlucky(Replica):
 
 
 def test_a_run_that_edits_no_fact_fails_and_goes_on_once_the_cause_is_gone(
-    inputs: Path, local_ray: None, place: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew, "Replica", Unlucky)
+    monkeypatch.setattr(serial, "Replica", Unlucky)
     (place / "out").mkdir()
     (place / "out" / "nonsense").touch()
     four = job(inputs, str(place / "out"), **settings(place))
