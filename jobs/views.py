@@ -40,7 +40,15 @@ def show_estimate(found: Estimate, console: Console) -> None:
     table.add_row("in all", duration(found.seconds))
     table.add_row("memory of a worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
     table.add_row("memory of a rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
+    table.add_row("targets that diverge", f"{percent(found.diverging)} of the sample")
+    table.add_row("‖Δ‖/‖W‖", "known after the update")
     console.print(table)
+    if found.diverging:
+        console.print(
+            "targets of the sample were not found, or ended with a loss far above the first one: "
+            "lower v_lr or clamp_norm_factor in the hyper-parameters",
+            style="yellow",
+        )
     console.print("\nOn a cluster, where each worker has a core or a GPU such as here to itself")
     others = Table("workers", "time", "workers × time", box=None)
     for count, seconds in found.by_workers.items():

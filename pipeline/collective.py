@@ -36,9 +36,10 @@ def largest(number: float) -> float:
     if _alone():
         return math.inf if math.isnan(number) else float(number)
     # Backends disagree about NaN in a maximum.
-    most = torch.tensor(number, dtype=torch.float64, device=_device()).nan_to_num(
-        nan=torch.inf, posinf=torch.inf
-    )
+    number = math.inf if math.isnan(number) else number
+    if _alone():
+        return number
+    most = torch.tensor(number, dtype=torch.float64, device=_device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.item()
 

@@ -92,9 +92,9 @@ class Gate:
                 value = _drop(earlier, after)
                 if earlier is None and after is not None:
                     said = {"note": NOTHING_LAST}
-        if value is None:
+        if value is None and (after is None or math.isfinite(after)):
             passed = bool(said)
-        elif not math.isfinite(value):
+        elif value is None or not math.isfinite(value):
             passed, said = False, {"note": UNDEFINED}
         else:
             passed = value >= threshold if self.kind == "least" else value <= threshold

@@ -35,7 +35,7 @@ class Location:
     identities: tuple[tuple[int, int] | None, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.root}{self.path}"
+        return f"{self.root}{self.path.lstrip('/')}" if self.root else self.path
 
     def holds(self, other: Location) -> bool:
         """Whether ``other`` is this place, or lies inside it."""

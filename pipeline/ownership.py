@@ -56,7 +56,6 @@ _MADE = re.compile(
     rf"|second_moments/{_PART}"
 )
 _SHOWN = 3
-_FOLDERS = ("records", "targets", "delta", "second_moments")
 _LEASES = re.compile(rf"{LEASE}/(\d{{6}}\.json|probe-[0-9a-f]{{32}})")
 _UNFINISHED = re.compile(rf"(.*/)?\.[^/]+\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}")
 
@@ -100,10 +99,9 @@ def _said_files(record: Mapping[str, Any]) -> set[str]:
 
 def files_made(store: Store) -> list[str]:
     """All files in a run folder that runs have made, leases and unfinished files left out."""
-    found = [name for name in _FILES if store.exists(name)]
-    found += made(name for folder in _FOLDERS for name in store.list(folder))
+    names = store.list()
     published = published_files(store)
-    return found + [name for name in store.list(MODEL) if name in published]
+    return [*made(names), *(name for name in names if name in published)]
 
 
 def delete_parts(moments: Store) -> None:

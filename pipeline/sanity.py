@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.figures import is_number, show_special
 
-CHANGE_WARNED = 1.0
+CHANGE_WARNED = 10.0
 """‖Δ‖/‖W‖ above which a layer is warned of: it holds more of the edit than of the model."""
 ROUNDING_WARNED = 0.5
 """Share of Δ rounded off by the stored dtype above which a layer is warned of."""

@@ -49,7 +49,9 @@ def refuse_input(output: str, inputs: Iterable[str]) -> None:
     target = locate(output)[0]
     for url in inputs:
         if any(place.holds(target) and target.holds(place) for place in locate(url)):
-            raise OutputError(f"{output} is {url}, which is read; write to another file")
+            raise OutputError(
+                f"{output} is one of the files that are read ({url}); write to another one"
+            )
 
 
 def is_marked_parquet(store: Store, name: str) -> bool:

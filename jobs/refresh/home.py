@@ -234,7 +234,7 @@ class Home:
 
     def _delete(self, version: int, chosen: Callable[[str], bool]) -> None:
         folder = Store(self.store.join(path(version)))
-        written = [name for name in NIGHT_FILES if folder.exists(name)]
+        written = [name for name in folder.list() if name in NIGHT_FILES]
         names = [*files_made(folder), *written, *leases(folder)]
         folder.delete_files(name for name in names if chosen(name))
 

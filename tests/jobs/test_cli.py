@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import pipeline.run
 from pipeline.errors import WorkerError
@@ -88,6 +91,7 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
         ranks=1,
         side_by_side=2,
         by_workers={1: 14400.0, 4: 3600.0},
+        diverging=0.25,
     )
     monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
@@ -95,6 +99,10 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
     assert re.search(r"in all +2 h 00 min", out)
     assert "3.00 GiB × 2" in out
     assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
+    assert re.search(r"targets that diverge +25.0 % of the sample", out)
+    assert "lower v_lr or clamp_norm_factor in the hyper-parameters" in out
+    # What only the whole update decides is not guessed.
+    assert re.search(r"‖Δ‖/‖W‖ +known after the update", out)
 
 
 def test_a_dry_run_of_a_job_for_gpus_is_one_on_a_machine_without_too(
@@ -117,52 +125,26 @@ def test_a_dry_run_says_how_many_requests_share_a_key(
     assert re.search(r"shared keys +2 requests share 1 key \(targets.shared_keys: joint\)", out)
 
 
-def test_a_hyper_parameter_file_of_memit_is_planned_and_what_it_means_here_is_shown(
-    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("command", ["run", "evaluate", "statistics"])
+def test_a_model_with_values_that_are_not_finite_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, command: str
 ) -> None:
-    memit = json.loads((GPT2 / "hparams.json").read_text()) | {
-        "attn_module_tmp": "transformer.h.{}.attn",
-        "mlp_module_tmp": "transformer.h.{}.mlp",
-        "alg_name": "AlphaEdit",
-        "nullspace_threshold": 0.02,
-    }
-    del memit["rewrite_module_tmps"], memit["nll_loss_factor"]
-    (tmp_path / "memit.json").write_text(json.dumps(memit))
-    status, out, err = pmet(
-        "run", job(hparams=str(tmp_path / "memit.json")), "--dry-run", "--no-estimate"
-    )
-    assert status == 0, err
-    block, projection = r"transformer\.h\.\{\}\.attn", r"transformer\.h\.\{\}\.attn\.c_proj"
-    assert re.search(rf"attention output +{projection}, inside {block}", out)
-    assert re.search(r"ignored keys +alg_name, nullspace_threshold", out)
-    assert re.search(r"default values +nll_loss_factor 1", out)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"layers": [0], "layers": [0, 1]}', "h: key 'layers' is given twice; keep one of them"),
-        ("layers: [0]\nlayers: [1]", "h cannot be read as YAML: line 2: key 'layers' is already"),
-        ("layers: [true]", "h: layers: [true] is not allowed; give a list of layer numbers"),
-        ("layers: [0]\nv_lr: 1e300", "h: v_lr: 1e+300 is not allowed; give a number above 0, from"),
-        ("layers: [0]\nmom2_adjustment: false", "false asks for an update without second moments"),
-        (
-            "layers: [0]\nv_loss_layer: 1",
-            "v_loss_layer is 1, but the loss is read from the model's",
-        ),
-        ("layers: [0]\nattn_module_tmp: transformer.h.{}.ln_1", "name the attention output projec"),
-        ("layers: [0]\nattn_module_tmp: transformer.h.{}.mlp", "attn_module_tmp: transformer.h.{}"),
-    ],
-)
-def test_a_bad_hyper_parameter_file_is_one_clear_line_and_exit_2(
-    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, text: str, message: str
-) -> None:
-    (tmp_path / "h").write_text(text)
-    status, out, err = pmet("run", job(hparams=str(tmp_path / "h")), "--dry-run", "--no-estimate")
+    base, name = tmp_path / "base", "transformer.h.3.mlp.c_proj.weight"
+    shutil.copytree(GPT2 / "model", base)
+    weights = load_file(base / "model.safetensors")
+    weights[name][0, 0] = torch.nan
+    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    arguments: list[object] = {
+        "run": [job(model=str(base))],
+        "evaluate": [base, tmp_path / "requests.parquet"],
+        "statistics": [base, tmp_path / "corpus.parquet", "--output", base / "x", "--layers", "0"],
+    }[command]
+    status, _, err = pmet(command, *arguments)
     assert status == 2
-    assert message in err
-    assert "Traceback" not in out + err
-    assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
+    assert "holds values that are not finite: " in err
+    assert f"{name} (1 " in err
+    assert "Traceback" not in err
+    assert not ray.is_initialized()
 
 
 NO_MODEL = "/no/such/model"
@@ -307,3 +289,116 @@ def test_evaluate_measures_a_model(pmet: Invoke, tmp_path: Path) -> None:
 def test_a_report_needs_a_run(pmet: Invoke, tmp_path: Path) -> None:
     status, _, err = pmet("report", tmp_path)
     assert (status, "holds no finished run" in err) == (2, True)
+
+
+def test_an_output_that_overlaps_with_what_is_read_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(GPT2 / "model", tmp_path / "x" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    for changes, said in (
+        ({"model": str(tmp_path / "x" / "model"), "output": str(tmp_path / "x")}, "model: "),
+        ({"model": f"file://{tmp_path}/link/model", "output": str(tmp_path / "x")}, "model: "),
+        ({"output": str(tmp_path)}, "requests: "),
+        ({"hparams": str(tmp_path / "out" / "h.json")}, "hparams: "),
+        ({"targets": {"store": str(tmp_path / "out")}}, "targets.store: "),
+        ({"evaluate": {"last": str(tmp_path / "out")}}, "evaluate.last: "),
+        ({"second_moments": str(tmp_path / "out" / "m")}, "second_moments: "),
+        ({"context_templates": str(tmp_path / "out" / "t.json")}, "context_templates: "),
+    ):
+        for options in (("--dry-run", "--no-estimate"), (), ("--fresh",)):
+            status, _, err = pmet("run", job(**changes), *options)
+            assert status == 2, changes
+            assert f"pmet: {said}" in err or f"\n{said}" in err
+            assert "name another output" in err
+    inside = {
+        "model": str(tmp_path / "x" / "model"),
+        "evaluate": {"store": f"{tmp_path}/x/model/m"},
+    }
+    status, _, err = pmet("run", job(**inside))
+    assert (status, "evaluate.store: " in err, "lies inside the model" in err) == (2, True, True)
+
+
+def test_a_folder_with_files_that_is_no_run_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "mine.txt").write_text("mine")
+    for options in (("--dry-run", "--no-estimate"), (), ("--fresh",)):
+        status, _, err = pmet("run", job(), *options)
+        assert (status, "out holds model and is not a run folder" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["model", "mine.txt"]
+
+
+def test_where_no_row_can_be_edited_the_reasons_are_kept(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "no place", "subject": "A", "target_new": "b", "note": "x"}] * 2
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    status, _, err = pmet("run", job(), "--dry-run", "--no-estimate")
+    assert (status, "none of 2 requests can be edited" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    status, _, err = pmet("run", job())
+    assert (status, "out/rejected.parquet has the reason of each" in err) == (2, True)
+    rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert [(row["row"], row["note"]) for row in rejected] == [(0, "x"), (1, "x")]
+    status_of_run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (status_of_run["status"], status_of_run["exit_status"]) == ("failed", 2)
+    # Mended requests may use the folder.
+    good = [{"prompt": "{} is", "subject": "A", "target_new": "b"}]
+    pq.write_table(pa.Table.from_pylist(good), tmp_path / "requests.parquet")
+    assert pmet("run", job(), "--dry-run", "--no-estimate")[0] == 0
+
+
+def test_another_job_in_the_folder_is_refused_by_the_keys_that_changed(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(run: Context) -> Any:
+        raise WorkerError("stopped here")
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", stopped)
+    serial = {"targets": {"workers": 0}, "update": {"ranks": 0}}
+    assert pmet("run", job(**serial))[0] == 1
+    changed = job(**serial | {"targets": {"workers": 0, "shard_size": 32}, "seed": 1})
+    status, _, err = pmet("run", changed)
+    assert status == 2
+    assert (
+        'another job: job (seed: 0 before, now 1, targets.shard_size: "auto" before, now 32) '
+        "changed; name another output, or start over with --fresh" in err
+    )
+
+
+def test_figures_are_not_written_over_files_of_the_users(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job()
+    requests, mine = tmp_path / "requests.parquet", tmp_path / "mine.json"
+    mine.write_text('{"mine": 1}')
+    for output, said in (
+        (mine, "mine.json is there already and was not written by this command"),
+        (requests, "requests.parquet is the --output"),
+        (GPT2 / "model" / "figures.json", "holds the --output"),
+    ):
+        status, _, err = pmet("evaluate", GPT2 / "model", requests, "--output", output)
+        assert (status, said in err) == (2, True), err
+    assert mine.read_text() == '{"mine": 1}'
+    for _ in range(2):
+        assert pmet("evaluate", GPT2 / "model", requests, "--output", tmp_path / "f.json")[0] == 0
+
+
+def test_second_moments_are_not_written_into_a_model_or_a_corpus(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job()
+    corpus = tmp_path / "corpus.parquet"
+    for output, text in ((GPT2 / "model", corpus), (tmp_path, corpus), (tmp_path / "s", tmp_path)):
+        status, _, err = pmet("statistics", GPT2 / "model", text, "--output", output, "--layers", 3)
+        assert (status, "could be overwritten or deleted" in err) == (2, True), err
+
+
+def test_the_demo_takes_no_folder_of_the_users(pmet: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs" / "requests.parquet").write_text("mine")
+    status, _, err = pmet("demo", "--output", tmp_path)
+    assert (status, "holds inputs and is not a run folder" in err) == (2, True)
+    assert (tmp_path / "inputs" / "requests.parquet").read_text() == "mine"

@@ -81,7 +81,7 @@ def test_every_gate_that_a_job_may_ask_for_is_put_in_words(key: str) -> None:
     text = read_gate(outcome)
     assert (text.metric, text.figure) == (key, gate.metric)
     below = {"drop": "below the base", "drop_since_last": "below the last run"}
-    ending = {"least": "", "increase": "over the base", **below}[gate.kind]
+    ending = {"least": "", "most": "", "increase": "over the base", **below}[gate.kind]
     assert text.asked.startswith("at least" if gate.kind == "least" else "at most")
     assert text.asked.endswith(ending)
 

@@ -87,6 +87,13 @@ def test_a_figure_that_is_not_finite_does_not_pass_and_says_why(
     assert f"{key} is not a finite number, and nothing that is undefined passes" in gate_text(gate)
 
 
+@pytest.mark.parametrize("after", [math.nan, math.inf])
+def test_an_undefined_figure_does_not_pass_where_there_is_no_last_one_either(after: float) -> None:
+    metrics = {"before": {}, "after": {"fluency": after}}
+    (gate,) = outcomes({"fluency_drop_since_last": 1.0}, metrics, None)
+    assert (gate["passed"], gate["note"]) == (False, UNDEFINED)
+
+
 def test_a_perplexity_that_was_not_measured_does_not_pass() -> None:
     metrics = {"before": {"perplexity": 9.0}, "after": {"perplexity": None}}
     (gate,) = outcomes({"perplexity_increase": 9e9}, metrics)

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import JobError
-from pipeline.moments import PROVENANCE, TENSORS, check_moments, check_values, moments_writer, read_moments
+from pipeline.moments import (
+    PROVENANCE,
+    TENSORS,
+    check_moments,
+    check_values,
+    moments_writer,
+    read_moments,
+)
 from pipeline.store import Store
 from pmet.architecture import Layout, resolve
 from tests.conftest import GOLDEN, Golden, load_golden

@@ -420,6 +420,28 @@ class TestWholeParameter:
             value.zero_()
         assert torch.equal(parameter, expected)
 
+    @pytest.mark.parametrize(
+        ("stored", "loses"),
+        [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)],
+    )
+    def test_what_the_stored_dtype_loses_is_counted(self, stored, loses):
+        before = torch.full((3, 5), 0.5)
+        parameter = torch.nn.Parameter(before.clone())
+        delta = torch.full((3, 5), 2.0**-16, dtype=torch.float64)
+        squares = add_block(None, parameter, delta, stored=stored)
+        # Ranks go on with what they hold, and a file keeps what its dtype holds.
+        assert torch.equal(parameter.detach(), before + 2.0**-16)
+        assert squares.lost == (squares.delta if loses else 0.0)
+        assert squares.largest == 0.5 + 2.0**-16
+
+    @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+    def test_a_value_that_is_not_finite_is_the_largest(self, odd):
+        parameter = torch.nn.Parameter(torch.ones(3, 5))
+        delta = torch.zeros(3, 5, dtype=torch.float64)
+        delta[1, 2] = odd
+        largest = add_block(None, parameter, delta).largest
+        assert not torch.tensor(largest).isfinite()
+
     def test_steps_without_other_ranks(self):
         assert padded_steps(4) == 4
         assert list(in_lockstep("ab", "-")) == [("a", True), ("b", True)]
