@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 from pipeline.errors import StorageError
 from pipeline.moments import is_file_name
 from pipeline.store import Store
-from pmet.solve import Factor, moment_factor
+from pmet.solve import JITTERS, Factor, moment_factor
 
 _TENSOR = "lower"
 _ROWS = 1024
-# Rounding in float64 leaves 1e-13 or so. A damaged factor is found above this; it would only be
-# computed again where a sound one was not recognised.
+# Of ‖C x‖: rounding leaves 1e-13 or so, a jitter 1e-11.
 _TOLERANCE = 1e-9
 
 
@@ -77,15 +76,18 @@ class FactorFile:
 
 
 def _is_factor(found: Factor, moment_KK: torch.Tensor) -> bool:
-    """Whether L Lᵀ is C with the jitter, for one random vector: K² operations, not K³."""
+    """Whether L Lᵀ is C, for one random vector: K² operations, not K³."""
     lower_KK = found.lower
-    if lower_KK.shape != moment_KK.shape or lower_KK.dtype != torch.float64:
+    if (
+        found.jitter not in (0.0, *JITTERS)
+        or lower_KK.shape != moment_KK.shape
+        or lower_KK.dtype != torch.float64
+    ):
         return False
     random = torch.Generator().manual_seed(0)
     vector_K = torch.randn(len(lower_KK), generator=random, dtype=torch.float64)
     # In pieces: C in float64 takes twice the memory of the file.
     wanted_K = torch.cat([rows.double() @ vector_K for rows in moment_KK.split(_ROWS)])
-    wanted_K += found.jitter * moment_KK.diagonal().double().mean() * vector_K
     error_K = lower_KK @ (lower_KK.T @ vector_K) - wanted_K
     # NaN is not less than anything.
     return bool(error_K.norm() <= _TOLERANCE * wanted_K.norm())

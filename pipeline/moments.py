@@ -104,7 +104,7 @@ def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int,
     return found
 
 
-def check_values(url: str, layout: Layout, layers: tuple[int, ...]) -> None:
+def refuse_not_finite(url: str, layout: Layout, layers: tuple[int, ...]) -> None:
     """Read second moments that lie on this machine, one layer at a time, and check that they are
     finite; those at a remote URL are checked by each rank that reads them.
 

@@ -26,7 +26,7 @@ from pipeline.evaluation import Last, check_evaluation
 from pipeline.finite import checked_digest
 from pipeline.job_places import refuse_overlaps
 from pipeline.model_cache import default_cache, name_for_nodes
-from pipeline.moments import check_moments, check_values, is_file_name
+from pipeline.moments import check_moments, is_file_name, refuse_not_finite
 from pipeline.ownership import refuse_foreign_folder
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
@@ -329,7 +329,7 @@ def _check_second_moments(
     if url is None:
         return
     if check_moments(url, layout, layers, model_digest):
-        check_values(url, layout, layers)
+        refuse_not_finite(url, layout, layers)
         return
     if job.corpus is None:
         raise JobError(

@@ -36,7 +36,7 @@ from pmet.errors import InputError, PMETError
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts
 
-COUNT = int(os.environ.get("PMET_FUZZ", "12"))
+COUNT = int(os.environ.get("PMET_FUZZ", "28"))
 FACTS, LAYERS, WIDTH, TOKENS = 3, 2, 16, 64
 MODULE = "transformer.h.{}.mlp.c_proj"
 

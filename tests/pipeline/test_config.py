@@ -339,6 +339,26 @@ def test_a_job_is_in_this_process_as_a_whole_or_not(job_file, overrides, problem
     assert said[0].startswith(problem)
 
 
+@pytest.mark.parametrize("odd", [".nan", ".inf", "-.inf", "-1", "-5e-324"])
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("gates.efficacy", "a fraction from 0 to 1, or null"),
+        ("gates.perplexity_increase", "a number, 0 or more, or null"),
+        ("targets.timeout", "a number of seconds above 0, or null"),
+        ("targets.gpus_per_worker", "a fraction up to 1, or a whole number"),
+        ("update.gpus_per_rank", "0 or 1"),
+        ("seed", "a whole number from 0 to 4294967295"),
+        ("evaluate.sample", "a whole number, 1 or more, or null"),
+    ],
+)
+def test_an_odd_number_is_refused(job_file, key, what, odd):
+    said = problems(job_file(SMALL), [f"{key}={odd}"])
+    assert len(said) == 1
+    assert said[0].startswith(f"override {key}={odd}: {key}: ")
+    assert said[0].endswith(f" is not allowed; give {what}")
+
+
 def test_problems_of_overrides_and_file_come_together(job_file):
     said = problems(job_file(SMALL + "update: 5\n"), ["update.ranks=2", "x=1"])
     assert len(said) == 2

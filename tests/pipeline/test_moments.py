@@ -13,9 +13,9 @@ from pipeline.moments import (
     PROVENANCE,
     TENSORS,
     check_moments,
-    check_values,
     moments_writer,
     read_moments,
+    refuse_not_finite,
 )
 from pipeline.store import Store
 from pmet.architecture import Layout, resolve
@@ -70,8 +70,8 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, layout: Layout, o
     means["transformer.h.1.mlp.c_proj"][3, 2] = odd
     save_file(means, tmp_path / TENSORS)
     assert check_moments(url, layout, LAYERS, "any")
-    check_values(url, layout, (0,))
-    for check in (check_values, read_moments):
+    refuse_not_finite(url, layout, (0,))
+    for check in (refuse_not_finite, read_moments):
         with pytest.raises(JobError, match=rf"h\.1\.mlp\.c_proj at {url} holds NaN or infinity"):
             check(url, layout, LAYERS)
 
