@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -116,6 +115,7 @@ def check(
     from jobs.facts.check import check as run_check
     from jobs.facts.templates import load_templates
     from jobs.facts.views import show_check
+    from pipeline import json_text
 
     result = run_check(
         source,
@@ -124,7 +124,7 @@ def check(
         as_of=_time("--as-of", as_of),
     )
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
+        typer.echo(json_text.dumps(result.to_json(), indent=2))
     else:
         show_check(result, out)
     if not result.is_usable or (strict and not result.is_clean):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.views import percent
+from jobs.views import percent, plain
 from pipeline.checkpoint import Checkpoint, open_model_folder
 from pipeline.config import EvaluateConfig
 from pipeline.corpus import read_corpus
@@ -30,7 +29,7 @@ from pipeline.replica import ModelSource
 from pipeline.results import figures_of, intervals_of
 from pipeline.schema import read_requests
 from pipeline.single_output import is_json_with, refuse_foreign_file
-from pipeline.store import Store
+from pipeline.store import Store, json_bytes
 from pmet.errors import RequestError
 from pmet.figures import KINDS
 from pmet.metrics import evaluate, score_texts
@@ -104,7 +103,7 @@ def evaluate_model(
     figures["counts"] = {"measured": len(chosen), "rejected": len(table.rejected)}
     _show(figures, console)
     if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        output.write_bytes(json_bytes(figures))
 
 
 def _refuse_output(
@@ -154,7 +153,7 @@ def _show(figures: Mapping[str, Any], console: Console) -> None:
         if figures.get(name) is not None:
             between = intervals.get(name)
             text = "" if between is None else " to ".join(f"{x:.3f}" for x in between)
-            shown.add_row(name, f"{figures[name]:.3f}{unit}", text, "", "")
+            shown.add_row(name, f"{plain(figures[name])}{unit}", text, "", "")
     console.print(f"{counts['measured']} requests, {counts['rejected']} faulty rows left out")
     console.print(shown)
     if "groups" in figures:

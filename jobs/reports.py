@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jobs.refresh.report import quarantined
 from pipeline.compare import PAGE, Comparison, Pair, compare_runs, write_comparison
-from pipeline.figures import duration, figure_of, show, show_change
+from pipeline.figures import duration, figure_of, is_number, show, show_change, show_special
 from pipeline.page import show_setting, visible
 from pipeline.report import group_figures, write_report
 from pipeline.run_record import require_results
@@ -124,7 +124,8 @@ def _gate(pair: Pair) -> tuple[str, str, str]:
 
 
 def _norm(layer: Any) -> str:
-    return "–" if layer is None else f"{100 * layer['share']:.3f} %"
+    share = None if layer is None else layer["share"]
+    return f"{100 * share:.3f} %" if is_number(share) else show_special(share)
 
 
 def _groups(comparison: Comparison, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -84,6 +83,7 @@ def status(
     from jobs.submit import views
     from jobs.submit.state import read_state
     from jobs.submit.submission import NAME
+    from pipeline import json_text
     from pipeline.errors import ClusterError, RunFolderError, StorageError
 
     by_name = NAME.fullmatch(target) is not None
@@ -106,7 +106,7 @@ def status(
         raise RunFolderError(f"{target} holds no run (there is no run.json); name a job's output")
     if as_json:
         said = {"submission": views.as_json(found), "folder": state.as_json() if state else None}
-        typer.echo(json.dumps(said, indent=2))
+        typer.echo(json_text.dumps(said, indent=2))
     else:
         views.show_status(state, found, out, where=server.address if server else "")
 

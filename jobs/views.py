@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import dump_job
-from pipeline.figures import duration, read_gate
+from pipeline.figures import duration, is_number, read_gate, show_special
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
@@ -42,7 +42,15 @@ def show_estimate(found: Estimate, console: Console) -> None:
     table.add_row("in all", duration(found.seconds))
     table.add_row("memory of a worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
     table.add_row("memory of a rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
+    table.add_row("targets that diverge", f"{percent(found.diverging)} of the sample")
+    table.add_row("‖Δ‖/‖W‖", "known after the update")
     console.print(table)
+    if found.diverging:
+        console.print(
+            "targets of the sample were not found, or ended with a loss far above the first one: "
+            "lower v_lr or clamp_norm_factor in the hyper-parameters",
+            style="yellow",
+        )
     console.print("\nOn a cluster, where each worker has a core or a GPU such as here to itself")
     others = Table("workers", "time", "workers × time", box=None)
     for count, seconds in found.by_workers.items():
@@ -87,19 +95,26 @@ def show_scores(
         table.add_row(name, *(percent(m[k]) for k in (name, strict) for m in (before, after)))
     table.add_row("score", percent(before["score"]), percent(after["score"]), "", "")
     if after.get("perplexity") is not None:
-        values = [f"{m['perplexity']:.3f}" for m in (before, after) if m.get("perplexity")]
+        values = [plain(m.get("perplexity")) for m in (before, after)]
         table.add_row("perplexity", *values, "", "")
     console.print(table)
 
 
 def percent(value: float | None) -> str:
     """A fraction as people read it; a dash where it was not measured."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if is_number(value) else show_special(value)
+
+
+def plain(value: float | None) -> str:
+    """A bare number as people read it."""
+    return f"{value:.3f}" if is_number(value) else show_special(value)
 
 
 def gate_text(gate: Mapping[str, Any]) -> str:
     """What a gate saw, and what it asks for."""
     read = read_gate(gate)
+    if gate.get("note"):
+        return f"{read.metric} is {read.reached}; the gate asks for {read.asked}"
     return f"{read.figure} is {read.reached}, the gate asks for {read.asked}"
 
 

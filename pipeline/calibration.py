@@ -6,6 +6,7 @@ that the figures hold what they take from each other.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -24,6 +25,7 @@ from pipeline.errors import WorkerError
 from pipeline.evaluation import How
 from pipeline.process import environment, limit_threads
 from pipeline.replica import Asked, ModelSource, ask
+from pipeline.sanity import is_astray
 from pmet.contexts import ContextTemplates
 from pmet.errors import PMETError
 from pmet.hparams import PMETHyperParams
@@ -93,6 +95,8 @@ class Rates:
         drawing: to import what draws the report's pictures.
         flop: for one of the operations of a solve, in float64.
         peak_bytes: the most memory that a process had.
+        diverging: share of the sample's targets that were not found, or ended with a loss far above
+            the first one.
     """
 
     ready: float
@@ -107,6 +111,7 @@ class Rates:
     drawing: float
     flop: float
     peak_bytes: float
+    diverging: float = 0.0
 
 
 def calibrate(samples: Sequence[Sample]) -> Rates:
@@ -171,7 +176,7 @@ def work(sample: Sample) -> Rates:
     templates_s, templates = 0.0, sample.templates
     if templates is None:
         templates_s, templates = _timed(lambda: contexts.generate(model, tokenizer, seed=0))
-    target_s = _target_s(model, tokenizer, sample, templates)
+    target_s, diverging = _target_s(model, tokenizer, sample, templates)
     key_s = _key_s(model, tokenizer, sample, templates)
     if sample.base.dtype != sample.source.dtype:
         model, tokenizer = sample.base.open()
@@ -199,14 +204,20 @@ def work(sample: Sample) -> Rates:
         drawing=_timed(_import_report)[0],
         flop=_flop_s(),
         peak_bytes=_peak_bytes(),
+        diverging=diverging,
     )
 
 
-def _target_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplates) -> float:
-    from pmet.targets import compute_targets
+def _target_s(
+    model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplates
+) -> tuple[float, float]:
+    """Seconds for a target, and the share of those computed that diverge."""
+    from pmet.targets import Targets, compute_targets
+
+    found: list[Targets] = []
 
     def compute(count: int) -> None:
-        compute_targets(
+        targets = compute_targets(
             model,
             tokenizer,
             sample.requests[:count],
@@ -215,8 +226,15 @@ def _target_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemp
             shared_keys=sample.shared_keys,
             batch_size=sample.batch_size,
         )
+        found.append(targets)
 
-    return _each_s(compute, _FEW, len(sample.requests), sample.budget_s)
+    seconds = _each_s(compute, _FEW, len(sample.requests), sample.budget_s)
+    # The last ones are the most.
+    last = found[-1]
+    first_losses = () if last.first_losses is None else last.first_losses.tolist()
+    pairs = list(zip(first_losses, last.losses.tolist(), strict=True))
+    diverging = sum(is_astray(*pair) or not math.isfinite(pair[1]) for pair in pairs)
+    return seconds, diverging / len(pairs)
 
 
 def _measured_s(model: Any, tokenizer: Any, sample: Sample) -> float:

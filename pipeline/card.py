@@ -13,7 +13,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from pipeline.figures import ALWAYS, Figure, measured, read_gate, show, show_change, show_interval
+from pipeline.figures import (
+    ALWAYS,
+    Figure,
+    is_number,
+    measured,
+    read_gate,
+    show,
+    show_change,
+    show_interval,
+)
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
 
 # What hubs list the figures under.
@@ -134,6 +143,7 @@ def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
             metric_value=after[figure.name],
         )
         for figure in measured(after)
+        if is_number(after[figure.name])
     ]
     listed: dict[str, Any] = {"model_name": _NAME, "eval_results": results} if results else {}
     data = ModelCardData(

@@ -32,6 +32,7 @@ from pipeline.weight_files import (
     WeightFiles,
     weight_files,
 )
+from pmet.errors import NotFiniteError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -185,15 +186,20 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of configuration, tokenizer and weights."""
-        names = [name for name in self.files() if name.endswith(_DIGESTED)]
+        names = list(filter(is_digested, self.files()))
         with ThreadPoolExecutor() as threads:
             contents = threads.map(lambda name: _file_digest(self.folder / name), names)
             return digest_of_files(dict(zip(names, contents, strict=True)))
 
 
+def is_digested(name: str) -> bool:
+    """Whether a file of this name is part of a model's digest."""
+    return name.endswith(_DIGESTED)
+
+
 def digest_of_files(digests: Mapping[str, str]) -> str:
     """The digest of a model (`Checkpoint.digest`) from the SHA-256 of each of its files."""
-    listing = [[name, digests[name]] for name in sorted(digests) if name.endswith(_DIGESTED)]
+    listing = [[name, digests[name]] for name in sorted(digests) if is_digested(name)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -237,6 +243,7 @@ def publish(
     Raises:
         ModelError: an edited tensor has not the shape it had.
         StorageError: what was written does not have the edited tensors.
+        NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
     """
     written: dict[str, str] = {}
     store.delete(f"{folder}/config.json")
@@ -258,12 +265,23 @@ def publish(
 def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> str:
     """Write a tensor over the one that was there; returns the SHA-256 of its bytes."""
     data = tensor.to(stored.dtype).contiguous()
+    _check_finite(stored.name, data)
     if tuple(data.shape) != stored.shape or data.nbytes != stored.size:
         raise ModelError(f"{stored.name} became {tuple(data.shape)}, it was {stored.shape}")
     target.seek(stored.start)
     content = data.view(torch.uint8).numpy().tobytes()
     target.write(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _check_finite(name: str, data: torch.Tensor) -> None:
+    """The last guard: what is not a number is never published, whatever computed it."""
+    if not torch.isfinite(data).all():
+        raise NotFiniteError(
+            f"the edited tensor {name} holds NaN or infinity as {data.dtype} and is not "
+            "published; lower clamp_norm_factor or v_lr in the hyper-parameters, or store the "
+            "model in a wider dtype"
+        )
 
 
 def _check_written(

@@ -6,6 +6,7 @@ group is its only rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -28,6 +29,19 @@ def add_up(tensor: torch.Tensor) -> None:
     """Replace a tensor by its sum over all ranks."""
     if not _alone():
         dist.all_reduce(tensor)
+
+
+def largest(number: float) -> float:
+    """The largest of a number over all ranks, in float64; infinite where any of them is NaN."""
+    if _alone():
+        return math.inf if math.isnan(number) else float(number)
+    # Backends disagree about NaN in a maximum.
+    number = math.inf if math.isnan(number) else number
+    if _alone():
+        return number
+    most = torch.tensor(number, dtype=torch.float64, device=_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
 
 
 def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:

@@ -20,7 +20,14 @@ from pipeline.figures import (
     read_gate,
 )
 from pipeline.page import Cut, page
-from pipeline.report import group_figures, groups_of, intervals_of, verdict, weakest_groups
+from pipeline.report import (
+    group_figures,
+    groups_of,
+    intervals_of,
+    number,
+    verdict,
+    weakest_groups,
+)
 from pipeline.run_record import (
     REQUEST,
     Row,
@@ -268,8 +275,8 @@ def _charts(comparison: Comparison, names: Sequence[str]) -> dict[str, str]:
     if drawn:
         ends = [intervals_of(run, drawn)["after"] for run in (a, b)]
         charts["scores"] = score_chart(
-            {name: a.after.get(name) for name in drawn},
-            {name: b.after.get(name) for name in drawn},
+            {name: number(a.after.get(name)) for name in drawn},
+            {name: number(b.after.get(name)) for name in drawn},
             {},
             intervals={"before": ends[0], "after": ends[1]},
             labels={name: figure_of(name).label for name in drawn},

@@ -16,6 +16,7 @@ They extend the tree of ``pmet.errors``:
     ├── StorageError            a file that cannot be read, written or listed
     ├── FolderBusyError         another run writes the folder: a matter of time
     ├── ClusterError            a cluster's job server that cannot be reached, or refuses
+    ├── NoEditError             no request got a target, though some were to be edited
     ├── LeaseLostError          another run has taken the run folder over
     └── WorkerError             a worker or a rank failed
         └── NoRoomError         the cluster had no room for them in time
@@ -99,6 +100,10 @@ class FolderBusyError(PMETError):
 
 class ClusterError(PMETError):
     """The job server of a cluster cannot be reached, or refuses what it is asked."""
+
+
+class NoEditError(PMETError):
+    """No fact was edited, though some were to be; the message has the most frequent reasons."""
 
 
 class LeaseLostError(PMETError):

@@ -50,6 +50,8 @@ class Estimate:
         side_by_side: processes that the machine was measured with.
         by_workers: seconds of the whole run by the number of workers, where each of them and of
             the ranks has a core, or a GPU, of its own.
+        diverging: share of the sampled targets that were not found, or ended with a loss far above
+            the first one.
     """
 
     stages: dict[str, float]
@@ -59,6 +61,7 @@ class Estimate:
     ranks: int
     side_by_side: int
     by_workers: dict[int, float]
+    diverging: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -102,6 +105,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
         workers=workers,
         ranks=ranks,
         side_by_side=side_by_side,
+        diverging=rates.diverging,
     )
 
 

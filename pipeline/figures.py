@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from pipeline.gates import GATES, Gate, Kind
+from pipeline.gates import GATES, ROUNDING, Gate, Kind
 
 Unit = Literal["fraction", "bits", "plain"]
 
@@ -86,9 +86,14 @@ ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
 """The figures that are listed even where they were not measured."""
 
 
+_OF_WEIGHTS = {
+    ROUNDING: Figure(ROUNDING, "Share of Δ that the stored dtype rounds off, in the worst layer.")
+}
+
+
 def figure_of(name: str) -> Figure:
     """A figure by its name; one that is not known is a bare number without a meaning."""
-    return FIGURES.get(name) or Figure(name, "", "plain")
+    return FIGURES.get(name) or _OF_WEIGHTS.get(name) or Figure(name, "", "plain")
 
 
 def duration(seconds: Any) -> str:
@@ -107,6 +112,20 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_figure(value: Any) -> TypeGuard[float]:
+    """Whether a value is a figure at all: a number, which may be infinite or undefined."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def show_special(value: Any) -> str:
+    """What stands for a value that cannot be shown as a number; a dash where there is none."""
+    if not is_figure(value):
+        return "–"
+    if math.isnan(value):
+        return "undefined"
+    return "∞" if value > 0 else "−∞"
+
+
 def measured(*scores: Mapping[str, Any], always: Sequence[str] = ()) -> list[Figure]:
     """The figures that any of these scores holds, in the order that people read them.
 
@@ -114,7 +133,7 @@ def measured(*scores: Mapping[str, Any], always: Sequence[str] = ()) -> list[Fig
         scores: values by name.
         always: names of figures that are listed in any case.
     """
-    held = {name for values in scores for name, value in values.items() if is_number(value)}
+    held = {name for values in scores for name, value in values.items() if is_figure(value)}
     names = [name for name in FIGURES if name in held or name in always]
     return [figure_of(name) for name in (*names, *sorted(held - FIGURES.keys()))]
 
@@ -127,7 +146,7 @@ def is_fraction(name: str) -> bool:
 def show(value: Any, name: str) -> str:
     """A figure's value in its unit; a dash where it was not measured."""
     if not is_number(value):
-        return "–"
+        return show_special(value)
     match figure_of(name).unit:
         case "fraction":
             return f"{100 * value:.1f} %"
@@ -198,6 +217,8 @@ def read_gate(gate: Mapping[str, Any]) -> GateText:
     match kind:
         case "increase":
             asked, reached = f"at most {100 * threshold:.1f} % over the base", _relative(value)
+        case "most":
+            asked, reached = f"at most {show(threshold, figure)}", show(value, figure)
         case "drop":
             asked = f"at most {_distance(threshold, figure)} below the base"
             reached = _drop(value, figure)

@@ -21,6 +21,7 @@ from pipeline.plan import Plan
 from pipeline.replica import Asked, Measured, ModelSource
 from pipeline.stages import Context, sampled
 from pipeline.tasks import Task
+from pmet.figures import total
 from pmet.metrics import TextScore, add_texts
 from pmet.prompts import Continuation
 from pmet.questions import Score, beginnings, continuations, figures_of
@@ -51,11 +52,12 @@ class Measurement:
 
     @property
     def perplexity(self) -> float | None:
-        """On the held-out texts; None without any, or where it is no number."""
+        """On the held-out texts; None without any. A ruined model's may be NaN or infinite."""
         count = sum(len(text.greedy) for text in self.texts)
-        mean = math.fsum(text.nll for text in self.texts) / count if count else math.nan
-        # A ruined model's mean may be NaN, or too large for exp.
-        return math.exp(mean) if mean < _LARGEST_EXPONENT else None
+        if not count:
+            return None
+        mean = total([text.nll for text in self.texts]) / count
+        return math.inf if mean >= _LARGEST_EXPONENT else math.exp(mean)
 
     def agreed(self, other: Measurement) -> tuple[list[int], list[int]]:
         """By held-out text, at how many places two models have the same likeliest token, and at how

@@ -8,7 +8,6 @@ under that of the corpus. Both are kept in segments (`pipeline.segments`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import json_text
 from pipeline.digest import digest_of
 from pipeline.evaluation import How
 from pipeline.plan import Plan
@@ -70,7 +70,7 @@ class MeasurementStore:
             dataset = self.store.dataset(names)
             table = dataset.to_table([_KEY, _VALUE], filter=pc.field(_KEY).isin(wanted))
         columns = (table.column(name).to_pylist() for name in (_KEY, _VALUE))
-        return {key: json.loads(value) for key, value in zip(*columns, strict=True)}
+        return {key: json_text.loads(value) for key, value in zip(*columns, strict=True)}
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Keep values, which JSON has to hold, under their keys.
@@ -79,7 +79,7 @@ class MeasurementStore:
             StorageError: the store cannot be written.
         """
         if values:
-            texts = [json.dumps(value) for value in values.values()]
+            texts = [json_text.dumps(value) for value in values.values()]
             columns = {_KEY: pa.array(values, pa.string()), _VALUE: pa.array(texts, pa.string())}
             self.segments.write(pa.table(columns))
 

@@ -15,7 +15,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.figures import duration, figure_of, is_number, show, show_change, show_interval
+from pipeline.figures import (
+    duration,
+    figure_of,
+    is_number,
+    show,
+    show_change,
+    show_interval,
+    show_special,
+)
 
 __all__ = [
     "TABLE_ROWS",
@@ -86,12 +94,12 @@ def _finalized(value: Any) -> Any:
 
 
 def _percent(value: Any, digits: int = 1) -> str:
-    return f"{value * 100:.{digits}f} %" if is_number(value) else "–"
+    return f"{value * 100:.{digits}f} %" if is_number(value) else show_special(value)
 
 
 def _number(value: Any) -> str:
     if not is_number(value):
-        return "–"
+        return show_special(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 

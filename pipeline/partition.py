@@ -123,16 +123,24 @@ class Squares(NamedTuple):
     Attributes:
         delta: of the change.
         before: of the weight before.
-        lost: of what the weight's dtype has rounded off.
+        lost: of what the dtype rounds off that the changed weight will be stored in.
+        largest: the largest |W + Δ| among them, before rounding; NaN where any is NaN.
     """
 
     delta: float
     before: float
     lost: float
+    largest: float
 
 
 def add_block(
-    engine: Any, parameter: nn.Parameter, block: torch.Tensor, top: int = 0, left: int = 0
+    engine: Any,
+    parameter: nn.Parameter,
+    block: torch.Tensor,
+    top: int = 0,
+    left: int = 0,
+    *,
+    stored: torch.dtype | None = None,
 ) -> Squares:
     """Add what this rank keeps of a block of a weight change to the weight, in place.
 
@@ -145,6 +153,8 @@ def add_block(
         block: part of the change, or all of it; any floating dtype and device.
         top: row of the weight that the block's first row belongs to.
         left: column of the weight that the block's first column belongs to.
+        stored: dtype of the weight in the checkpoint, which may be narrower than here; None: as
+            here.
 
     Raises:
         ValueError: the block is not inside the weight.
@@ -158,6 +168,7 @@ def add_block(
         )
     kept = _writable_slice(engine, parameter)
     squares = torch.zeros(3, dtype=torch.float64, device=kept.device)
+    largest = torch.zeros((), dtype=torch.float64, device=kept.device)
     start, stop = owned_slice(parameter)
     for part in _rectangles(start, stop, shape[1]):
         rows = range(max(top, part.top), min(top + len(block), part.bottom))
@@ -169,8 +180,12 @@ def add_block(
         change = block.detach()[_within(rows, top), _within(columns, left)]
         step = max(1, _PIECE // len(columns))
         for weights, changes in zip(weight.split(step), change.split(step), strict=True):
-            squares += _add(weights, changes.to(kept.device, torch.float64))
-    return Squares(*squares.tolist())
+            added = changes.to(kept.device, torch.float64)
+            here, most = _add(weights, added, stored or weights.dtype)
+            squares += here
+            largest = torch.maximum(largest, most)
+    delta, before, lost = squares.tolist()
+    return Squares(delta, before, lost, largest.item())
 
 
 def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
@@ -183,13 +198,17 @@ def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
     return _writable_slice(engine, parameter)[: stop - start]
 
 
-def _add(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Add to a part of a weight; returns the sums of `Squares`."""
+def _add(
+    weight: torch.Tensor, change: torch.Tensor, stored: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add to a part of a weight; returns the sums of `Squares`, and the largest |W + Δ|."""
     before = weight.double()
+    after = before + change
     with torch.no_grad():
-        weight.copy_(before + change)
-    lost = weight.double().sub_(before).sub_(change)
-    return torch.stack([tensor.square().sum() for tensor in (change, before, lost)])
+        weight.copy_(after)
+    lost = after.to(stored).double().sub_(before).sub_(change)
+    sums = torch.stack([tensor.square().sum() for tensor in (change, before, lost)])
+    return sums, after.abs_().max()
 
 
 class _Rectangle(NamedTuple):

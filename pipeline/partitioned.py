@@ -12,7 +12,8 @@ from torch import nn
 from pipeline.checkpoint import Checkpoint, StoredTensor
 from pipeline.collective import share_of_rows
 from pipeline.errors import ModelError
-from pipeline.partition import deepspeed, owned_slice
+from pipeline.finite import check_values
+from pipeline.partition import deepspeed, own_values, owned_slice
 from pipeline.skeleton import NO_CODE, skeleton_with_buffers
 
 Offload = Literal["none", "cpu"]
@@ -38,7 +39,7 @@ def load_partitioned(
         The module, in evaluation mode, and DeepSpeed's engine around it.
 
     Raises:
-        ModelError: the checkpoint cannot be opened.
+        ModelError: the checkpoint cannot be opened, or what this rank reads of it is not finite.
         ValueError: a dtype or an offload that is not supported.
     """
     config = zero_config(dtype, offload)
@@ -99,6 +100,7 @@ def _read_slices(
         for piece in range(0, len(own), _PIECE):
             values = torch.empty(min(_PIECE, len(own) - piece), dtype=own.dtype)
             checkpoint.read_elements(stored, share.start + piece, values)
+            check_values(str(checkpoint.folder), stored.name, values)
             own[piece : piece + len(values)] = values
         made[parameter] = partitioned = nn.Parameter(whole)
         zero._convert_to_deepspeed_param(partitioned)
@@ -129,4 +131,7 @@ def _load_with_transformers(
         raise ModelError(f"cannot open the model at {model_path}: {error}") from error
     finally:
         del switch
-    return module, deepspeed().initialize(model=module, config=config)[0]
+    engine = deepspeed().initialize(model=module, config=config)[0]
+    for name, parameter in module.named_parameters():
+        check_values(model_path, name, own_values(engine, parameter))
+    return module, engine

@@ -23,10 +23,11 @@ from pipeline.corpus import Corpus, read_corpus
 from pipeline.digest import digest_of
 from pipeline.errors import JobError, ModelError, NothingToEditError, StorageError
 from pipeline.evaluation import Last, check_evaluation
+from pipeline.finite import checked_digest
 from pipeline.job_places import refuse_overlaps
 from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.model_checks import check_configuration, checked_layout
-from pipeline.moments import check_moments, is_file_name
+from pipeline.moments import check_moments, is_file_name, refuse_not_finite
 from pipeline.ownership import refuse_foreign_folder
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
@@ -152,7 +153,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         raise NothingToEditError(
             f"none of {len(table.table)} requests can be edited: {reasons}", table.rejected_table()
         )
-    digest = checkpoint.digest()
+    digest = checked_digest(checkpoint)
     corpus = _corpus(job, tokenizer, skeleton.config)
     _check_second_moments(job, layout, hparams.layers, digest)
     columns = table.table.column_names
@@ -325,9 +326,12 @@ def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
 def _check_second_moments(
     job: JobConfig, layout: Layout, layers: tuple[int, ...], model_digest: str
 ) -> None:
-    """Refuse second moments that are neither there nor can be computed and kept there."""
+    """Refuse second moments that are not finite, or neither there nor to be computed."""
     url = job.second_moments
-    if url is None or check_moments(url, layout, layers, model_digest):
+    if url is None:
+        return
+    if check_moments(url, layout, layers, model_digest):
+        refuse_not_finite(url, layout, layers)
         return
     if job.corpus is None:
         raise JobError(

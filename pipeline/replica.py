@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.evaluation import How
+from pipeline.finite import check_loaded
 from pipeline.metering import tell_gpu_memory
 from pipeline.model_cache import model_on_node
 from pipeline.schema import targets_table
@@ -53,11 +54,16 @@ class ModelSource:
     digest: str | None = None
 
     def open(self) -> tuple[Any, Any]:
-        """The model, for evaluation, and its tokenizer."""
+        """The model, for evaluation, and its tokenizer.
+
+        Raises:
+            ModelError: the model is not here, or holds values that are not finite.
+        """
         dtype = "float32" if self.dtype == "auto" and not self.on_gpu else self.dtype
         folder = str(model_on_node(self.folder, self.digest))
-        model = open_causal_lm(folder, dtype=dtype)
-        return self._placed(model), open_tokenizer(folder)
+        model = self._placed(open_causal_lm(folder, dtype=dtype))
+        check_loaded(folder, model)
+        return model, open_tokenizer(folder)
 
     def _placed(self, model: Any) -> Any:
         """On the GPUs that this process was given, if it is to be on any."""
@@ -229,8 +235,13 @@ class Replica:
             batch_size=batch_size,
             memory=int(room_beside(self._model, layout, hparams.target_layer) * share),
         )
+        first = found.first_losses
         table = targets_table(
-            list(rows), found.values.numpy(), found.steps.numpy(), found.losses.numpy()
+            list(rows),
+            found.values.numpy(),
+            found.steps.numpy(),
+            found.losses.numpy(),
+            None if first is None else first.numpy(),
         )
         file = f"{name}-{uuid4().hex}.parquet"
         output.write_table(file, table)

@@ -39,6 +39,14 @@ from pipeline.run_record import (
     show_rate,
     throughput,
 )
+from pipeline.sanity import (
+    CHANGE_WARNED,
+    LOSS_WARNED,
+    ROUNDING_WARNED,
+    changes_too_much,
+    is_astray,
+    rounds_too_much,
+)
 from pipeline.store import Store
 
 EXAMPLE_ROWS = 25
@@ -93,6 +101,10 @@ def _told(record: RunRecord) -> dict[str, Any]:
         "group_figures": group_figures(groups),
         "groups_drawn": min(len(groups), GROUPS_DRAWN),
         "layers": layers(record.run),
+        "change_warned": CHANGE_WARNED,
+        "rounding_warned": ROUNDING_WARNED,
+        "changes_too_much": changes_too_much,
+        "rounds_too_much": rounds_too_much,
         "rates": _rates(record),
         "events": Cut(record.run["events"]),
         "event_counts": event_counts(record.run["events"]),
@@ -106,10 +118,15 @@ def _requests(record: RunRecord) -> dict[str, Any]:
     neighbors = _with_neighbors(edited)
     damaged = [row for row in neighbors if _damage(row) > 0]
     damaged.sort(key=lambda row: (-_damage(row), row["row"]))
+    astray = [row for row in edited if is_astray(row["first_loss"], row["loss"])]
     late = [row for row in record.rejected if str(row["reason"]).startswith(NO_TARGET)]
     early = [row for row in record.rejected if not str(row["reason"]).startswith(NO_TARGET)]
     return {
         "worst": _worst(edited),
+        "astray": Cut(
+            sorted(astray, key=lambda row: row["first_loss"] - row["loss"]), EXAMPLE_ROWS
+        ),
+        "loss_warned": LOSS_WARNED,
         "examples": _spread([row for row in edited if row["after_answer"] is not None]),
         "texts": _spread([row for row in edited if row["after_text"] is not None]),
         "neighbors": len(neighbors),
@@ -214,8 +231,8 @@ def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, st
     drawn = [f.name for f in measured(before, after) if is_fraction(f.name)]
     if drawn:
         charts["scores"] = score_chart(
-            {name: _number(before.get(name)) for name in drawn},
-            {name: _number(after.get(name)) for name in drawn},
+            {name: number(before.get(name)) for name in drawn},
+            {name: number(after.get(name)) for name in drawn},
             _gate_lines(record),
             intervals=intervals_of(record, drawn),
             labels={name: figure_of(name).label for name in drawn},
@@ -233,12 +250,13 @@ def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, st
         charts["steps"] = histogram(steps, "steps", "evaluations of the loss", whole=True)
     if losses := [row["loss"] for row in results if is_number(row["loss"])]:
         charts["losses"] = histogram(losses, "losses", "last loss (nats)")
-    if edited := layers(record.run):
+    if edited := [layer for layer in layers(record.run) if is_number(layer["share"])]:
         charts["layers"] = layer_chart([x["name"] for x in edited], [x["share"] for x in edited])
     return charts
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """A value that can be drawn; None for any other."""
     return float(value) if is_number(value) else None
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.intervals import intervals, of_perplexity, of_shares, rounded
 from pipeline.measure_stage import Measurement
-from pipeline.schema import RequestTable, readable, with_columns
+from pipeline.run_record import read_columns
+from pipeline.schema import FIRST_LOSS, RequestTable, readable, with_columns
+from pipeline.store import Store
 from pmet.figures import METRICS, OF_TEXT, summarize
 
+_COURSE = ("row", "steps", "loss", FIRST_LOSS)
 Measured = Mapping[int, Mapping[str, Any]]
 
 
@@ -31,24 +35,20 @@ def results_table(
     Args:
         table: the input.
         status: by row of the input: ``edited``, or ``known`` for a request that needs no target.
-        targets: target shards, with columns ``row``, ``steps`` and ``loss``.
+        targets: target shards, with columns ``row``, ``steps``, ``loss`` and perhaps
+            ``first_loss``.
         before: figures and answer of measured rows on the base model.
         after: the same on the edited model.
     """
-    course = {
-        row: (steps, loss)
-        for shard in targets
-        for row, steps, loss in zip(
-            *(shard.column(name).to_pylist() for name in ("row", "steps", "loss")), strict=True
-        )
-    }
+    course = {row: own for shard in targets for row, *own in courses_of(shard)}
     rows = sorted(status)
-    courses = [(None, None) if status[row] == "known" else course[row] for row in rows]
+    courses = [[None] * 3 if status[row] == "known" else course[row] for row in rows]
     columns = {
         "row": pa.array(rows, pa.int64()),
         "status": pa.array([status[row] for row in rows], pa.string()),
-        "steps": pa.array([steps for steps, _ in courses], pa.int32()),
-        "loss": pa.array([loss for _, loss in courses], pa.float32()),
+        "steps": pa.array([steps for steps, _, _ in courses], pa.int32()),
+        "loss": pa.array([loss for _, loss, _ in courses], pa.float32()),
+        FIRST_LOSS: pa.array([first for _, _, first in courses], pa.float32()),
     }
     for when, measured in (("before", before), ("after", after)):
         texts = [measured.get(row, {}).get("text") for row in rows]
@@ -64,6 +64,19 @@ def results_table(
         left_out = [", ".join(table.left_out.get(row, ())) or None for row in rows]
         columns["left_out"] = pa.array(left_out, pa.string())
     return with_columns(readable(table.table.take(columns["row"])), columns)
+
+
+def read_courses(store: Store, file: str) -> pa.Table:
+    """A shard of targets without the targets themselves, for `courses_of`."""
+    return read_columns(store, file, _COURSE)
+
+
+def courses_of(shard: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Row, steps, last and first loss of each target; None for a first loss that is not known."""
+    nothing = [None] * len(shard)
+    there = [shard.column(n).to_pylist() if n in shard.column_names else nothing for n in _COURSE]
+    for row, steps, loss, first in zip(*there, strict=True):
+        yield row, steps, loss, None if first is None or math.isnan(first) else first
 
 
 def answered(asked: Collection[int], right: Collection[int]) -> dict[int, dict[str, Any]]:

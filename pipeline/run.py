@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
+
 from pipeline.card import model_card
 from pipeline.config import JobConfig, by_key, dump_job, load_job
 from pipeline.errors import (
@@ -31,9 +33,10 @@ from pipeline.place import asks, check_gpus, crowding
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import NOTE, Progress
 from pipeline.report import write_report
-from pipeline.results import answered, model_metrics, results_table
-from pipeline.run_record import NO_TARGET
-from pipeline.schema import Rejection
+from pipeline.results import answered, courses_of, model_metrics, read_courses, results_table
+from pipeline.run_record import NO_TARGET, layers
+from pipeline.sanity import warnings_of_layers, warnings_of_targets, weights_of
+from pipeline.schema import Rejection, RequestTable
 from pipeline.serial import SerialCrew
 from pipeline.stages import (
     Context,
@@ -46,7 +49,7 @@ from pipeline.stages import (
     write_templates,
 )
 from pipeline.store import Store
-from pipeline.target_stage import find_targets
+from pipeline.target_stage import find_targets, refuse_without_edits
 from pipeline.tasks import OnEvent
 from pipeline.tracking import Tracking, trackers_of
 from pmet.errors import InputError, PMETError
@@ -260,9 +263,15 @@ def _run_stages(run: Context) -> RunResult:
     templates = write_templates(run)
     collect_moments(run)
     found = find_targets(run, templates, find_known(run))
+    if not found.edited(run.plan.table.rows) and len(found.known) < len(run.plan.table.rows):
+        run.store.write_table("rejected.parquet", _concluded(run.plan, found).rejected_table())
+        refuse_without_edits(run, found)
+    courses = [read_courses(run.store, found.files[s.index]) for s in run.plan.target_shards]
+    _warn(run, warnings_of_targets(_edited_losses(run.plan, found, courses)))
     # By now the ranks of the update are starting, and need a while.
     before = measure(run, "before", run.plan.base)
     reports = update(run, templates, found)
+    _warn(run, warnings_of_layers(layers(run.folder.status)))
     publish_model(run, reports)
     edited_model = published_model(run)
     after = measure(run, "after", edited_model)
@@ -272,6 +281,32 @@ def _run_stages(run: Context) -> RunResult:
     run.folder.sweep("targets", set(found.files.values()))
     run.folder.sweep("delta", {report.file for report in reports})
     return _conclude(run, found, before, after, kept)
+
+
+def _warn(run: Context, texts: Sequence[str]) -> None:
+    for text in texts:
+        run.folder.event("warning", text)
+        run.progress.event(text, "warning")
+
+
+def _edited_losses(
+    plan: Plan, found: FoundTargets, courses: Sequence[pa.Table]
+) -> list[tuple[int, Any, Any]]:
+    """Row, first and last loss of the requests that are edited."""
+    edited = set(found.edited(plan.table.rows))
+    return [
+        (row, first, last)
+        for shard in courses
+        for row, _, last, first in courses_of(shard)
+        if row in edited
+    ]
+
+
+def _concluded(plan: Plan, found: FoundTargets) -> RequestTable:
+    """The input with all rejections: those of the plan, and requests without a target."""
+    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
+    rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
+    return dataclasses.replace(plan.table, rejected=rejected)
 
 
 def _conclude(
@@ -284,20 +319,19 @@ def _conclude(
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store
     run.folder.check()
-    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
-    rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
-    table = dataclasses.replace(plan.table, rejected=rejected)
+    table = _concluded(plan, found)
     edited = sorted(found.edited(table.rows))
     metrics = model_metrics(before, after, edited)
     measured = {"before": before.rows, "after": after.rows}
     counted = [row for row in edited if row in after.rows]
     if groups := grouped(plan.group_by, plan.table.table, counted, measured):
         metrics["groups"] = groups
+    metrics["weights"] = weights_of(layers(run.folder.status))
     if plan.last:
         metrics["last"] = dataclasses.asdict(plan.last)
     metrics["counts"] = {
         "requested": len(table.table),
-        "rejected": len(rejected),
+        "rejected": len(table.rejected),
         "edited": len(edited),
     }
     if plan.job.skip_known:
@@ -309,10 +343,7 @@ def _conclude(
     thresholds = {} if nothing_new else plan.job.gates.thresholds()
     metrics["gates"] = outcomes(thresholds, metrics, plan.last.after if plan.last else None)
     held = any(not gate["passed"] for gate in metrics["gates"])
-    targets = [
-        store.read_table(found.files[shard.index], columns=["row", "steps", "loss"])
-        for shard in plan.target_shards
-    ]
+    targets = [read_courses(store, found.files[shard.index]) for shard in plan.target_shards]
     # Known requests were all asked, also those that were not drawn to be measured.
     store.write_table(
         "results.parquet",

@@ -5,6 +5,7 @@ The report, the comparison and trackers read it from here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ NEEDED = (STATUS, "metrics.json", "results.parquet")
 REQUEST = ("row", "prompt", "subject", "target_new")
 _WHEN = ("before", "after")
 _RESULT = (
-    *(*REQUEST, "case_id", "status", "steps", "loss"),
+    *(*REQUEST, "case_id", "status", "steps", "loss", "first_loss"),
     *(f"{when}_{name}" for when in _WHEN for name in (*FIGURES, "answer", "text")),
 )
 _RUN: dict[str, Any] = {
@@ -176,7 +177,7 @@ def _rows(store: Store, name: str, columns: Sequence[str]) -> list[Row]:
     """The rows of a table with these columns; what the table lacks, or never holds, is None."""
     if not store.exists(name):
         return []
-    table = _read(store, name, columns)
+    table = read_columns(store, name, columns)
     held = [c for c in table.column_names if table.column(c).null_count < len(table)]
     nothing = dict.fromkeys(columns)
     found = [table.column(column).to_pylist() for column in held]
@@ -184,8 +185,12 @@ def _rows(store: Store, name: str, columns: Sequence[str]) -> list[Row]:
     return [ChainMap(dict(zip(held, row, strict=True)), nothing) for row in rows]
 
 
-def _read(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Those of the columns that the table has; the others are not fetched."""
+def read_columns(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
+    """Those of these columns that a Parquet file has; the others are not fetched.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     with store.read_stream(name) as stream:
         there = attempt("read", store.join(name), pq.read_schema, stream).names
     return store.read_table(name, [column for column in columns if column in there])
@@ -196,10 +201,17 @@ def layers(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for index, layer in enumerate(run["layers"]):
         number = re.search(r"\.(\d+)\.", str(layer["parameter"]))
-        share = layer["delta_norm"] / layer["weight_norm"] if layer["weight_norm"] else 0.0
+        share = share_of(layer["delta_norm"], layer["weight_norm"])
         name = number.group(1) if number else f"#{index + 1}"
         found.append({**layer, "name": name, "share": share})
     return found
+
+
+def share_of(delta_norm: float, weight_norm: float) -> float:
+    """‖Δ‖/‖W‖; infinite where a weight of zeros was changed."""
+    if weight_norm:
+        return delta_norm / weight_norm
+    return math.inf if delta_norm else 0.0
 
 
 def throughput(stage: Mapping[str, Any], record: RunRecord) -> tuple[float, str] | None:

@@ -20,6 +20,9 @@ from pipeline.parquet import map_parquet
 from pipeline.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
 from pmet.request import EditRequest
 
+FIRST_LOSS = "first_loss"
+"""Column of the loss before the first step, in tables of targets and of results."""
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -150,12 +153,15 @@ class TargetArrays(NamedTuple):
         values: (E, D) float32, the value wanted at the target layer.
         steps: (E,) int32, evaluations of the loss.
         losses: (E,) float32, the last loss.
+        first_losses: (E,) float32, the loss before the first step; NaN where it was not kept, None
+            where none was.
     """
 
     rows: np.ndarray
     values: np.ndarray
     steps: np.ndarray
     losses: np.ndarray
+    first_losses: np.ndarray | None = None
 
 
 def targets_table(
@@ -163,6 +169,7 @@ def targets_table(
     values: np.ndarray,
     steps: Sequence[int] | np.ndarray,
     losses: Sequence[float] | np.ndarray,
+    first_losses: np.ndarray | None = None,
 ) -> pa.Table:
     """The table that a shard of targets is stored as.
 
@@ -171,11 +178,14 @@ def targets_table(
         values: (E, D) float32.
         steps: (E,) evaluations of the loss.
         losses: (E,) last loss.
+        first_losses: (E,) loss before the first step, NaN where unknown; None: unknown for all.
 
     Raises:
         ValueError: the shapes differ, or ``values`` is not float32.
     """
-    lengths = {len(rows), len(values), len(steps), len(losses)}
+    if first_losses is None:
+        first_losses = np.full(len(rows), np.nan, np.float32)
+    lengths = {len(rows), len(values), len(steps), len(losses), len(first_losses)}
     if values.ndim != 2 or values.dtype != np.float32 or len(lengths) != 1:
         raise ValueError(
             f"targets need (E, D) float32 values and E rows, steps and losses, not {values.dtype} "
@@ -188,6 +198,7 @@ def targets_table(
             "target": pa.FixedSizeListArray.from_arrays(flat, values.shape[1]),
             "steps": pa.array(steps, pa.int32()),
             "loss": pa.array(losses, pa.float32()),
+            FIRST_LOSS: pa.array(first_losses, pa.float32()),
         }
     )
 
@@ -201,6 +212,8 @@ def read_targets(table: pa.Table) -> TargetArrays:
     wanted = {"row": pa.int64(), "steps": pa.int32(), "loss": pa.float32()}
     found = dict(zip(table.column_names, table.schema.types, strict=True))
     target = found.pop("target", None)
+    # Older releases did not keep it.
+    kept = found.pop(FIRST_LOSS, None) == pa.float32()
     if found != wanted or not _is_vector(target) or any(c.null_count for c in table.columns):
         raise StorageError(
             f"not a table of targets: its columns are {', '.join(table.column_names) or 'none'}; "
@@ -212,6 +225,7 @@ def read_targets(table: pa.Table) -> TargetArrays:
         values=flat.to_numpy(zero_copy_only=False).reshape(len(table), target.list_size),
         steps=table.column("steps").to_numpy(),
         losses=table.column("loss").to_numpy(),
+        first_losses=table.column(FIRST_LOSS).to_numpy() if kept else None,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from pipeline.checkpoint import Checkpoint, StoredTensor
@@ -21,7 +22,15 @@ from pipeline.errors import ModelError
 # Said aloud: where nothing is said, transformers asks at the terminal whether to run such code.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 # What transformers raises where a file of a model is not what it should be.
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, RecursionError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    TypeError,
+    RecursionError,
+    StrictDataclassError,
+)
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -76,6 +85,17 @@ def skeleton_with_buffers(
     _make_buffers(model, checkpoint, stored)
     model.tie_weights(missing_keys={name for name, tensor in stored.items() if tensor is None})
     return model.eval(), _places(model, stored)
+
+
+def unread(checkpoint: Checkpoint, model: Any) -> set[str]:
+    """Names of stored tensors that ``model``, a skeleton of the checkpoint, does not read.
+
+    Old releases stored masks, in 16 bits of −∞; what is fused or split while loading is read.
+    """
+    renamed = _in_todays_names(checkpoint, model)
+    found = (renamed.stored(name, model.base_model_prefix) for name in model.state_dict())
+    read = {tensor.name for tensor in found if tensor is not None}
+    return {tensor.name for tensor in renamed.tensors.values()} - read
 
 
 def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:

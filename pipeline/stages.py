@@ -34,7 +34,7 @@ from pipeline.statistics import collect, moments_job
 from pipeline.store import Store
 from pipeline.tasks import Task
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
-from pmet.delta import Edit, changed
+from pmet.delta import Edit, checked
 
 if TYPE_CHECKING:
     from pipeline.crew import Crew
@@ -147,9 +147,10 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
     done: list[LayerReport] = []
     while len(done) < len(layers):
         record = run.folder.recorded(f"layer-{layers[len(done)]}")
-        if record is None:
-            break
         names = [field.name for field in dataclasses.fields(LayerReport)]
+        # What was not checked to be finite when it was recorded is computed again.
+        if record is None or not record.keys() >= set(names):
+            break
         done.append(LayerReport(**{name: record[name] for name in names}))
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
@@ -179,7 +180,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
     def edited(name: str, base: torch.Tensor) -> torch.Tensor:
         report = by_tensor[name]
         with run.store.local_copy(report.file) as path:
-            return changed(base, Edit.load(path).deltas[report.parameter])
+            return checked(name, base, Edit.load(path).deltas[report.parameter])
 
     run.folder.forget("measured-after", "known-after")
     digests: dict[str, str] = {}
@@ -274,6 +275,7 @@ def _update_job(run: Context, templates: list[list[str]]) -> UpdateJob:
         run=run.store,
         device="cuda" if plan.job.update.gpus_per_rank else "cpu",
         dtype=_rank_dtype(plan),
+        stored={layer: tensor.dtype for layer, tensor in plan.stored.items()},
         offload=plan.job.update.offload,
     )
 

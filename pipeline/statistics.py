@@ -26,6 +26,7 @@ from safetensors.torch import load
 from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.corpus import Corpus, read_corpus
 from pipeline.errors import JobError
+from pipeline.finite import checked_digest
 from pipeline.folder import versions
 from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.model_checks import check_configuration, checked_layout
@@ -137,7 +138,7 @@ def plan_statistics(
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     limit = longest(skeleton.config, max_length)
-    digest = checkpoint.digest()
+    digest = checked_digest(checkpoint)
     return MomentsJob(
         source=ModelSource(name_for_nodes(model, folder), on_gpu, digest=digest),
         model=digest,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
-import json
 import os
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from pipeline import json_text
 from pipeline.errors import RequestTableError, StorageError
 from pipeline.patience import is_transient, patiently
 
@@ -183,18 +183,14 @@ class Store:
     def read_json(self, name: str) -> Any:
         """The value that a JSON file holds."""
         try:
-            return json.loads(self.read_bytes(name))
+            return json_text.loads(self.read_bytes(name))
         except ValueError as error:
             raise StorageError(
                 f"{self.join(name)} is not JSON ({error}); it is damaged, delete it and run again"
             ) from None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a value as JSON: UTF-8, indented, keys in the order given.
-
-        Raises:
-            ValueError: the value holds NaN or infinity, which JSON does not have.
-        """
+        """Write a value as JSON: UTF-8, indented, keys in the order given; see `json_text`."""
         self.write_bytes(name, json_bytes(value))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -330,12 +326,8 @@ class Store:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as JSON files hold it: UTF-8, indented, keys in the order given.
-
-    Raises:
-        ValueError: it holds NaN or infinity, which JSON does not have.
-    """
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """A value as JSON files hold it: UTF-8, indented, keys in the order given; see `json_text`."""
+    return (json_text.dumps(value, indent=2) + "\n").encode()
 
 
 def read_file(url: str, *, limit: int | None = None) -> bytes:

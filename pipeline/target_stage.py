@@ -8,16 +8,17 @@ targets, only what it has not is computed.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import StorageError
+from pipeline.errors import NoEditError, StorageError
 from pipeline.isolation import Piece, isolate, most_isolated
 from pipeline.progress import Stage
 from pipeline.replica import TargetSummary
@@ -28,6 +29,7 @@ from pipeline.target_store import TargetStore
 from pipeline.tasks import Task
 
 FOLDER = "targets"
+_REASONS_NAMED = 3
 WORTH_A_WORKER = 16
 """Requests: fewer are optimised sooner than another worker is started."""
 
@@ -66,6 +68,25 @@ def find_targets(
         if todo:
             _Search(run, templates, found, bar, detail).complete(todo)
     return found
+
+
+def refuse_without_edits(run: Context, found: FoundTargets) -> NoReturn:
+    """End a run in which no request has a target: it would publish the base as it is.
+
+    Records of the targets are dropped: the same run computes them again, once the cause is gone.
+
+    Raises:
+        NoEditError: always, with the most frequent reasons.
+    """
+    wanted = [row for row in run.plan.table.rows if row not in found.known]
+    run.folder.forget(*(_record(shard) for shard in run.plan.target_shards))
+    reasons = Counter(found.failures[row] for row in wanted).most_common(_REASONS_NAMED)
+    named = "; ".join(f"{reason} ({count:,} of {len(wanted):,})" for reason, count in reasons)
+    raise NoEditError(
+        f"no fact was edited: none of {len(wanted):,} requests has a target, and nothing was "
+        f"published. The most frequent reasons: {named}. Check the model, and v_lr and "
+        "clamp_norm_factor in the hyper-parameters; the same command computes the targets again"
+    )
 
 
 @dataclass

@@ -22,11 +22,12 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import torch
 
 from pipeline.digest import digest_of
 from pipeline.plan import Plan
-from pipeline.schema import TargetArrays, targets_table
+from pipeline.schema import FIRST_LOSS, TargetArrays, targets_table
 from pipeline.segments import Segments
 from pipeline.store import Store
 from pmet.request import EditRequest
@@ -52,13 +53,20 @@ class StoredTargets:
         values: (E, D) float32.
         steps: (E,) int32, evaluations of the loss.
         losses: (E,) float32, the last loss.
+        first_losses: (E,) float32, the loss before the first step; NaN where it was not kept.
     """
 
     def __init__(
-        self, keys: Sequence[str], values: np.ndarray, steps: np.ndarray, losses: np.ndarray
+        self,
+        keys: Sequence[str],
+        values: np.ndarray,
+        steps: np.ndarray,
+        losses: np.ndarray,
+        first_losses: np.ndarray,
     ) -> None:
         self._places = {key: place for place, key in enumerate(keys)}
         self._values, self._steps, self._losses = values, steps, losses
+        self._first_losses = first_losses
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -69,7 +77,8 @@ class StoredTargets:
     @classmethod
     def none(cls, width: int) -> StoredTargets:
         """What a lookup that finds nothing gives."""
-        return cls([], np.empty((0, width), np.float32), np.empty(0, np.int32), np.empty(0))
+        none = np.empty(0, np.float32)
+        return cls([], np.empty((0, width), np.float32), np.empty(0, np.int32), none, none)
 
     def arrays(self, keys: Sequence[str], rows: Sequence[int]) -> TargetArrays:
         """The targets of some keys that were found, for the rows of an input."""
@@ -79,6 +88,7 @@ class StoredTargets:
             values=np.array(self._values[places]),
             steps=self._steps[places],
             losses=self._losses[places],
+            first_losses=self._first_losses[places],
         )
 
 
@@ -159,8 +169,13 @@ class TargetStore:
         finite = np.isfinite(arrays.values).all(axis=1).nonzero()[0]
         if not len(finite):
             return
+        first = arrays.first_losses
         table = targets_table(
-            finite, arrays.values[finite], arrays.steps[finite], arrays.losses[finite]
+            finite,
+            arrays.values[finite],
+            arrays.steps[finite],
+            arrays.losses[finite],
+            None if first is None else first[finite],
         )
         all_keys = self.keys(requests, groups or range(len(requests)))
         keys = pa.array([all_keys[place] for place in finite], pa.string())
@@ -171,7 +186,8 @@ class TargetStore:
     def lookup(self, keys: Collection[str]) -> Iterator[StoredTargets]:
         """Find the targets of some keys; they can be read for the time of a ``with`` block.
 
-        Where several segments have a target, the first by name gives it.
+        Where several segments have a target, the first by name gives it. What is not finite is no
+        target, whoever has written it.
 
         Raises:
             StorageError: the store cannot be read, or a segment of it is damaged.
@@ -199,20 +215,33 @@ class TargetStore:
         count = len(chosen)
         # Not in memory: the targets of a large job are gigabytes.
         values = np.memmap(file, np.float32, mode="w+", shape=(count, self.width))
-        steps, losses = np.empty(count, np.int32), np.empty(count, np.float32)
+        steps = np.empty(count, np.int32)
+        losses, first_losses = np.empty(count, np.float32), np.empty(count, np.float32)
         keys: list[str] = []
         names = sorted({f"{self.digest}/{PurePosixPath(path).name}" for path in chosen.values()})
-        columns = [_KEY, "target", "steps", "loss", _FILE]
-        for batch in self.store.dataset(names).to_batches(columns=columns):
+        columns = [_KEY, "target", "steps", "loss", FIRST_LOSS, _FILE]
+        for batch in _with_first_losses(self.store.dataset(names)).to_batches(columns=columns):
             pairs = list(zip(*(batch[name].to_pylist() for name in (_KEY, _FILE)), strict=True))
-            own = [i for i, (key, path) in enumerate(pairs) if chosen.get(key) == path]
-            here = slice(len(keys), len(keys) + len(own))
             flat = batch["target"].flatten().to_numpy(zero_copy_only=False)
-            values[here] = flat.reshape(len(pairs), self.width)[own]
+            all_values = flat.reshape(len(pairs), self.width)
+            finite = np.isfinite(all_values).all(axis=1)
+            own = [i for i, (key, path) in enumerate(pairs) if chosen.get(key) == path]
+            own = [i for i in own if finite[i]]
+            here = slice(len(keys), len(keys) + len(own))
+            values[here] = all_values[own]
             steps[here] = batch["steps"].to_numpy()[own]
             losses[here] = batch["loss"].to_numpy()[own]
+            first_losses[here] = batch[FIRST_LOSS].to_numpy(zero_copy_only=False)[own]
             keys += [pairs[i][0] for i in own]
-        return StoredTargets(keys, values, steps, losses)
+        return StoredTargets(keys, values, steps, losses, first_losses)
+
+
+def _with_first_losses(segments: ds.Dataset) -> ds.Dataset:
+    """Segments read with a column that those of older releases lack: it is null in them."""
+    schema = segments.schema
+    if FIRST_LOSS in schema.names:
+        return segments
+    return segments.replace_schema(schema.append(pa.field(FIRST_LOSS, pa.float32())))
 
 
 def _dtype(plan: Plan) -> str:

@@ -335,8 +335,8 @@ def figures_of(record: RunRecord) -> dict[str, float]:
             found[f"rate/{stage['name']}"] = rate[0]
     found["seconds/run"] = record.seconds()
     for layer in layers(record.run):
-        for name in ("delta_norm", "weight_norm", "share"):
-            found[f"{name}/{layer['parameter']}"] = layer[name]
+        for name in ("delta_norm", "weight_norm", "share", "rounding"):
+            found[f"{name}/{layer['parameter']}"] = layer.get(name)
     found["gates/passed"] = sum(bool(gate["passed"]) for gate in record.gates)
     found["gates/asked"] = len(record.gates)
     return {name: float(value) for name, value in found.items() if is_number(value)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,11 +28,13 @@ from pipeline.collective import (
     added,
     all_rows,
     in_lockstep,
+    largest,
     reduced_to_rows,
     rows_in_turn,
     share_of_rows,
 )
 from pipeline.factors import FactorFile
+from pipeline.finite import check_loaded
 from pipeline.metering import tell_gpu_memory
 from pipeline.model_cache import model_on_node
 from pipeline.moments import module_name, read_moments
@@ -42,7 +44,7 @@ from pipeline.schema import read_targets
 from pipeline.store import Store
 from pmet.architecture import resolve
 from pmet.contexts import ContextTemplates
-from pmet.delta import EditWriter, delta_rows
+from pmet.delta import EditWriter, check_fits, delta_rows
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
@@ -98,6 +100,7 @@ class UpdateJob:
         run: the run folder.
         device: ``cpu`` or ``cuda``.
         dtype: of the weights.
+        stored: dtype of each edited layer's weight in the checkpoint, by number of the layer.
         offload: where partitioned weights wait: ``none`` (on the device) or ``cpu``.
         model_digest: what a copy of the model has to have; None: whatever it has.
     """
@@ -109,6 +112,7 @@ class UpdateJob:
     run: Store
     device: partition.Device
     dtype: torch.dtype
+    stored: Mapping[int, torch.dtype]
     offload: Offload
     model_digest: str | None = None
 
@@ -117,7 +121,9 @@ def _opened(folder: str, job: UpdateJob, *, partitioned: bool) -> tuple[nn.Modul
     """The model, and DeepSpeed's engine around it where it is partitioned."""
     if partitioned:
         return load_partitioned(folder, dtype=job.dtype, offload=job.offload)
-    return open_causal_lm(folder, dtype=job.dtype), None
+    model = open_causal_lm(folder, dtype=job.dtype)
+    check_loaded(folder, model)
+    return model, None
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ class LayerReport:
         requests: how many it holds.
         form: of the solve: ``keys`` or ``requests`` (see `pmet.solve`).
         jitter: share of its mean diagonal element that the factored matrix took; 0 as a rule.
-        rounding: ‖what the weight's dtype rounds off‖ / ‖Δ‖.
+        rounding: ‖what the checkpoint's dtype rounds off‖ / ‖Δ‖.
+        largest: the largest |W + Δ|.
+        dtype: of the weight in the checkpoint.
     """
 
     parameter: str
@@ -145,6 +153,8 @@ class LayerReport:
     form: Form
     jitter: float
     rounding: float
+    largest: float
+    dtype: str
 
 
 class _Solved(NamedTuple):
@@ -215,7 +225,8 @@ class UpdateRank:
         """Update the ``index``-th edited layer; rank 0 saves it and reports.
 
         Raises:
-            NumericalError: the solve failed; all ranks raise it alike.
+            NumericalError: the solve failed, or the checkpoint's dtype cannot hold the edited
+                weight; all ranks raise it alike, and nothing is saved.
         """
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
@@ -230,21 +241,26 @@ class UpdateRank:
             for values in rows_in_turn(partition.own_values(self._engine, parameter)):
                 if writer:
                     writer.add_original(values)
-            squares = self._change(parameter, solved.delta_RK, writer)
+            squares = self._change(parameter, solved.delta_RK, writer, self._stored(layer))
+            norm, before = math.sqrt(squares.delta), math.sqrt(squares.before)
+            share = norm / before if before else math.inf
+            for dtype in (self._stored(layer), parameter.dtype):
+                check_fits(name, squares.largest, share, dtype, layer=layer)
         tell_gpu_memory("update")
         if not writer:
             return None
-        norm = math.sqrt(squares.delta)
         return LayerReport(
             parameter=name,
             file=file,
             sha256=self._job.run.sha256(file),
             delta_norm=norm,
-            weight_norm=math.sqrt(squares.before),
+            weight_norm=before,
             requests=solved.requests,
             form=solved.form,
             jitter=solved.jitter,
             rounding=math.sqrt(squares.lost) / norm if norm else 0.0,
+            largest=squares.largest,
+            dtype=str(self._stored(layer)).removeprefix("torch."),
         )
 
     def redo_layer(self, index: int, file: str) -> None:
@@ -260,20 +276,33 @@ class UpdateRank:
                 partition.add_block(self._engine, parameter, delta, top)
                 top += len(delta)
 
+    def _stored(self, layer: int) -> torch.dtype:
+        """The dtype that the layer's weight is published in."""
+        return self._job.stored[layer]
+
     def _change(
-        self, parameter: nn.Parameter, own_RK: torch.Tensor, writer: EditWriter | None
+        self,
+        parameter: nn.Parameter,
+        own_RK: torch.Tensor,
+        writer: EditWriter | None,
+        stored: torch.dtype,
     ) -> partition.Squares:
         """Add Δ, of which each rank has some rows, to the weight; sums over all its elements."""
-        first, sums = 0, [0.0, 0.0, 0.0]
+        first, sums, most = 0, [0.0, 0.0, 0.0], 0.0
         for delta_RK in rows_in_turn(own_RK):
             block = self._layout.orient(delta_RK)
             top, left = (0, first) if self._layout.transposed else (first, 0)
-            here = partition.add_block(self._engine, parameter, block, top, left)
+            *here, here_most = partition.add_block(
+                self._engine, parameter, block, top, left, stored=stored
+            )
             sums = [total + more for total, more in zip(sums, here, strict=True)]
+            # max() passes over NaN.
+            most = here_most if math.isnan(here_most) else max(most, here_most)
             if writer:
                 writer.put_delta(block, top, left)
             first += len(delta_RK)
-        return partition.Squares(*(added(total) for total in sums))
+        delta, before, lost = map(added, sums)
+        return partition.Squares(delta, before, lost, largest(most))
 
     @contextmanager
     def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:

@@ -8,19 +8,20 @@ exact to the bit in any process, and an edit is never applied to weights it was 
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pmet.errors import EditFileError
+from pmet.errors import EditFileError, NotFiniteError
 
 FORMAT = "pmet-edit-1"
 _NAMES = {
@@ -32,8 +33,69 @@ _NAMES = {
 
 
 def changed(original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """W + Δ, added in float64 and rounded once to the weight's dtype."""
-    return (original.double() + delta.to(original.device, torch.float64)).to(original.dtype)
+    """W + Δ, added in float64 and rounded once to the weight's dtype.
+
+    What the dtype cannot hold becomes infinite; see `checked`.
+    """
+    return _sum(original, delta).to(original.dtype)
+
+
+def checked(name: str, original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """As `changed`, refused unless every element is a finite number.
+
+    Args:
+        name: of the parameter, for the message.
+        original: W.
+        delta: Δ, of its shape.
+
+    Raises:
+        NotFiniteError: W + Δ holds NaN, or exceeds the dtype.
+    """
+    edited = changed(original, delta)
+    if not torch.isfinite(edited).all():
+        _refuse(name, original, delta, original.dtype)
+    return edited
+
+
+def check_fits(
+    name: str, largest: float, share: float, dtype: torch.dtype, *, layer: int | None = None
+) -> None:
+    """Refuse an edited weight that its dtype cannot hold.
+
+    Args:
+        name: of the parameter.
+        largest: the largest |W + Δ|, before rounding; infinite where there is NaN.
+        share: ‖Δ‖/‖W‖.
+        dtype: that the edited weight is stored in.
+        layer: number of the edited layer, if the caller knows it.
+
+    Raises:
+        NotFiniteError: the message names all of these, and the remedy.
+    """
+    # Rounding is monotonic: the others fit if the largest does.
+    if torch.tensor(largest, dtype=torch.float64).to(dtype).isfinite():
+        return
+    named = str(dtype).removeprefix("torch.")
+    place = name if layer is None else f"layer {layer} ({name})"
+    wider = " or store the model in bfloat16 or float32" if dtype == torch.float16 else ""
+    raise NotFiniteError(
+        f"the edited weight of {place} does not fit its dtype, {named}: the largest |W + Δ| is "
+        f"{largest:.3g}, {named} holds at most {torch.finfo(dtype).max:.6g}; ‖Δ‖/‖W‖ is "
+        f"{share:.3g}. Lower clamp_norm_factor or v_lr in the hyper-parameters"
+        f"{',' if wider else ''}{wider}"
+    )
+
+
+def _refuse(name: str, original: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> NoReturn:
+    largest = _sum(original, delta).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
+    before = original.double().norm().item()
+    share = delta.double().norm().item() / before if before else math.inf
+    check_fits(name, largest, share, dtype)
+    raise AssertionError("what is not finite does not fit")
+
+
+def _sum(original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return original.double() + delta.to(original.device, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -54,8 +116,12 @@ class Edit:
         Raises:
             EditFileError: a weight is missing or not the one that the edit was made for; nothing
                 has been written then.
+            NotFiniteError: an edited weight exceeds the dtype that the edit or the model has it
+                in; nothing has been written then.
         """
-        self._write(model, {n: (w, self._edited(n)) for n, w in self.originals.items()})
+        edited = {n: checked(n, w, self.deltas[n]) for n, w in self.originals.items()}
+        self._check_fit(model, edited)
+        self._write(model, {n: (w, edited[n]) for n, w in self.originals.items()})
 
     def revert(self, model: nn.Module) -> None:
         """Write back the values from before, to the bit.
@@ -104,6 +170,14 @@ class Edit:
 
     def _edited(self, name: str) -> torch.Tensor:
         return changed(self.originals[name], self.deltas[name])
+
+    def _check_fit(self, model: nn.Module, edited: Mapping[str, torch.Tensor]) -> None:
+        """Refuse a model in a narrower dtype than the edit's, where the edited weight overflows."""
+        parameters = dict(model.named_parameters())
+        for name, tensor in edited.items():
+            weight = parameters.get(name)
+            if weight is not None and not tensor.to(weight.dtype).isfinite().all():
+                _refuse(name, self.originals[name], self.deltas[name], weight.dtype)
 
     def _write(
         self, model: nn.Module, changes: dict[str, tuple[torch.Tensor, torch.Tensor]]

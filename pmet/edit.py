@@ -16,7 +16,7 @@ from torch import nn
 from pmet import contexts, second_moment
 from pmet.architecture import Layout, resolve
 from pmet.contexts import ContextTemplates
-from pmet.delta import Edit, changed
+from pmet.delta import Edit, checked
 from pmet.devices import home
 from pmet.errors import InputError, NotFiniteError
 from pmet.hparams import PMETHyperParams
@@ -62,7 +62,8 @@ def compute_edit(
 
     Raises:
         InputError: something given does not fit the model.
-        NotFiniteError: a target could not be found for a request, or NaN appeared.
+        NotFiniteError: a target could not be found for a request, NaN appeared, or an edited
+            weight exceeds its dtype.
         NotPositiveDefiniteError: the second moments are degenerate.
     """
     if not requests:
@@ -109,7 +110,7 @@ def compute_edit(
                 delta_VK = solve(collected, moments[layer], weight, share)
                 name = layout.weight_name(layer)
                 deltas[name] = layout.orient(delta_VK)
-                layout.weight(model, layer).copy_(changed(originals[name], deltas[name]))
+                layout.weight(model, layer).copy_(checked(name, originals[name], deltas[name]))
     finally:
         with torch.no_grad():
             for layer in hparams.layers:

@@ -39,15 +39,24 @@ def weights(rows: Sequence[Row], metric: str) -> list[float]:
     return [float(row.get(of) or 0) if row.get(metric) is not None else 0.0 for row in rows]
 
 
+def total(values: Sequence[float]) -> float:
+    """The sum, rounded once; infinite or NaN where values are, or where it exceeds a float."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        # A sum beyond the largest float, or infinities of both signs.
+        return sum(values)
+
+
 def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
     """Means over all prompts of per-request figures, and their score; of text, over requests."""
     figures: dict[str, float | None] = {}
     for metric in (*METRICS, *OF_TEXT):
         counts = weights(rows, metric)
-        total = sum(counts)
+        prompts = sum(counts)
         values = (row.get(metric) or 0.0 for row in rows)
-        summed = math.fsum(v * count for v, count in zip(values, counts, strict=True) if count)
-        figures[metric] = summed / total if total else None
+        summed = total([v * count for v, count in zip(values, counts, strict=True) if count])
+        figures[metric] = summed / prompts if prompts else None
     figures["score"] = harmonic_mean([figures[kind] for kind in SCORED])
     return figures
 

@@ -6,6 +6,7 @@ reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a requ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -131,4 +132,5 @@ class Member:
     index: int
     problem: Problem
     evaluations: int = 0
+    first_loss: float = math.nan
     state: State | None = None

@@ -68,12 +68,14 @@ class Targets:
         steps: (E,) int32, evaluations of the loss before the optimisation stopped.
         losses: (E,) float32, the last loss.
         failures: reason by request index, for those whose optimisation broke down.
+        first_losses: (E,) float32, the loss before the first step; None where it was not kept.
     """
 
     values: torch.Tensor
     steps: torch.Tensor
     losses: torch.Tensor
     failures: dict[int, str] = field(default_factory=dict)
+    first_losses: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -160,6 +162,7 @@ class _Outcome:
     value: torch.Tensor
     steps: int
     loss: float
+    first_loss: float
     failure: str | None
 
 
@@ -169,6 +172,7 @@ def _targets(outcomes: Sequence[_Outcome], width: int) -> Targets:
         torch.tensor([o.steps for o in outcomes], dtype=torch.int32),
         torch.tensor([o.loss for o in outcomes]),
         {e: o.failure for e, o in enumerate(outcomes) if o.failure},
+        torch.tensor([o.first_loss for o in outcomes]),
     )
 
 
@@ -346,6 +350,9 @@ class _Optimisation:
         stopped = [a or b for a, b in zip(stopped_E.tolist(), last, strict=True)]
         if measuring:
             self._footprint = self._measured(count.total)
+        new = [e for e, member in enumerate(self._members) if not member.evaluations]
+        for e, loss in zip(new, losses_E[new].tolist() if new else (), strict=True):
+            self._members[e].first_loss = loss
         for member in self._members:
             member.evaluations += 1
         outcomes = self._outcomes(stopped, losses_E) if any(stopped) else []
@@ -398,7 +405,7 @@ class _Optimisation:
             if not (math.isfinite(losses[e]) and bool(torch.isfinite(value).all())):
                 failure = f"the loss is {losses[e]} at evaluation {member.evaluations}"
                 value.fill_(torch.nan)
-            outcome = _Outcome(value, member.evaluations, losses[e], failure)
+            outcome = _Outcome(value, member.evaluations, losses[e], member.first_loss, failure)
             outcomes.append((member.index, outcome))
         return outcomes
 

@@ -50,6 +50,7 @@ from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requ
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
+from pipeline.finite import checked_digest
 from pipeline.folder import RunFolder
 from pipeline.job_places import hparams_places, model_places, pattern_places
 from pipeline.lease import Lease
@@ -333,6 +334,7 @@ class _Work:
         if plan is None:
             self._lease.check()
             base = Checkpoint.open(open_model_folder(self._config.model, default_cache()))
+            checked_digest(base)
             RunFolder(self._store.join(self._path()), self._lease.check).clear_model(base.files())
             publish(base, (), _untouched, self._store, self._path(MODEL), on_file=lambda _: None)
             return None

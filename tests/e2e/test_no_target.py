@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -39,7 +38,7 @@ class Fragile(Replica):
 
 def token_of_one_request_only() -> int:
     """A token of the victim's subject that no other request has."""
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "llama" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "gptj" / "model")
     used = [
         set(tokenize_prompt(tokenizer, EditRequest(f["prompt"], f["subject"], f["target_new"])).ids)
         for f in facts()
@@ -62,18 +61,19 @@ def published() -> dict[int, np.ndarray]:
 
 def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    shutil.copytree(GOLDEN / "llama" / "model", base)
+    shutil.copytree(GOLDEN / "gptj" / "model", base)
     weights = load_file(base / "model.safetensors")
-    weights["model.embed_tokens.weight"][token_of_one_request_only()] = torch.nan
+    # Finite, and more than the norm's squares hold.
+    weights["transformer.wte.weight"][token_of_one_request_only(), ::2] = 3e38
     save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
     result = run_job(
         job(
             inputs,
             str(tmp_path / "out"),
-            "llama",
+            "gptj",
             model=str(base),
             corpus=None,
-            second_moments=str(GOLDEN / "llama" / "second_moments.safetensors"),
+            second_moments=str(GOLDEN / "gptj" / "second_moments.safetensors"),
             targets={"workers": 1},
             update={"ranks": 1},
         )
@@ -87,7 +87,7 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
     results = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert VICTIM not in [r["case_id"] for r in results]
     edited = load_file(tmp_path / "out" / "model" / "model.safetensors")
-    assert edited["model.layers.0.mlp.down_proj.weight"].isfinite().all()
+    assert edited["transformer.h.0.mlp.fc_out.weight"].isfinite().all()
 
 
 def test_a_request_that_no_worker_survives_costs_one_row_only(

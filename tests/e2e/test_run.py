@@ -187,7 +187,7 @@ def test_the_delta_applies_to_the_base_and_undoes_the_edit(run: Runner) -> None:
         assert torch.equal(parameter, original[name]), name
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_targets_are_bit_equal_for_any_number_of_workers(
     run: Runner, inputs: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -195,14 +195,15 @@ def test_targets_are_bit_equal_for_any_number_of_workers(
     # All is finished but the targets.
     shutil.copytree(folder(run()), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "targets")
-    other = run_job(job(inputs, str(tmp_path / "out"), targets={"workers": workers}))
+    changes = {"targets": {"workers": workers}, "update": {"ranks": 2 if workers else 0}}
+    other = run_job(job(inputs, str(tmp_path / "out"), **changes))
     assert [s["name"] for s in run_json(other)["stages"]] == ["targets"]
     others, other_steps = targets(other)
     assert np.array_equal(values.view(np.int32), others.view(np.int32))
     assert np.array_equal(steps, other_steps)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("gpt2", 3), ("llama", 1)])
+@pytest.mark.parametrize(("family", "ranks"), [("gpt2", 3), ("gpt2", 0), ("llama", 1)])
 def test_weights_are_equal_for_any_number_of_ranks(
     run: Runner, inputs: Path, tmp_path: Path, family: str, ranks: int
 ) -> None:
@@ -213,7 +214,7 @@ def test_weights_are_equal_for_any_number_of_ranks(
         (tmp_path / "out" / "records" / f"{done}.json").unlink()
     shutil.rmtree(tmp_path / "out" / "model")
     shutil.rmtree(tmp_path / "out" / "delta")
-    changes = {"targets": {"workers": 1}, "update": {"ranks": ranks}}
+    changes = {"targets": {"workers": 1 if ranks else 0}, "update": {"ranks": ranks}}
     other = run_job(job(inputs, str(tmp_path / "out"), family, **changes))
     # Three ranks do not divide any of these weights evenly.
     assert weights(result)[edited_names(result)[0]].numel() % 3 != 0

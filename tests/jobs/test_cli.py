@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import pipeline.run
 from pipeline.errors import WorkerError
@@ -91,6 +93,7 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
         ranks=1,
         side_by_side=2,
         by_workers={1: 14400.0, 4: 3600.0},
+        diverging=0.25,
     )
     monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
@@ -98,6 +101,10 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
     assert re.search(r"in all +2 h 00 min", out)
     assert "3.00 GiB × 2" in out
     assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
+    assert re.search(r"targets that diverge +25.0 % of the sample", out)
+    assert "lower v_lr or clamp_norm_factor in the hyper-parameters" in out
+    # What only the whole update decides is not guessed.
+    assert re.search(r"‖Δ‖/‖W‖ +known after the update", out)
 
 
 @pytest.mark.parametrize("section", ["targets.gpus_per_worker", "update.gpus_per_rank"])
@@ -144,52 +151,26 @@ def test_a_dry_run_says_how_many_requests_share_a_key(
     assert re.search(r"shared keys +2 requests share 1 key \(targets.shared_keys: joint\)", out)
 
 
-def test_a_hyper_parameter_file_of_memit_is_planned_and_what_it_means_here_is_shown(
-    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("command", ["run", "evaluate", "statistics"])
+def test_a_model_with_values_that_are_not_finite_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, command: str
 ) -> None:
-    memit = json.loads((GPT2 / "hparams.json").read_text()) | {
-        "attn_module_tmp": "transformer.h.{}.attn",
-        "mlp_module_tmp": "transformer.h.{}.mlp",
-        "alg_name": "AlphaEdit",
-        "nullspace_threshold": 0.02,
-    }
-    del memit["rewrite_module_tmps"], memit["nll_loss_factor"]
-    (tmp_path / "memit.json").write_text(json.dumps(memit))
-    status, out, err = pmet(
-        "run", job(hparams=str(tmp_path / "memit.json")), "--dry-run", "--no-estimate"
-    )
-    assert status == 0, err
-    block, projection = r"transformer\.h\.\{\}\.attn", r"transformer\.h\.\{\}\.attn\.c_proj"
-    assert re.search(rf"attention output +{projection}, inside {block}", out)
-    assert re.search(r"ignored keys +alg_name, nullspace_threshold", out)
-    assert re.search(r"default values +nll_loss_factor 1", out)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"layers": [0], "layers": [0, 1]}', "h: key 'layers' is given twice; keep one of them"),
-        ("layers: [0]\nlayers: [1]", "h cannot be read as YAML: line 2: key 'layers' is already"),
-        ("layers: [true]", "h: layers: [true] is not allowed; give a list of layer numbers"),
-        ("layers: [0]\nv_lr: 1e300", "h: v_lr: 1e+300 is not allowed; give a number above 0, from"),
-        ("layers: [0]\nmom2_adjustment: false", "false asks for an update without second moments"),
-        (
-            "layers: [0]\nv_loss_layer: 1",
-            "v_loss_layer is 1, but the loss is read from the model's",
-        ),
-        ("layers: [0]\nattn_module_tmp: transformer.h.{}.ln_1", "name the attention output projec"),
-        ("layers: [0]\nattn_module_tmp: transformer.h.{}.mlp", "attn_module_tmp: transformer.h.{}"),
-    ],
-)
-def test_a_bad_hyper_parameter_file_is_one_clear_line_and_exit_2(
-    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, text: str, message: str
-) -> None:
-    (tmp_path / "h").write_text(text)
-    status, out, err = pmet("run", job(hparams=str(tmp_path / "h")), "--dry-run", "--no-estimate")
+    base, name = tmp_path / "base", "transformer.h.3.mlp.c_proj.weight"
+    shutil.copytree(GPT2 / "model", base)
+    weights = load_file(base / "model.safetensors")
+    weights[name][0, 0] = torch.nan
+    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    arguments: list[object] = {
+        "run": [job(model=str(base))],
+        "evaluate": [base, tmp_path / "requests.parquet"],
+        "statistics": [base, tmp_path / "corpus.parquet", "--output", base / "x", "--layers", "0"],
+    }[command]
+    status, _, err = pmet(command, *arguments)
     assert status == 2
-    assert message in err
-    assert "Traceback" not in out + err
-    assert len([line for line in err.splitlines() if line.startswith("pmet:")]) == 1
+    assert "holds values that are not finite: " in err
+    assert f"{name} (1 " in err
+    assert "Traceback" not in err
+    assert not ray.is_initialized()
 
 
 NO_MODEL = "/no/such/model"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.errors import ModelError, StorageError
 from pipeline.store import Store
+from pmet import NotFiniteError
 from tests.conftest import GOLDEN
 
 BASE = GOLDEN / "gpt2" / "model"
@@ -168,6 +169,24 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, 1e39])
+def test_what_is_not_finite_as_it_is_stored_is_never_published(tmp_path: Path, odd: float) -> None:
+    with pytest.raises(NotFiniteError) as error:
+        publish(
+            Checkpoint.open(BASE),
+            {NAME},
+            lambda _n, t: torch.full(t.shape, odd, dtype=torch.float64),
+            Store(tmp_path),
+            "model",
+            on_file=lambda _f: None,
+        )
+    assert str(error.value).startswith(
+        f"the edited tensor {NAME} holds NaN or infinity as torch.float32 and is not published"
+    )
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "model" / "config.json").exists()
 
 
 def test_a_change_of_shape_is_refused(tmp_path: Path) -> None:

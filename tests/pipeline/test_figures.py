@@ -34,7 +34,10 @@ def test_every_figure_that_is_measured_has_a_name_and_a_meaning() -> None:
         ("perplexity", 1234.6, "1,235"),
         ("perplexity", 2.2347, "2.235"),
         ("something new", 0.5, "0.5"),
-        *(("efficacy", nothing, "–") for nothing in (None, math.nan, math.inf, True, "0.5", [])),
+        *(("efficacy", nothing, "–") for nothing in (None, True, "0.5", [])),
+        ("efficacy", math.nan, "undefined"),
+        ("perplexity", math.inf, "∞"),
+        ("fluency", -math.inf, "−∞"),
     ],
 )
 def test_values_are_shown_in_their_unit(name: str, value: Any, shown: str) -> None:
@@ -78,7 +81,7 @@ def test_every_gate_that_a_job_may_ask_for_is_put_in_words(key: str) -> None:
     text = read_gate(outcome)
     assert (text.metric, text.figure) == (key, gate.metric)
     below = {"drop": "below the base", "drop_since_last": "below the last run"}
-    ending = {"least": "", "increase": "over the base", **below}[gate.kind]
+    ending = {"least": "", "most": "", "increase": "over the base", **below}[gate.kind]
     assert text.asked.startswith("at least" if gate.kind == "least" else "at most")
     assert text.asked.endswith(ending)
 

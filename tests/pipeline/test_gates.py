@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from pipeline.gates import GATES, NOTHING_LAST, outcomes
+from jobs.views import gate_text
+from pipeline.figures import read_gate
+from pipeline.gates import GATES, NOTHING_LAST, UNDEFINED, outcomes
 
 METRICS = {
     "before": {"specificity": 0.95, "fluency": 6.5, "perplexity": 10.0},
@@ -61,13 +64,40 @@ def test_what_could_not_be_measured_does_not_pass(key: str) -> None:
     assert "note" not in gate
 
 
-def test_a_ruined_models_perplexity_does_not_pass() -> None:
-    for after in (None, float("inf"), float("nan")):
-        metrics = {"before": {"perplexity": 9.0}, "after": {"perplexity": after}}
-        (gate,) = outcomes({"perplexity_increase": 9e9}, metrics)
-        assert gate["passed"] is False
-        # JSON has no word for what is not finite.
-        assert gate["value"] is None
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(9.0, math.inf), (9.0, math.nan), (math.nan, 9.0), (math.inf, 9.0), (math.inf, math.inf)],
+)
+@pytest.mark.parametrize(
+    "key",
+    ["perplexity_increase", "fluency_drop", "fluency_drop_since_last", "fluency"],
+)
+def test_a_figure_that_is_not_finite_does_not_pass_and_says_why(
+    key: str, before: float, after: float
+) -> None:
+    metric = GATES[key].metric
+    metrics = {"before": {metric: before}, "after": {metric: after if key != "fluency" else before}}
+    if key == "fluency":
+        metrics["after"][metric] = after if not math.isfinite(after) else before
+    (gate,) = outcomes({key: 9e9 if key != "fluency" else 0.0}, metrics, {metric: before})
+    assert gate["passed"] is False
+    assert not math.isfinite(gate["value"])
+    assert gate["note"] == UNDEFINED
+    assert gate_text(gate).endswith(read_gate(gate).asked)
+    assert f"{key} is not a finite number, and nothing that is undefined passes" in gate_text(gate)
+
+
+@pytest.mark.parametrize("after", [math.nan, math.inf])
+def test_an_undefined_figure_does_not_pass_where_there_is_no_last_one_either(after: float) -> None:
+    metrics = {"before": {}, "after": {"fluency": after}}
+    (gate,) = outcomes({"fluency_drop_since_last": 1.0}, metrics, None)
+    assert (gate["passed"], gate["note"]) == (False, UNDEFINED)
+
+
+def test_a_perplexity_that_was_not_measured_does_not_pass() -> None:
+    metrics = {"before": {"perplexity": 9.0}, "after": {"perplexity": None}}
+    (gate,) = outcomes({"perplexity_increase": 9e9}, metrics)
+    assert (gate["passed"], gate["value"]) == (False, None)
 
 
 @pytest.mark.parametrize("last", [None, {}, {"fluency": None}])

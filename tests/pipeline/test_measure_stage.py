@@ -214,7 +214,12 @@ def test_agreement_is_counted_by_text() -> None:
     assert one.agreed(other) == ([2, 0, 0], [3, 0, 1])
 
 
-def test_a_ruined_models_perplexity_is_none() -> None:
-    for nll in (math.nan, 1e9):
-        assert Measurement({}, [TextScore(nll, [1])]).perplexity is None
+def test_a_ruined_models_perplexity_is_undefined_or_infinite() -> None:
+    ruined = [[math.nan], [math.inf, -math.inf], [math.nan, 1.0]]
+    for nll in ruined:
+        perplexity = Measurement({}, [TextScore(x, [1]) for x in nll]).perplexity
+        assert perplexity is not None
+        assert math.isnan(perplexity)
+    for nll in ([1e9], [math.inf, 1.0], [1e308, 1e308]):
+        assert Measurement({}, [TextScore(x, [1]) for x in nll]).perplexity == math.inf
     assert Measurement({}, []).perplexity is None

@@ -109,7 +109,10 @@ class Rank:
         start, stop = owned_slice(parameter)
         change = delta.flatten()[start:stop]
         expected = [part.square().sum() for part in (change, kept, after - kept - change)]
-        return torch.tensor(squares, dtype=torch.float64).sum(0), torch.stack(expected)
+        expected.append((kept + change).abs().max())
+        *sums, largest = torch.tensor(squares, dtype=torch.float64).T
+        found = [*(column.sum() for column in sums), largest.max()]
+        return torch.stack(found), torch.stack(expected)
 
     def refusal(self, method, *args):
         """The error that a method raises, as the ranks that share a group go on after it."""
@@ -416,6 +419,28 @@ class TestWholeParameter:
             assert torch.equal(value, expected)
             value.zero_()
         assert torch.equal(parameter, expected)
+
+    @pytest.mark.parametrize(
+        ("stored", "loses"),
+        [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)],
+    )
+    def test_what_the_stored_dtype_loses_is_counted(self, stored, loses):
+        before = torch.full((3, 5), 0.5)
+        parameter = torch.nn.Parameter(before.clone())
+        delta = torch.full((3, 5), 2.0**-16, dtype=torch.float64)
+        squares = add_block(None, parameter, delta, stored=stored)
+        # Ranks go on with what they hold, and a file keeps what its dtype holds.
+        assert torch.equal(parameter.detach(), before + 2.0**-16)
+        assert squares.lost == (squares.delta if loses else 0.0)
+        assert squares.largest == 0.5 + 2.0**-16
+
+    @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+    def test_a_value_that_is_not_finite_is_the_largest(self, odd):
+        parameter = torch.nn.Parameter(torch.ones(3, 5))
+        delta = torch.zeros(3, 5, dtype=torch.float64)
+        delta[1, 2] = odd
+        largest = add_block(None, parameter, delta).largest
+        assert not torch.tensor(largest).isfinite()
 
     def test_steps_without_other_ranks(self):
         assert padded_steps(4) == 4

@@ -733,6 +733,29 @@ def test_one_value_and_equal_values_are_drawn(store):
     assert "Requests by last loss" not in report(store)
 
 
+def test_layers_and_targets_that_are_warned_of_are_marked(store):
+    norms = {"weight_norm": 2.0, "form": "keys", "dtype": "bfloat16"}
+    wild = {"parameter": "h.0.w", "delta_norm": 30.0, "rounding": 0.7, **norms}
+    tame = {"parameter": "h.1.w", "delta_norm": 0.2, "rounding": 0.01, **norms}
+    ruined = {"parameter": "h.2.w", "delta_norm": float("inf"), "rounding": float("nan"), **norms}
+    change(store, "run.json", layers=[wild, tame, ruined])
+    losses = {"first_loss": [2.0, 2.0, None], "loss": [9.5, 0.1, 50.0]}
+    store.write_table("results.parquet", results_of(3, **losses))
+    html = report(store)
+    marked = re.findall(r'<td class="n bad">([^<]*)</td>', html)
+    assert marked == ["1500.000 %", "70.00 %", "∞", "undefined"]
+    text = Page(html).text
+    assert "Targets that diverged" in text
+    assert "Land 0" in text.split("Targets that diverged")[1].split("Change of the weights")[0]
+    assert "Land 2" not in text.split("Targets that diverged")[1].split("Change of the weights")[0]
+
+
+def test_a_run_without_such_signs_marks_nothing(store):
+    html = report(store)
+    assert "n bad" not in html
+    assert "Targets that diverged" not in html
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunFolderError) as caught:
         write_report(Store(tmp_path))

@@ -579,7 +579,16 @@ class TestTargets:
         assert found.losses.tobytes() == losses.tobytes()
         assert found.rows.tolist() == list(range(300))
         assert found.steps.tolist() == [i % 25 for i in range(300)]
-        assert [a.dtype for a in found] == [np.int64, np.float32, np.int32, np.float32]
+        dtypes = [np.int64, np.float32, np.int32, np.float32, np.float32]
+        assert [a.dtype for a in found] == dtypes
+        assert np.isnan(found.first_losses).all()
+
+    def test_first_losses_are_kept_and_older_tables_have_none(self):
+        values = np.zeros((3, 4), np.float32)
+        first = np.array([2.5, np.nan, np.inf], np.float32)
+        table = targets_table(range(3), values, [1] * 3, [0.5] * 3, first)
+        assert read_targets(table).first_losses.tobytes() == first.tobytes()
+        assert read_targets(table.drop_columns(["first_loss"])).first_losses is None
 
     def test_the_schema_is_fixed(self):
         _, table = self.table()
@@ -588,6 +597,7 @@ class TestTargets:
             "target": pa.list_(pa.float32(), 4),
             "steps": pa.int32(),
             "loss": pa.float32(),
+            "first_loss": pa.float32(),
         }
 
     def test_slices_and_concatenations_are_read(self):
@@ -616,6 +626,6 @@ class TestTargets:
     def test_other_tables_are_refused(self):
         _, table = self.table()
         holes = table.set_column(2, "steps", pa.array([1, None, 2], pa.int32()))
-        for other in (table.drop_columns(["loss"]), table.rename_columns(list("abcd")), holes):
+        for other in (table.drop_columns(["loss"]), table.rename_columns(list("abcde")), holes):
             with pytest.raises(StorageError, match=r"not a table of targets: .*delete the shard"):
                 read_targets(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,8 @@ def targets(count: int, seed: int = 0) -> TargetArrays:
     exponents = random.uniform(-44, 37, (count, WIDTH))
     values = (10.0**exponents * random.choice([-1, 1], (count, WIDTH))).astype(np.float32)
     steps = random.integers(1, 31, count).astype(np.int32)
-    return TargetArrays(np.arange(count), values, steps, random.random(count).astype(np.float32))
+    losses, first_losses = random.random((2, count)).astype(np.float32)
+    return TargetArrays(np.arange(count), values, steps, losses, first_losses)
 
 
 def opened(url: str, **changes: Any) -> TargetStore:
@@ -56,7 +58,48 @@ def same(one: TargetArrays, two: TargetArrays) -> bool:
         np.array_equal(one.values.view(np.int32), two.values.view(np.int32))
         and np.array_equal(one.steps, two.steps)
         and np.array_equal(one.losses.view(np.int32), two.losses.view(np.int32))
+        and np.array_equal(one.first_losses, two.first_losses, equal_nan=True)
     )
+
+
+def rewritten(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """The store's only segment as another writer would have left it."""
+    (segment,) = folder.rglob("*.parquet")
+    table = change(pq.read_table(segment))
+    segment.unlink()
+    other = segment.parent / "new.parquet"
+    pq.write_table(table, other)
+    other.rename(segment.parent / f"{hashlib.sha256(other.read_bytes()).hexdigest()}.parquet")
+
+
+def test_segments_of_older_releases_lack_the_first_loss_only(tmp_path: Path) -> None:
+    store, old, new = opened(str(tmp_path)), targets(3), targets(3, seed=1)
+    store.write(requests(3), old)
+    rewritten(tmp_path, lambda table: table.drop_columns(["first_loss"]))
+    store.write(requests(3, start=3), new)
+    again = found(store, requests(6))
+    assert again.rows.tolist() == list(range(6))
+    assert again.first_losses is not None
+    assert np.isnan(again.first_losses[:3]).all()
+    assert np.array_equal(again.first_losses[3:], new.first_losses)
+    assert np.array_equal(again.values[:3].view(np.int32), old.values.view(np.int32))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_a_target_that_is_not_finite_is_not_taken_from_the_store(
+    tmp_path: Path, odd: float
+) -> None:
+    store = opened(str(tmp_path))
+    store.write(requests(3), targets(3))
+
+    def damage(table: pa.Table) -> pa.Table:
+        flat = table.column("target").combine_chunks().flatten().to_numpy().copy()
+        flat[WIDTH] = odd
+        column = pa.FixedSizeListArray.from_arrays(pa.array(flat), WIDTH)
+        return table.set_column(table.column_names.index("target"), "target", column)
+
+    rewritten(tmp_path, damage)
+    assert len(found(store, requests(3)).rows) == 2
 
 
 def test_what_was_written_is_found_to_the_bit(any_url: str) -> None:

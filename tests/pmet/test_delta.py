@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pmet.delta import Edit, EditWriter, delta_rows
-from pmet.errors import EditFileError
+from pmet.errors import EditFileError, NotFiniteError
 
 WEIGHT = "0.weight"
 
@@ -47,6 +47,57 @@ def test_a_saved_edit_undoes_in_another_process(tmp_path: Path) -> None:
     Edit.load(tmp_path / "edit.safetensors").apply(held)
     assert not torch.equal(held.get_parameter(WEIGHT), before)
     Edit.load(tmp_path).revert(held)
+    assert torch.equal(held.get_parameter(WEIGHT), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "remedy"),
+    [
+        (torch.float16, "65504", ", or store the model in bfloat16 or float32"),
+        (torch.bfloat16, "3.38953e+38", ""),
+        (torch.float32, "3.40282e+38", ""),
+    ],
+)
+def test_an_edit_that_its_dtype_cannot_hold_is_refused_and_leaves_the_model(
+    dtype: torch.dtype, largest: str, remedy: str
+) -> None:
+    held = model(dtype)
+    edit = edit_for(held)
+    edit.deltas[WEIGHT][2, 3] = -1e39
+    before = held.get_parameter(WEIGHT).detach().clone()
+    with pytest.raises(NotFiniteError) as error:
+        edit.apply(held)
+    text, named = str(error.value), str(dtype).removeprefix("torch.")
+    assert text.startswith(
+        f"the edited weight of {WEIGHT} does not fit its dtype, {named}: the largest |W + Δ| is "
+        f"1e+39, {named} holds at most {largest}; ‖Δ‖/‖W‖ is "
+    )
+    assert text.endswith(f"Lower clamp_norm_factor or v_lr in the hyper-parameters{remedy}")
+    assert torch.equal(held.get_parameter(WEIGHT), before)
+
+
+def test_an_edit_of_float32_is_not_applied_to_a_float16_model_that_cannot_hold_it() -> None:
+    held = model()
+    edit = edit_for(held)
+    edit.deltas[WEIGHT][0, 0] = 1e6
+    edit.apply(held)
+    edit.revert(held)
+    half = model(torch.float16)
+    edit.originals[WEIGHT] = half.get_parameter(WEIGHT).detach().float()
+    with pytest.raises(NotFiniteError, match=r"its dtype, float16: the largest .* is 1e\+06"):
+        edit.apply(half)
+    assert half.get_parameter(WEIGHT).isfinite().all()
+
+
+def test_a_ruined_model_of_an_older_release_can_be_reverted() -> None:
+    held = model(torch.float16)
+    before = held.get_parameter(WEIGHT).detach().clone()
+    edit = edit_for(held)
+    edit.deltas[WEIGHT][0, 0] = 1e6
+    with torch.no_grad():
+        held.get_parameter(WEIGHT).copy_((before.double() + edit.deltas[WEIGHT]).half())
+    assert held.get_parameter(WEIGHT).isinf().any()
+    edit.revert(held)
     assert torch.equal(held.get_parameter(WEIGHT), before)
 
 
