@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
@@ -23,6 +24,7 @@ from ray import exceptions as ray_exceptions
 from ray._private import ray_constants
 from ray._private import utils as ray_utils
 
+from pipeline import signals
 from pipeline.errors import WorkerError
 
 LOCAL = "local"
@@ -57,19 +59,24 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
         return
     where = address or os.environ.get("RAY_ADDRESS") or LOCAL
     try:
-        _connect(where, num_cpus)
+        with _handlers_kept():
+            _connect(where, num_cpus)
     except (OSError, RuntimeError, ValueError) as error:
-        ray.shutdown()
+        _disconnect()
         raise WorkerError(
             f"Ray cannot be reached at {where!r}: {one_line(str(error))}; name a running cluster "
             f"as host:port, or {LOCAL!r} to start one on this machine; where the cluster asks for "
             "a token, set RAY_AUTH_MODE=token",
             cause_text=str(error),
         ) from error
+    except BaseException:
+        # A signal while Ray starts: some of its processes are there already.
+        _disconnect()
+        raise
     try:
         yield _is_own()
     finally:
-        ray.shutdown()
+        _disconnect()
 
 
 def _is_own() -> bool:
@@ -238,6 +245,30 @@ def _connect(where: str, num_cpus: int | None) -> None:
     else:
         knock(where)
         ray.init(where, **quiet)
+
+
+def _disconnect() -> None:
+    with signals.deferred(), _handlers_kept():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray starts or ends in this block.
+
+    Ray's own handlers end the process with another status and print a stack, and when Ray has
+    ended there is none at all. Without a handler of this process, Ray's are better than nothing.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    setter = getattr(ray_utils, "set_sigterm_handler", None)
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        with signals.kept():
+            yield
+    finally:
+        ray_utils.set_sigterm_handler = setter
 
 
 def knock(where: str) -> None:

@@ -16,6 +16,7 @@ from pipeline.plan import Plan
 from pipeline.rank_group import RankGroup
 from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.replica import Replica
+from pipeline.signals import deferred
 from pipeline.tasks import EventKind, FailedTask, Task
 
 WORTH_A_GPU = 2 << 30
@@ -107,10 +108,11 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._leaving is None:
-            self._leave()
-        else:
-            self._leaving.result()
+        with deferred():
+            if self._leaving is None:
+                self._leave()
+            else:
+                self._leaving.result()
 
     def dismiss(self) -> None:
         """End workers and ranks, and leave the cluster, while the caller goes on with other things.

@@ -274,11 +274,12 @@ class Store:
             temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
             stream = temporary.open("xb")
         try:
-            with _closed_with(stream), _room(str(path)):
+            with _room(str(path)), _closed_after_error(stream):
                 yield stream
                 with failures("write", str(path)):
                     stream.flush()
                     os.fsync(stream.fileno())
+                    stream.close()
             with failures("write", str(path)):
                 temporary.replace(path)
                 _flush_folder(path.parent)
@@ -289,9 +290,8 @@ class Store:
     @contextmanager
     def _uploaded(self, name: str) -> Iterator[BinaryIO]:
         with tempfile.NamedTemporaryFile() as spool:
-            with _room(spool.name):
+            with _room(spool.name), _closed_after_error(spool):  # type: ignore[arg-type]
                 yield spool  # type: ignore[misc]
-            with failures("write", self.join(name)):
                 spool.flush()
             attempt("write", self.join(name), self.fs.put_file, spool.name, self._path(name))
 
@@ -446,11 +446,14 @@ def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 @contextmanager
-def _closed_with(stream: BinaryIO) -> Iterator[None]:
+def _closed_after_error(stream: BinaryIO) -> Iterator[None]:
     try:
         yield
-    finally:
-        stream.close()
+    except BaseException:
+        # Closing writes what is left. On a full disk that fails again, and would hide why.
+        with suppress(OSError):
+            stream.close()
+        raise
 
 
 def _flush_folder(folder: Path) -> None:
