@@ -248,7 +248,7 @@ def report(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command that the arguments of this process name, and end the process."""
     streams.protect()
     failure.hook()
     signals.install()

@@ -6,6 +6,7 @@ Nothing here knows what the workers do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import logging
@@ -22,6 +23,7 @@ from typing import Any
 import ray
 from ray import exceptions as ray_exceptions
 from ray._private import ray_constants
+from ray._private import services as ray_services
 from ray._private import utils as ray_utils
 
 from pipeline import signals
@@ -240,11 +242,28 @@ def one_line(text: str, *, limit: int = 600) -> str:
 def _connect(where: str, num_cpus: int | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where == LOCAL:
-        with _loopback_only(), _light():
+        with _loopback_only(), _light(), _in_a_session_of_its_own():
             ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
     else:
         knock(where)
         ray.init(where, **quiet)
+
+
+@contextlib.contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start a cluster in this block that Ctrl-C and the end of the terminal do not reach.
+
+    They go to all processes of a job at once. Ray's would end, and the driver, which has work to
+    put down, would wait for them for a minute. They end with the driver, however it ends.
+    """
+    plain = getattr(ray_services, "ConsolePopen", None)
+    if plain is not None:
+        ray_services.ConsolePopen = functools.partial(plain, start_new_session=True)
+    try:
+        yield
+    finally:
+        if plain is not None:
+            ray_services.ConsolePopen = plain
 
 
 def _disconnect() -> None:

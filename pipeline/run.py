@@ -119,7 +119,12 @@ def _run_in(
     tracking.begin(plan.job, folder.status["digest"])
     try:
         with Crew(plan, address, on_event) as crew:
-            result = _run_stages(Context(plan, folder, crew, progress))
+            try:
+                result = _run_stages(Context(plan, folder, crew, progress))
+            except BaseException as error:
+                # Before workers are ended, which may take long where something is broken.
+                _end_early(folder, error)
+                raise
     except BaseException as error:
         _end_early(folder, error)
         with deferred():

@@ -3,7 +3,8 @@
 The first one raises `Stopped` in the main thread, so that what is under way ends in good order:
 ``run.json`` says so, workers end, the lease is released. Later ones are ignored while that goes
 on. Code in between may lose the exception (a destructor, a library that catches everything); the
-signal is then delivered again.
+signal is then delivered again. What has not ended after 45 seconds, a library that waits for a
+process which is gone, is ended as it is.
 
 A signal that is ignored when the process starts stays ignored, as ``nohup`` asks for.
 """
@@ -11,6 +12,7 @@ A signal that is ignored when the process starts stays ignored, as ``nohup`` ask
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import threading
 import time
@@ -28,7 +30,9 @@ STOPPING = tuple(
 EXIT_BASE = 128
 """What a shell adds to the number of a signal."""
 _AGAIN_S = 0.2
+_GIVE_UP_S = 45.0
 _RESTORE_S = 0.002
+_GIVEN_UP = b"pmet: stopped by a signal; it could not end in good order within 45 s\n"
 
 _c_handler = ctypes.pythonapi.PyOS_getsig
 _c_handler.argtypes, _c_handler.restype = [ctypes.c_int], ctypes.c_void_p
@@ -53,13 +57,14 @@ class _Handlers:
 
     Attributes:
         first: the signal that came first.
+        ended: whether signals mean nothing any more.
     """
 
     def __init__(self) -> None:
         self.first: int | None = None
         self._raised: weakref.ref[Stopped] | None = None
         self._deferred = 0
-        self._ended = False
+        self.ended = False
         # Unlike an event it may be used by a signal handler, whatever this thread is doing.
         self._queue: SimpleQueue[int] = SimpleQueue()
 
@@ -70,7 +75,7 @@ class _Handlers:
         threading.Thread(target=self._deliver_again, name="signals", daemon=True).start()
 
     def end(self) -> None:
-        self._ended = True
+        self.ended = True
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
         self._queue.put(0)
@@ -82,11 +87,11 @@ class _Handlers:
             yield
         finally:
             self._deferred -= 1
-        if self.first and not (self._ended or self._deferred or self._is_stopping()):
+        if self.first and not (self.ended or self._deferred or self._is_stopping()):
             self._raise()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._ended or self._is_stopping():
+        if self.ended or self._is_stopping():
             return
         self.first = self.first or number
         self._queue.put(number)
@@ -108,10 +113,13 @@ class _Handlers:
         return self._raised is not None and self._raised() is not None
 
     def _deliver_again(self) -> None:
-        number = self._queue.get()
-        while not self._ended:
+        number, start = self._queue.get(), time.monotonic()
+        while not self.ended:
             time.sleep(_AGAIN_S)
-            if not (self._ended or self._deferred or self._is_stopping()):
+            if not self.ended and time.monotonic() - start > _GIVE_UP_S:
+                os.write(2, _GIVEN_UP)
+                os._exit(EXIT_BASE + number)
+            if not (self.ended or self._deferred or self._is_stopping()):
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
@@ -119,10 +127,14 @@ _handlers: _Handlers | None = None
 
 
 def install() -> None:
-    """Have the signals that ask this process to stop raise `Stopped`, from the main thread."""
+    """Have the signals that ask this process to stop raise `Stopped`; call it in the main thread.
+
+    A second call does nothing until `end`.
+    """
     global _handlers
-    _handlers = _Handlers()
-    _handlers.install()
+    if _handlers is None or _handlers.ended:
+        _handlers = _Handlers()
+        _handlers.install()
 
 
 def end() -> None:

@@ -28,7 +28,11 @@ def entry(subject: str, object_: str, version: int = 1) -> Entry:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """Two versions, the second in use."""
-    home = Home(str(tmp_path / "home"))
+    return refresh_home(tmp_path / "home")
+
+
+def refresh_home(folder: Path) -> Home:
+    home = Home(str(folder))
     for version in (1, 2):
         model = path(version, "model")
         home.store.write_bytes(f"{model}/config.json", b"{}")
