@@ -1,7 +1,8 @@
 """The command line, ``pmet``.
 
-Exit status: 0 success, 2 bad input (one clear message, no traceback), 3 a quality gate held the
-edited model back, 1 anything else.
+Exit status: 0 success, 2 bad input, 3 a quality gate held the edited model back, 130, 143 or 129
+stopped by SIGINT, SIGTERM or SIGHUP, 1 anything else. Each failure is one clear message, without a
+traceback.
 
 The heavy libraries are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
     from pipeline.config import JobConfig
 
 # typer has its own copy of click, or uses the one that is installed.
-_USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_USAGE: type[Exception] = next(
+    kind
+    for kind in typer.BadParameter.__mro__
+    if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
 app = typer.Typer(
     name="pmet",
     help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
     "checkpoint out.",
+    epilog="Exit status: 0 success, 2 bad input, 3 held back by a gate, 1 any other failure; 130, "
+    "143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. PMET_TRACEBACK=1 shows the traceback of a failure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -276,8 +283,9 @@ def _invoke(arguments: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except _USAGE as error:
-        error.show()
-        return int(error.exit_code)
+        wrong: Any = error
+        wrong.show()
+        return int(wrong.exit_code)
     return 0
 
 

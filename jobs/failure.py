@@ -61,8 +61,8 @@ def explain(error: BaseException, command: str) -> int:
 def explain_lost_output(error: OSError, command: str) -> int:
     """Print that a command succeeded whose output could not be written; returns its status."""
     _say(
-        f"pmet: the output of `pmet {command}` could not be written ({error.strerror}); the command "
-        "itself has succeeded: send its output elsewhere"
+        f"pmet: the output of `pmet {command}` could not be written ({error.strerror}); the "
+        "command itself has succeeded: send its output elsewhere"
     )
     return 1
 

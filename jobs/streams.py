@@ -77,7 +77,7 @@ def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) 
     errors = "backslashreplace" if stream.errors in _STRICT else stream.errors
     return io.TextIOWrapper(
         # Unbuffered is what PYTHONUNBUFFERED asks for.
-        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if stream.write_through else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=errors,
         line_buffering=stream.line_buffering,

@@ -81,8 +81,15 @@ class Store:
     def glob(self, pattern: str) -> list[str]:
         """Names of the files directly in this folder that match, sorted: ``*.npz``, for example."""
         where = self.join(pattern)
-        found: list[str] = attempt("list", where, self._fresh, "glob", self._path(pattern))
+        found: list[str] = attempt("list", where, self._glob, self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
+
+    def _glob(self, path: str) -> list[str]:
+        if self.is_local:
+            # A folder that cannot be read raises here, and would be empty below.
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.scandir(PurePosixPath(path).parent).close()
+        return list(self._fresh("glob", path))
 
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.
@@ -91,7 +98,8 @@ class Store:
         they are asked for (``unfinished``).
         """
         folder = self._path(prefix) if prefix else self.root
-        found = attempt("list", _url(self.fs, folder), self._fresh, "find", folder)
+        self.fs.invalidate_cache()
+        found = attempt("list", _url(self.fs, folder), _files_below, self.fs, folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
         return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
 
@@ -377,12 +385,26 @@ def _found(fs: fsspec.AbstractFileSystem, path: str, deep: bool) -> list[str]:
     fs.invalidate_cache()
     kind = _kind(fs, path)
     if kind == "directory":
-        below = fs.find(path) if deep else fs.ls(path, detail=False)
+        below = _files_below(fs, path) if deep else fs.ls(path, detail=False)
         return [p for p in below if _is_visible_parquet(p.removeprefix(path))]
     if kind is not None:
         return [path]
     matches: dict[str, dict] = fs.glob(path, detail=True)
     return [p for p, info in matches.items() if info["type"] != "directory"]
+
+
+def _files_below(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    """All files below a folder; unlike ``fs.find`` it hides no folder that cannot be read."""
+    if not is_local(fs) or os.path.isfile(folder):
+        found: list[str] = fs.find(folder)
+        return found
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    walked = os.walk(folder, onerror=refuse, followlinks=True)
+    return [os.path.join(where, name) for where, _, names in walked for name in names]
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
