@@ -38,7 +38,7 @@ app = typer.Typer(
     help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
     "checkpoint out.",
     epilog="Exit status: 0 success, 2 bad input, 3 held back by a gate, 1 any other failure; 130, "
-    "143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. PMET_TRACEBACK=1 shows the traceback of a failure.",
+    "143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. PMET_TRACEBACK=1 shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -200,7 +200,11 @@ def statistics(
     ] = 1_000_000,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens that each text is cut at.")] = 1024,
     workers: Annotated[
-        str, typer.Option(help="Processes with a model replica each; auto: what the cluster holds.")
+        str,
+        typer.Option(
+            help="Processes with a model replica each; auto: what the cluster holds; "
+            "0: this process, without Ray."
+        ),
     ] = "auto",
     gpus_per_worker: Annotated[
         float, typer.Option(min=0, help="GPUs of each worker; 0: on the CPU, in float32.")

@@ -223,6 +223,7 @@ def _convert_dump(
     from jobs.facts.output import refuse_among
     from jobs.facts.templates import load_templates
     from pipeline.errors import FactDumpError
+    from pipeline.single_output import refuse_input
 
     if templates is None:
         raise FactDumpError(
@@ -232,6 +233,7 @@ def _convert_dump(
     if only_changed and previous is None:
         raise FactDumpError("--only-changed needs the earlier dump; give it with --previous")
     mapping = _mapping(column)
+    refuse_input(output, [templates])
     refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
     return convert_dump(
         open_dump(source, mapping),

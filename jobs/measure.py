@@ -19,13 +19,17 @@ from pipeline.config import EvaluateConfig
 from pipeline.corpus import read_corpus
 from pipeline.errors import JobError
 from pipeline.groups import group_column, grouped
+from pipeline.job_places import model_places, pattern_places
 from pipeline.measure_stage import Measurement, held_out
 from pipeline.model_cache import default_cache
+from pipeline.overlap import refuse_overlap
 from pipeline.plan import open_fast_tokenizer
 from pipeline.progress import RichProgress
 from pipeline.replica import ModelSource
 from pipeline.results import figures_of, intervals_of
 from pipeline.schema import read_requests
+from pipeline.single_output import is_json_with, refuse_foreign_file
+from pipeline.store import Store
 from pmet.errors import RequestError
 from pmet.figures import KINDS
 from pmet.metrics import evaluate, score_texts
@@ -54,6 +58,8 @@ def evaluate_model(
     """
     if base is not None and not corpus:
         raise JobError("--base needs a --corpus to measure agreement on; give one")
+    if output is not None:
+        _refuse_output(output, model, requests, corpus or (), base)
     source = _source(model)
     tokenizer = open_fast_tokenizer(Path(source.folder))
     Prompts(tokenizer, config.chat_template)
@@ -95,6 +101,17 @@ def evaluate_model(
     _show(figures, console)
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_output(
+    output: Path, model: str, requests: Sequence[str], corpus: Sequence[str], base: str | None
+) -> None:
+    """Refuse to write the figures over what is read, or over a file of the user's."""
+    read = [("model", model_places(model)), ("--base", model_places(base) if base else [])]
+    read += [("requests", pattern_places(requests)), ("--corpus", pattern_places(corpus))]
+    refuse_overlap(("--output", str(output)), read)
+    store = Store(output.absolute().parent)
+    refuse_foreign_file(store, output.name, is_json_with("intervals", "counts", "efficacy"))
 
 
 def _source(model: str) -> ModelSource:

@@ -15,8 +15,11 @@ from pipeline.figures import duration, figure_of, show, show_change
 from pipeline.page import show_setting, visible
 from pipeline.report import group_figures, write_report
 from pipeline.run_record import require_results
+from pipeline.single_output import holds_text, refuse_foreign_file
 from pipeline.store import Store
 
+TITLE = "Two edit runs side by side"
+"""The title of a comparison's page."""
 SHOWN_GROUPS = 10
 SHOWN_REQUESTS = 5
 _LONGEST = 60
@@ -51,6 +54,7 @@ def compare(a: str, b: str, output: str | None, console: Console) -> None:
     first, second = Store(a), Store(b)
     comparison = compare_runs(first, second)
     store, name = _place(output, second)
+    refuse_foreign_file(store, name, holds_text(f"<title>{TITLE}</title>"))
     write_comparison(comparison, store, name)
     show_comparison(comparison, console)
     console.print(store.join(name), soft_wrap=True, markup=False)

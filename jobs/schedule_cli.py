@@ -180,7 +180,8 @@ def systemd(
 ) -> None:
     """Write a service and a timer of systemd that run a schedule on this machine."""
     from jobs.schedule.book import open_book
-    from jobs.schedule.systemd import units
+    from jobs.schedule.systemd import MARKS, units
+    from pipeline.single_output import holds_text, refuse_foreign_file
     from pipeline.store import Store
 
     book = open_book(store)
@@ -189,6 +190,7 @@ def systemd(
             typer.echo(f"# {file}\n{text}")
         else:
             folder = Store(output)
+            refuse_foreign_file(folder, file, holds_text(*MARKS))
             folder.write_bytes(file, text.encode())
             out.print(folder.join(file), markup=False, soft_wrap=True)
 

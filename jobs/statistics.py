@@ -1,27 +1,30 @@
-"""``pmet statistics``: a model's second moments over a corpus, on Ray workers."""
+"""``pmet statistics``: a model's second moments over a corpus, on workers or in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster import default_workers, ray_session, room_for_workers
 from pipeline.config import is_part_or_whole
-from pipeline.crew import run_all
 from pipeline.errors import JobError
-from pipeline.executor import WorkerPool
+from pipeline.job_places import model_places, pattern_places
+from pipeline.overlap import refuse_overlap
 from pipeline.plan import load_hparams
+from pipeline.pool import Pool, SerialPool, run_all
 from pipeline.progress import Progress
 from pipeline.replica import Replica
 from pipeline.statistics import MomentsJob, collect, finished, plan_statistics
 from pipeline.store import Store
-from pipeline.tasks import Task
+from pipeline.tasks import EventKind, Task
 from pmet.hparams import PMETHyperParams
 
 AUTO = "auto"
+THREADS = 1
+"""Of each worker: their number decides how sums are split, and so the last bits."""
 
 
 def compute_statistics(
@@ -46,10 +49,17 @@ def compute_statistics(
         WorkerError: a part of the corpus failed; the finished ones are kept.
     """
     count = _count(workers)
+    if count == 0 and (gpus_per_worker or address is not None):
+        raise JobError(
+            "--workers 0 computes in this process, on the CPU; leave out --gpus-per-worker and "
+            "--address, or name a number of workers"
+        )
     if not is_part_or_whole(gpus_per_worker):
         raise JobError(
             f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1, nor whole"
         )
+    read = [("model", model_places(model)), ("corpus", pattern_places(corpus))]
+    refuse_overlap(("--output", output), read)
     with progress.stage("plan"):
         job = plan_statistics(
             model,
@@ -76,33 +86,59 @@ def _run(
     progress: Progress,
 ) -> None:
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
-        def most() -> int:
-            return min(room_for_workers(gpus_per_worker), len(tasks))
+        def on_event(kind: EventKind, text: str) -> None:
+            progress.event(text, kind)
 
-        with ray_session(address, num_cpus=workers):
-            pool = WorkerPool(
-                Replica,
-                count=min(workers or default_workers(gpus_per_worker), len(tasks)),
-                grown=None if workers else most,
-                init_args=(job.source,),
-                num_gpus=gpus_per_worker,
-                # The number of threads decides how sums are split, and so the last bits.
-                threads=1,
-                on_event=lambda kind, text: progress.event(text, kind),
-            )
-            with pool:
-                run_all(pool, method, tasks, take)
+        options: dict[str, Any] = {
+            "init_args": (job.source,),
+            "threads": THREADS,
+            "on_event": on_event,
+        }
+        with (
+            SerialPool(Replica, **options)
+            if workers == 0
+            else _ray_pool(workers, len(tasks), gpus_per_worker, address, options)
+        ) as pool:
+            run_all(pool, method, tasks, take)
 
     with progress.stage("second moments", job.corpus.tokens) as bar:
         collect(job, store, run_tasks, bar)
 
 
+@contextmanager
+def _ray_pool(
+    workers: int | None,
+    tasks: int,
+    gpus_per_worker: float,
+    address: str | None,
+    options: dict[str, Any],
+) -> Iterator[Pool]:
+    """Workers on a Ray cluster, as many as it holds where no number is given."""
+    from pipeline.cluster import default_workers, ray_session, room_for_workers
+    from pipeline.executor import WorkerPool
+
+    def most() -> int:
+        return min(room_for_workers(gpus_per_worker), tasks)
+
+    with (
+        ray_session(address, num_cpus=workers),
+        WorkerPool(
+            Replica,
+            count=min(workers or default_workers(gpus_per_worker), tasks),
+            grown=None if workers else most,
+            num_gpus=gpus_per_worker,
+            **options,
+        ) as pool,
+    ):
+        yield pool
+
+
 def _count(workers: str) -> int | None:
-    """The number of workers; None for as many as the cluster holds."""
+    """The number of workers; 0 for none but this process, None for what the cluster holds."""
     if workers == AUTO:
         return None
-    if not workers.isdecimal() or int(workers) < 1:
-        raise JobError(f"--workers: {workers!r} is neither {AUTO} nor a whole number from 1")
+    if not workers.isdecimal():
+        raise JobError(f"--workers: {workers!r} is neither {AUTO} nor a whole number")
     return int(workers)
 
 

@@ -19,8 +19,8 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from pipeline.cluster import environment, limit_threads
 from pipeline.evaluation import How
+from pipeline.process import environment, limit_threads
 from pipeline.replica import Asked, ModelSource, ask
 from pmet.contexts import ContextTemplates
 from pmet.hparams import PMETHyperParams

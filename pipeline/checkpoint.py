@@ -194,7 +194,8 @@ def publish(
 ) -> None:
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
-    What was there is deleted. Nobody can open what is not whole: ``config.json`` comes last.
+    Files of the same names are overwritten; what else is there is the caller's to remove.
+    ``config.json`` comes last: a model that is not whole cannot be opened.
 
     Args:
         checkpoint: the base.
@@ -207,7 +208,6 @@ def publish(
     Raises:
         ModelError: an edited tensor has not the shape it had.
     """
-    store.delete(folder)
     for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
         patches = [t for t in checkpoint.tensors.values() if t.file == name and t.name in names]
         with store.write_stream(f"{folder}/{name}") as target:

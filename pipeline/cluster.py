@@ -8,15 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import importlib.util
 import logging
 import os
 import re
 import signal
 import socket
 import sys
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,15 @@ from ray._private import utils as ray_utils
 
 from pipeline import signals
 from pipeline.errors import WorkerError
+from pipeline.process import (
+    cause_here,
+    described,
+    environment,
+    full_text,
+    limit_threads,
+    one_line,
+)
+from pipeline.sizes import fit, fit_gpus
 
 LOCAL = "local"
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -36,7 +43,6 @@ _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)"
 _KNOCK_S = 10.0
 _SILENT_END = "connection error code 2"
 _MEMORY_USED = re.compile(r"was ([\d.]+\s*\w?B)(?: used)? / ([\d.]+\s*\w?B)")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -129,21 +135,11 @@ def room_for_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) ->
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(
         min(
-            _fit(cpus_per_worker, node.get("CPU", 0.0)),
+            fit(cpus_per_worker, node.get("CPU", 0.0)),
             fit_gpus(gpus_per_worker, node.get("GPU", 0.0)) if gpus_per_worker else sys.maxsize,
         )
         for node in nodes
     )
-
-
-def _fit(each: float, into: float) -> int:
-    # A little slack: 0.1 fits ten times into one, though not in floating point.
-    return int(into / each + 1e-6)
-
-
-def fit_gpus(each: float, into: float) -> int:
-    """How many workers fit: several share a GPU, but none has parts of two."""
-    return _fit(each, into) if each > 1 else int(into) * _fit(each, 1.0)
 
 
 def worker_environment(*, threads: int | None) -> dict[str, str]:
@@ -163,20 +159,6 @@ def worker_environment(*, threads: int | None) -> dict[str, str]:
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return environment
-
-
-def limit_threads(threads: int | None) -> int | None:
-    """Set the threads that torch computes with; returns the earlier number.
-
-    Does nothing, and returns None, where ``threads`` is None or torch is not installed.
-    """
-    if threads is None or importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    return before
 
 
 class HeldInActor:
@@ -208,16 +190,14 @@ def root_cause(error: BaseException) -> str:
     it, without Ray's advice.
     """
     if isinstance(error, ray_exceptions.RayTaskError):
-        return _told(original(error), _last_frame(str(error)))
+        return described(original(error), _last_frame(str(error)))
     if isinstance(error, ray_exceptions.OutOfMemoryError):
         return f"{type(error).__name__}: {_short_of_memory(full_text(error))}"
     if isinstance(error, ray_exceptions.RayActorError):
         return f"{type(error).__name__}: {_death(full_text(error))}"
     if isinstance(error, ray_exceptions.RayError):
         return f"{type(error).__name__}: {one_line(full_text(error))}"
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    return _told(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
+    return cause_here(error)
 
 
 def original(error: ray_exceptions.RayTaskError) -> BaseException:
@@ -226,17 +206,6 @@ def original(error: ray_exceptions.RayTaskError) -> BaseException:
     while isinstance(cause, ray_exceptions.RayTaskError) and cause.cause is not cause:
         cause = cause.cause
     return cause
-
-
-def full_text(error: BaseException) -> str:
-    """All that an error says, the worker's traceback included, without terminal colours."""
-    return _ANSI.sub("", str(error)).strip()
-
-
-def one_line(text: str, *, limit: int = 600) -> str:
-    """The text with white space collapsed, cut to ``limit`` characters."""
-    flat = " ".join(_ANSI.sub("", text).split())
-    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
 def _connect(where: str, num_cpus: int | None) -> None:
@@ -299,21 +268,6 @@ def knock(where: str) -> None:
         socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_S).close()
     except OSError as error:
         raise ConnectionError(f"nobody listens there ({error})") from error
-
-
-@contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Have environment variables for the time of a ``with`` block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -409,12 +363,6 @@ def _oom_kills() -> int:
 
 
 _OOM_KILLS_BEFORE = _oom_kills()
-
-
-def _told(error: BaseException, place: str) -> str:
-    message = one_line(str(error))
-    told = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return f"{told} ({place})" if place else told
 
 
 def _last_frame(text: str) -> str:

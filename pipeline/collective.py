@@ -1,6 +1,7 @@
 """What ranks do together beside gathering weights: steps in common, and rows of a matrix in turn.
 
-All ranks of a process group must call these together, and in the same order.
+All ranks of a process group must call these together, and in the same order. A process without a
+group is its only rank.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ Item = TypeVar("Item")
 
 def added(number: int | float) -> float:
     """The sum of a number over all ranks, in float64."""
+    if _alone():
+        return float(number)
     total = torch.tensor(float(number), dtype=torch.float64, device=_device())
     dist.all_reduce(total)
     return total.item()
+
+
+def add_up(tensor: torch.Tensor) -> None:
+    """Replace a tensor by its sum over all ranks."""
+    if not _alone():
+        dist.all_reduce(tensor)
 
 
 def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
@@ -26,10 +35,9 @@ def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
 
     Args:
         steps: this rank's number of forwards.
-        group: the ranks that must agree; all of them if None. ``steps`` itself is returned where
-            no process group exists.
+        group: the ranks that must agree; all of them if None.
     """
-    if not dist.is_initialized():
+    if _alone():
         return steps
     most = torch.tensor(steps, dtype=torch.int64, device=_device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
@@ -63,6 +71,9 @@ def rows_in_turn(own: torch.Tensor) -> Iterator[torch.Tensor]:
     Each rank may have another number of rows; the whole is never in one place. What is yielded is
     valid until the next one.
     """
+    if _alone():
+        yield own
+        return
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=own.device)
     counts[dist.get_rank()] = len(own)
     dist.all_reduce(counts)
@@ -80,12 +91,18 @@ def all_rows(own: torch.Tensor) -> torch.Tensor:
 
 def reduced_to_rows(matrix: torch.Tensor) -> torch.Tensor:
     """This rank's `share_of_rows` of the sum of all ranks' matrices; ``matrix`` is overwritten."""
+    if _alone():
+        return matrix
     own, ranks = dist.get_rank(), dist.get_world_size()
     for rank in range(ranks):
         share = share_of_rows(len(matrix), rank, ranks)
         if share.start < share.stop:
             dist.reduce(matrix[share], dst=rank)
     return matrix[share_of_rows(len(matrix), own, ranks)].clone()
+
+
+def _alone() -> bool:
+    return not dist.is_initialized()
 
 
 def _device() -> torch.device:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     WrapValidator,
     create_model,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -99,6 +100,10 @@ PathsOrNull = Annotated[
 ]
 Count = Annotated[_Count, allowed("a whole number, 1 or more")]
 CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or more, or auto")]
+CountOrAutoOrHere = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["auto"],
+    allowed("a whole number, 1 or more, auto, or 0 for a job in this process"),
+]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
 Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
@@ -126,12 +131,18 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
+def _together(what: str) -> PydanticCustomError:
+    """The error of settings that do not go together."""
+    return PydanticCustomError("together", "{what}", {"what": what})
+
+
 class TargetsConfig(Section):
     """How the targets are computed."""
 
-    workers: CountOrAuto = Field(
+    workers: CountOrAutoOrHere = Field(
         default="auto",
-        description="Worker processes, each with a replica of the model; auto: what fits.",
+        description="Worker processes, each with a replica of the model; auto: what fits; 0, "
+        "together with update.ranks: 0: everything in this process, without Ray.",
     )
     gpus_per_worker: GPUsOfWorker = Field(
         default=0.0,
@@ -179,9 +190,10 @@ class TargetsConfig(Section):
 class UpdateConfig(Section):
     """How the update is solved."""
 
-    ranks: CountOrAuto = Field(
+    ranks: CountOrAutoOrHere = Field(
         default="auto",
-        description="Processes that hold the partitioned model together; auto: what fits.",
+        description="Processes that hold the partitioned model together; auto: what fits; 0, "
+        "together with targets.workers: 0: this process.",
     )
     gpus_per_rank: GPUOfRank = Field(
         default=0.0, description="1: each rank computes on a GPU of its own; 0: on the CPU."
@@ -317,6 +329,30 @@ class EditSettings(Section):
         default=TrackingConfig(), description="Where the run is tracked, beside its folder."
     )
 
+    @property
+    def in_this_process(self) -> bool:
+        """Whether the job computes in the process that runs it, without Ray and DeepSpeed."""
+        return self.targets.workers == 0
+
+    @model_validator(mode="after")
+    def _check_in_this_process(self) -> Self:
+        targets, update = self.targets, self.update
+        if (targets.workers == 0) != (update.ranks == 0):
+            zero, other = "targets.workers", "update.ranks"
+            if update.ranks == 0:
+                zero, other = other, zero
+            raise _together(
+                f"{zero} is 0, which computes in this process, and {other} is not; set both to 0, "
+                "or neither"
+            )
+        if self.in_this_process and (targets.gpus_per_worker or update.gpus_per_rank):
+            raise _together(
+                "targets.workers: 0 computes in this process, on the CPU; set "
+                "targets.gpus_per_worker and update.gpus_per_rank to 0, or name a number of "
+                "workers and ranks"
+            )
+        return self
+
 
 class _Places(Section):
     model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
@@ -329,14 +365,18 @@ class JobConfig(EditSettings, _Places):
     """One run: which facts go into which model, and how."""
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the settings that the edited weights depend on.
+        """SHA-256, in hexadecimal, of the settings that the edited weights depend on."""
+        return digest_of(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the edited weights depend on, as JSON values.
 
         Left out are where results go and are tracked, what is measured and demanded of them, and
         which machines compute: the numbers of workers, ranks, threads and GPUs, the time that they
         have, and offloading; and the store of targets, which has the same ones. The contents of
         files that are named are not read here.
         """
-        values = self.model_dump(
+        return self.model_dump(
             mode="json",
             include={
                 "model": True,
@@ -351,7 +391,6 @@ class JobConfig(EditSettings, _Places):
                 "update": {"shard_size"},
             },
         )
-        return digest_of(values)
 
 
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -518,6 +557,8 @@ def _problem(item: ErrorDetails, source: str, origins: dict[str, str], keys: _Ke
             return f"{where}: {key} is missing; {keys.fields[key].description}"
         case "not_allowed":
             what = item["ctx"]["what"]
+        case "together":
+            return f"{source}: {item['ctx']['what']}"
         case _:
             what = f"a section with keys {_listed(keys.inside(key))}"
     return f"{where}: {key}: {_shown(item['input'])} is not allowed; give {what}"

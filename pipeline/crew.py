@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,64 +9,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import cpus_free, default_workers, ray_session, room_for_workers
-from pipeline.errors import WorkerError
-from pipeline.executor import Pool, WorkerPool
+from pipeline.executor import WorkerPool
 from pipeline.plan import Plan
+from pipeline.pool import run_all
 from pipeline.rank_group import RankGroup
-from pipeline.remedies import MEMORY_OF_WORKERS, remedy
 from pipeline.replica import Replica
 from pipeline.signals import deferred
+from pipeline.sizes import WORTH_A_GPU, local_sizes, worth
 from pipeline.tasks import EventKind, FailedTask, Task
-
-WORTH_A_GPU = 2 << 30
-"""Stored bytes of weights that are worth a rank on a GPU."""
-_WORTH_A_RANK = 128 << 20  # the same on CPUs
-_MOST_CPU_RANKS = 4
-_SHOWN_SHARDS = 3
-
-
-def run_all(
-    pool: Pool, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]
-) -> None:
-    """Run all of a stage's tasks on a pool; ``take`` gets each result in this process.
-
-    Raises:
-        WorkerError: a task was given up; the message has its root cause.
-    """
-    failed = pool.run(method, tasks, take)
-    if not failed:
-        return
-    shown = "; ".join(f"{f.task.key}: {f.reason}" for f in failed[:_SHOWN_SHARDS])
-    raise WorkerError(
-        f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
-        f"What was finished is kept: {remedy(shown, MEMORY_OF_WORKERS)}",
-        cause_text=failed[0].reason,
-    )
-
-
-def local_sizes(plan: Plan) -> tuple[int, int, int]:
-    """Workers, ranks, and threads of each, of a run on this machine's CPUs."""
-    targets, update, cores = plan.job.targets, plan.job.update, os.cpu_count() or 1
-    # One thread unless told otherwise: the number of threads decides how sums are split, and a
-    # default that follows the machine would let the machine decide the last bits.
-    threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
-    workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
-    most = min(cores, _MOST_CPU_RANKS)
-    ranks = min(most, worth(plan, _WORTH_A_RANK)) if update.ranks == "auto" else update.ranks
-    return workers, ranks, threads
-
-
-def worth(plan: Plan, each: int) -> int:
-    """Ranks that a model is worth if each has so many bytes of the stored weights.
-
-    A rank takes seconds to start, and all of them talk to each other at every layer.
-    """
-    return -(-stored_bytes(plan) // each)
-
-
-def stored_bytes(plan: Plan) -> int:
-    """Of the model's weights, as the checkpoint has them."""
-    return sum(tensor.size for tensor in plan.checkpoint.tensors.values())
 
 
 class Crew:

@@ -6,9 +6,12 @@ They extend the tree of ``pmet.errors``:
     ├── InputError
     │   ├── JobError            a job file, key or value
     │   ├── RequestTableError   a request file that cannot be read, or a column that is missing
+    │   │   └── NothingToEditError
     │   ├── FactDumpError       a fact dump, a templates file or a dataset to convert
     │   ├── ScheduleError       a schedule, its cron expression or its time zone
     │   ├── RunFolderError      a run folder that does not fit the job
+    │   │   └── OtherJobError   it holds the work of another job
+    │   ├── OutputError         a file to be written that is the user's
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
     ├── FolderBusyError         another run writes the folder: a matter of time
@@ -19,7 +22,13 @@ They extend the tree of ``pmet.errors``:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from pmet.errors import InputError, PMETError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class JobError(InputError):
@@ -28,6 +37,18 @@ class JobError(InputError):
 
 class RequestTableError(InputError):
     """The request files cannot be read, or lack a column; the message names file and column."""
+
+
+class NothingToEditError(RequestTableError):
+    """No request can be edited.
+
+    Attributes:
+        rejected: all rows, each with its reason.
+    """
+
+    def __init__(self, message: str, rejected: pa.Table) -> None:
+        super().__init__(message)
+        self.rejected = rejected
 
 
 class FactDumpError(InputError):
@@ -40,6 +61,27 @@ class ScheduleError(InputError):
 
 class RunFolderError(InputError):
     """A run folder is missing, incomplete, or belongs to another job."""
+
+
+class OtherJobError(RunFolderError):
+    """A run folder holds the work of another job.
+
+    Attributes:
+        url: the folder.
+        changed: what differs, by the name of its digest; with details where they are known.
+    """
+
+    def __init__(self, url: str, changed: Mapping[str, str]) -> None:
+        what = ", ".join(f"{name} ({text})" if text else name for name, text in changed.items())
+        super().__init__(
+            f"{url} holds a run of another job: {what} changed; name another output, or start over "
+            "with --fresh"
+        )
+        self.url, self.changed = url, dict(changed)
+
+
+class OutputError(InputError):
+    """A file to be written is there already and is the user's, or is one that is read."""
 
 
 class ModelError(InputError):

@@ -14,14 +14,13 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pipeline.calibration import Rates, Sample, calibrate
-from pipeline.cluster import fit_gpus
-from pipeline.crew import WORTH_A_GPU, local_sizes, stored_bytes, worth
 from pipeline.errors import JobError
 from pipeline.evaluation import How
 from pipeline.measure_stage import BLOCK, TEXTS_TOGETHER, held_out, parts_of
 from pipeline.moments import check_moments
 from pipeline.plan import Plan
 from pipeline.replica import Asked
+from pipeline.sizes import WORTH_A_GPU, fit_gpus, local_sizes, stored_bytes, worth
 from pipeline.stages import sampled
 from pipeline.statistics import moments_job
 from pmet.solve import cheaper_form
@@ -221,7 +220,8 @@ def _stages(
     pieces = [min(TEXTS_TOGETHER, texts - start) for start in range(0, texts, TEXTS_TOGETHER)]
     measure += _in_turn(pieces, workers) * rates.text * crowd
     known = count * rates.known / workers * crowd
-    start = (_COMMAND_STARTS + _RAY_STARTS + crowd) * rates.ready
+    starts = _COMMAND_STARTS + _RAY_STARTS + crowd
+    start = (1.0 if plan.job.in_this_process else starts) * rates.ready
     stages = {"start": start, "templates": rates.templates}
     if work.corpus:
         sizes = [sum(map(len, part)) for part in work.corpus]
@@ -232,7 +232,9 @@ def _stages(
     stages["measure before"] = measure
     keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
     ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
-    if not plan.job.update.gpus_per_rank:
+    if plan.job.in_this_process:
+        ready = rates.ready
+    elif not plan.job.update.gpus_per_rank:
         # Where they need no worker's GPU, they start while the last shards are computed.
         ready = max(0.0, ready - max(shards) * rates.target * crowd - measure)
     stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop

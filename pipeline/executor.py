@@ -1,7 +1,4 @@
-"""A supervised pool of workers on Ray, and its serial twin in this process.
-
-A *worker* is an object made by a factory (a class); a stage is one of its methods, called once
-for each *task*. Executors only decide who computes what and when; a result never depends on it.
+"""A supervised pool of workers on Ray.
 
 Ray's own pool loses tasks when an actor dies, and Ray's retries start an actor again without an
 end; so death, time and attempts are counted here, and Ray only starts and watches processes.
@@ -9,13 +6,10 @@ end; so death, time and attempts are counted here, and Ray only starts and watch
 
 from __future__ import annotations
 
-import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 from ray import exceptions as ray_exceptions
@@ -23,160 +17,20 @@ from ray import exceptions as ray_exceptions
 from pipeline.cluster import (
     HeldInActor,
     cluster_resources,
-    full_text,
-    limit_threads,
     original,
     root_cause,
     worker_environment,
 )
 from pipeline.errors import WorkerError
-from pipeline.tasks import Attempt, EventKind, FailedTask, OnEvent, Task, TaskQueue
+from pipeline.pool import OnResult, Pool, cannot_start
+from pipeline.tasks import Attempt, OnEvent, TaskQueue
 from pmet.errors import InputError
-
-OnResult = Callable[[Task, Any], None]
 
 _TICK_S = 0.1
 _LOOK_S = 5.0
 # After one of these the process still lives, but its memory or its GPU is not to be trusted.
 # Named, not imported: an executor has no need of torch.
 _RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
-
-
-class Pool(ABC):
-    """Runs tasks on workers made by one factory; use it as a context manager.
-
-    Args:
-        max_attempts: how often a task is tried.
-        on_event: told about what went wrong.
-    """
-
-    def __init__(self, max_attempts: int, on_event: OnEvent | None) -> None:
-        self._max_attempts = max_attempts
-        self._on_event = on_event or _ignore
-        self._closed = False
-
-    def run(
-        self,
-        method: str,
-        tasks: Iterable[Task],
-        on_result: OnResult,
-        *,
-        workers: int | None = None,
-        on_drained: Callable[[], None] | None = None,
-    ) -> list[FailedTask]:
-        """Call ``worker.method(*task.args)`` for every task, handed out in their order.
-
-        Results arrive in any order, each exactly once. May be called again, for another stage on
-        the same workers. After an exception the pool is closed.
-
-        Args:
-            method: name of the worker's method.
-            tasks: read lazily.
-            on_result: called in this process with each task and what its call returned.
-            workers: how many the stage is worth: no more are started for it, but all that an
-                earlier stage has started take part. All if None.
-            on_drained: called once, when the last task has been handed out.
-
-        Returns:
-            The tasks given up after the allowed attempts, in the order of ``tasks``.
-
-        Raises:
-            InputError: raised by a worker and never retried, because it would only come again.
-            WorkerError: no worker can start, or the pool is closed.
-        """
-        if self._closed:
-            raise WorkerError("this pool is closed; make a new one to run another stage")
-        queue = TaskQueue(tasks, self._max_attempts, self._on_event, on_drained)
-        try:
-            self._work_off(queue, method, on_result, workers)
-        except BaseException:
-            self.close()
-            raise
-        return queue.given_up()
-
-    @abstractmethod
-    def _work_off(
-        self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None
-    ) -> None:
-        """Try tasks until none is left to be tried or awaited; see `run`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End all workers, whatever they do; a second call does nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class SerialPool(Pool):
-    """One worker in this process: the same results, attempts and errors, without Ray.
-
-    A task that takes too long, or kills its process, cannot be survived here.
-
-    Args:
-        factory: class of the worker.
-        init_args: what the factory is called with.
-        threads: torch threads while the pool is open; as they are if None.
-        max_attempts: how often a task is tried.
-        on_event: told about retries and failures.
-    """
-
-    def __init__(
-        self,
-        factory: type,
-        *,
-        init_args: tuple[Any, ...] = (),
-        threads: int | None = None,
-        max_attempts: int = 3,
-        on_event: OnEvent | None = None,
-    ) -> None:
-        super().__init__(max_attempts, on_event)
-        self._factory = factory
-        self._init_args = init_args
-        self._worker: Any = None
-        self._threads_before = limit_threads(threads)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    def close(self) -> None:
-        """See `Pool.close`."""
-        self._worker = None
-        self._closed = True
-        limit_threads(self._threads_before)
-        self._threads_before = None
-
-    def _work_off(
-        self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None
-    ) -> None:
-        if self._worker is None:
-            self._worker = self._start()
-        while (attempt := queue.take()) is not None:
-            self._try(method, attempt, queue, on_result)
-
-    def _start(self) -> Any:
-        try:
-            return self._factory(*self._init_args)
-        except InputError:
-            raise
-        except Exception as error:
-            raise _cannot_start(root_cause(error), error) from error
-
-    def _try(self, method: str, attempt: Attempt, queue: TaskQueue, on_result: OnResult) -> None:
-        try:
-            value = getattr(self._worker, method)(*attempt.task.args)
-        except InputError:
-            raise
-        except Exception as error:  # noqa: BLE001  any error of a task counts as an attempt
-            queue.failed(attempt, root_cause(error))
-        else:
-            on_result(attempt.task, value)
 
 
 class WorkerPool(Pool):
@@ -325,7 +179,7 @@ class WorkerPool(Pool):
             self._on_event("start-failure", f"worker {seat.index} did not start: {reason}")
             self._start(seat)
         elif hopeless or not any(seat.actor for seat in self._seats):
-            raise _cannot_start(reason, error)
+            raise cannot_start(reason, error)
         else:
             self._on_event("start-failure", f"worker {seat.index} is given up: {reason}")
 
@@ -419,11 +273,3 @@ def _raise_input_error(error: ray_exceptions.RayError) -> None:
         cause = original(error)
         if isinstance(cause, InputError):
             raise cause from None
-
-
-def _cannot_start(reason: str, error: BaseException) -> WorkerError:
-    return WorkerError(f"no worker can start: {reason}", cause_text=full_text(error))
-
-
-def _ignore(kind: EventKind, text: str) -> None:
-    """Take no notice of an event."""

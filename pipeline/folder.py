@@ -18,27 +18,23 @@ from importlib import metadata
 from typing import Any
 
 from pipeline.digest import digest_of
-from pipeline.errors import RunFolderError, StorageError
+from pipeline.errors import OtherJobError, RunFolderError, StorageError
 from pipeline.lease import FOLDER as LEASE
 from pipeline.numbered import now_text
-from pipeline.store import TEMPORARY_SUFFIX, Store
-
-STATUS = "run.json"
-MODEL = "model"
-_OWN = (
-    "context_templates.json",
-    "delta",
-    "job.yaml",
-    "metrics.json",
+from pipeline.ownership import (
     MODEL,
-    "records",
-    "rejected.parquet",
-    "report.html",
-    "results.parquet",
-    "second_moments",
-    "targets",
+    PUBLISHED,
+    PUBLISHING,
     STATUS,
+    files_made,
+    is_run_record,
+    is_unfinished,
+    made,
+    published_files,
+    refuse_foreign_in_model,
 )
+from pipeline.store import Store
+
 SUBMISSION = "PMET_SUBMISSION"
 """Environment variable in which whoever submits a run to a cluster names it."""
 _PROGRESS_EVERY_S = 5.0
@@ -72,24 +68,20 @@ class RunFolder:
         Args:
             digests: what the job's result depends on, by name.
             seed: recorded.
-            fresh: delete what an earlier run left.
+            fresh: delete what earlier runs made here; files that they did not make stay.
 
         Raises:
-            RunFolderError: the folder holds the work of another job.
+            RunFolderError: the folder holds the work of another job, no run, or files in
+                ``model/`` that no run wrote.
         """
         self._digest = digest_of(dict(digests))
+        earlier = self._earlier(digests, fresh=fresh)
+        if fresh or not self.store.exists(f"records/{PUBLISHED}.json"):
+            refuse_foreign_in_model(self.store)
         if fresh:
             self.check()
-            for name in _OWN:
-                self.store.delete(name)
-        earlier = self.store.read_json(STATUS) if self.store.exists(STATUS) else None
-        if earlier is not None:
-            changed = [k for k in digests if earlier.get("digests", {}).get(k) != digests[k]]
-            if changed:
-                raise RunFolderError(
-                    f"{self.store.url} holds a run of another job: {', '.join(changed)} changed; "
-                    "name another output, or start over with --fresh"
-                )
+            # The status stays until it is overwritten: it shows whose folder this is.
+            self.store.delete_files(name for name in files_made(self.store) if name != STATUS)
         self._clear_unfinished()
         self.status = {
             "status": "running",
@@ -111,13 +103,30 @@ class RunFolder:
         self.write()
         return earlier is not None
 
+    def _earlier(self, digests: Mapping[str, str], *, fresh: bool) -> dict[str, Any] | None:
+        """What an earlier attempt at the same job said; None without one, or to start over."""
+        if not self.store.exists(STATUS):
+            return None
+        earlier: dict[str, Any] = self.store.read_json(STATUS)
+        if not is_run_record(earlier):
+            raise RunFolderError(
+                f"{self.store.join(STATUS)} was not written by a run of pmet; name another output"
+            )
+        if fresh:
+            return None
+        said = earlier["digests"]
+        # A run whose requests could not be edited at all has recorded none.
+        if changed := [name for name in digests if said and said.get(name) != digests[name]]:
+            raise OtherJobError(self.store.url, dict.fromkeys(changed, ""))
+        return earlier
+
     def _clear_unfinished(self) -> None:
         """Delete what was being written when an earlier attempt was killed."""
         if not self.store.is_local:
             return
         for file in self.store.list(unfinished=True):
             # Another run may be trying to take the lease just now.
-            if _is_unfinished(file) and not file.startswith(f"{LEASE}/"):
+            if is_unfinished(file) and not file.startswith(f"{LEASE}/"):
                 self.store.delete(file)
 
     def write(self) -> None:
@@ -214,12 +223,28 @@ class RunFolder:
 
         Args:
             folder: name in the run folder.
-            named: the files that records name; they stay.
+            named: the files that records name; they stay, as do files that no attempt wrote.
         """
         self.check()
-        for file in self.store.list(folder, unfinished=True):
+        files = self.store.list(folder, unfinished=True)
+        for file in (*made(files), *filter(is_unfinished, files)):
             if file not in named:
                 self.store.delete(file)
+
+    def clear_model(self, names: Collection[str]) -> None:
+        """Make room for publishing: delete what it left before, and record what it will write.
+
+        Args:
+            names: of the files in ``model/`` that are about to be written.
+
+        Raises:
+            RunFolderError: ``model/`` holds files that no run wrote.
+        """
+        refuse_foreign_in_model(self.store)
+        earlier = published_files(self.store)
+        self.record(PUBLISHING, {"names": sorted(earlier | {f"{MODEL}/{n}" for n in names})})
+        self.forget(PUBLISHED)
+        self.store.delete_files(name for name in self.store.list(MODEL) if name in earlier)
 
     def _whole(self, record: Mapping[str, Any]) -> bool:
         sizes = record.get("bytes", {})
@@ -248,11 +273,6 @@ def _attempts(status: Mapping[str, Any]) -> list[dict[str, Any]]:
         last["status"] = "killed"
     last["events"] = dict(Counter(event["kind"] for event in status.get("events", [])))
     return [*status.get("earlier", []), last]
-
-
-def _is_unfinished(file: str) -> bool:
-    name = file.rpartition("/")[2]
-    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 def versions() -> dict[str, str]:

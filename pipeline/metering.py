@@ -14,16 +14,16 @@ Ray adds node and process. Nothing is told while this process has joined no clus
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.util import metrics
-
-from pipeline.cluster import dashboard_url
 from pipeline.progress import NOTE, CountedStage, Progress, Stage
+
+if TYPE_CHECKING:
+    from ray.util import metrics
 
 _KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "warning"})
 _GAUGES = {
@@ -78,9 +78,11 @@ class MeteredProgress(Progress):
 
     def _has_cluster(self) -> bool:
         """Whether this process has joined a cluster; says once where its dashboard is."""
-        if not ray.is_initialized():
+        if not _in_cluster():
             return False
         if not self._joined:
+            from pipeline.cluster import dashboard_url
+
             self._joined = True
             if url := dashboard_url():
                 self._shown.event(f"Ray's dashboard: {url}")
@@ -103,18 +105,28 @@ def tell_gpu_memory(work: str) -> None:
     """Set the most that this process has allocated on its GPUs; nothing where it has none."""
     import torch
 
-    if ray.is_initialized() and torch.cuda.is_available():
+    if _in_cluster() and torch.cuda.is_available():
         gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on a GPU.", ("work",))
         with contextlib.suppress(RuntimeError):
             gpus = range(torch.cuda.device_count())
             gauge.set(float(max(map(torch.cuda.max_memory_allocated, gpus))), {"work": work})
 
 
+def _in_cluster() -> bool:
+    """Whether this process has joined a cluster, for which it must have imported Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 @cache
 def _gauge(name: str, what: str, tags: tuple[str, ...]) -> metrics.Gauge:
+    from ray.util import metrics
+
     return metrics.Gauge(name, description=what, tag_keys=tags)
 
 
 @cache
 def _counter(name: str, what: str, tags: tuple[str, ...]) -> metrics.Counter:
+    from ray.util import metrics
+
     return metrics.Counter(name, description=what, tag_keys=tags)

@@ -21,15 +21,17 @@ from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
 from pipeline.config import JobConfig
 from pipeline.corpus import Corpus, read_corpus
 from pipeline.digest import digest_of
-from pipeline.errors import JobError, ModelError, RequestTableError, StorageError
+from pipeline.errors import JobError, ModelError, NothingToEditError, StorageError
 from pipeline.evaluation import Last, check_evaluation
+from pipeline.job_places import refuse_overlaps
 from pipeline.model_cache import default_cache, name_for_nodes
 from pipeline.moments import check_moments, is_file_name
+from pipeline.ownership import refuse_foreign_folder
 from pipeline.replica import ModelSource, open_tokenizer
 from pipeline.schema import Rejection, RequestTable, read_requests
 from pipeline.shards import Shard, plan_shards
 from pipeline.skeleton import UNREADABLE, open_skeleton
-from pipeline.store import read_file
+from pipeline.store import Store, read_file
 from pipeline.tracking import trackers_of
 from pmet import contexts
 from pmet.architecture import Layout, resolve
@@ -68,6 +70,7 @@ class Plan:
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: what the workers' memory holds.
         digests: what the result depends on, by name.
+        beside: names in the run folder that the run's caller wrote.
     """
 
     job: JobConfig
@@ -85,6 +88,7 @@ class Plan:
     update_shards: list[Shard]
     batch_size: int | None
     digests: dict[str, str]
+    beside: tuple[str, ...] = ()
 
     @property
     def base(self) -> ModelSource:
@@ -113,17 +117,20 @@ class Plan:
         return replace(self.base, dtype=self.job.targets.dtype)
 
 
-def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
+def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence[str] = ()) -> Plan:
     """Read and check all that a job names.
 
     Args:
         job: the job.
         cache_dir: where remote models are copied to.
+        beside: names in the run folder that the caller wrote for this run, and that it may read.
 
     Raises:
         InputError: something cannot be used; the message says what, where, and the remedy.
         StorageError: something cannot be read.
     """
+    refuse_overlaps(job, beside)
+    refuse_foreign_folder(Store(job.output), beside)
     trackers_of(job)
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
@@ -140,7 +147,9 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
     count = len(table.requests)
     if not count:
         reasons = "; ".join(r.reason for r in table.rejected[:3]) or "the files are empty"
-        raise RequestTableError(f"none of {len(table.table)} requests can be edited: {reasons}")
+        raise NothingToEditError(
+            f"none of {len(table.table)} requests can be edited: {reasons}", table.rejected_table()
+        )
     digest = checkpoint.digest()
     corpus = _corpus(job, tokenizer, skeleton.config)
     _check_second_moments(job, layout, hparams.layers, digest)
@@ -172,6 +181,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None) -> Plan:
             "corpus": corpus.digest if corpus else "",
             "context_templates": digest_of(templates),
         },
+        beside=tuple(beside),
     )
 
 

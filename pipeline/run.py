@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.card import model_card
-from pipeline.config import JobConfig, dump_job
-from pipeline.crew import Crew
-from pipeline.errors import LeaseLostError, StorageError
-from pipeline.folder import MODEL, RunFolder
+from pipeline.config import JobConfig, by_key, dump_job, load_job
+from pipeline.errors import (
+    JobError,
+    LeaseLostError,
+    NothingToEditError,
+    OtherJobError,
+    RequestTableError,
+    StorageError,
+)
+from pipeline.folder import RunFolder
 from pipeline.gates import outcomes
 from pipeline.groups import grouped
 from pipeline.known import find_known, still_known
 from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
 from pipeline.metering import MeteredProgress
+from pipeline.ownership import CARD, MODEL, STATUS, refuse_foreign_folder
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.results import answered, model_metrics, results_table
 from pipeline.run_record import NO_TARGET
 from pipeline.schema import Rejection
+from pipeline.serial import SerialCrew
 from pipeline.signals import EXIT_BASE, deferred
 from pipeline.stages import (
-    CARD,
     Context,
     FoundTargets,
     collect_moments,
@@ -39,8 +47,15 @@ from pipeline.stages import (
 )
 from pipeline.store import Store
 from pipeline.target_stage import find_targets
+from pipeline.tasks import OnEvent
 from pipeline.tracking import Tracking, trackers_of
-from pmet.errors import InputError
+from pmet.errors import InputError, PMETError
+
+JOB, REJECTED = "job.yaml", "rejected.parquet"
+_SHOWN_VALUE = 60
+
+if TYPE_CHECKING:
+    from pipeline.crew import Crew
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ def run_job(
     progress: Progress | None = None,
     fresh: bool = False,
     address: str | None = None,
+    beside: Sequence[str] = (),
 ) -> RunResult:
     """Edit a model as a job says, and publish, measure and report the result.
 
@@ -72,6 +88,7 @@ def run_job(
         progress: shows the stages; silent if None.
         fresh: start over where the run folder holds earlier work.
         address: Ray cluster to run on; one is started on this machine if None.
+        beside: names in the run folder that the caller wrote for this run, and that it may read.
 
     Raises:
         InputError: the job cannot be run as it is; no worker has been started.
@@ -81,8 +98,44 @@ def run_job(
     """
     progress = progress or Progress()
     with progress.stage("plan"):
-        plan = make_plan(job)
+        plan = plan_run(job, beside=beside)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
+
+
+def plan_run(job: JobConfig, *, beside: Sequence[str] = ()) -> Plan:
+    """The plan of a job that is about to run.
+
+    Where no request can be edited, ``rejected.parquet`` in the run folder says why of each.
+
+    Args:
+        job: the job.
+        beside: names in the run folder that the caller wrote for this run.
+
+    Raises:
+        InputError: the job cannot be run as it is.
+        StorageError: something cannot be read.
+    """
+    try:
+        return make_plan(job, beside=beside)
+    except NothingToEditError as error:
+        kept = _keep_rejected(job, error)
+        where = f"; {kept} has the reason of each" if kept else ""
+        raise RequestTableError(f"{error}{where}") from None
+
+
+def _keep_rejected(job: JobConfig, error: NothingToEditError) -> str | None:
+    """Write the rejected rows; returns where, or None where the folder holds a run already."""
+    store = Store(job.output)
+    with Lease.acquire(store) as lease:
+        if store.exists(STATUS) and store.read_json(STATUS).get("digests"):
+            return None
+        folder = RunFolder(job.output, lease.check)
+        folder.begin({}, seed=job.seed)
+        store.write_table(REJECTED, error.rejected)
+        count = len(error.rejected)
+        folder.status["counts"] = {"requested": count, "rejected": count, "edited": 0}
+        folder.finish("failed", str(error), exit_status=2)
+    return store.join(REJECTED)
 
 
 def run_plan(
@@ -94,16 +147,51 @@ def run_plan(
 ) -> RunResult:
     """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
     job, progress = plan.job, MeteredProgress(progress or Progress())
+    # The plan may have been made a while ago, and the lease is the first thing written.
+    refuse_foreign_folder(Store(job.output), plan.beside)
+    if address is not None and job.in_this_process:
+        raise JobError(
+            f"the cluster {address} would not be used: the job computes in this process "
+            "(targets.workers: 0); name no address, or a number of workers and ranks"
+        )
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
         try:
-            folder.begin(plan.digests, seed=job.seed, fresh=fresh)
+            _begin(folder, plan, fresh=fresh)
             progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
-            folder.store.write_bytes("job.yaml", dump_job(job).encode())
+            folder.store.write_bytes(JOB, dump_job(job).encode())
             return _run_in(folder, lease, plan, progress, address)
         except BaseException as error:
             _end_early(folder, error)
             raise
+
+
+def _begin(folder: RunFolder, plan: Plan, *, fresh: bool) -> None:
+    try:
+        folder.begin(plan.digests, seed=plan.job.seed, fresh=fresh)
+    except OtherJobError as error:
+        details = {"job": _changed_settings(folder.store, plan.job)}
+        changed = {name: details.get(name, "") for name in error.changed}
+        raise OtherJobError(error.url, changed) from None
+
+
+def _changed_settings(store: Store, job: JobConfig) -> str:
+    """Which settings differ from those of the run in a folder; empty where that is unknown."""
+    try:
+        before = dict(by_key(load_job(store.join(JOB)).identity()))
+    except PMETError:
+        # An older version may have had other keys.
+        return ""
+    now = dict(by_key(job.identity()))
+    differing = [key for key in now if before.get(key) != now[key]]
+    return ", ".join(
+        f"{key}: {_said(before.get(key))} before, now {_said(now[key])}" for key in differing
+    )
+
+
+def _said(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_VALUE else f"{text[: _SHOWN_VALUE - 1]}…"
 
 
 def _run_in(
@@ -118,7 +206,7 @@ def _run_in(
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
-        with Crew(plan, address, on_event) as crew:
+        with _crew(plan, address, on_event) as crew:
             try:
                 result = _run_stages(Context(plan, folder, crew, progress))
             except BaseException as error:
@@ -132,6 +220,15 @@ def _run_in(
         raise
     _tell_end(tracking, folder, result)
     return result
+
+
+def _crew(plan: Plan, address: str | None, on_event: OnEvent) -> Crew | SerialCrew:
+    if plan.job.in_this_process:
+        return SerialCrew(plan, on_event)
+    # Imported here: it imports Ray.
+    from pipeline.crew import Crew
+
+    return Crew(plan, address, on_event)
 
 
 def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
@@ -239,7 +336,7 @@ def _conclude(
             answered(found.known, kept) | after.rows,
         ),
     )
-    store.write_table("rejected.parquet", table.rejected_table())
+    store.write_table(REJECTED, table.rejected_table())
     store.write_json("metrics.json", metrics)
     run.folder.status["counts"] = metrics["counts"]
     status: Literal["complete", "held"] = "held" if held else "complete"

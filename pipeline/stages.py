@@ -15,29 +15,31 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.checkpoint import Checkpoint, digest_of_files, publish
-from pipeline.crew import Crew
 from pipeline.errors import WorkerError
-from pipeline.folder import MODEL, RunFolder
+from pipeline.folder import RunFolder
 from pipeline.model_cache import model_on_node
 from pipeline.moments import check_moments
+from pipeline.ownership import CARD, MODEL, PUBLISHED, delete_parts
 from pipeline.plan import Plan
 from pipeline.progress import CountedStage, Progress, Stage
 from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.replica import ModelSource
 from pipeline.shards import Shard
-from pipeline.statistics import PARTS, collect, moments_job
+from pipeline.statistics import collect, moments_job
 from pipeline.store import Store
 from pipeline.tasks import Task
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet.delta import Edit, changed
 
-# The model card: written at the end, over what the base has under this name.
-CARD = "README.md"
+if TYPE_CHECKING:
+    from pipeline.crew import Crew
+    from pipeline.serial import SerialCrew
+
 UPDATE_ATTEMPTS = 3
 SHARDS_SENT = 8
 
@@ -48,7 +50,7 @@ class Context:
 
     plan: Plan
     folder: RunFolder
-    crew: Crew
+    crew: Crew | SerialCrew
     progress: Progress
 
     @property
@@ -117,7 +119,7 @@ def collect_moments(run: Context) -> None:
     if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
         if plan.job.second_moments is None:
             # A run that was killed just before the end has left them.
-            run.store.delete(f"second_moments/{PARTS}")
+            delete_parts(Store(url))
         return
     job = moments_job(plan)
     with run.stage("second moments", job.corpus.tokens) as (bar, detail):
@@ -141,7 +143,7 @@ def update(run: Context, templates: list[list[str]], found: FoundTargets) -> lis
         done.append(LayerReport(**{name: record[name] for name in names}))
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
-        run.folder.forget(*later, "published", "measured-after", "known-after")
+        run.folder.forget(*later, PUBLISHED, "measured-after", "known-after")
         with run.stage("update", len(layers)) as (bar, detail):
             bar.skip(len(done))
             detail |= {"ranks": run.crew.ranks, "reused": len(done)}
@@ -157,7 +159,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
     Without reports these are the base's files as they are.
     """
     plan = run.plan
-    if run.folder.recorded("published"):
+    if run.folder.recorded(PUBLISHED):
         return
     layers = plan.hparams.layers if reports else ()
     by_tensor = {
@@ -175,6 +177,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
     if not base.folder.is_dir():
         # Days have passed since it was opened: another run has made room on this disk.
         base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
+    run.folder.clear_model(base.files())
     with run.stage("publish", len(base.files())) as (bar, _):
 
         def on_file(name: str) -> None:
@@ -184,12 +187,12 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
             bar.advance()
 
         publish(base, by_tensor, edited, run.store, MODEL, on_file=on_file)
-    run.folder.record("published", {"files": digests})
+    run.folder.record(PUBLISHED, {"files": digests})
 
 
 def published_model(run: Context) -> ModelSource:
     """The edited checkpoint, for the workers."""
-    record = run.folder.recorded("published")
+    record = run.folder.recorded(PUBLISHED)
     assert record is not None, "it has been published"
     files = {n.removeprefix(f"{MODEL}/"): digest for n, digest in record["files"].items()}
     return ModelSource(run.store.join(MODEL), run.plan.base.on_gpu, digest=digest_of_files(files))

@@ -36,6 +36,7 @@ from pipeline.moments import (
     moments_writer,
     read_header,
 )
+from pipeline.ownership import PARTS, delete_parts
 from pipeline.plan import Plan, open_fast_tokenizer, open_skeleton
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, StoredFile
@@ -45,14 +46,13 @@ from pmet.architecture import Layout, resolve
 from pmet.hparams import PMETHyperParams
 from pmet.second_moment import convergence, longest
 
-PARTS = "second_moments.parts"
 _MOST_PARTS = 16
 _PART_TOKENS = 8192
 _ALL_PARTS_BYTES = 64 * 2**30
 """What the sums of all parts may take on the disk: there are fewer parts where keys are wide."""
 
 RunTasks = Callable[[str, Sequence[Task], Callable[[Task, Any], None]], None]
-"""Runs tasks on workers, as `pipeline.crew.run_all` does."""
+"""Runs tasks on workers, as `pipeline.pool.run_all` does."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> d
     _sum_missing(job, store, folder, parts, done, run_tasks, bar)
     tokens = [sum(map(len, part)) for part in parts]
     moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens)
-    store.delete(PARTS)
+    delete_parts(store)
     return {"tokens": sum(tokens), "parts": len(parts), "reused": reused, "convergence": moved}
 
 

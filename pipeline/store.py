@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -84,6 +84,18 @@ class Store:
         found: list[str] = attempt("list", where, self._glob, self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
+    def entries(self) -> list[str]:
+        """Names of the files and folders directly in this folder, sorted; none without a folder."""
+
+        def names() -> list[str]:
+            try:
+                return [*self._fresh("ls", self.root, detail=False)]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        found = attempt("list", self.url, names)
+        return sorted({PurePosixPath(path).name for path in found if path.rstrip("/") != self.root})
+
     def _glob(self, path: str) -> list[str]:
         if self.is_local:
             # A folder that cannot be read raises here, and would be empty below.
@@ -102,6 +114,15 @@ class Store:
         found = attempt("list", _url(self.fs, folder), _files_below, self.fs, folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
         return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
+
+    def is_file(self) -> bool:
+        """Whether there is a file where this folder should be."""
+        return attempt("look for", self.url, self._fresh, "isfile", self.root) is True
+
+    def is_link(self, name: str) -> bool:
+        """Whether a name on the local disk is a symbolic link."""
+        path = self.local_path(name)
+        return path is not None and path.is_symlink()
 
     @contextmanager
     def read_stream(self, name: str) -> Iterator[BinaryIO]:
@@ -246,6 +267,18 @@ class Store:
 
         attempt("delete", self.join(name), delete)
 
+    def delete_files(self, names: Iterable[str]) -> None:
+        """Delete files, and on the local disk the folders inside this one that become empty."""
+        folders = set()
+        for name in names:
+            self.delete(name)
+            folders |= {str(parent) for parent in PurePosixPath(name).parents}
+        if self.is_local:
+            for folder in sorted(folders - {"."}, key=len, reverse=True):
+                # What still holds something stays.
+                with suppress(OSError):
+                    Path(self._path(folder)).rmdir()
+
     def size(self, name: str) -> int:
         """The size of a file in bytes."""
         return int(attempt("look for", self.join(name), self._fresh, "size", self._path(name)))
@@ -262,10 +295,10 @@ class Store:
 
         return attempt("read", self.join(name), read)
 
-    def _fresh(self, method: str, path: str) -> Any:
+    def _fresh(self, method: str, path: str, **options: Any) -> Any:
         """Ask the file system for what is there now, not for what it remembers."""
         self.fs.invalidate_cache()
-        return getattr(self.fs, method)(path)
+        return getattr(self.fs, method)(path, **options)
 
     def _path(self, name: str) -> str:
         parts = PurePosixPath(name).parts

@@ -16,15 +16,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pipeline import partition
 from pipeline.collective import (
+    add_up,
     added,
     all_rows,
     in_lockstep,
@@ -37,8 +37,7 @@ from pipeline.metering import tell_gpu_memory
 from pipeline.model_cache import model_on_node
 from pipeline.moments import module_name, read_moments
 from pipeline.partitioned import Offload, load_partitioned
-from pipeline.rank_group import Rendezvous
-from pipeline.replica import open_tokenizer
+from pipeline.replica import open_causal_lm, open_tokenizer
 from pipeline.schema import read_targets
 from pipeline.store import Store
 from pmet.architecture import resolve
@@ -62,6 +61,9 @@ from pmet.solve import (
 )
 from pmet.spread import square_root_spread
 from pmet.sums import KeyResidualRows, KeyResidualSums
+
+if TYPE_CHECKING:
+    from pipeline.rank_group import Rendezvous
 
 REDONE_ELEMENTS = 1 << 22
 """Elements of a saved Δ that are read at a time where a finished layer is applied again."""
@@ -111,6 +113,13 @@ class UpdateJob:
     model_digest: str | None = None
 
 
+def _opened(folder: str, job: UpdateJob, *, partitioned: bool) -> tuple[nn.Module, Any]:
+    """The model, and DeepSpeed's engine around it where it is partitioned."""
+    if partitioned:
+        return load_partitioned(folder, dtype=job.dtype, offload=job.offload)
+    return open_causal_lm(folder, dtype=job.dtype), None
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What the update did to one weight.
@@ -156,15 +165,22 @@ class _TakenShard(NamedTuple):
 
 
 class UpdateRank:
-    """One rank of the update group."""
+    """One rank of the update group.
 
-    def __init__(self, meeting: Rendezvous, job: UpdateJob) -> None:
-        self._rank, self._ranks, self._job = meeting.rank, meeting.world_size, job
-        self._device = torch.device(job.device)
-        partition.init_rank(*meeting, device=job.device)
+    Args:
+        meeting: where the ranks meet; None: this process is the only one, and holds the whole model
+            without DeepSpeed.
+        job: what to do.
+    """
+
+    def __init__(self, meeting: Rendezvous | None, job: UpdateJob) -> None:
+        self._rank, self._ranks = meeting[:2] if meeting else (0, 1)
+        self._job, self._device = job, torch.device(job.device)
+        if meeting:
+            partition.init_rank(*meeting, device=job.device)
         folder = str(model_on_node(job.model, job.model_digest))
         self._tokenizer = open_tokenizer(folder)
-        self._model, self._engine = load_partitioned(folder, dtype=job.dtype, offload=job.offload)
+        self._model, self._engine = _opened(folder, job, partitioned=meeting is not None)
         self._layout = resolve(self._model, job.hparams)
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
@@ -294,7 +310,7 @@ class UpdateRank:
         self._collect(index, sums)
         gram_KK, cross_RK = sums.gram_KK, reduced_to_rows(sums.cross_VK)
         del sums
-        dist.all_reduce(gram_KK)
+        add_up(gram_KK)
         found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
         del gram_KK
         cross_RK *= square_root_spread(index, len(hparams.layers))
@@ -344,7 +360,7 @@ class UpdateRank:
         by_row: dict[int, torch.Tensor] = {}
         for file in shard.files:
             arrays = read_targets(self._job.run.read_table(file))
-            by_row |= dict(zip(arrays.rows.tolist(), torch.from_numpy(arrays.values), strict=True))
+            by_row |= dict(zip(arrays.rows.tolist(), torch.tensor(arrays.values), strict=True))
         values_EV = torch.stack([by_row[row] for row in shard.rows]).double()
         if not torch.isfinite(values_EV).all():
             raise NotFiniteError(f"targets of shard {shard.name} hold NaN or infinity")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,15 @@ from rich.table import Table
 from jobs.demo.world import write_corpus, write_requests
 from jobs.views import show_result
 from pipeline.config import JobConfig, UpdateConfig
+from pipeline.lease import Lease
+from pipeline.ownership import has_lease, refuse_foreign_folder
 from pipeline.progress import RichProgress
 from pipeline.run import RunResult, run_job
+from pipeline.store import Store
 
 HERE = Path(__file__).parent
+INPUTS = "inputs"
+"""Folder in the run folder with the demo's requests and corpus."""
 SHOWN_FACTS = 8
 
 
@@ -23,11 +30,16 @@ def demo_job(output: Path) -> JobConfig:
 
     Args:
         output: the run folder.
+
+    Raises:
+        RunFolderError: the folder holds files, and is neither a demo's nor another run's.
+        FolderBusyError: another run writes it.
     """
-    inputs = output / "inputs"
-    inputs.mkdir(parents=True, exist_ok=True)
-    write_requests(inputs / "requests.parquet")
-    write_corpus(inputs / "corpus.parquet")
+    inputs = output / INPUTS
+    with _claimed(Store(output)):
+        inputs.mkdir(parents=True, exist_ok=True)
+        write_requests(inputs / "requests.parquet")
+        write_corpus(inputs / "corpus.parquet")
     return JobConfig(
         model=str(HERE / "model"),
         requests=(str(inputs / "requests.parquet"),),
@@ -40,13 +52,23 @@ def demo_job(output: Path) -> JobConfig:
     )
 
 
+@contextmanager
+def _claimed(store: Store) -> Iterator[None]:
+    """Hold a folder that is empty, or that a run has held before, while inputs are written."""
+    refuse_foreign_folder(store, (INPUTS,) if has_lease(store) else ())
+    with Lease.acquire(store):
+        yield
+
+
 def run_demo(output: Path, console: Console) -> RunResult:
     """Run the demo and say what has changed."""
     console.print(
         "A small model knows a thousand facts about countries, elements, books and more. "
         "200 of them are about to change.\n"
     )
-    result = run_job(demo_job(output.absolute()), progress=RichProgress(), fresh=True)
+    result = run_job(
+        demo_job(output.absolute()), progress=RichProgress(), fresh=True, beside=(INPUTS,)
+    )
     rows = result.folder.read_table("results.parquet").to_pylist()
     console.print()
     console.print(_facts(rows))

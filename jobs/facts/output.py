@@ -15,6 +15,12 @@ import pyarrow.parquet as pq
 from jobs.facts.diff import SCHEMA, DumpDiff
 from pipeline.errors import FactDumpError
 from pipeline.schema import readable, with_columns
+from pipeline.single_output import (
+    PARQUET_MARK,
+    is_marked_parquet,
+    refuse_foreign_file,
+    refuse_input,
+)
 from pipeline.store import Store
 
 REJECTED_FOLDER = "rejected"
@@ -97,6 +103,7 @@ class _Sink:
 
     def close(self) -> None:
         assert self._writer is not None, "something was written"
+        self._writer.add_key_value_metadata(PARQUET_MARK)
         self._writer.close()
 
 
@@ -107,12 +114,16 @@ def output_urls(url: str, inputs: Collection[str]) -> tuple[str, str]:
     nor a glob such as ``*.parquet`` finds them.
 
     Raises:
-        FactDumpError: there is no file name in ``url``, or it names one of the ``inputs``.
+        FactDumpError: there is no file name in ``url``.
+        OutputError: one of the two is among the ``inputs``, or a file of the user's.
+        StorageError: what is there cannot be read.
     """
     store, name = _place(url)
-    if store.join(name) in inputs:
-        raise FactDumpError(f"{url} is one of the files that are read; write to another one")
-    return store.join(name), store.join(REJECTED_FOLDER, name)
+    names = name, f"{REJECTED_FOLDER}/{name}"
+    for output in names:
+        refuse_input(store.join(output), inputs)
+        refuse_foreign_file(store, output, is_marked_parquet)
+    return store.join(names[0]), store.join(names[1])
 
 
 def refuse_among(url: str, sources: Iterable[str]) -> None:
@@ -162,7 +173,8 @@ def write_diff(diff: DumpDiff, url: str, inputs: Collection[str] = ()) -> str:
     """Write the facts that differ to a Parquet file; returns its path or URL.
 
     Raises:
-        FactDumpError: there is no file name in ``url``, or it names one of the ``inputs``.
+        FactDumpError: there is no file name in ``url``.
+        OutputError: it is among the ``inputs``, or a file of the user's.
         StorageError: it cannot be written.
     """
     output_urls(url, inputs)
@@ -173,6 +185,7 @@ def write_diff(diff: DumpDiff, url: str, inputs: Collection[str] = ()) -> str:
     ):
         for batch in diff.batches():
             writer.write_batch(batch)
+        writer.add_key_value_metadata(PARQUET_MARK)
     return store.join(name)
 
 

@@ -15,6 +15,7 @@ the next to come puts it right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -22,14 +23,19 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.errors import FactDumpError, RunFolderError, StorageError
-from pipeline.folder import MODEL
 from pipeline.numbered import last_number, now_text, numbered
+from pipeline.ownership import MODEL, files_made, has_lease, leases
 from pipeline.store import Store, json_bytes
 from pmet.errors import PMETError
 
 CURRENT, PROMOTIONS, VERSIONS, RETRACTIONS = "CURRENT", "promotions", "versions", "retractions"
+TEMPLATES = "context_templates.json"
 NIGHT, LEDGER, PRUNED = "night.json", "ledger.parquet", "pruned.json"
-_LARGE = (MODEL, "delta", "targets", "second_moments", "records", "requests.parquet")
+REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
+REPORT, CHANGES = "night.html", "changes.parquet"
+NIGHT_FILES = (NIGHT, LEDGER, PRUNED, REQUESTS, SET_ASIDE, REPORT, CHANGES)
+"""What a night writes into its version's folder, beside what the run in it writes."""
+_LARGE = (f"{MODEL}/", "delta/", "targets/", "second_moments/", "records/", REQUESTS)
 _TRIES = 16
 
 Mover = Literal["refresh", "rollback"]
@@ -86,6 +92,18 @@ class Home:
 
     def __init__(self, url: str) -> None:
         self.store = Store(url)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a folder that holds files and in which no refresh was ever begun.
+
+        Raises:
+            RunFolderError: naming some of what it holds.
+        """
+        if (names := self.store.entries()) and not has_lease(self.store):
+            raise RunFolderError(
+                f"home: {self.store.url} holds {', '.join(names[:3])} and is no home of versions; "
+                "name a folder that is empty or does not exist"
+            )
 
     @classmethod
     def open(cls, url: str) -> Home:
@@ -206,10 +224,19 @@ class Home:
             if current is not None and current.version == version:
                 self.store.delete(path(version, PRUNED))
                 continue
-            for name in _LARGE:
-                self.store.delete(path(version, name))
+            self._delete(version, lambda name: name.startswith(_LARGE))
             pruned.append(version)
         return pruned
+
+    def discard(self, version: int) -> None:
+        """Delete all that a night and its run have written of a version; other files stay."""
+        self._delete(version, lambda _: True)
+
+    def _delete(self, version: int, chosen: Callable[[str], bool]) -> None:
+        folder = Store(self.store.join(path(version)))
+        written = [name for name in folder.list() if name in NIGHT_FILES]
+        names = [*files_made(folder), *written, *leases(folder)]
+        folder.delete_files(name for name in names if chosen(name))
 
     def retract(
         self, subject: str, relation: str, action: Literal["retract", "restore"], reason: str = ""

@@ -21,7 +21,20 @@ import pyarrow as pa
 import torch
 
 from jobs.refresh.config import RefreshConfig
-from jobs.refresh.home import LEDGER, NIGHT, CurrentMovedError, Home, Promotion, path
+from jobs.refresh.home import (
+    CHANGES,
+    LEDGER,
+    NIGHT,
+    NIGHT_FILES,
+    REQUESTS,
+    SET_ASIDE,
+    TEMPLATES,
+    VERSIONS,
+    CurrentMovedError,
+    Home,
+    Promotion,
+    path,
+)
 from jobs.refresh.ledger import (
     Change,
     Key,
@@ -32,26 +45,28 @@ from jobs.refresh.ledger import (
     concluded,
     merged,
 )
-from jobs.refresh.report import CHANGES, quarantined, write_night_report
+from jobs.refresh.report import quarantined, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
 from pipeline.config import JobConfig
 from pipeline.errors import FactDumpError
-from pipeline.folder import MODEL, STATUS
+from pipeline.folder import RunFolder
+from pipeline.job_places import hparams_places, model_places, pattern_places
 from pipeline.lease import Lease
 from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
-from pipeline.plan import Plan, make_plan
+from pipeline.overlap import locate, refuse_overlap
+from pipeline.ownership import MODEL, STATUS
+from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
-from pipeline.run import RunResult, how_it_ended, run_plan
+from pipeline.run import RunResult, how_it_ended, plan_run, run_plan
 from pipeline.run_record import NO_TARGET
 from pipeline.signals import deferred
 from pipeline.store import Store
 from pmet.errors import PMETError
 
-REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
-TEMPLATES, METRICS = "context_templates.json", "metrics.json"
+METRICS = "metrics.json"
 _OVER = ("promoted", "held", "superseded")
 
 Status = Literal["promoted", "held", "unchanged"]
@@ -119,6 +134,8 @@ def refresh(
     home = Home(config.home)
     now = datetime.now(UTC)
     day = night or _today(config, now)
+    refuse_overlaps(config, day)
+    home.refuse_foreign()
     with Lease.acquire(home.store) as lease:
         home.write_current()
         version, earlier = _version(home)
@@ -137,10 +154,42 @@ def preview(config: RefreshConfig, *, night: date | None = None) -> Preview:
         StorageError: something cannot be read.
     """
     home, now = Home(config.home), datetime.now(UTC)
-    tonight = read_dump(config, night or _today(config, now), now)
+    day = night or _today(config, now)
+    refuse_overlaps(config, day)
+    home.refuse_foreign()
+    tonight = read_dump(config, day, now)
     version = max(home.versions(), default=0) + 1
     ledger, changes = _merged(config, home, home.current(), tonight, Night(_iso(now), version))
     return Preview(changes, ledger, tonight)
+
+
+def refuse_overlaps(config: RefreshConfig, day: date) -> None:
+    """Refuse a home that overlaps with what nights read, or versions that overlap with stores.
+
+    Raises:
+        JobError: a line for each overlap.
+        StorageError: a path cannot be resolved.
+    """
+    home = Store(config.home)
+    read = {
+        "model": model_places(config.model),
+        "facts": pattern_places(config.facts_of(day)),
+        "baseline": pattern_places(config.baseline or ()),
+        "corpus": pattern_places(config.corpus or ()),
+        "templates": locate(config.templates),
+        "hparams": hparams_places(config.hparams),
+    }
+    shared = {
+        "context_templates": config.context_templates,
+        "second_moments": config.second_moments,
+        "targets.store": config.targets.store,
+        "evaluate.store": config.evaluate.store,
+    }
+    # Links in the home lead out of it.
+    for name in ("", *(name for name in home.entries() if home.is_link(name))):
+        refuse_overlap(("home", home.join(name) if name else home.url), read.items())
+    stores = [(key, locate(url)) for key, url in shared.items() if url is not None]
+    refuse_overlap((f"home's {VERSIONS}", home.join(VERSIONS)), stores)
 
 
 def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
@@ -224,15 +273,15 @@ class _Work:
         begun = self._store.exists(self._path(NIGHT))
         if not len(requests):
             # What an attempt with other facts has left belongs to no model without any.
-            self._store.delete(self._path())
+            self._home.discard(self._night.version)
         self._write(REQUESTS, requests)
         plan = None
         if len(requests):
             with self._progress.stage("plan"):
-                plan = make_plan(job)
+                plan = plan_run(job, beside=NIGHT_FILES)
         self._said["settings"] = _settings(job, self._config)
         if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
-            self._store.delete(self._path())
+            self._home.discard(self._night.version)
             return Refreshed("unchanged", current, self._home, self._home.night(current))
         try:
             self._say(rows=_rows(tonight))
@@ -291,6 +340,7 @@ class _Work:
         if plan is None:
             self._lease.check()
             base = Checkpoint.open(open_model_folder(self._config.model, default_cache()))
+            RunFolder(self._store.join(self._path()), self._lease.check).clear_model(base.files())
             publish(base, (), _untouched, self._store, self._path(MODEL), on_file=lambda _: None)
             return None
         # What another dump or other settings have left here is of no use.

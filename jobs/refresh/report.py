@@ -7,15 +7,13 @@ from datetime import datetime
 from typing import Any
 
 from jobs.refresh.config import RefreshConfig
-from jobs.refresh.home import LEDGER, Home, path
+from jobs.refresh.home import CHANGES, LEDGER, REPORT, Home, path
 from pipeline.charts import trend_chart
 from pipeline.figures import ALWAYS, GateText, measured, read_gate
 from pipeline.folder import STATUS
 from pipeline.page import Cut, page
 from pipeline.store import Store
 
-REPORT = "night.html"
-CHANGES = "changes.parquet"
 TREND = ("efficacy", "generalization", "specificity")
 TREND_NIGHTS = 60
 NOTHING_TOLD: dict[str, Any] = {"before": {}, "after": {}, "gates": [], "counts": {"edited": 0}}

@@ -15,6 +15,12 @@ from jobs.schedule.night import STOP_S
 from jobs.schedule.records import Schedule
 from pipeline.errors import ScheduleError
 
+_REFRESH = "Description=Refresh of a language model: "
+_EXPLANATION = (
+    "# Finds what a change of clocks or a crash has left; does nothing if nothing is due."
+)
+MARKS = (_REFRESH, _EXPLANATION)
+"""Lines that show that a unit file is ours, and may be written anew."""
 _DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _OFTEN = "*:0/10"
 
@@ -37,7 +43,7 @@ def units(schedule: Schedule, store: str) -> dict[str, str]:
             raise ScheduleError(f"{text!r} cannot stand in a unit file; choose another path")
     service = [
         "[Unit]",
-        f"Description=Refresh of a language model: {schedule.name}",
+        f"{_REFRESH}{schedule.name}",
         "Wants=network-online.target",
         "After=network-online.target",
         "",
@@ -57,7 +63,7 @@ def units(schedule: Schedule, store: str) -> dict[str, str]:
         "",
         "[Timer]",
         *(f"OnCalendar={time}" for time in calendar(schedule)),
-        "# Finds what a change of clocks or a crash has left; does nothing if nothing is due.",
+        _EXPLANATION,
         "OnCalendar=hourly",
         "Persistent=true",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -259,3 +260,116 @@ def test_evaluate_measures_a_model(pmet: Invoke, tmp_path: Path) -> None:
 def test_a_report_needs_a_run(pmet: Invoke, tmp_path: Path) -> None:
     status, _, err = pmet("report", tmp_path)
     assert (status, "holds no finished run" in err) == (2, True)
+
+
+def test_an_output_that_overlaps_with_what_is_read_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(GPT2 / "model", tmp_path / "x" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    for changes, said in (
+        ({"model": str(tmp_path / "x" / "model"), "output": str(tmp_path / "x")}, "model: "),
+        ({"model": f"file://{tmp_path}/link/model", "output": str(tmp_path / "x")}, "model: "),
+        ({"output": str(tmp_path)}, "requests: "),
+        ({"hparams": str(tmp_path / "out" / "h.json")}, "hparams: "),
+        ({"targets": {"store": str(tmp_path / "out")}}, "targets.store: "),
+        ({"evaluate": {"last": str(tmp_path / "out")}}, "evaluate.last: "),
+        ({"second_moments": str(tmp_path / "out" / "m")}, "second_moments: "),
+        ({"context_templates": str(tmp_path / "out" / "t.json")}, "context_templates: "),
+    ):
+        for options in (("--dry-run", "--no-estimate"), (), ("--fresh",)):
+            status, _, err = pmet("run", job(**changes), *options)
+            assert status == 2, changes
+            assert f"pmet: {said}" in err or f"\n{said}" in err
+            assert "name another output" in err
+    inside = {
+        "model": str(tmp_path / "x" / "model"),
+        "evaluate": {"store": f"{tmp_path}/x/model/m"},
+    }
+    status, _, err = pmet("run", job(**inside))
+    assert (status, "evaluate.store: " in err, "lies inside the model" in err) == (2, True, True)
+
+
+def test_a_folder_with_files_that_is_no_run_is_refused(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "mine.txt").write_text("mine")
+    for options in (("--dry-run", "--no-estimate"), (), ("--fresh",)):
+        status, _, err = pmet("run", job(), *options)
+        assert (status, "out holds model and is not a run folder" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["model", "mine.txt"]
+
+
+def test_where_no_row_can_be_edited_the_reasons_are_kept(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "no place", "subject": "A", "target_new": "b", "note": "x"}] * 2
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    status, _, err = pmet("run", job(), "--dry-run", "--no-estimate")
+    assert (status, "none of 2 requests can be edited" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    status, _, err = pmet("run", job())
+    assert (status, "out/rejected.parquet has the reason of each" in err) == (2, True)
+    rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert [(row["row"], row["note"]) for row in rejected] == [(0, "x"), (1, "x")]
+    status_of_run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (status_of_run["status"], status_of_run["exit_status"]) == ("failed", 2)
+    # Mended requests may use the folder.
+    good = [{"prompt": "{} is", "subject": "A", "target_new": "b"}]
+    pq.write_table(pa.Table.from_pylist(good), tmp_path / "requests.parquet")
+    assert pmet("run", job(), "--dry-run", "--no-estimate")[0] == 0
+
+
+def test_another_job_in_the_folder_is_refused_by_the_keys_that_changed(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(run: Context) -> Any:
+        raise WorkerError("stopped here")
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", stopped)
+    serial = {"targets": {"workers": 0}, "update": {"ranks": 0}}
+    assert pmet("run", job(**serial))[0] == 1
+    changed = job(**serial | {"targets": {"workers": 0, "shard_size": 32}, "seed": 1})
+    status, _, err = pmet("run", changed)
+    assert status == 2
+    assert (
+        'another job: job (seed: 0 before, now 1, targets.shard_size: "auto" before, now 32) '
+        "changed; name another output, or start over with --fresh" in err
+    )
+
+
+def test_figures_are_not_written_over_files_of_the_users(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job()
+    requests, mine = tmp_path / "requests.parquet", tmp_path / "mine.json"
+    mine.write_text('{"mine": 1}')
+    for output, said in (
+        (mine, "mine.json is there already and was not written by this command"),
+        (requests, "requests.parquet is the --output"),
+        (GPT2 / "model" / "figures.json", "holds the --output"),
+    ):
+        status, _, err = pmet("evaluate", GPT2 / "model", requests, "--output", output)
+        assert (status, said in err) == (2, True), err
+    assert mine.read_text() == '{"mine": 1}'
+    for _ in range(2):
+        assert pmet("evaluate", GPT2 / "model", requests, "--output", tmp_path / "f.json")[0] == 0
+
+
+def test_second_moments_are_not_written_into_a_model_or_a_corpus(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job()
+    corpus = tmp_path / "corpus.parquet"
+    for output, text in ((GPT2 / "model", corpus), (tmp_path, corpus), (tmp_path / "s", tmp_path)):
+        status, _, err = pmet("statistics", GPT2 / "model", text, "--output", output, "--layers", 3)
+        assert (status, "could be overwritten or deleted" in err) == (2, True), err
+
+
+def test_the_demo_takes_no_folder_of_the_users(pmet: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs" / "requests.parquet").write_text("mine")
+    status, _, err = pmet("demo", "--output", tmp_path)
+    assert (status, "holds inputs and is not a run folder" in err) == (2, True)
+    assert (tmp_path / "inputs" / "requests.parquet").read_text() == "mine"

@@ -248,3 +248,39 @@ def test_more_files_than_two_are_refused_before_one_is_overwritten(
 ) -> None:
     """As where the shell has written out a glob."""
     assert facts("convert", *sorted(folder.glob("*.parquet")), folder / "x", "y")[0] == 2
+
+
+def test_files_of_the_users_are_not_replaced(facts: Invoke, folder: Path) -> None:
+    convert = ("convert", folder / "new.parquet")
+    templates = ("--templates", folder / "t.yaml")
+    # Its own output is written anew.
+    for _ in range(2):
+        assert facts(*convert, folder / "requests.parquet", *templates)[0] == 0
+        assert (
+            facts(
+                "diff",
+                folder / "old.parquet",
+                folder / "new.parquet",
+                "--output",
+                folder / "d.parquet",
+            )[0]
+            == 0
+        )
+    (folder / "link.parquet").symlink_to(folder / "new.parquet")
+    (folder / "rejected" / "mine.parquet").write_text("mine")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for output, reason in (
+        ("old.parquet", "old.parquet is there already and was not written by this command"),
+        ("zsre.json", "zsre.json is there already"),
+        ("t.yaml", "is one of the files that are read"),
+        ("link.parquet", "is one of the files that are read"),
+        (f"../{folder.name}/new.parquet", "is one of the files that are read"),
+        ("mine.parquet", "rejected/mine.parquet is there already"),
+    ):
+        status, _, err = facts(*convert, folder / output, *templates)
+        assert (status, reason in err) == (2, True), err
+    status, _, err = facts(
+        "convert", folder / "zsre.json", f"file://{folder}/zsre.json", "--format", "zsre"
+    )
+    assert (status, "is one of the files that are read" in err) == (2, True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

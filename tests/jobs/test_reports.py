@@ -83,3 +83,15 @@ def test_a_versions_report_lists_what_is_quarantined(pmet: Invoke, tmp_path: Pat
     assert "Quarantined facts" in html
     assert ">Nice<" in html
     assert ">Bonn<" not in html
+
+
+def test_a_page_that_is_the_users_is_not_replaced(pmet: Invoke, tmp_path: Path) -> None:
+    a, b = two_runs(tmp_path)
+    mine = tmp_path / "mine.html"
+    mine.write_text("<title>Mine</title>")
+    status, _, err = pmet("report", a, b, "--output", mine)
+    assert status == 2
+    assert "mine.html is there already and was not written by this command" in err
+    assert mine.read_text() == "<title>Mine</title>"
+    # A comparison is written anew.
+    assert [pmet("report", a, b, "--output", tmp_path / "x.html")[0] for _ in range(2)] == [0, 0]

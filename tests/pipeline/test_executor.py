@@ -13,7 +13,8 @@ import ray
 
 from pipeline.cluster import default_workers, ray_session, room_for_workers
 from pipeline.errors import WorkerError
-from pipeline.executor import SerialPool, WorkerPool
+from pipeline.executor import WorkerPool
+from pipeline.pool import SerialPool
 from pipeline.tasks import FailedTask, Task
 from pmet.errors import InputError, RequestError
 

@@ -97,12 +97,12 @@ def test_nothing_is_recorded_before_its_file_is_there(url: str) -> None:
 
 
 def test_what_no_record_names_is_swept(url: str) -> None:
-    folder = begun(url)
-    for name in ("targets/1-a", "targets/1-b", "targets/.2-c.x.tmp", "targetsx/1"):
+    folder, a, b, c = begun(url), "a" * 32, "b" * 32, "c" * 32
+    named, users = f"targets/1-{b}.parquet", ["targets/.x.tmp", "targets/1-a.parquet"]
+    for name in (f"targets/1-{a}.parquet", named, f"targets/.2-{c}.parquet.{c}.tmp", *users):
         folder.store.write_bytes(name, b"x")
-    folder.sweep("targets", {"targets/1-b"})
-    assert folder.store.list("targets", unfinished=True) == ["targets/1-b"]
-    assert folder.store.exists("targetsx/1")
+    folder.sweep("targets", {named})
+    assert folder.store.list("targets", unfinished=True) == [users[0], users[1], named]
 
 
 def test_what_a_killed_attempt_was_writing_is_deleted(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import torch
 
 from pipeline import statistics
 from pipeline.cluster import ray_session
-from pipeline.crew import run_all
 from pipeline.errors import JobError
-from pipeline.executor import Pool, SerialPool, WorkerPool
+from pipeline.executor import WorkerPool
 from pipeline.moments import PROVENANCE, TENSORS, check_moments, read_moments
+from pipeline.pool import Pool, SerialPool, run_all
 from pipeline.progress import Stage
 from pipeline.replica import ModelSource, Replica
 from pipeline.statistics import PARTS, MomentsJob, collect, finished, plan_statistics
@@ -39,8 +39,8 @@ BUDGET, MAX_LENGTH = 3000, 20
 PASS = """
 import os, signal, sys
 from pipeline import statistics
-from pipeline.crew import run_all
-from pipeline.executor import SerialPool
+from pipeline.pool import run_all
+from pipeline.pool import SerialPool
 from pipeline.progress import Stage
 from pipeline.replica import Replica
 from pipeline.store import Store

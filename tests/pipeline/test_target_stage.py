@@ -23,9 +23,10 @@ from pipeline.cluster import ray_session
 from pipeline.config import JobConfig
 from pipeline.crew import Crew
 from pipeline.errors import StorageError, WorkerError
-from pipeline.executor import Pool, SerialPool, WorkerPool
+from pipeline.executor import WorkerPool
 from pipeline.folder import RunFolder
 from pipeline.plan import Plan, make_plan
+from pipeline.pool import Pool, SerialPool
 from pipeline.progress import Progress
 from pipeline.replica import TargetSummary
 from pipeline.schema import TargetArrays, read_targets, targets_table

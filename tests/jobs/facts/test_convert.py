@@ -12,7 +12,7 @@ from jobs.facts import neighbors, partitions
 from jobs.facts.convert import convert_dump
 from jobs.facts.dump import open_dump
 from jobs.facts.templates import parse_templates
-from pipeline.errors import FactDumpError
+from pipeline.errors import FactDumpError, OutputError
 from pipeline.schema import read_requests
 from tests.jobs.facts.conftest import NOW, fact, table
 from tests.jobs.facts.test_diff import DAYS
@@ -206,7 +206,7 @@ def test_damage_leaves_nothing(dump, write, tmp_path):
 
 def test_inputs_are_never_overwritten(dump):
     source = dump([fact()])
-    with pytest.raises(FactDumpError, match="is one of the files that are read"):
+    with pytest.raises(OutputError, match="is one of the files that are read"):
         convert_dump(source, TEMPLATES, source.files[0].url, as_of=NOW)
     with pytest.raises(FactDumpError, match="names no file"):
         convert_dump(source, TEMPLATES, "out/", as_of=NOW)

@@ -16,6 +16,8 @@ def version(home: Home, number: int, status: str = "promoted") -> str:
     """A version with a model of one file; returns where its model is."""
     model = path(number, "model")
     home.store.write_bytes(f"{model}/config.json", b"{}")
+    published = {"files": {"model/config.json": ""}}
+    home.store.write_json(path(number, "records", "published.json"), published)
     home.store.write_json(path(number, NIGHT), {"status": status, "model": model})
     return model
 
@@ -155,3 +157,14 @@ def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
 def test_another_folder_is_no_home(tmp_path) -> None:
     with pytest.raises(RunFolderError, match="is no home of versions"):
         Home.open(str(tmp_path))
+
+
+def test_discarding_a_version_leaves_files_of_the_users(any_url: str) -> None:
+    home = Home(any_url)
+    token = "0123456789abcdef" * 2
+    made = ("run.json", "results.parquet", f"targets/00000-{token}.parquet", "ledger.parquet")
+    mine = ("model/notes.txt", "targets/facts.parquet", "delta/x", "notes.txt")
+    for name in (*made, *mine):
+        home.store.write_bytes(path(9, name), b"1")
+    home.discard(9)
+    assert home.store.list(path(9)) == sorted(path(9, name) for name in mine)

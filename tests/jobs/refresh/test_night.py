@@ -1,14 +1,17 @@
-"""What a night tells its run: which figures it is compared with."""
+"""What a night tells its run, and where its home may be."""
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.home import Home, path
-from jobs.refresh.night import job_of
+from jobs.refresh.night import job_of, preview, refresh, refuse_overlaps
+from pipeline.errors import JobError, RunFolderError
 
 
 @pytest.fixture
@@ -45,3 +48,46 @@ def test_there_may_be_nothing_to_compare_with(home: Home, tmp_path: Path) -> Non
     # A version without any fact was not measured.
     home.store.delete(path(2, "metrics.json"))
     assert last(home, 4) is None
+
+
+def config_of(tmp_path: Path, **changes: str) -> RefreshConfig:
+    given = {
+        "model": str(tmp_path / "base"),
+        "facts": (str(tmp_path / "facts"),),
+        "templates": str(tmp_path / "t.yaml"),
+        "home": str(tmp_path / "home"),
+        "hparams": "gpt-j-6b",
+    }
+    return RefreshConfig.model_validate({**given, **changes})
+
+
+@pytest.mark.parametrize("begin", [refresh, preview])
+def test_a_home_may_not_overlap_with_what_nights_read(begin: Any, tmp_path: Path) -> None:
+    for changes, said in (
+        ({"home": str(tmp_path / "base")}, r"model: .*/base is the home"),
+        ({"home": str(tmp_path / "facts" / "home")}, r"facts: .*/facts holds the home"),
+        ({"templates": str(tmp_path / "home" / "t.yaml")}, r"templates: .* lies inside the home"),
+        ({"second_moments": str(tmp_path / "home" / "versions")}, r"second_moments: .* is the "),
+    ):
+        with pytest.raises(JobError, match=said):
+            begin(config_of(tmp_path, **changes))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "versions").symlink_to(tmp_path / "base")
+    with pytest.raises(JobError, match=r"model: .*/base is the home .*/home/versions"):
+        begin(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("begin", [refresh, preview])
+def test_a_folder_of_the_users_is_no_home(begin: Any, tmp_path: Path) -> None:
+    (tmp_path / "home" / "versions").mkdir(parents=True)
+    (tmp_path / "home" / "versions" / "mine.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"home: .* holds versions and is no home"):
+        begin(config_of(tmp_path))
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == ["versions", "mine.txt"]
+
+
+def test_what_nights_share_may_be_named_where_it_is_kept(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    named = {"second_moments": f"{home}/second_moments", "context_templates": f"{home}/t.json"}
+    refuse_overlaps(config_of(tmp_path, **named), date(2026, 11, 27))

@@ -1,0 +1,69 @@
+"""This process: its environment and threads, and what the errors that it raises say.
+
+Nothing here needs Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Have environment variables for the time of a ``with`` block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def limit_threads(threads: int | None) -> int | None:
+    """Set the threads that torch computes with; returns the earlier number.
+
+    Does nothing, and returns None, where ``threads`` is None or torch is not installed.
+    """
+    if threads is None or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return before
+
+
+def cause_here(error: BaseException) -> str:
+    """An error of this process in one line: exception type, message and the last traceback line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return described(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
+
+
+def described(error: BaseException, place: str) -> str:
+    """An error's type and message in one line, and the place in the source where it arose."""
+    message = one_line(str(error))
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{text} ({place})" if place else text
+
+
+def full_text(error: BaseException) -> str:
+    """All that an error says, the worker's traceback included, without terminal colours."""
+    return _ANSI.sub("", str(error)).strip()
+
+
+def one_line(text: str, *, limit: int = 600) -> str:
+    """The text with white space collapsed, cut to ``limit`` characters."""
+    flat = " ".join(_ANSI.sub("", text).split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
