@@ -43,12 +43,14 @@ def explain(error: BaseException, command: str) -> int:
         error: what ended it.
         command: its name, ``run`` or ``facts check``.
     """
-    stopped = signals.first()
-    if isinstance(error, KeyboardInterrupt):
-        stopped = signal.SIGINT
-    elif isinstance(error, SystemExit) and not isinstance(error, signals.Stopped):
-        return _status_of(error)
     # What a signal has cut short may end in an error of its own.
+    stopped = signals.first()
+    if isinstance(error, signals.Stopped):
+        stopped = error.signal
+    elif isinstance(error, KeyboardInterrupt):
+        stopped = stopped or signal.SIGINT
+    elif isinstance(error, SystemExit):
+        return _status_of(error)
     if stopped is not None:
         how = "interrupted" if stopped is signal.SIGINT else f"stopped by {stopped.name}"
         _say(f"{how}; {_GO_ON.get(command, _AGAIN)}", style="yellow")

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, BinaryIO, TypeVar
@@ -97,11 +98,14 @@ class Store:
         return sorted({PurePosixPath(path).name for path in found if path.rstrip("/") != self.root})
 
     def _glob(self, path: str) -> list[str]:
-        if self.is_local:
-            # A folder that cannot be read raises here, and would be empty below.
-            with suppress(FileNotFoundError, NotADirectoryError):
-                os.scandir(PurePosixPath(path).parent).close()
-        return list(self._fresh("glob", path))
+        if not self.is_local:
+            return list(self._fresh("glob", path))
+        # The library takes a folder that cannot be read for an empty one.
+        folder, _, pattern = path.rpartition("/")
+        try:
+            return [os.path.join(folder, n) for n in os.listdir(folder) if fnmatchcase(n, pattern)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.

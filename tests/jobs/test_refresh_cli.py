@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -160,3 +161,29 @@ def test_a_folder_that_is_no_home_is_refused(pmet: Invoke, tmp_path: Path) -> No
     for command in (["versions"], ["rollback"], ["facts", "ledger"]):
         status, _, err = pmet(*command, tmp_path)
         assert (status, "is no home of versions" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "ended"),
+    [(KeyboardInterrupt(), "stopped", 130), (RuntimeError("a bug"), "failed", 1)],
+)
+def test_a_night_that_is_cut_short_says_so(
+    pmet: Invoke,
+    refresh_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: str,
+    ended: int,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    plan = SimpleNamespace(digests={})
+    monkeypatch.setattr("jobs.refresh.night.plan_run", lambda *_, **__: plan)
+    monkeypatch.setattr("jobs.refresh.night.run_plan", broken)
+    found, _, err = pmet("refresh", refresh_file, "--set", f"home={tmp_path / 'new'}")
+    assert found == ended, err
+    night = Home(str(tmp_path / "new")).night(1)
+    assert night["status"] == status
+    assert night["finished_at"]
