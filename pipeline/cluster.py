@@ -6,10 +6,12 @@ Nothing here knows what the workers do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +21,10 @@ from typing import Any
 import ray
 from ray import exceptions as ray_exceptions
 from ray._private import ray_constants
+from ray._private import services as ray_services
 from ray._private import utils as ray_utils
 
+from pipeline import signals
 from pipeline.errors import WorkerError
 from pipeline.local_ray import RAY_FOLDER, folder_for_ray, forget_token, token
 from pipeline.process import (
@@ -74,14 +78,19 @@ def ray_session(
         return
     where = named_cluster(address) or LOCAL
     try:
-        _connect(where, num_cpus, say or _keep_silent)
+        with _handlers_kept():
+            _connect(where, num_cpus, say or _keep_silent)
     except (OSError, RuntimeError, ValueError) as error:
-        ray.shutdown()
+        _disconnect()
         raise WorkerError(_no_cluster(where, error), cause_text=str(error)) from error
+    except BaseException:
+        # A signal while Ray starts: some of its processes are there already.
+        _disconnect()
+        raise
     try:
         yield _is_own()
     finally:
-        ray.shutdown()
+        _disconnect()
         forget_token()
 
 
@@ -242,7 +251,7 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
         folder, reason = folder_for_ray()
         if reason is not None:
             say(f"Ray keeps its files in {folder} ({reason})")
-        with _loopback_only(), _light(), environment(token()):
+        with _loopback_only(), _light(), _in_a_session_of_its_own(), environment(token()):
             ray.init(
                 LOCAL,
                 include_dashboard=False,
@@ -253,6 +262,47 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
     else:
         knock(where)
         ray.init(where, **quiet)
+
+
+@contextlib.contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start a cluster in this block that Ctrl-C and the end of the terminal do not reach.
+
+    They go to all processes of a job at once. Ray's would end, and the driver, which has work to
+    put down, would wait for them for a minute. They end with the driver, however it ends.
+    """
+    plain = getattr(ray_services, "ConsolePopen", None)
+    if plain is not None:
+        ray_services.ConsolePopen = functools.partial(plain, start_new_session=True)
+    try:
+        yield
+    finally:
+        if plain is not None:
+            ray_services.ConsolePopen = plain
+
+
+def _disconnect() -> None:
+    with signals.deferred(), _handlers_kept():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray starts or ends in this block.
+
+    Ray's own handlers end the process with another status and print a stack, and when Ray has
+    ended there is none at all. Without a handler of this process, Ray's are better than nothing.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    setter = getattr(ray_utils, "set_sigterm_handler", None)
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        with signals.kept():
+            yield
+    finally:
+        ray_utils.set_sigterm_handler = setter
 
 
 def knock(where: str) -> None:

@@ -18,6 +18,7 @@ from pipeline.plan import Plan
 from pipeline.pool import run_all
 from pipeline.rank_group import RankGroup
 from pipeline.replica import Replica
+from pipeline.signals import deferred
 from pipeline.sizes import WORTH_A_GPU, local_sizes, worth
 from pipeline.tasks import EventKind, FailedTask, Task
 
@@ -60,10 +61,11 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._leaving is None:
-            self._leave()
-        else:
-            self._leaving.result()
+        with deferred():
+            if self._leaving is None:
+                self._leave()
+            else:
+                self._leaving.result()
 
     def dismiss(self) -> None:
         """End workers and ranks, and leave the cluster, while the caller goes on with other things.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from pipeline.run_record import NO_TARGET, layers
 from pipeline.sanity import warnings_of_layers, warnings_of_targets, weights_of
 from pipeline.schema import Rejection, RequestTable
 from pipeline.serial import SerialCrew
+from pipeline.signals import EXIT_BASE, deferred
 from pipeline.stages import (
     Context,
     FoundTargets,
@@ -162,10 +164,14 @@ def run_plan(
         )
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
-        _begin(folder, plan, fresh=fresh)
-        progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
-        folder.store.write_bytes(JOB, dump_job(job).encode())
-        return _run_in(folder, lease, plan, progress, address)
+        try:
+            _begin(folder, plan, fresh=fresh)
+            progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
+            folder.store.write_bytes(JOB, dump_job(job).encode())
+            return _run_in(folder, lease, plan, progress, address)
+        except BaseException as error:
+            _end_early(folder, error)
+            raise
 
 
 def _begin(folder: RunFolder, plan: Plan, *, fresh: bool) -> None:
@@ -215,13 +221,16 @@ def _run_in(
     tracking.begin(plan.job, folder.status["digest"])
     try:
         with _crew(plan, address, on_event) as crew:
-            result = _run_stages(Context(plan, folder, crew, progress))
+            try:
+                result = _run_stages(Context(plan, folder, crew, progress))
+            except BaseException as error:
+                # Before workers are ended, which may take long where something is broken.
+                _end_early(folder, error)
+                raise
     except BaseException as error:
-        # A run that has lost its folder is stopped here: the status is the other run's to write.
-        # Where the status cannot be written either, what went wrong first matters more.
-        with suppress(StorageError):
-            folder.finish(*_end(error), exit_status=_exit_status(error))
-        tracking.end(folder.store, "failed")
+        _end_early(folder, error)
+        with deferred():
+            tracking.end(folder.store, "failed")
         raise
     _tell_end(tracking, folder, result)
     return result
@@ -246,8 +255,19 @@ def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
             write_report(folder.store)
 
 
-def _end(error: BaseException) -> tuple[str, str]:
-    """What ``run.json`` says of a run that ended early."""
+def _end_early(folder: RunFolder, error: BaseException) -> None:
+    """Write to ``run.json`` how a run ended that an error or a signal has cut short."""
+    if folder.status.get("status") in (None, "failed", "stopped"):
+        # The run has not begun, or it has said so already.
+        return
+    # A run that has lost its folder is stopped here: the status is the other run's to write.
+    # Where the status cannot be written either, what went wrong first matters more.
+    with deferred(), suppress(StorageError, LeaseLostError):
+        folder.finish(*how_it_ended(error), exit_status=_exit_status(error))
+
+
+def how_it_ended(error: BaseException) -> tuple[str, str]:
+    """The status and the text that are recorded of work which an error or a signal cut short."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return "stopped", "stopped by a signal; the same job goes on from here"
     return "failed", str(error) or type(error).__name__
@@ -255,6 +275,10 @@ def _end(error: BaseException) -> tuple[str, str]:
 
 def _exit_status(error: BaseException) -> int:
     """What ``pmet run`` exits with."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_BASE + signal.SIGINT
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
     return 2 if isinstance(error, InputError) else 1
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,15 @@ import pipeline.run
 from pipeline.errors import WorkerError
 from pipeline.estimate import Estimate
 from pipeline.lease import Holder, Lease
+from pipeline.progress import Progress
+from pipeline.signals import Stopped
 from pipeline.stages import Context
 from pipeline.store import Store
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
 GPT2 = GOLDEN / "gpt2"
+STOPPED = "stopped by a signal; the same job goes on from here"
 
 
 @pytest.fixture
@@ -252,6 +258,74 @@ def test_a_run_that_fails_gives_its_folder_back(
     assert pmet("run", job())[0] == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
     Lease.acquire(Store(tmp_path / "out")).release()
+
+
+@pytest.mark.parametrize("where", ["dump_job", "trackers_of", "_run_stages", "_tell_end"])
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (KeyboardInterrupt, ("stopped", STOPPED, 130)),
+        (partial(Stopped, signal.SIGTERM), ("stopped", STOPPED, 143)),
+        (partial(WorkerError, "no worker"), ("failed", "no worker", 1)),
+        (partial(OSError, 5, "Input/output error"), ("failed", "[Errno 5] Input/output error", 1)),
+    ],
+)
+def test_wherever_a_run_is_cut_short_its_folder_says_how_it_ended(
+    pmet: Invoke,
+    job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Callable[[], BaseException],
+    ended: tuple[str, str, int],
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error()
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", lambda _: None)
+    monkeypatch.setattr(pipeline.run, where, broken)
+    status, out, err = pmet("run", job())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["status"], record["error"], record["exit_status"]) == ended
+    assert status == ended[2]
+    assert "Traceback" not in out + err
+    Lease.acquire(Store(tmp_path / "out")).release()
+
+
+def test_a_disk_that_is_full_while_a_run_fails_leaves_the_first_error(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def broken(_: Context) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        raise WorkerError("no worker can start")
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", broken)
+    monkeypatch.setattr("jobs.streams.finish", lambda: None)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            said: list[str] = []
+            patch.setattr("jobs.failure.err.print", lambda text, **_: said.append(text))
+            patch.setattr("pipeline.progress.RichProgress", lambda _: Progress())
+            status, _, _ = pmet("run", job())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status, said) == (1, ["pmet: no worker can start"])
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMET_TRACEBACK", "1")
+    monkeypatch.setattr(pipeline.run, "_run_stages", lambda _: 1 / 0)
+    status, _, err = pmet("run", job())
+    assert status == 1
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith(
+        "pmet: `pmet run` failed unexpectedly: ZeroDivisionError"
+    )
+    assert "PMET_TRACEBACK=1" in pmet("--help")[1]
 
 
 def test_a_storage_without_conditional_writes_is_warned_of(
