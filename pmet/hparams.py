@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pmet.errors import HyperParameterError
-from pmet.json_text import RepeatedKeyError, parse_json
+from pmet.repeated_keys import RepeatedKeyError, parse_json
 from pmet.yaml12 import YAMLTextError, parse_yaml
 
 # Keys of published files that have no meaning here, by the method or tool that has them.

@@ -23,7 +23,7 @@ from pipeline.hive import Columns, expand_with_columns
 from pipeline.parquet import parquet_footer, read_batches
 from pipeline.requests import REQUEST_COLUMNS, Repeats, request_of
 from pipeline.schema import readable, with_columns
-from pmet.json_text import repeated_key
+from pmet.repeated_keys import repeated_key
 from pmet.request import TEXT_LISTS, EditRequest
 
 FORMATS = {

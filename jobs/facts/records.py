@@ -15,7 +15,7 @@ from pipeline.hive import Columns
 from pipeline.parquet import map_parquet
 from pipeline.schema import readable
 from pipeline.store import read_file
-from pmet.json_text import parse_records
+from pmet.repeated_keys import parse_records
 from pmet.request import TEXT_LISTS
 
 PARQUET = b"PAR1"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmet.json_text import RepeatedKeyError, parse_json, parse_records, repeated_key
+from pmet.repeated_keys import RepeatedKeyError, parse_json, parse_records, repeated_key
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
