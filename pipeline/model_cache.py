@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pipeline.errors import ModelError, StorageError
 from pipeline.store import TEMPORARY_SUFFIX, Store, failures
 from pipeline.user_folders import cache_failures, cache_folder, make_cache
 
+_COPY = re.compile(rf"[0-9a-f]{{32}}((\.[0-9a-f]{{32}})?{re.escape(TEMPORARY_SUFFIX)}|\.checked)?")
 KEPT_S = 2 * 24 * 3600.0
 """Seconds that a copy stays which nobody asks for: a night's model is another one every night."""
 
@@ -112,14 +114,20 @@ def _marked_as_used(folder: Path, cache: Path) -> bool:
 
 
 def _forget_unused(cache: Path) -> None:
-    """Remove copies, parts of copies and marks that nobody has asked for in a long time."""
+    """Remove copies, parts of copies and marks that no run has asked for in a long time.
+
+    The user names the cache, and may keep other models there: only names that are drawn from
+    digests are taken for copies.
+    """
     for entry in cache.iterdir():
-        # What is somebody else's, or gone meanwhile, is not ours to remove.
+        if _COPY.fullmatch(entry.name) is None or entry.is_symlink():
+            continue
+        # Files of another user, or gone meanwhile, are left alone.
         with suppress(OSError):
-            if entry.suffix == ".lock" or time.time() - entry.stat().st_mtime < KEPT_S:
+            if time.time() - entry.stat().st_mtime < KEPT_S:
                 continue
             if entry.is_dir():
-                # Nobody is to open half a model.
+                # Renamed first: a process that opened it now would find half a model.
                 entry = entry.rename(cache / f"{uuid4().hex}{TEMPORARY_SUFFIX}")
                 shutil.rmtree(entry)
             else:
