@@ -13,6 +13,7 @@ itself, holds its lease.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,8 +26,10 @@ from jobs.schedule.due import is_settled
 from jobs.schedule.records import Night, Schedule
 from pipeline.errors import FolderBusyError, ScheduleError
 from pipeline.lease import Lease
+from pipeline.ownership import leases
 from pipeline.store import Store
 
+_ATTEMPT = re.compile(r"\d{8}T\d{6}Z-\d{2,}\.(json|log)")
 _Record = TypeVar("_Record", Schedule, Night)
 
 
@@ -102,14 +105,20 @@ class Book:
             return
         try:
             with self.lease(name):
-                for file in (_schedule(name), f"nights/{name}", f"logs/{name}", _running(name)):
-                    self._store.delete(file)
+                self._store.delete_files([*self._attempts(name), _schedule(name), _running(name)])
         except FolderBusyError:
             raise ScheduleError(
                 f"a night of {name!r} is running, and writes the log; stop its runner or wait, "
                 "then remove it"
             ) from None
-        self._store.delete(f"leases/{name}")
+        folder = f"leases/{name}"
+        held = leases(Store(self._store.join(folder)))
+        self._store.delete_files(f"{folder}/{file}" for file in held)
+
+    def _attempts(self, name: str) -> list[str]:
+        """The files of the attempts at a schedule's nights, and their logs; no others there."""
+        names = (*self._store.list(f"nights/{name}"), *self._store.list(f"logs/{name}"))
+        return [file for file in names if _ATTEMPT.fullmatch(PurePosixPath(file).name)]
 
     def lease(self, name: str) -> Lease:
         """The right to run the nights of a schedule.

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.schedule.book import Book
 from pipeline.errors import FolderBusyError, ScheduleError
+from pipeline.store import Store
 from tests.jobs.schedule.conftest import at, night, schedule
 
 
@@ -69,6 +70,17 @@ def test_removing_keeps_the_log_unless_it_is_purged(book: Book) -> None:
     assert book.names() == ["other"]
     with pytest.raises(ScheduleError, match="no schedule 'facts'"):
         book.remove("facts", purge=True)
+
+
+def test_purging_leaves_files_of_the_users(book: Book) -> None:
+    book.add(schedule())
+    one = night(at("21 02:00"))
+    book.end(one)
+    store, mine = Store(book.url), ["logs/facts/mine.log", "nights/facts/notes.txt"]
+    for name in (book.log_name(one), *mine):
+        store.write_bytes(name, b"1")
+    book.remove("facts", purge=True)
+    assert store.list() == mine
 
 
 def test_the_log_of_a_night_that_runs_is_not_purged(book: Book) -> None:
