@@ -26,6 +26,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     for name, value in _facts(plan).items():
         table.add_row(name, value)
     console.print(table)
+    for note in plan.table.notes:
+        console.print(f"  note: {note}", markup=False, soft_wrap=True)
     for rejection in plan.table.rejected[:SHOWN_REJECTIONS]:
         console.print(f"  row {rejection.row}: {rejection.reason}", markup=False, soft_wrap=True)
     if (more := len(plan.table.rejected) - SHOWN_REJECTIONS) > 0:
@@ -129,7 +131,20 @@ def _facts(plan: Plan) -> dict[str, str]:
         "edited weights": f"{plan.layout.value_width} × {plan.layout.key_width}",
         "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",
         "model digest": plan.digests["model"],
+        **_hparams_facts(plan),
     }
+
+
+def _hparams_facts(plan: Plan) -> dict[str, str]:
+    """What the hyper-parameter file leaves open or says in another way, as far as it does."""
+    hparams, projection = plan.hparams, plan.layout.family.attention_projection
+    facts = {
+        "default values": ", ".join(f"{key} {value:g}" for key, value in hparams.defaulted.items()),
+        "ignored keys": ", ".join(hparams.ignored),
+    }
+    if hparams.attn_module_tmp not in (None, projection):
+        facts["attention output"] = f"{projection}, inside {hparams.attn_module_tmp}"
+    return {name: value for name, value in facts.items() if value}
 
 
 def _shared_keys(plan: Plan) -> str:

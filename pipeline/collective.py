@@ -33,6 +33,8 @@ def add_up(tensor: torch.Tensor) -> None:
 
 def largest(number: float) -> float:
     """The largest of a number over all ranks, in float64; infinite where any of them is NaN."""
+    if _alone():
+        return math.inf if math.isnan(number) else float(number)
     # Backends disagree about NaN in a maximum.
     number = math.inf if math.isnan(number) else number
     if _alone():

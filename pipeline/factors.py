@@ -16,9 +16,12 @@ from safetensors.torch import save_file
 from pipeline.errors import StorageError
 from pipeline.moments import is_file_name
 from pipeline.store import Store
-from pmet.solve import Factor, moment_factor
+from pmet.solve import JITTERS, Factor, moment_factor
 
 _TENSOR = "lower"
+_ROWS = 1024
+# Of ‖C x‖: rounding leaves 1e-13 or so, a jitter 1e-11.
+_TOLERANCE = 1e-9
 
 
 class FactorFile:
@@ -41,7 +44,7 @@ class FactorFile:
         return self._store is not None and self._store.exists(self._name)
 
     def read(self) -> Factor:
-        """The factor that has been kept, or, where it cannot be read, a new one.
+        """The factor that has been kept, or, where it cannot be read or is not C's, a new one.
 
         Raises:
             NumericalError: there is no factor.
@@ -56,9 +59,8 @@ class FactorFile:
                 lower_KK = kept.get_tensor(_TENSOR)
         except (StorageError, SafetensorError, OSError, KeyError, ValueError):
             return moment_factor(self._moment_KK)
-        if lower_KK.shape != self._moment_KK.shape or lower_KK.dtype != torch.float64:
-            return moment_factor(self._moment_KK)
-        return Factor(lower_KK, jitter)
+        found = Factor(lower_KK, jitter)
+        return found if _is_factor(found, self._moment_KK) else moment_factor(self._moment_KK)
 
     def keep(self, found: Factor) -> bool:
         """Keep a factor; returns whether there is a folder that took it."""
@@ -71,3 +73,21 @@ class FactorFile:
         except (StorageError, OSError):
             return False
         return True
+
+
+def _is_factor(found: Factor, moment_KK: torch.Tensor) -> bool:
+    """Whether L Lᵀ is C, for one random vector: K² operations, not K³."""
+    lower_KK = found.lower
+    if (
+        found.jitter not in (0.0, *JITTERS)
+        or lower_KK.shape != moment_KK.shape
+        or lower_KK.dtype != torch.float64
+    ):
+        return False
+    random = torch.Generator().manual_seed(0)
+    vector_K = torch.randn(len(lower_KK), generator=random, dtype=torch.float64)
+    # In pieces: C in float64 takes twice the memory of the file.
+    wanted_K = torch.cat([rows.double() @ vector_K for rows in moment_KK.split(_ROWS)])
+    error_K = lower_KK @ (lower_KK.T @ vector_K) - wanted_K
+    # NaN is not less than anything.
+    return bool(error_K.norm() <= _TOLERANCE * wanted_K.norm())

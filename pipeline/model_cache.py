@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
-import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,14 +23,20 @@ from pipeline.checkpoint import Checkpoint, open_model_folder
 from pipeline.copies import is_hub_id
 from pipeline.errors import ModelError, StorageError
 from pipeline.store import TEMPORARY_SUFFIX, Store, failures
+from pipeline.user_folders import cache_failures, cache_folder, make_cache
 
+_COPY = re.compile(rf"[0-9a-f]{{32}}((\.[0-9a-f]{{32}})?{re.escape(TEMPORARY_SUFFIX)}|\.checked)?")
 KEPT_S = 2 * 24 * 3600.0
 """Seconds that a copy stays which nobody asks for: a night's model is another one every night."""
 
 
 def default_cache() -> Path:
-    """Where models are copied to on this machine."""
-    return Path(tempfile.gettempdir()) / "pmet-models"
+    """Where models are copied to on this machine: in this user's cache (`cache_folder`).
+
+    Raises:
+        InputError, StorageError: as `cache_folder`.
+    """
+    return cache_folder() / "models"
 
 
 def name_for_nodes(model: str, folder: Path) -> str:
@@ -72,10 +79,9 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
         )
     cache = cache_dir or default_cache()
     name = hashlib.sha256(model.encode()).hexdigest()[:32]
-    with failures("write", str(cache)):
-        cache.mkdir(parents=True, exist_ok=True)
-    # Whoever comes later waits, and finds it there.
-    with FileLock(cache / f"{name}.lock"):
+    make_cache(cache)
+    # Processes that come later wait, and find it there.
+    with _locked(cache / f"{name}.lock"):
         _forget_unused(cache)
         folder = open_model_folder(model, cache)
         if not _marked_as_used(folder, cache):
@@ -84,6 +90,17 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
         if digest is not None:
             _check(model, folder, digest, cache)
     return folder
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    lock = FileLock(file)
+    with cache_failures(file.parent):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _marked_as_used(folder: Path, cache: Path) -> bool:
@@ -97,14 +114,20 @@ def _marked_as_used(folder: Path, cache: Path) -> bool:
 
 
 def _forget_unused(cache: Path) -> None:
-    """Remove copies, parts of copies and marks that nobody has asked for in a long time."""
+    """Remove copies, parts of copies and marks that no run has asked for in a long time.
+
+    The user names the cache, and may keep other models there: only names that are drawn from
+    digests are taken for copies.
+    """
     for entry in cache.iterdir():
-        # What is somebody else's, or gone meanwhile, is not ours to remove.
+        if _COPY.fullmatch(entry.name) is None or entry.is_symlink():
+            continue
+        # Files of another user, or gone meanwhile, are left alone.
         with suppress(OSError):
-            if entry.suffix == ".lock" or time.time() - entry.stat().st_mtime < KEPT_S:
+            if time.time() - entry.stat().st_mtime < KEPT_S:
                 continue
             if entry.is_dir():
-                # Nobody is to open half a model.
+                # Renamed first: a process that opened it now would find half a model.
                 entry = entry.rename(cache / f"{uuid4().hex}{TEMPORARY_SUFFIX}")
                 shutil.rmtree(entry)
             else:
@@ -128,7 +151,7 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
 def _local_folder(model: str) -> Path | None:
     """The folder that a model's name stands for; None for what has to be fetched."""
     if "://" not in model:
-        return None if is_hub_id(model) else Path(model)
+        return None if is_hub_id(model) else Path(model).expanduser()
     try:
         return Store(model).local_path()
     except StorageError:

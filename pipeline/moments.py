@@ -96,8 +96,36 @@ def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int,
     """Second moments of the edited layers, (K, K) float32 each.
 
     Raises:
-        JobError: they are damaged, or not of these layers.
+        JobError: they are damaged, not finite, or not of these layers.
     """
+    found = _read(url, layout, layers)
+    for layer, moment_KK in found.items():
+        _check_finite(url, module_name(layout, layer), moment_KK)
+    return found
+
+
+def refuse_not_finite(url: str, layout: Layout, layers: tuple[int, ...]) -> None:
+    """Read second moments that lie on this machine, one layer at a time, and check that they are
+    finite; those at a remote URL are checked by each rank that reads them.
+
+    Raises:
+        JobError: as `read_moments`.
+    """
+    if _stored_at(url)[0].local_path() is not None:
+        for layer in layers:
+            read_moments(url, layout, (layer,))
+
+
+def _check_finite(url: str, module: str, moment_KK: torch.Tensor) -> None:
+    # Two numbers instead of a mask as large as the matrix.
+    if not torch.stack(moment_KK.aminmax()).isfinite().all():
+        raise JobError(
+            f"second_moments: {module} at {url} holds NaN or infinity; copy the file again, or "
+            "compute it anew from a corpus"
+        )
+
+
+def _read(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
     store, name = _stored_at(url)
     if url.endswith(NPZ) or not store.exists(name):
         published = PublishedMoments.find(url)

@@ -77,7 +77,7 @@ class PublishedMoments:
         """
         with self._opened(module) as (archive, where):
             count = _array(archive, _COUNT, where)
-            if count.size != 1 or not count.item() >= 1:
+            if count.size != 1 or not 1 <= count.item() < np.inf:
                 raise JobError(f"second_moments: {where} counts {count} tokens; write it again")
             total = _array(archive, _SUM, where)
             return torch.from_numpy(total.astype(np.float64) / count.item()).float()

@@ -20,7 +20,7 @@ def local_sizes(plan: Plan) -> tuple[int, int, int]:
     # One thread unless told otherwise: the number of threads decides how sums are split, and a
     # default that follows the machine would let the machine decide the last bits.
     threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
-    if plan.job.in_this_process:
+    if targets.workers == 0:
         return 1, 1, threads
     workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
     most = min(cores, _MOST_CPU_RANKS)

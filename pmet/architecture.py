@@ -2,12 +2,13 @@
 
 A new family is one line in ``FAMILIES``. Which weights are edited and where δ_a is added is the
 hyper-parameters' to say, and only what they leave out is the table's; so a model that is not in the
-table can be edited by naming its modules in the hyper-parameter file.
+table can be edited by naming its modules in the hyper-parameter file. Where they name the attention
+block, as files of MEMIT do, δ_a is added to the projection inside it (``pmet.output_projection``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
+from pmet.output_projection import named_projection
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Layout:
     """The parts of one model, found and checked.
 
     Attributes:
-        family: names, after the hyper-parameters had their say.
+        family: names, after the hyper-parameters had their say; of parts, never of blocks.
         depth: number of layers.
         value_width: V, the model's width.
         key_width: K, the FFN's inner width.
@@ -137,17 +139,68 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
             f"layer, {depth - 1}; write that or leave the key out"
         )
     down = _module(model, family.down_projection.format(hparams.target_layer))
-    _module(model, family.attention_projection.format(hparams.target_layer))
-    _module(model, family.head)
     rows, columns = _weight_shape(down, family.down_projection)
     transposed = isinstance(down, Conv1D)
     value_width, key_width = (columns, rows) if transposed else (rows, columns)
+    attention = _projection(model, family, hparams.target_layer, down, value_width)
+    family = replace(family, attention_projection=attention, head=_head(model, family.head))
     return Layout(family, depth, value_width, key_width, transposed)
 
 
+def _projection(
+    model: nn.Module, family: Family, index: int, down: nn.Module, value_width: int
+) -> str:
+    """Name of the attention output projection, where its block may be named."""
+    template, known = family.attention_projection, _known(model)
+    named = _module(model, template.format(index))
+    if any(part is down for part in named.modules()):
+        raise ArchitectureError(
+            f"attn_module_tmp: {template} is or holds {family.down_projection}, whose weight is "
+            "edited; name the attention output projection there, and the FFN down-projection in "
+            "rewrite_module_tmps"
+        )
+    projection = named_projection(
+        named,
+        template,
+        known=known.attention_projection if known else None,
+        usual={f.attention_projection.rpartition(".")[2] for f in FAMILIES.values()},
+        width=value_width,
+    )
+    parts = set(_module(model, family.layer.format(index)).modules())
+    for name in (projection, family.down_projection):
+        if _module(model, name.format(index)) not in parts:
+            raise ArchitectureError(
+                f"{name} is outside the layer {family.layer}; correct the names in the "
+                "hyper-parameters, or leave them out for a model of a known family"
+            )
+    return projection
+
+
+def _head(model: nn.Module, name: str) -> str:
+    """Name of the output embedding, where the input embedding may be named that it is tied to."""
+    if not isinstance(_module(model, name), nn.Embedding):
+        return name
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for found, module in model.named_modules():
+        if module is output:
+            return found
+    raise ArchitectureError(
+        f"lm_head_module: {name} is the input embedding; name the module that computes the logits"
+    )
+
+
+def _known(model: nn.Module) -> Family | None:
+    """The table's names of a model, if its family is in the table."""
+    kind = _kind(model)
+    return FAMILIES.get(kind) if isinstance(kind, str) else None
+
+
+def _kind(model: nn.Module) -> object:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    known = FAMILIES.get(kind) if isinstance(kind, str) else None
+    known = _known(model)
     names = {
         "layer_module_tmp": hparams.layer_module_tmp or (known and known.layer),
         "attn_module_tmp": hparams.attn_module_tmp or (known and known.attention_projection),
@@ -161,7 +214,7 @@ def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
     missing = [key for key, value in names.items() if not value]
     if missing:
         raise ArchitectureError(
-            f"model type {kind!r} is not in the architecture table "
+            f"model type {_kind(model)!r} is not in the architecture table "
             f"({', '.join(sorted(FAMILIES))}); name its modules in the hyper-parameters: "
             f"{', '.join(missing)} "
             '(for example "rewrite_module_tmps": ["model.layers.{}.mlp.down_proj"])'

@@ -1,40 +1,157 @@
 """Hyper-parameters, in the published file format.
 
-The JSON files of PMET (and of MEMIT, whose keys are a subset) are read unchanged; YAML is read
-with the same keys. Keys that say nothing about the method here are accepted and ignored, any
-other unknown key is refused.
+The JSON files of PMET are read unchanged, and those of MEMIT, ROME, EMMET and AlphaEdit, which
+share its keys; so is YAML with these keys. Keys of those methods and of their tools that have no
+meaning here are ignored and listed (``PMETHyperParams.ignored``). Any other unknown key, and any
+value that asks for something that PMET does not do, is refused.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pmet.errors import HyperParameterError
+from pmet.repeated_keys import RepeatedKeyError, parse_json
+from pmet.yaml12 import YAMLTextError, parse_yaml
 
-# What other tools keep in the same files: where their model, their statistics and their device are.
-IGNORED_KEYS = frozenset(
-    {
+# Keys of published files that have no meaning here, by the method or tool that has them.
+_FOREIGN = {
+    "EasyEdit": (
         "alg_name",
         "batch_size",
         "device",
         "fp16",
-        "layer_selection",
         "max_length",
         "model_name",
         "model_parallel",
         "stats_dir",
-    }
+    ),
+    "ROME": ("bias_update", "context_template_length_params", "dynamic", "dynamic_multiplier"),
+    "R-ROME": ("enable_prompt_keys", "enable_random_prefix_keys", "original_implementation"),
+    "EMMET": ("calculate_objective_value", "emmet_lambda", "update_norm_lambda"),
+    "AlphaEdit": ("L2", "P_loc", "nullspace_threshold"),
+    "SPHERE": ("cumulative_ratio", "suppression_strength"),
+    "NSE": ("alpha", "max_iterations", "neuron_threshold", "upper_bound"),
+    "EAMET": (
+        "clamp_ks_factor",
+        "cs_factor",
+        "delta_init",
+        "ks_bs",
+        "mse_factor",
+        "norm_factor",
+        "tau",
+        "weight_decay_method",
+    ),
+}
+FOREIGN_KEYS = frozenset(key for keys in _FOREIGN.values() for key in keys)
+# Read, but no field: MEMIT chooses among the layers, PMET edits each.
+_SELECTION = "layer_selection"
+# The fields that are numbers of the method.
+_NUMBERS = (
+    "v_num_grad_steps",
+    "v_lr",
+    "v_weight_decay",
+    "kl_factor",
+    "nll_loss_factor",
+    "clamp_norm_factor",
+    "mom2_update_weight",
 )
+# Targets are optimised in float32, which holds 1e-38 to 3e38.
+_SMALLEST, _LARGEST = 1e-30, 1e30
+_SHOWN = 60
 
-ModuleTemplate = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
-Layer = Annotated[int, Field(ge=0)]
+
+def _allowed(what: str) -> WrapValidator:
+    """Answer whatever the type refuses with the value, and ``what`` may stand there."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            context = {"value": _shown(value), "what": what}
+            raise PydanticCustomError(
+                "not_allowed", "{value} is not allowed; give {what}", context
+            ) from None
+
+    return WrapValidator(check)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def _whole(value: Any) -> Any:
+    """An integer where a number like 20.0 is one, which JSON and YAML call a float, or NumPy's."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value.__index__() if hasattr(value, "__index__") and type(value) is not bool else value
+
+
+def _adjusted(value: bool) -> bool:
+    if not value:
+        raise ValueError(
+            "false asks for an update without second moments, which PMET cannot do; set it to "
+            "true, or leave the key out"
+        )
+    return value
+
+
+_Integer = Annotated[int, Strict(), BeforeValidator(_whole)]
+_Layer = Annotated[_Integer, Field(ge=0, le=2**20)]
+_Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
+_TEMPLATE = 'a module\'s name with one {} for the layer, as "model.layers.{}.mlp.down_proj"'
+
+Layers = Annotated[
+    tuple[_Layer, ...],
+    Field(min_length=1),
+    _allowed("a list of layer numbers from 0, as [3, 4, 5]"),
+]
+LayerOrNull = Annotated[_Layer | None, _allowed("a layer number, or null")]
+Count = Annotated[_Integer, Field(ge=1, le=10**9), _allowed("a whole number from 1 to 1000000000")]
+Positive = Annotated[
+    float,
+    Strict(),
+    Field(ge=_SMALLEST, le=_LARGEST),
+    _allowed(f"a number above 0, from {_SMALLEST:g} to {_LARGEST:g}"),
+]
+FromZero = Annotated[
+    float, Strict(), Field(ge=0, le=_LARGEST), _allowed(f"a number from 0 to {_LARGEST:g}")
+]
+Text = Annotated[str, _allowed("text")]
+FactToken = Annotated[
+    Literal["subject_last"],
+    _allowed("subject_last, the only token at which PMET looks a fact up"),
+]
+Adjustment = Annotated[
+    Annotated[bool, Strict(), _allowed("true")],
+    AfterValidator(_adjusted),
+]
+ModuleTemplate = Annotated[_Template | None, _allowed(_TEMPLATE)]
+ModuleName = Annotated[str | None, _allowed("a module's name, or null")]
+ModuleTemplates = Annotated[tuple[_Template, ...] | None, _allowed(f"a list with {_TEMPLATE}")]
 
 
 class PMETHyperParams(BaseModel):
@@ -45,49 +162,52 @@ class PMETHyperParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    _ignored: tuple[str, ...] = PrivateAttr(default=())
+
+    layers: Layers
     """The edited layers, ascending; the last one is the target layer z."""
 
-    v_num_grad_steps: int = Field(default=30, ge=1)
+    v_num_grad_steps: Count = 30
     """Most evaluations of the loss per target; the last one takes no step."""
-    v_lr: float = Field(default=0.2, gt=0)
+    v_lr: Positive = 0.2
     """Adam's step size for the two free vectors."""
-    v_weight_decay: float = Field(default=0.5, ge=0)
+    v_weight_decay: FromZero = 0.5
     """w: weight of ‖δ‖/‖v‖², for both vectors."""
-    kl_factor: float = Field(default=1.0, ge=0)
+    kl_factor: FromZero = 1.0
     """κ: weight of the KL term."""
-    nll_loss_factor: float = Field(default=1.0, gt=0)
+    nll_loss_factor: Positive = 1.0
     """φ: weight of the targets' negative log-likelihood."""
-    clamp_norm_factor: float = Field(default=0.75, gt=0)
+    clamp_norm_factor: Positive = 0.75
     """Radius of the ball that holds each δ, in units of ‖v‖."""
-    v_loss_layer: int | None = Field(default=None, ge=0)
+    v_loss_layer: LayerOrNull = None
     """The layer that the loss is read from: the model's last one, or left out."""
-    fact_token: Literal["subject_last"] = "subject_last"  # noqa: S105
+    fact_token: FactToken = "subject_last"  # noqa: S105
     """Which token the fact is looked up at."""
 
-    mom2_update_weight: float = Field(default=15000.0, gt=0)
+    mom2_update_weight: Positive = 15000.0
     """λ: weight of the second moment in the update."""
-    mom2_adjustment: bool = True
-    mom2_dataset: str = "wikipedia"
-    mom2_n_samples: int = Field(default=100000, ge=1)
-    mom2_dtype: str = "float32"
+    mom2_adjustment: Adjustment = True
+    """Whether the update weighs second moments; PMET always does."""
+    mom2_dataset: Text = "wikipedia"
+    mom2_n_samples: Count = 100000
+    mom2_dtype: Text = "float32"
 
-    rewrite_module_tmps: tuple[ModuleTemplate, ...] | None = None
+    rewrite_module_tmps: ModuleTemplates = None
     """The module whose weight is edited: the FFN down-projection, as ``a.{}.b``."""
-    rewrite_module_tmp: ModuleTemplate | None = None
+    rewrite_module_tmp: ModuleTemplate = None
     """The same, read only where ``rewrite_module_tmps`` is missing (older files)."""
-    layer_module_tmp: ModuleTemplate | None = None
-    mlp_module_tmp: ModuleTemplate | None = None
-    attn_module_tmp: ModuleTemplate | None = None
-    """The attention output projection, where δ_a is added."""
-    ln_f_module: str | None = None
-    lm_head_module: str | None = None
+    layer_module_tmp: ModuleTemplate = None
+    mlp_module_tmp: ModuleTemplate = None
+    attn_module_tmp: ModuleTemplate = None
+    """The attention output projection, where δ_a is added; or the attention block around it."""
+    ln_f_module: ModuleName = None
+    lm_head_module: ModuleName = None
 
     @field_validator("layers")
     @classmethod
     def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
         if any(a >= b for a, b in pairwise(layers)):
-            raise ValueError("list the layers in ascending order, each once")
+            raise ValueError(f"{list(layers)}: list the layers in ascending order, each once")
         return layers
 
     @model_validator(mode="after")
@@ -99,6 +219,16 @@ class PMETHyperParams(BaseModel):
                 "name just the FFN down-projection"
             )
         return self
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Keys of the file that belong to other methods and tools, and have no effect here."""
+        return self._ignored
+
+    @property
+    def defaulted(self) -> dict[str, float]:
+        """The numbers of the method that the file leaves out, with the values used for them."""
+        return {key: getattr(self, key) for key in _NUMBERS if key not in self.model_fields_set}
 
     @property
     def target_layer(self) -> int:
@@ -123,10 +253,16 @@ class PMETHyperParams(BaseModel):
         """
         if not isinstance(values, dict):
             raise HyperParameterError(f"{source}: expected a mapping of names to values")
+        ours = {k: v for k, v in values.items() if k in cls.model_fields}
+        problems = [*_unknown(values), *_of_selection(values)]
         try:
-            return cls(**{str(k): v for k, v in values.items() if k not in IGNORED_KEYS})
+            hparams = cls(**ours)
         except ValidationError as error:
-            raise HyperParameterError(f"{source}: {_in_one_line(error)}") from None
+            problems += map(_problem, error.errors())
+        if problems:
+            raise HyperParameterError(f"{source}: {'; '.join(problems)}")
+        hparams._ignored = tuple(key for key in values if key in FOREIGN_KEYS)
+        return hparams
 
     @classmethod
     def from_text(cls, text: str, *, source: str) -> PMETHyperParams:
@@ -136,18 +272,21 @@ class PMETHyperParams(BaseModel):
             HyperParameterError: the text cannot be parsed, or its content is wrong.
         """
         try:
-            # JSON first: YAML 1.1 reads 1e-3 as a string.
-            values = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise HyperParameterError(
-                f"{source} is neither JSON nor YAML ({reason}); fix its syntax"
-            ) from None
+            values = parse_json(text) if text.lstrip().startswith("{") else parse_yaml(text)
+        except RepeatedKeyError as error:
+            raise HyperParameterError(f"{source}: {error}") from None
+        except YAMLTextError as error:
+            raise HyperParameterError(f"{source} cannot be read as YAML: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise HyperParameterError(f"{source} is not JSON ({error}); fix its syntax") from None
         return cls.from_dict(values, source=source)
 
     @classmethod
     def from_file(cls, path: str | Path) -> PMETHyperParams:
         """Read a published JSON file, or YAML with the same keys.
+
+        Warns:
+            UserWarning: the file has keys that are ignored; the message lists them.
 
         Raises:
             HyperParameterError: the file is missing, unreadable or wrong.
@@ -159,7 +298,10 @@ class PMETHyperParams(BaseModel):
                 f"hyper-parameters {path} cannot be read ({error}); "
                 f"give a file or one of the presets {', '.join(cls.presets())}"
             ) from None
-        return cls.from_text(text, source=str(path))
+        hparams = cls.from_text(text, source=str(path))
+        if sentence := ignored_sentence(hparams):
+            warnings.warn(f"{path}: {sentence}", stacklevel=2)
+        return hparams
 
     @classmethod
     def presets(cls) -> list[str]:
@@ -185,15 +327,34 @@ class PMETHyperParams(BaseModel):
         return cls.from_text(text, source=f"preset {name}")
 
 
-def _in_one_line(error: ValidationError) -> str:
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(p) for p in item["loc"]) or "the file"
-        if item["type"] == "extra_forbidden":
-            known = ", ".join(PMETHyperParams.model_fields)
-            parts.append(f"unknown key {where} (known: {known})")
-        elif item["type"] == "missing":
-            parts.append(f"{where} is missing")
-        else:
-            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
-    return "; ".join(parts)
+def ignored_sentence(hparams: PMETHyperParams) -> str | None:
+    """What a user should know of the keys that were ignored; None if there are none."""
+    if not hparams.ignored:
+        return None
+    keys = ", ".join(hparams.ignored)
+    return f"these hyper-parameters of other methods and tools have no effect here: {keys}"
+
+
+def _of_selection(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the choice of layers."""
+    selection = values.get(_SELECTION, "all")
+    if selection == "all":
+        return []
+    return [f"{_SELECTION}: {_shown(selection)} is not allowed; give all: each layer is edited"]
+
+
+def _problem(item: Any) -> str:
+    where = ".".join(map(str, item["loc"]))
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said
+
+
+def _unknown(values: Mapping[Any, Any]) -> Iterator[str]:
+    known = list(PMETHyperParams.model_fields)
+    for key in map(str, values):
+        if key not in {*known, *FOREIGN_KEYS, _SELECTION}:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            yield f"unknown key {_shown(key)[1:-1]}; {hint}"

@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import FactDumpError, RunFolderError, StorageError
 from pipeline.numbered import last_number, now_text, numbered
@@ -81,6 +82,9 @@ class Retraction:
     action: Literal["retract", "restore"]
     reason: str
     at: str
+
+
+Record = TypeVar("Record", Promotion, Retraction)
 
 
 class Home:
@@ -286,13 +290,31 @@ class Home:
         """What was said last of each fact of which something was said, by relation and subject."""
         found: dict[tuple[str, str], Retraction] = {}
         for name in self.store.list(RETRACTIONS):
-            retraction = Retraction(**self.store.read_json(name))
+            retraction = self._record(name, Retraction)
             found[retraction.relation, retraction.subject] = retraction
         return found
 
     def _promotion(self, number: int) -> Promotion | None:
         name = numbered(PROMOTIONS, number)
-        return Promotion(**self.store.read_json(name)) if self.store.exists(name) else None
+        return self._record(name, Promotion) if self.store.exists(name) else None
+
+    def _record(self, name: str, kind: type[Record]) -> Record:
+        """A record of the home, whose fields are of the types that they were written with.
+
+        Raises:
+            RunFolderError: they are not, or one is missing.
+        """
+        try:
+            return TypeAdapter(kind).validate_python(self.store.read_json(name))
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'it'}: {item['msg']}"
+                for item in error.errors(include_url=False)
+            )
+            raise RunFolderError(
+                f"{self.store.join(name)} is not a {kind.__name__.lower()} as this command writes "
+                f"them ({wrong}); restore the file from a copy, or delete it"
+            ) from None
 
     def _before(self, current: Promotion) -> int:
         """The version that was in use before the current one."""

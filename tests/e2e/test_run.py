@@ -18,7 +18,16 @@ from pipeline.run import RunResult, run_job
 from pipeline.schema import read_targets
 from pmet import Edit, EditRequest, evaluate
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, Runner, facts, job
+from tests.e2e.conftest import (
+    BAD_ROWS,
+    GOOD_ROWS,
+    Runner,
+    assert_same_targets,
+    assert_same_weights,
+    facts,
+    job,
+    targets_by_row,
+)
 
 # A process that opens a model takes seconds: only where their number matters are there several.
 FEWEST = {"targets": {"workers": 1}, "update": {"ranks": 1}}
@@ -107,6 +116,29 @@ def test_every_row_is_in_results_or_rejected(run: Runner) -> None:
     assert {r["note"] for r in results} == {f["note"] for f in facts()}
 
 
+def test_a_hyper_parameter_file_of_memit_gives_the_same_targets_and_weights(
+    run: Runner, tmp_path: Path
+) -> None:
+    memit = json.loads((GOLDEN / "gpt2" / "hparams.json").read_text()) | {
+        "attn_module_tmp": "transformer.h.{}.attn",
+        "mlp_module_tmp": "transformer.h.{}.mlp",
+        "alg_name": "AlphaEdit",
+        "nullspace_threshold": 0.02,
+    }
+    del memit["rewrite_module_tmps"], memit["nll_loss_factor"]
+    path = tmp_path / "memit.json"
+    path.write_text(json.dumps(memit))
+    here = {"targets": {"workers": 0}, "update": {"ranks": 0}}
+    expected, found = run(), run(hparams=str(path), **here)
+    assert_same_targets(targets_by_row(expected.folder), targets_by_row(found.folder))
+    assert_same_weights(weights(expected), weights(found))
+    said = [event["text"] for event in run_json(found)["events"] if event["kind"] == "warning"]
+    assert said == [
+        f"{path}: these hyper-parameters of other methods and tools have no effect here: "
+        "alg_name, nullspace_threshold"
+    ]
+
+
 def test_the_published_model_knows_the_facts(run: Runner) -> None:
     result = run()
     metrics = result.metrics
@@ -155,7 +187,7 @@ def test_the_delta_applies_to_the_base_and_undoes_the_edit(run: Runner) -> None:
         assert torch.equal(parameter, original[name]), name
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_targets_are_bit_equal_for_any_number_of_workers(
     run: Runner, inputs: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -163,14 +195,15 @@ def test_targets_are_bit_equal_for_any_number_of_workers(
     # All is finished but the targets.
     shutil.copytree(folder(run()), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "targets")
-    other = run_job(job(inputs, str(tmp_path / "out"), targets={"workers": workers}))
+    changes = {"targets": {"workers": workers}, "update": {"ranks": 2 if workers else 0}}
+    other = run_job(job(inputs, str(tmp_path / "out"), **changes))
     assert [s["name"] for s in run_json(other)["stages"]] == ["targets"]
     others, other_steps = targets(other)
     assert np.array_equal(values.view(np.int32), others.view(np.int32))
     assert np.array_equal(steps, other_steps)
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("gpt2", 3), ("llama", 1)])
+@pytest.mark.parametrize(("family", "ranks"), [("gpt2", 3), ("gpt2", 0), ("llama", 1)])
 def test_weights_are_equal_for_any_number_of_ranks(
     run: Runner, inputs: Path, tmp_path: Path, family: str, ranks: int
 ) -> None:
@@ -181,7 +214,7 @@ def test_weights_are_equal_for_any_number_of_ranks(
         (tmp_path / "out" / "records" / f"{done}.json").unlink()
     shutil.rmtree(tmp_path / "out" / "model")
     shutil.rmtree(tmp_path / "out" / "delta")
-    changes = {"targets": {"workers": 1}, "update": {"ranks": ranks}}
+    changes = {"targets": {"workers": 1 if ranks else 0}, "update": {"ranks": ranks}}
     other = run_job(job(inputs, str(tmp_path / "out"), family, **changes))
     # Three ranks do not divide any of these weights evenly.
     assert weights(result)[edited_names(result)[0]].numel() % 3 != 0

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pmet
 from pmet import keys
+from pmet.architecture import resolve
 from pmet.devices import share_out
 from pmet.hparams import PMETHyperParams
 from pmet.key_reader import KeyReader
@@ -329,6 +330,30 @@ def problem(request: pytest.FixtureRequest, problem_of: Callable[[Variant], Prob
 def worst(actual: Tensor, expected: Tensor) -> float:
     """Largest distance of a row, relative to the expected row."""
     return float(((actual - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_the_attention_block_may_be_named_instead_of_its_projection(variant: Variant):
+    """MEMIT's files name the block, whose output is the projection's: the place of δ_a."""
+    model = build(variant)
+    found = resolve(model, PMETHyperParams.from_dict({"layers": LAYERS}))
+    assert found.family.attention_projection == variant.attention
+    layer, _, parts = variant.attention.partition("{}.")
+    names = parts.split(".")
+    # GPT-Neo has two blocks around its projection.
+    blocks = [f"{layer}{{}}.{'.'.join(names[:end])}" for end in range(1, len(names))]
+    assert blocks
+    outputs: dict[str, Tensor] = {}
+    for name in (variant.attention, *blocks):
+        hparams = PMETHyperParams.from_dict({"layers": LAYERS, "attn_module_tmp": name})
+        assert resolve(model, hparams) == found
+        model.get_submodule(name.format(0)).register_forward_hook(partial(_keep, outputs, name))
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert all(torch.equal(outputs[block], outputs[variant.attention]) for block in blocks)
+
+
+def _keep(outputs: dict[str, Tensor], name: str, _module: nn.Module, _given: Any, output: Any):
+    outputs[name] = output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

@@ -135,7 +135,7 @@ hparams: [x]
 seed: -1
 corpus: []
 second_moments: [a]
-targets: {wokers: 4, workers: 0, gpus_per_worker: true, batch_size: many, shard_size: 1.5}
+targets: {wokers: 4, workers: -1, gpus_per_worker: true, batch_size: many, shard_size: 1.5}
 update: {offload: disk, ranks: auto}
 evaluate: {sample: all}
 gates: {efficacy: 95, perplexity_increase: .nan}
@@ -149,7 +149,8 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         'FILE: second_moments: ["a"] is not allowed; give text, or null',
         "FILE: corpus: [] is not allowed; give a path, a list of paths, or null",
         "FILE: seed: -1 is not allowed; give a whole number from 0 to 4294967295",
-        "FILE: targets.workers: 0 is not allowed; give a whole number, 1 or more, or auto",
+        "FILE: targets.workers: -1 is not allowed; give a whole number, 1 or more, auto, or 0 for "
+        "a job in this process",
         "FILE: targets.gpus_per_worker: true is not allowed; "
         "give a fraction up to 1, or a whole number",
         'FILE: targets.batch_size: "many" is not allowed; give a whole number, 1 or more, or auto',
@@ -301,8 +302,8 @@ def test_overrides_make_missing_keys_and_sections(job_file):
             'override seed=x: seed: "x" is not allowed; give a whole number from 0 to 4294967295',
         ),
         (
-            "update.ranks=0",
-            "override update.ranks=0: update.ranks: 0 is not allowed; give a whole number, 1 or",
+            "update.ranks=-1",
+            "override update.ranks=-1: update.ranks: -1 is not allowed; give a whole number, 1 or",
         ),
         ("seed=\udcff", "override seed=\\udcff: unacceptable character #xdcff"),
     ],
@@ -311,6 +312,51 @@ def test_a_wrong_override_is_named(job_file, override, problem):
     said = problems(job_file(SMALL), [override])
     assert len(said) == 1
     assert said[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["targets.workers=0"],
+            "FILE: targets.workers is 0, which computes in this process, and update.ranks is not; "
+            "set both to 0, or neither",
+        ),
+        (["update.ranks=0"], "FILE: update.ranks is 0, which computes in this process, and targ"),
+        (
+            ["targets.workers=0", "update.ranks=0", "targets.gpus_per_worker=1"],
+            "FILE: targets.workers: 0 computes in this process, on the CPU; set targets.gpus_per_",
+        ),
+        (
+            ["targets.workers=0", "update.ranks=0", "update.gpus_per_rank=1"],
+            "FILE: targets.workers: 0 computes in this process, on the CPU; set targets.gpus_per_",
+        ),
+    ],
+)
+def test_a_job_is_in_this_process_as_a_whole_or_not(job_file, overrides, problem):
+    said = problems(job_file(SMALL), overrides)
+    assert len(said) == 1
+    assert said[0].startswith(problem)
+
+
+@pytest.mark.parametrize("odd", [".nan", ".inf", "-.inf", "-1", "-5e-324"])
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("gates.efficacy", "a fraction from 0 to 1, or null"),
+        ("gates.perplexity_increase", "a number, 0 or more, or null"),
+        ("targets.timeout", "a number of seconds above 0, or null"),
+        ("targets.gpus_per_worker", "a fraction up to 1, or a whole number"),
+        ("update.gpus_per_rank", "0 or 1"),
+        ("seed", "a whole number from 0 to 4294967295"),
+        ("evaluate.sample", "a whole number, 1 or more, or null"),
+    ],
+)
+def test_an_odd_number_is_refused(job_file, key, what, odd):
+    said = problems(job_file(SMALL), [f"{key}={odd}"])
+    assert len(said) == 1
+    assert said[0].startswith(f"override {key}={odd}: {key}: ")
+    assert said[0].endswith(f" is not allowed; give {what}")
 
 
 def test_problems_of_overrides_and_file_come_together(job_file):

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from pipeline import crew as module
+from pipeline import sizes
 from pipeline.config import TargetsConfig, UpdateConfig
 from pipeline.crew import Crew
 from pipeline.plan import Plan
@@ -109,7 +110,7 @@ def test_auto_takes_what_the_cluster_has_now_and_later(
 def test_a_number_that_is_named_and_a_cluster_of_ones_own_stay_as_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(sizes.os, "cpu_count", lambda: 1)
     for site in (Site(monkeypatch, own=False), Site(monkeypatch, targets=TargetsConfig())):
         assert site.pool.grown is None
 
@@ -158,20 +159,6 @@ def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(site: Site) -> Non
     site.pool.tell("death", "worker 1 was lost")
     assert not site.made[0].open
     assert site.take() is site.made[1]
-
-
-@pytest.mark.parametrize(
-    ("mebibytes", "cores", "ranks"), [(5, 8, 1), (129, 8, 2), (600, 8, 4), (600, 2, 2)]
-)
-def test_a_model_gets_the_ranks_that_it_is_worth(
-    mebibytes: int, cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = SimpleNamespace(targets=TargetsConfig(), update=UpdateConfig())
-    halves = SimpleNamespace(size=mebibytes << 19)
-    checkpoint = SimpleNamespace(tensors={"a": halves, "b": halves})
-    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
-    plan = SimpleNamespace(job=job, checkpoint=checkpoint)
-    assert module.local_sizes(cast(Plan, plan))[1] == ranks
 
 
 def test_ranks_that_nobody_takes_end_with_the_crew(site: Site) -> None:

@@ -89,7 +89,7 @@ def test_copies_that_nobody_asks_for_go_when_another_is_fetched(
     for file in MODEL.iterdir():
         Store(other).write_bytes(file.name, file.read_bytes())
     first = model_on_node(remote, digest, tmp_path)
-    (tmp_path / "half.partial").mkdir()
+    (tmp_path / f"{'0' * 32}.{'1' * 32}.tmp").mkdir()
     _age(tmp_path)
     # What is asked for again is not old.
     os.utime(first)
@@ -100,6 +100,17 @@ def test_copies_that_nobody_asks_for_go_when_another_is_fetched(
     assert {entry for entry in tmp_path.iterdir() if entry.is_dir()} == {again}
     assert Checkpoint.open(again).digest() == digest
     assert len(list(tmp_path.glob("*.checked"))) == 1
+
+
+def test_models_that_the_user_keeps_in_the_cache_stay(remote: str, tmp_path: Path) -> None:
+    mine = ("llama-7b", "0123456789abcdef", f"{'a' * 32}.safetensors", "notes.txt")
+    for name in mine:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"mine")
+    (tmp_path / ("b" * 32)).symlink_to(tmp_path / "llama-7b")
+    _age(tmp_path)
+    model_on_node(remote, None, tmp_path)
+    assert all((tmp_path / name / "model.safetensors").is_file() for name in mine)
 
 
 def test_a_copy_that_is_removed_while_it_is_asked_for_is_fetched_again(

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import JobError
-from pipeline.moments import PROVENANCE, TENSORS, check_moments, moments_writer, read_moments
+from pipeline.moments import (
+    PROVENANCE,
+    TENSORS,
+    check_moments,
+    moments_writer,
+    read_moments,
+    refuse_not_finite,
+)
 from pipeline.store import Store
 from pmet.architecture import Layout, resolve
 from tests.conftest import GOLDEN, Golden, load_golden
@@ -54,6 +61,19 @@ def test_a_plain_file_from_elsewhere_is_read(layout: Layout) -> None:
     url = str(GOLDEN / "gpt2" / TENSORS)
     assert check_moments(url, layout, (0, 1, 2), "any")
     assert read_moments(url, layout, (2,))[2].shape == (layout.key_width, layout.key_width)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, layout: Layout, odd: float) -> None:
+    url = str(tmp_path)
+    means = {f"transformer.h.{i}.mlp.c_proj": torch.eye(layout.key_width) for i in LAYERS}
+    means["transformer.h.1.mlp.c_proj"][3, 2] = odd
+    save_file(means, tmp_path / TENSORS)
+    assert check_moments(url, layout, LAYERS, "any")
+    refuse_not_finite(url, layout, (0,))
+    for check in (refuse_not_finite, read_moments):
+        with pytest.raises(JobError, match=rf"h\.1\.mlp\.c_proj at {url} holds NaN or infinity"):
+            check(url, layout, LAYERS)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:

@@ -112,6 +112,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
     publish(tmp_path, 0, width, **{"mom2.count": 0})
     with pytest.raises(JobError, match="counts 0 tokens"):
         read_moments(url, layout, (0,))
+    for odd in (float("nan"), float("inf"), -1.0, 5e-324):
+        publish(tmp_path, 0, width, **{"mom2.count": odd})
+        with pytest.raises(JobError, match=f"counts {odd} tokens"):
+            read_moments(url, layout, (0,))
     publish(tmp_path, 0, width, **{"mom2.count": "many"})
     with pytest.raises(JobError, match=r"mom2\.count holds <U4, not numbers"):
         read_moments(url, layout, (0,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline import factors
 from pipeline.cluster import ray_session
 from pipeline.factors import FactorFile
 from pipeline.rank_group import RankGroup
@@ -21,7 +23,7 @@ from pipeline.store import Store
 from pipeline.update import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet import Edit, EditRequest
 from pmet.plain import plain_deltas
-from pmet.solve import moment_factor
+from pmet.solve import Factor, moment_factor
 from tests.conftest import GOLDEN, Golden, load_golden
 
 KEY_WIDTH = 256
@@ -142,13 +144,13 @@ def test_factors_of_second_moments_are_kept_for_the_next_job(
     golden = load_golden("llama")
     targets_EV = golden.expected["targets"]
     first, _ = updated(golden, 1, golden.requests, targets_EV, tmp_path)
-    factors = sorted((tmp_path / "moments" / "factors").iterdir())
-    assert len(factors) == len(golden.hparams.layers)
-    times = [file.stat().st_mtime_ns for file in factors]
+    files = sorted((tmp_path / "moments" / "factors").iterdir())
+    assert len(files) == len(golden.hparams.layers)
+    times = [file.stat().st_mtime_ns for file in files]
     # One of them is damaged: it is computed anew, and nobody is misled.
-    factors[0].write_bytes(factors[0].read_bytes()[:-100])
+    files[0].write_bytes(files[0].read_bytes()[:-100])
     again, _ = updated(golden, 2, golden.requests, targets_EV, tmp_path)
-    assert [file.stat().st_mtime_ns for file in factors[1:]] == times[1:]
+    assert [file.stat().st_mtime_ns for file in files[1:]] == times[1:]
     for name, delta in first.items():
         assert (again[name] - delta).norm() <= 1e-6 * delta.norm()
 
@@ -170,3 +172,32 @@ def test_a_factor_is_found_by_the_numbers_it_belongs_to(tmp_path: Path) -> None:
     assert torch.equal(again.read().lower, moment_factor(moment_KK).lower)
     assert not FactorFile(str(tmp_path), "h.0.mlp", moment_KK + 1e-6).exists()
     assert not FactorFile(str(tmp_path), "h.1.mlp", moment_KK).exists()
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 1e300, 0.0, 1.001])
+@pytest.mark.parametrize("place", ["lower", "jitter"])
+def test_a_factor_with_an_odd_number_is_computed_anew(
+    tmp_path: Path, odd: float, place: str
+) -> None:
+    moment_KK = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    sound = moment_factor(moment_KK)
+    lower_KK = sound.lower.clone()
+    if place == "lower":
+        lower_KK[1, 0] = odd
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    assert kept.keep(Factor(lower_KK, odd or 0.5 if place == "jitter" else 0.0))
+    assert torch.equal(kept.read().lower, sound.lower)
+    assert kept.read().jitter == 0.0
+
+
+def test_a_factor_with_a_jitter_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment_KK = torch.diag(torch.tensor([1.0, 1.0, 1.0, -5e-13]))
+    made = moment_factor(moment_KK)
+    assert made.jitter > 0
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    kept.keep(made)
+    monkeypatch.setattr(factors, "moment_factor", None)
+    assert torch.equal(kept.read().lower, made.lower)
+    assert kept.read().jitter == made.jitter

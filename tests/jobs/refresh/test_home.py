@@ -154,6 +154,31 @@ def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
     home.refuse_unknown("Nice", "mayor", "restore")
 
 
+ODD = [float("nan"), float("inf"), -float("inf"), 1e300, 5e-324, 0.5, None, [1.0]]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("field", ["subject", "relation", "action", "reason", "at"])
+def test_a_retraction_with_an_odd_number_is_refused_by_name(tmp_path, field, odd) -> None:
+    home = Home(str(tmp_path))
+    home.retract("Nice", "mayor", "retract", "asked for")
+    (name,) = home.store.list("retractions")
+    home.store.write_json(name, home.store.read_json(name) | {field: odd})
+    with pytest.raises(RunFolderError, match=rf"{name} is not a retraction .*\({field}: "):
+        home.retractions()
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("field", ["promotion", "version", "model", "at", "by"])
+def test_a_promotion_with_an_odd_number_is_refused_by_name(tmp_path, field, odd) -> None:
+    home = Home(str(tmp_path))
+    promoted(home, 1)
+    (name,) = home.store.list("promotions")
+    home.store.write_json(name, home.store.read_json(name) | {field: odd})
+    with pytest.raises(RunFolderError, match=rf"{name} is not a promotion .*\({field}: "):
+        home.current()
+
+
 def test_another_folder_is_no_home(tmp_path) -> None:
     with pytest.raises(RunFolderError, match="is no home of versions"):
         Home.open(str(tmp_path))

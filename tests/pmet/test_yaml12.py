@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml
+from pmet.yaml12 import YAMLTextError, dump_yaml, parse_yaml
 
 
 @pytest.mark.parametrize(
