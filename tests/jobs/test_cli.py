@@ -169,7 +169,14 @@ def test_a_model_with_values_that_are_not_finite_is_refused(
     arguments: list[object] = {
         "run": [job(model=str(base))],
         "evaluate": [base, tmp_path / "requests.parquet"],
-        "statistics": [base, tmp_path / "corpus.parquet", "--output", base / "x", "--layers", "0"],
+        "statistics": [
+            base,
+            tmp_path / "corpus.parquet",
+            "--output",
+            tmp_path / "m",
+            "--layers",
+            0,
+        ],
     }[command]
     status, _, err = pmet(command, *arguments)
     assert status == 2
