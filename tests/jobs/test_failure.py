@@ -256,8 +256,9 @@ class Seam:
         if isinstance(file, int) or threading.current_thread() is not threading.main_thread():
             return
         path = os.path.join(os.getcwd(), os.fsdecode(file))
-        # A lease that cannot be released expires: that is no failure of the command.
-        if path.startswith(self.folder) and "/lease/" not in path:
+        # A lease that cannot be released expires: that is no failure of the command. The other is
+        # on the path of modules in an editable installation, and no file.
+        if path.startswith(self.folder) and "/lease/" not in path and "__path_hook__" not in path:
             self._count()
 
     def _count(self) -> None:
