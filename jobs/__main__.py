@@ -1,5 +1,5 @@
 """``python -m jobs`` is ``pmet``, where no console script is at hand."""
 
-from jobs.cli import main
+from jobs.start import main
 
 main()

@@ -1,37 +1,45 @@
 """The command line, ``pmet``.
 
-Exit status: 0 success, 2 bad input (one clear message, no traceback), 3 a quality gate held the
-edited model back, 1 anything else.
+Exit status: 0 success, 2 bad input, 3 a quality gate held the edited model back, 130, 143 or 129
+stopped by SIGINT, SIGTERM or SIGHUP, 1 anything else. Each failure is one clear message, without a
+traceback.
 
 The heavy libraries are imported inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from jobs import failure, streams
 from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 from jobs.submit_cli import list_, logs, status, stop, submit
+from pipeline import signals
 
 if TYPE_CHECKING:
     from pipeline.config import JobConfig
 
-STOPPED = 128 + signal.SIGTERM
+# typer has its own copy of click, or uses the one that is installed.
+_USAGE: type[Exception] = next(
+    kind
+    for kind in typer.BadParameter.__mro__
+    if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
 app = typer.Typer(
     name="pmet",
     help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
     "checkpoint out.",
+    epilog="Exit status: 0 success, 2 bad input, 3 held back by a gate, 1 any other failure; 130, "
+    "143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. PMET_TRACEBACK=1 shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -95,27 +103,30 @@ def run(
 
     config = load_job(job, settings or [])
     if dry_run:
-        _show_what_would_run(config, estimate=not no_estimate)
+        _show_what_would_run(config, address, estimate=not no_estimate)
         return
     from pipeline.progress import LineProgress, RichProgress
     from pipeline.run import run_job
 
     lines = LineProgress(partial(typer.echo, err=True)) if log_lines else None
-    with _stopped_by_sigterm():
-        result = run_job(config, progress=lines or RichProgress(err), fresh=fresh, address=address)
+    result = run_job(config, progress=lines or RichProgress(err), fresh=fresh, address=address)
     show_result(result, out)
     if result.status == "held":
         raise typer.Exit(3)
 
 
-def _show_what_would_run(config: JobConfig, *, estimate: bool) -> None:
+def _show_what_would_run(config: JobConfig, address: str | None, *, estimate: bool) -> None:
     from jobs.views import show_estimate, show_plan
     from pipeline.errors import JobError
     from pipeline.estimate import estimate as estimated
+    from pipeline.place import asks, check_gpus, crowding
     from pipeline.plan import make_plan
 
+    check_gpus(asks(config), address)
     plan = make_plan(config)
     show_plan(plan, out)
+    for text in crowding(config, address):
+        out.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
     if not estimate:
         return
     try:
@@ -253,38 +264,51 @@ def report(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command that the arguments of this process name, and end the process."""
+    streams.protect()
+    failure.hook()
+    signals.install()
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        err.print("interrupted; run the same command again to go on from here", style="yellow")
-        sys.exit(130)
-    except Exception as error:  # noqa: BLE001 - sorted by class below, anything unknown is raised
-        sys.exit(_explain(error))
+        from pipeline.user_folders import libraries_environment
+
+        # Before any of the libraries is imported.
+        os.environ.update(libraries_environment())
+        status = _invoke(sys.argv[1:])
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it ends as a sentence
+        # Before the exception is let go: what asks the process to stop has been heard.
+        signals.end()
+        status = failure.explain(error, _invoked())
+    signals.end()
+    if (lost := streams.finish()) is not None:
+        status = status or failure.explain_lost_output(lost, _invoked())
+    sys.exit(status)
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM end what runs here in good order: its folder says so and is given back."""
+def _invoke(arguments: list[str]) -> int:
+    """Run a command; returns its exit status.
 
-    def stop(*_: object) -> None:
-        raise SystemExit(STOPPED)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    This is what typer does itself, but for the exceptions that it hides: Ctrl-C, closed pipes.
+    """
+    command = typer.main.get_command(app)
     try:
-        yield
-    except SystemExit:
-        # Ray has put a handler of its own in the place of this one, with another status.
-        raise SystemExit(STOPPED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with command.make_context("pmet", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as error:
+        return error.exit_code
+    except _USAGE as error:
+        wrong: Any = error
+        wrong.show()
+        return int(wrong.exit_code)
+    return 0
 
 
-def _explain(error: Exception) -> int:
-    """Print an error as a person wants it and return the exit status; re-raise what is unknown."""
-    from pmet.errors import InputError, PMETError
-
-    if not isinstance(error, PMETError):
-        raise error
-    err.print(f"pmet: {error}", style="red", markup=False, soft_wrap=True)
-    return 2 if isinstance(error, InputError) else 1
+def _invoked() -> str:
+    """The name of the command on the command line: ``run``, ``facts check``."""
+    words = []
+    command: Any = typer.main.get_command(app)
+    for word in sys.argv[1:]:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)

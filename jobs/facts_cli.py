@@ -44,7 +44,11 @@ AsOf = Annotated[
 @facts.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="A fact dump (Parquet) or a data set of edits (JSON).")
+        str,
+        typer.Argument(
+            help="A fact dump (Parquet), or a data set of edits or edit requests (JSON, JSON "
+            "Lines, CSV or Parquet)."
+        ),
     ],
     output: Annotated[str, typer.Argument(help="Parquet file of edit requests to write.")],
     templates: Templates = None,
@@ -59,22 +63,26 @@ def convert(
     format_: Annotated[
         str | None,
         typer.Option(
-            "--format", help="dump, counterfact, mquake, zsre or easyedit; detected if not given."
+            "--format",
+            help="dump, counterfact, mquake, zsre, easyedit or requests; detected if not given.",
         ),
     ] = None,
     column: Columns = None,
     as_of: AsOf = None,
 ) -> None:
     """Convert facts into edit requests, and set the other rows aside with their reasons."""
-    from jobs.facts.dataset import FORMATS, convert_dataset, is_parquet
+    from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
     from jobs.facts.views import show_conversion
     from pipeline.errors import FactDumpError
-    from pipeline.store import expand
+    from pipeline.hive import expand_with_columns
 
     names = ("dump", *FORMATS)
     if format_ is not None and format_ not in names:
         raise FactDumpError(f"--format: {format_!r} is no format; name one of {', '.join(names)}")
-    if format_ == "dump" or (format_ is None and is_parquet(expand(source, deep=True))):
+    if format_ == "dump" or (
+        format_ is None
+        and not is_dataset(expand_with_columns(source, deep=True), renamed=bool(column))
+    ):
         conversion = _convert_dump(
             source, output, templates, previous, column, as_of, only_changed=only_changed
         )

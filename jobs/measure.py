@@ -21,6 +21,7 @@ from pipeline.groups import group_column, grouped
 from pipeline.job_places import model_places, pattern_places
 from pipeline.measure_stage import Measurement, held_out
 from pipeline.model_cache import default_cache
+from pipeline.model_checks import check_readable
 from pipeline.overlap import refuse_overlap
 from pipeline.plan import open_fast_tokenizer
 from pipeline.progress import RichProgress
@@ -58,11 +59,14 @@ def evaluate_model(
     if base is not None and not corpus:
         raise JobError("--base needs a --corpus to measure agreement on; give one")
     if output is not None:
+        output = output.expanduser()
         _refuse_output(output, model, requests, corpus or (), base)
     source = _source(model)
     tokenizer = open_fast_tokenizer(Path(source.folder))
     Prompts(tokenizer, config.chat_template)
     table = read_requests(requests)
+    for note in table.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     column = group_column(config.group_by, table.table.column_names)
     if not table.requests:
         raise RequestError(f"none of {len(table.table)} rows can be measured: they are all faulty")
@@ -114,8 +118,9 @@ def _refuse_output(
 
 
 def _source(model: str) -> ModelSource:
-    folder = Checkpoint.open(open_model_folder(model, default_cache())).folder
-    return ModelSource(str(folder), torch.cuda.is_available())
+    checkpoint = Checkpoint.open(open_model_folder(model, default_cache()))
+    check_readable(checkpoint, open_fast_tokenizer(checkpoint.folder))
+    return ModelSource(str(checkpoint.folder), torch.cuda.is_available())
 
 
 def _flat(groups: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from pipeline.config import is_part_or_whole
 from pipeline.errors import JobError
 from pipeline.job_places import model_places, pattern_places
 from pipeline.overlap import refuse_overlap
+from pipeline.place import Ask, check_gpus
 from pipeline.plan import load_hparams
 from pipeline.pool import Pool, SerialPool, run_all
 from pipeline.progress import Progress
@@ -25,6 +27,7 @@ from pmet.hparams import PMETHyperParams
 AUTO = "auto"
 THREADS = 1
 """Of each worker: their number decides how sums are split, and so the last bits."""
+_DIGITS = 9
 
 
 def compute_statistics(
@@ -60,7 +63,9 @@ def compute_statistics(
         )
     read = [("model", model_places(model)), ("corpus", pattern_places(corpus))]
     refuse_overlap(("--output", output), read)
+    wanted = Ask("worker", count, 1, gpus_per_worker, "--workers", "--gpus-per-worker")
     with progress.stage("plan"):
+        check_gpus([wanted], address)
         job = plan_statistics(
             model,
             corpus,
@@ -71,7 +76,7 @@ def compute_statistics(
         )
     store = Store(output)
     if finished(job, store) is None:
-        _run(job, store, count, gpus_per_worker, address, progress)
+        _run(job, store, wanted, address, progress)
     provenance = finished(job, store)
     assert provenance is not None
     _show(provenance, store, console)
@@ -80,8 +85,7 @@ def compute_statistics(
 def _run(
     job: MomentsJob,
     store: Store,
-    workers: int | None,
-    gpus_per_worker: float,
+    wanted: Ask,
     address: str | None,
     progress: Progress,
 ) -> None:
@@ -96,8 +100,8 @@ def _run(
         }
         with (
             SerialPool(Replica, **options)
-            if workers == 0
-            else _ray_pool(workers, len(tasks), gpus_per_worker, address, options)
+            if wanted.count == 0
+            else _ray_pool(wanted, len(tasks), address, options)
         ) as pool:
             run_all(pool, method, tasks, take)
 
@@ -107,30 +111,28 @@ def _run(
 
 @contextmanager
 def _ray_pool(
-    workers: int | None,
-    tasks: int,
-    gpus_per_worker: float,
-    address: str | None,
-    options: dict[str, Any],
+    wanted: Ask, tasks: int, address: str | None, options: dict[str, Any]
 ) -> Iterator[Pool]:
     """Workers on a Ray cluster, as many as it holds where no number is given."""
     from pipeline.cluster import default_workers, ray_session, room_for_workers
     from pipeline.executor import WorkerPool
+    from pipeline.nodes import wait_for_nodes
 
     def most() -> int:
-        return min(room_for_workers(gpus_per_worker), tasks)
+        return min(room_for_workers(wanted.gpus), tasks)
 
-    with (
-        ray_session(address, num_cpus=workers),
-        WorkerPool(
+    on_event = options["on_event"]
+    with ray_session(address, num_cpus=wanted.count, say=partial(on_event, "note")):
+        if wanted.count:
+            wait_for_nodes(wanted, partial(on_event, "waiting"))
+        with WorkerPool(
             Replica,
-            count=min(workers or default_workers(gpus_per_worker), tasks),
-            grown=None if workers else most,
-            num_gpus=gpus_per_worker,
+            count=min(wanted.count or default_workers(wanted.gpus), tasks),
+            grown=None if wanted.count else most,
+            num_gpus=wanted.gpus,
             **options,
-        ) as pool,
-    ):
-        yield pool
+        ) as pool:
+            yield pool
 
 
 def _count(workers: str) -> int | None:
@@ -148,7 +150,7 @@ def _layers(hparams: str | None, layers: str | None) -> PMETHyperParams:
     if hparams is not None:
         return load_hparams(hparams)
     numbers = [part.strip() for part in (layers or "").split(",")]
-    if not all(number.isdecimal() for number in numbers):
+    if not all(number.isdecimal() and len(number) <= _DIGITS for number in numbers):
         raise JobError(f"--layers: {layers!r} is no list of layers; write it as 3,4,5")
     return PMETHyperParams.from_dict({"layers": list(map(int, numbers))}, source="--layers")
 

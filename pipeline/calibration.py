@@ -13,18 +13,21 @@ import resource
 import sys
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from functools import partial
 from statistics import fmean
 from typing import Any
 
+from pipeline.errors import WorkerError
 from pipeline.evaluation import How
 from pipeline.process import environment, limit_threads
 from pipeline.replica import Asked, ModelSource, ask
 from pipeline.sanity import is_astray
 from pmet.contexts import ContextTemplates
+from pmet.errors import PMETError
 from pmet.hparams import PMETHyperParams
 from pmet.request import EditRequest, SharedKeys
 
@@ -112,7 +115,11 @@ class Rates:
 
 
 def calibrate(samples: Sequence[Sample]) -> Rates:
-    """Do the work of each sample in a process of its own, all at once; the mean of what it took."""
+    """Do the work of each sample in a process of its own, all at once; the mean of what it took.
+
+    Raises:
+        WorkerError: the model cannot do a part of the job's work.
+    """
     context = multiprocessing.get_context("spawn")
     # Before any numerical library is imported: as of a worker.
     threads = str(samples[0].threads)
@@ -124,9 +131,31 @@ def calibrate(samples: Sequence[Sample]) -> Rates:
         environment({**variables, "TOKENIZERS_PARALLELISM": "false"}),
         ProcessPoolExecutor(len(samples), mp_context=context) as processes,
     ):
-        found = list(processes.map(work, samples))
+        found = _results(processes.map(work, samples))
     means = {f.name: fmean(getattr(rates, f.name) for rates in found) for f in fields(Rates)}
     return Rates(**means | {"peak_bytes": max(rates.peak_bytes for rates in found)})
+
+
+def _results(found: Iterator[Rates]) -> list[Rates]:
+    """What the processes have measured, or in one sentence why they have not."""
+    try:
+        return list(found)
+    except PMETError:
+        raise
+    except BrokenProcessPool:
+        raise WorkerError(
+            "a process that tried a little of the job's work was killed, perhaps because memory "
+            "ran out; estimate the job on a machine like those that it will run on, or leave the "
+            "estimate out with --no-estimate"
+        ) from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or "no message"
+        raise WorkerError(
+            f"the model fails at a little of the job's own work ({type(error).__name__}: {reason}),"
+            " and would fail at all of it; check that transformers runs it, and that its family is "
+            "one of those in the README",
+            cause_text=str(error.__cause__ or ""),
+        ) from error
 
 
 def _gpu_names() -> list[str]:

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from pipeline.copies import is_hub_id, localized
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, StorageError
 from pipeline.store import CHUNK_BYTES, Store
+from pipeline.user_folders import hub_cache, make_cache
+from pipeline.weight_files import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    Files,
+    LocalFiles,
+    WeightFiles,
+    weight_files,
+)
 from pmet.errors import NotFiniteError
 
 _DTYPES = {
@@ -30,6 +41,9 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# Weights in other formats, and what loads an adapter beside the model: beside an edited model they
+# would be those of the base.
+_OTHER_WEIGHTS = (*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "adapter_config.json")
 _DIGESTED = (".json", ".safetensors", ".model", ".txt")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -55,6 +69,13 @@ class StoredTensor:
     size: int
 
 
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor: the name of its type there, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder on the local disk, its weights in safetensors.
@@ -62,35 +83,34 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         tensors: floating-point tensors by their name in the files.
+        headers: of all tensors, also of those in types that no arithmetic here uses.
+        weights: the files that the tensors are in.
+        config: what ``config.json`` holds.
     """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
+    headers: Mapping[str, Header]
+    weights: WeightFiles
+    config: Mapping[str, Any]
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Read the headers of a model folder.
+        """Read the headers of a model folder, of the files that transformers reads.
 
         Raises:
-            ModelError: there is no such folder, no configuration, no safetensors, or a damaged one.
+            ModelError: there is no such folder, no configuration, no safetensors, or a damaged
+                one; a file or a tensor that the index names is missing, or a tensor is there twice.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {folder} has no config.json; give a Hugging Face model folder")
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = [f.name for p in _PICKLES for f in folder.glob(p)]
-            raise ModelError(
-                f"model {folder} has no safetensors files"
-                + (
-                    f", only {', '.join(sorted(pickles)[:3])}: pickle can run code and is refused; "
-                    "convert it with save_pretrained(safe_serialization=True)"
-                    if pickles
-                    else "; give a complete checkpoint"
-                )
-            )
-        tensors = {t.name: t for file in files for t in _stored_tensors(file)}
-        return cls(folder, tensors)
+        files, config = LocalFiles(folder), _config(folder)
+        weights = weight_files(files, config)
+        if not weights.names:
+            raise ModelError(f"model {folder} has no safetensors files{_instead(folder)}")
+        tensors, headers = _tensors(files, weights)
+        return cls(folder, tensors, headers, weights, config)
 
     def find(self, parameter: str, prefix: str) -> StoredTensor:
         """The stored tensor of a model's parameter.
@@ -107,8 +127,9 @@ class Checkpoint:
         if (stored := self.stored(parameter, prefix)) is not None:
             return stored
         raise ModelError(
-            f"model {self.folder} does not store {parameter} as a tensor of its own; load it and "
-            "save it again with save_pretrained, then edit that copy"
+            f"model {self.folder} does not store {parameter} as a tensor of its own: transformers "
+            "makes it from others while it loads the model, and an edit is written into what is "
+            "stored; edit a model of another family"
         )
 
     def stored(self, parameter: str, prefix: str) -> StoredTensor | None:
@@ -148,12 +169,19 @@ class Checkpoint:
                     piece.copy_(read)
 
     def files(self) -> list[str]:
-        """Names of all files, in a fixed order; hidden ones and pickles are left out."""
-        skipped = {f for p in _PICKLES for f in self.folder.glob(p)}
+        """Names of the model's files, in a fixed order.
+
+        Left out are hidden files and all weights that transformers does not read from here:
+        other safetensors files, pickles, other formats, adapters.
+        """
+        skipped = {f for p in _OTHER_WEIGHTS for f in self.folder.glob(p)}
         return sorted(
             f.name
             for f in self.folder.iterdir()
-            if f.is_file() and f not in skipped and not f.name.startswith(".")
+            if f.is_file()
+            and f not in skipped
+            and not f.name.startswith(".")
+            and (f.name in self.weights or not f.name.endswith((SUFFIX, INDEX_SUFFIX)))
         )
 
     def digest(self) -> str:
@@ -181,7 +209,7 @@ def open_model_folder(model: str, cache_dir: Path) -> Path:
     Raises:
         ModelError: there is no such model.
     """
-    path = Path(localized(model, cache_dir))
+    path = Path(localized(model, cache_dir)).expanduser()
     if path.is_dir():
         return path
     if is_hub_id(model):
@@ -201,7 +229,8 @@ def publish(
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
     Files of the same names are overwritten; what else is there is the caller's to remove.
-    ``config.json`` comes last: a model that is not whole cannot be opened.
+    ``config.json`` goes first and comes last, once the edited tensors have been read back from
+    where transformers will look for them: a model that is not whole cannot be opened.
 
     Args:
         checkpoint: the base.
@@ -213,26 +242,36 @@ def publish(
 
     Raises:
         ModelError: an edited tensor has not the shape it had.
+        StorageError: what was written does not have the edited tensors.
         NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
     """
+    written: dict[str, str] = {}
+    store.delete(f"{folder}/config.json")
     for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
+        if name == "config.json":
+            published = Store(store.join(folder))
+            _check_written(published, published.url, checkpoint.config, names, written)
         patches = [t for t in checkpoint.tensors.values() if t.file == name and t.name in names]
         with store.write_stream(f"{folder}/{name}") as target:
             with (checkpoint.folder / name).open("rb") as source:
                 while chunk := source.read(CHUNK_BYTES):
                     target.write(chunk)
             for stored in patches:
-                _overwrite(target, stored, edited(stored.name, checkpoint.read(stored)))
+                tensor = edited(stored.name, checkpoint.read(stored))
+                written[stored.name] = _overwrite(target, stored, tensor)
         on_file(name)
 
 
-def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> None:
+def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> str:
+    """Write a tensor over the one that was there; returns the SHA-256 of its bytes."""
     data = tensor.to(stored.dtype).contiguous()
     _check_finite(stored.name, data)
     if tuple(data.shape) != stored.shape or data.nbytes != stored.size:
         raise ModelError(f"{stored.name} became {tuple(data.shape)}, it was {stored.shape}")
     target.seek(stored.start)
-    target.write(data.view(torch.uint8).numpy().tobytes())
+    content = data.view(torch.uint8).numpy().tobytes()
+    target.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _check_finite(name: str, data: torch.Tensor) -> None:
@@ -245,30 +284,142 @@ def _check_finite(name: str, data: torch.Tensor) -> None:
         )
 
 
-def _stored_tensors(file: Path) -> Sequence[StoredTensor]:
+def _check_written(
+    files: Files,
+    where: str,
+    config: Mapping[str, Any],
+    names: Collection[str],
+    written: Mapping[str, str],
+) -> None:
+    """Raise unless transformers will find the edited tensors, bit for bit, in a written folder.
+
+    Args:
+        files: the folder, whose ``config.json`` is still to be written.
+        where: it is.
+        config: what ``config.json`` will hold.
+        names: the edited tensors.
+        written: SHA-256 of each, as it was written.
+    """
+    try:
+        tensors, _ = _tensors(files, weight_files(files, config))
+    except ModelError as error:
+        raise StorageError(f"what was published to {where} cannot be read back: {error}") from None
+    wrong = [n for n in sorted(names) if _tensor_digest(files, tensors.get(n)) != written.get(n)]
+    if wrong:
+        raise StorageError(
+            f"{where} was published without the edit of {', '.join(wrong)}: the files there do not "
+            "hold what was written. It has no config.json, so it cannot be opened; check the "
+            "storage, then run the same job again"
+        )
+
+
+def _tensor_digest(files: Files, stored: StoredTensor | None) -> str:
+    """SHA-256 of a tensor's bytes as they are read; empty where it is not there."""
+    if stored is None:
+        return ""
+    digest = hashlib.sha256()
+    with files.read_stream(stored.file) as stream:
+        stream.seek(stored.start)
+        for start in range(0, stored.size, CHUNK_BYTES):
+            digest.update(stream.read(min(CHUNK_BYTES, stored.size - start)))
+    return digest.hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` holds; transformers says what is wrong with it where it is damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _instead(folder: Path) -> str:
+    """What a folder has in the place of the weights that are read, and what to do."""
+    if pickles := sorted(f.name for p in _PICKLES for f in folder.glob(p)):
+        return (
+            f", only {', '.join(pickles[:3])}: pickle can run code and is refused; "
+            "convert it with save_pretrained(safe_serialization=True)"
+        )
+    if others := sorted(f.name for f in folder.glob(f"*{SUFFIX}")):
+        return (
+            f" that transformers reads, only {', '.join(others[:3])}: it reads model.safetensors, "
+            "or the files that model.safetensors.index.json names; write the model with "
+            "save_pretrained"
+        )
+    return "; give a complete checkpoint"
+
+
+def _tensors(
+    files: Files, weights: WeightFiles
+) -> tuple[dict[str, StoredTensor], dict[str, Header]]:
+    """The floating-point tensors of a model's files, and the headers of all tensors, by name.
+
+    Raises:
+        ModelError: a file is damaged, the index is wrong, or a tensor is there twice.
+    """
+    places: dict[str, str] = {}
+    headers: dict[str, Header] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for file in weights.names:
+        for name, (header, stored) in _file_tensors(files, file).items():
+            if name in places:
+                raise ModelError(
+                    f"{files.join(file)} and {files.join(places[name])} both store {name}, and it "
+                    "is not clear which of them counts; load the model and write it with "
+                    "save_pretrained"
+                )
+            places[name], headers[name] = file, header
+            if stored is not None:
+                tensors[name] = stored
+    for name, file in weights.weight_map.items():
+        if places.get(name) != file:
+            found = f"it is in {places[name]}" if name in places else "no file has it"
+            raise ModelError(
+                f"{files.join(weights.index or '')} says that {name} is in {file}, but {found}; "
+                "download the model again, or write it with save_pretrained"
+            )
+    return tensors, headers
+
+
+def _file_tensors(files: Files, file: str) -> dict[str, tuple[Header, StoredTensor | None]]:
     """Read a safetensors header (8 bytes of length, then JSON), and nothing else."""
     try:
-        with file.open("rb") as stream:
+        with files.read_stream(file) as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > 100 * 2**20:
                 raise ValueError("its header is too large")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_without_repetition)
         header.pop("__metadata__", None)
-        tensors = [_stored_tensor(file.name, n, e, 8 + length) for n, e in header.items()]
-        end = max((t.start + t.size for t in tensors if t), default=8 + length)
-        if end > file.stat().st_size:
+        found = {n: _stored_tensor(file, n, e, 8 + length) for n, e in header.items()}
+        end = max((8 + length + e["data_offsets"][1] for e in header.values()), default=8 + length)
+        if end > files.size(file):
             raise ValueError("it is cut short")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-        raise ModelError(f"{file} is not a whole safetensors file ({error})") from None
-    return [t for t in tensors if t is not None]
+        raise ModelError(f"{files.join(file)} is not a whole safetensors file ({error})") from None
+    return found
 
 
-def _stored_tensor(file: str, name: str, entry: Any, base: int) -> StoredTensor | None:
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise ValueError(f"it names {twice} twice")
+    return values
+
+
+def _stored_tensor(
+    file: str, name: str, entry: Any, base: int
+) -> tuple[Header, StoredTensor | None]:
     begin, end = entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"])
+    header = Header(str(entry["dtype"]), tuple(entry["shape"]))
+    dtype = _DTYPES.get(header.dtype)
     if dtype is None:
-        return None
-    return StoredTensor(file, name, dtype, tuple(entry["shape"]), base + begin, end - begin)
+        return header, None
+    if end - begin != dtype.itemsize * math.prod(header.shape):
+        raise ValueError(f"{name} does not have the bytes that its shape needs")
+    return header, StoredTensor(file, name, dtype, header.shape, base + begin, end - begin)
 
 
 def _file_digest(path: Path) -> str:
@@ -280,8 +431,15 @@ def _hub_snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    files = list(_HUB_FILES)
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        if (cache := hub_cache()) is None:
+            return Path(snapshot_download(model, allow_patterns=files))
+        # An image may bring the model along, in a folder that nothing can be added to.
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
+        make_cache(cache)
+        return Path(snapshot_download(model, allow_patterns=files, cache_dir=cache))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

@@ -6,33 +6,40 @@ Nothing here knows what the workers do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import re
+import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import exceptions as ray_exceptions
 from ray._private import ray_constants
+from ray._private import services as ray_services
 from ray._private import utils as ray_utils
 
+from pipeline import signals
 from pipeline.errors import WorkerError
+from pipeline.local_ray import RAY_FOLDER, folder_for_ray, forget_token, token
 from pipeline.process import (
+    LOCAL,
     cause_here,
     described,
     environment,
     full_text,
     limit_threads,
+    named_cluster,
     one_line,
 )
 from pipeline.sizes import fit, fit_gpus
+from pipeline.user_folders import libraries_environment
 
-LOCAL = "local"
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
@@ -43,8 +50,13 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[bool]:
-    """Have a Ray cluster for the time of a ``with`` block; tells whether this process started it.
+def ray_session(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[bool]:
+    """Have a Ray cluster for the time of a ``with`` block; yields whether this process started it.
 
     A Ray that this process has already initialised is used as it is and left running. Otherwise
     the session joins the cluster at ``address``, or the one that the environment names in
@@ -54,28 +66,51 @@ def ray_session(address: str | None = None, *, num_cpus: int | None = None) -> I
     Args:
         address: ``host:port``, ``auto``, ``ray://…`` or ``local``.
         num_cpus: logical CPUs of a cluster started here; all of the machine's if None.
+        say: called with a sentence where a cluster started here keeps its files in another folder
+            than the user would look for them.
 
     Raises:
+        StorageError: this machine has no folder for the files of a cluster started here.
         WorkerError: no cluster answers at the address, or none can be started.
     """
     if ray.is_initialized():
         yield _is_own()
         return
-    where = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    where = named_cluster(address) or LOCAL
     try:
-        _connect(where, num_cpus)
+        with _handlers_kept():
+            _connect(where, num_cpus, say or _keep_silent)
     except (OSError, RuntimeError, ValueError) as error:
-        ray.shutdown()
-        raise WorkerError(
-            f"Ray cannot be reached at {where!r}: {one_line(str(error))}; name a running cluster "
-            f"as host:port, or {LOCAL!r} to start one on this machine; where the cluster asks for "
-            "a token, set RAY_AUTH_MODE=token",
-            cause_text=str(error),
-        ) from error
+        _disconnect()
+        raise WorkerError(_no_cluster(where, error), cause_text=str(error)) from error
+    except BaseException:
+        # A signal while Ray starts: some of its processes are there already.
+        _disconnect()
+        raise
     try:
         yield _is_own()
     finally:
-        ray.shutdown()
+        _disconnect()
+        forget_token()
+
+
+def _no_cluster(where: str, error: Exception) -> str:
+    reason = one_line(str(error))
+    if where == LOCAL:
+        return (
+            f"Ray cannot be started on this machine: {reason}; set {RAY_FOLDER} to a folder with "
+            "room that you can write to if that is what it lacks, or name a running cluster with "
+            "--address host:port"
+        )
+    return (
+        f"Ray cannot be reached at {where!r}: {reason}; name a running cluster "
+        f"as host:port, or {LOCAL!r} to start one on this machine; where the cluster asks for "
+        "a token, set RAY_AUTH_MODE=token"
+    )
+
+
+def _keep_silent(text: str) -> None:
+    """Say nothing."""
 
 
 def _is_own() -> bool:
@@ -98,6 +133,15 @@ def dashboard_url() -> str | None:
 def cpus_free() -> float:
     """Logical CPUs of the cluster that nobody has reserved."""
     return float(ray.available_resources().get("CPU", 0.0))
+
+
+def free_text() -> str:
+    """What of the cluster is free, as messages say it."""
+    (cpus, gpus), free = cluster_resources(), ray.available_resources()
+    return (
+        f"the cluster has {cpus:g} CPU and {gpus:g} GPU, of which {free.get('CPU', 0.0):g} and "
+        f"{free.get('GPU', 0.0):g} are free"
+    )
 
 
 def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
@@ -157,6 +201,8 @@ class HeldInActor:
 
     def __init__(self) -> None:
         self._held: Any = None
+        # Before the arguments of what comes next import the libraries that read these.
+        os.environ.update(libraries_environment())
         # The arguments of what comes next bring thousands of modules with them, which stay: to
         # look through them for garbage again and again takes a sixth of the time.
         gc.disable()
@@ -199,14 +245,64 @@ def original(error: ray_exceptions.RayTaskError) -> BaseException:
     return cause
 
 
-def _connect(where: str, num_cpus: int | None) -> None:
+def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where == LOCAL:
-        with _loopback_only(), _light():
-            ray.init(LOCAL, include_dashboard=False, num_cpus=num_cpus, **quiet)
+        folder, reason = folder_for_ray()
+        if reason is not None:
+            say(f"Ray keeps its files in {folder} ({reason})")
+        with _loopback_only(), _light(), _in_a_session_of_its_own(), environment(token()):
+            ray.init(
+                LOCAL,
+                include_dashboard=False,
+                num_cpus=num_cpus,
+                _temp_dir=str(folder),
+                **quiet,
+            )
     else:
         knock(where)
         ray.init(where, **quiet)
+
+
+@contextlib.contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start a cluster in this block that Ctrl-C and the end of the terminal do not reach.
+
+    They go to all processes of a job at once. Ray's would end, and the driver, which has work to
+    put down, would wait for them for a minute. They end with the driver, however it ends.
+    """
+    plain = getattr(ray_services, "ConsolePopen", None)
+    if plain is not None:
+        ray_services.ConsolePopen = functools.partial(plain, start_new_session=True)
+    try:
+        yield
+    finally:
+        if plain is not None:
+            ray_services.ConsolePopen = plain
+
+
+def _disconnect() -> None:
+    with signals.deferred(), _handlers_kept():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray starts or ends in this block.
+
+    Ray's own handlers end the process with another status and print a stack, and when Ray has
+    ended there is none at all. Without a handler of this process, Ray's are better than nothing.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    setter = getattr(ray_utils, "set_sigterm_handler", None)
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        with signals.kept():
+            yield
+    finally:
+        ray_utils.set_sigterm_handler = setter
 
 
 def knock(where: str) -> None:

@@ -12,6 +12,7 @@ import fsspec
 
 from pipeline.errors import ModelError, StorageError
 from pipeline.store import TEMPORARY_SUFFIX, attempt, failures, fetch, is_local, opened
+from pipeline.user_folders import make_cache
 
 
 def is_hub_id(model: str) -> bool:
@@ -49,6 +50,7 @@ def localized(url: str, cache_dir: str | Path) -> str:
     if not files:
         raise ModelError(f"there is no model at {url}: no files there; check the URL")
     state = repr([url, *((name, sorted(info.items())) for name, info in sorted(files.items()))])
+    make_cache(Path(cache_dir))
     target = Path(cache_dir) / hashlib.sha256(state.encode()).hexdigest()[:32]
     if not target.is_dir():
         _download(fs, root, sorted(files), target)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import cpus_free, default_workers, ray_session, room_for_workers
 from pipeline.executor import WorkerPool
+from pipeline.nodes import wait_for_nodes
+from pipeline.place import ranks_of, workers_of
 from pipeline.plan import Plan
 from pipeline.pool import run_all
 from pipeline.rank_group import RankGroup
 from pipeline.replica import Replica
+from pipeline.signals import deferred
 from pipeline.sizes import WORTH_A_GPU, local_sizes, worth
 from pipeline.tasks import EventKind, FailedTask, Task
 
@@ -56,10 +61,11 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._leaving is None:
-            self._leave()
-        else:
-            self._leaving.result()
+        with deferred():
+            if self._leaving is None:
+                self._leave()
+            else:
+                self._leaving.result()
 
     def dismiss(self) -> None:
         """End workers and ranks, and leave the cluster, while the caller goes on with other things.
@@ -108,6 +114,18 @@ class Crew:
         self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
         return results[0]
 
+    def check_ranks(self) -> None:
+        """Wait for the nodes that the ranks need, before anything else is computed.
+
+        Raises:
+            NoRoomError: the cluster was not large enough in time.
+        """
+        ranks = self._sized()[1]
+        wait_for_nodes(replace(ranks_of(self._plan.job), count=ranks), self._say_waiting)
+
+    def _say_waiting(self, text: str) -> None:
+        self._on_event("waiting", text)
+
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
         """Start the ranks now if nobody else wants their place; ``take_ranks`` waits for them."""
         if self._early is not None or self._plan.job.update.gpus_per_rank:
@@ -141,6 +159,7 @@ class Crew:
             init_args=init_args,
             num_gpus=self._plan.job.update.gpus_per_rank,
             threads=self.threads,
+            on_event=self._on_event,
             wait=wait,
         )
 
@@ -168,9 +187,16 @@ class Crew:
             workers, ranks, _ = local_sizes(self._plan)
             # Logical CPUs of a cluster started here: room for all that was asked for, so that a
             # small machine runs what a large one would, and ranks need not wait for workers.
-            session = ray_session(self._address, num_cpus=workers * self.threads + ranks)
+            session = ray_session(
+                self._address,
+                num_cpus=workers * self.threads + ranks,
+                say=partial(self._on_event, "note"),
+            )
             own = self._stack.enter_context(session)
             self._elastic = targets.workers == "auto" and (not own or targets.gpus_per_worker > 0)
+            wanted = workers_of(self._plan.job)
+            if wanted.count and not room_for_workers(wanted.gpus, cpus_per_worker=wanted.cpus):
+                wait_for_nodes(wanted, self._say_waiting)
             if self._elastic:
                 workers = default_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
             if update.ranks == "auto" and update.gpus_per_rank:

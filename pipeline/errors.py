@@ -19,6 +19,7 @@ They extend the tree of ``pmet.errors``:
     ├── NoEditError             no request got a target, though some were to be edited
     ├── LeaseLostError          another run has taken the run folder over
     └── WorkerError             a worker or a rank failed
+        └── NoRoomError         the cluster had no room for them in time
 """
 
 from __future__ import annotations
@@ -120,3 +121,7 @@ class WorkerError(PMETError):
     def __init__(self, message: str, *, cause_text: str = "") -> None:
         super().__init__(message)
         self.cause_text = cause_text
+
+
+class NoRoomError(WorkerError):
+    """The cluster had no room for workers or ranks in time; a second try would wait as long."""

@@ -17,17 +17,20 @@ from ray import exceptions as ray_exceptions
 from pipeline.cluster import (
     HeldInActor,
     cluster_resources,
+    free_text,
     original,
     root_cause,
     worker_environment,
 )
-from pipeline.errors import WorkerError
+from pipeline.errors import NoRoomError
 from pipeline.pool import OnResult, Pool, cannot_start
 from pipeline.tasks import Attempt, OnEvent, TaskQueue
 from pmet.errors import InputError
 
 _TICK_S = 0.1
 _LOOK_S = 5.0
+# A worker is ready in less, unless its model is large or the cluster has no room for it.
+_SILENCE_S = 60.0
 # After one of these the process still lives, but its memory or its GPU is not to be trusted.
 # Named, not imported: an executor has no need of torch.
 _RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
@@ -88,7 +91,7 @@ class WorkerPool(Pool):
             max_task_retries=0,
             runtime_env={"env_vars": worker_environment(threads=threads)},
         )
-        self._ever_ready = False
+        self._ever_ready = self._said_waiting = False
         self._seats = [_Seat(index) for index in range(count)]
         self._grown, self._next_look = grown, time.monotonic() + _LOOK_S
 
@@ -192,6 +195,8 @@ class WorkerPool(Pool):
                     self._time_out(seat, seat.attempt, queue)
             elif seat.reply is not None and waited_s > self._start_timeout_s:
                 self._refuse_to_wait()
+            elif seat.reply is not None and waited_s > _SILENCE_S and not self._ever_ready:
+                self._say_waiting()
 
     def _time_out(self, seat: _Seat, attempt: Attempt, queue: TaskQueue) -> None:
         reason = f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s"
@@ -199,11 +204,21 @@ class WorkerPool(Pool):
         self._start(seat)
         queue.failed(attempt, reason)
 
+    def _say_waiting(self) -> None:
+        """Say once that no worker has come, and what each waits for."""
+        if not self._said_waiting:
+            self._said_waiting = True
+            self._on_event(
+                "waiting",
+                f"no worker is ready after {_SILENCE_S:g} s, waiting {self._start_timeout_s:g} s "
+                f"at most: each needs {self._needs}, {free_text()}",
+            )
+
     def _refuse_to_wait(self) -> None:
         if any(seat.attempt is not None or seat.idle for seat in self._seats):
             return
         cpus, gpus = cluster_resources()
-        raise WorkerError(
+        raise NoRoomError(
             f"no worker was ready within {self._start_timeout_s:g} s; each needs {self._needs}, "
             f"the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for less, free the "
             "cluster, or allow more time if the model is slow to load"

@@ -8,24 +8,29 @@
 | ``pmet_events`` | ``run``, ``kind`` | retries, deaths, time-outs |
 | ``pmet_gpu_peak_bytes`` | ``work`` | the most that a worker or a rank has allocated on its GPU |
 
-Ray adds node and process. Nothing is told while this process has joined no cluster.
+Ray adds node and process. Nothing is sent while this process has joined no cluster. Ray takes ASCII
+only: in the values of tags all other characters, control characters and ``%`` are percent-encoded
+as UTF-8, ``runs/läuf`` as ``runs/l%C3%A4uf``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pipeline.progress import NOTE, CountedStage, Progress, Stage
 
 if TYPE_CHECKING:
     from ray.util import metrics
 
-_KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "warning"})
+_KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "waiting", "warning"})
+# What stays as it is in a tag: the printable characters of ASCII but %, which marks the others.
+_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 _GAUGES = {
     "done": ("pmet_stage_done", "Items of a stage that are done."),
     "total": ("pmet_stage_total", "Items of a stage."),
@@ -65,7 +70,7 @@ class MeteredProgress(Progress):
         """Add one to a counter."""
         if self._has_cluster():
             tags |= {"run": self._run}
-            _counter(name, what, tuple(sorted(tags))).inc(1.0, tags)
+            _counter(name, what, tuple(sorted(tags))).inc(1.0, _ascii(tags))
 
     def gauge(self, stage: str, count: dict[str, Any]) -> None:
         """Set what there is to tell of a stage."""
@@ -74,7 +79,7 @@ class MeteredProgress(Progress):
         for key, (name, what) in _GAUGES.items():
             if count[key] is not None:
                 tags = {"run": self._run, "stage": stage}
-                _gauge(name, what, ("run", "stage")).set(float(count[key]), tags)
+                _gauge(name, what, ("run", "stage")).set(float(count[key]), _ascii(tags))
 
     def _has_cluster(self) -> bool:
         """Whether this process has joined a cluster; says once where its dashboard is."""
@@ -109,13 +114,20 @@ def tell_gpu_memory(work: str) -> None:
         gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on a GPU.", ("work",))
         with contextlib.suppress(RuntimeError):
             gpus = range(torch.cuda.device_count())
-            gauge.set(float(max(map(torch.cuda.max_memory_allocated, gpus))), {"work": work})
+            gauge.set(
+                float(max(map(torch.cuda.max_memory_allocated, gpus))), _ascii({"work": work})
+            )
 
 
 def _in_cluster() -> bool:
     """Whether this process has joined a cluster, for which it must have imported Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
+
+
+def _ascii(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as Ray takes them, in ASCII; `urllib.parse.unquote` gives the text back."""
+    return {name: quote(text, _PLAIN, errors="surrogateescape") for name, text in tags.items()}
 
 
 @cache

@@ -10,9 +10,9 @@ import hashlib
 import os
 import platform
 import shutil
-import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,14 +22,19 @@ from pipeline.checkpoint import Checkpoint, open_model_folder
 from pipeline.copies import is_hub_id
 from pipeline.errors import ModelError, StorageError
 from pipeline.store import TEMPORARY_SUFFIX, Store, failures
+from pipeline.user_folders import cache_failures, cache_folder, make_cache
 
 KEPT_S = 2 * 24 * 3600.0
 """Seconds that a copy stays which nobody asks for: a night's model is another one every night."""
 
 
 def default_cache() -> Path:
-    """Where models are copied to on this machine."""
-    return Path(tempfile.gettempdir()) / "pmet-models"
+    """Where models are copied to on this machine: in this user's cache (`cache_folder`).
+
+    Raises:
+        InputError, StorageError: as `cache_folder`.
+    """
+    return cache_folder() / "models"
 
 
 def name_for_nodes(model: str, folder: Path) -> str:
@@ -72,10 +77,9 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
         )
     cache = cache_dir or default_cache()
     name = hashlib.sha256(model.encode()).hexdigest()[:32]
-    with failures("write", str(cache)):
-        cache.mkdir(parents=True, exist_ok=True)
-    # Whoever comes later waits, and finds it there.
-    with FileLock(cache / f"{name}.lock"):
+    make_cache(cache)
+    # Processes that come later wait, and find it there.
+    with _locked(cache / f"{name}.lock"):
         _forget_unused(cache)
         folder = open_model_folder(model, cache)
         if not _marked_as_used(folder, cache):
@@ -84,6 +88,17 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
         if digest is not None:
             _check(model, folder, digest, cache)
     return folder
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    lock = FileLock(file)
+    with cache_failures(file.parent):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _marked_as_used(folder: Path, cache: Path) -> bool:
@@ -128,7 +143,7 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
 def _local_folder(model: str) -> Path | None:
     """The folder that a model's name stands for; None for what has to be fetched."""
     if "://" not in model:
-        return None if is_hub_id(model) else Path(model)
+        return None if is_hub_id(model) else Path(model).expanduser()
     try:
         return Store(model).local_path()
     except StorageError:

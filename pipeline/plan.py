@@ -26,6 +26,7 @@ from pipeline.evaluation import Last, check_evaluation
 from pipeline.finite import checked_digest
 from pipeline.job_places import refuse_overlaps
 from pipeline.model_cache import default_cache, name_for_nodes
+from pipeline.model_checks import check_configuration, checked_layout
 from pipeline.moments import check_moments, is_file_name, refuse_not_finite
 from pipeline.ownership import refuse_foreign_folder
 from pipeline.replica import ModelSource, open_tokenizer
@@ -35,7 +36,7 @@ from pipeline.skeleton import UNREADABLE, open_skeleton
 from pipeline.store import Store, read_file
 from pipeline.tracking import trackers_of
 from pmet import contexts
-from pmet.architecture import Layout, resolve
+from pmet.architecture import Layout
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.problem import Problem, context_length
@@ -135,9 +136,10 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     trackers_of(job)
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
+    check_configuration(checkpoint)
     hparams = load_hparams(job.hparams)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
-    layout = resolve(skeleton, hparams)
+    layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     prefix = getattr(skeleton, "base_model_prefix", "")
     stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
     templates = _templates(job)

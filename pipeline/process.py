@@ -12,6 +12,8 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 
+LOCAL = "local"
+"""The address of a cluster that is started on this machine."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -67,3 +69,9 @@ def one_line(text: str, *, limit: int = 600) -> str:
     """The text with white space collapsed, cut to ``limit`` characters."""
     flat = " ".join(_ANSI.sub("", text).split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def named_cluster(address: str | None) -> str | None:
+    """The cluster that a call or the environment names; None: one is started on this machine."""
+    where = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    return None if where == LOCAL else where

@@ -23,15 +23,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.cluster import (
     HeldInActor,
     cluster_resources,
+    free_text,
     full_text,
     original,
     root_cause,
     worker_environment,
 )
-from pipeline.errors import WorkerError
+from pipeline.errors import NoRoomError, WorkerError
+from pipeline.tasks import OnEvent
 from pmet.errors import InputError, NumericalError
 
 _TICK_S = 0.1
+# A free cluster makes room in less.
+_SILENCE_S = 5.0
 # When a rank is lost, its peers soon fail with a broken connection. Waiting this long for all of
 # them to speak lets the message name the one that failed first of its own accord.
 _GRACE_S = 1.0
@@ -75,6 +79,7 @@ class RankGroup:
         deadline_s: seconds that one call may take unless it says otherwise; no limit if None.
         start_timeout_s: seconds until the cluster has room for all ranks, and again until all are
             made.
+        on_event: told where the ranks wait for room.
         wait: until all are made; otherwise they are made while others go on, and the first call
             waits for them, and raises what would have been raised here.
 
@@ -95,11 +100,13 @@ class RankGroup:
         threads: int | None = None,
         deadline_s: float | None = None,
         start_timeout_s: float = 900.0,
+        on_event: OnEvent | None = None,
         wait: bool = True,
     ) -> None:
         if ranks < 1:
             raise ValueError(f"a group of {ranks} ranks cannot be made; at least 1 is needed")
         self._deadline_s, self._start_timeout_s = deadline_s, start_timeout_s
+        self._on_event = on_event
         self._needs = f"{ranks} ranks of {num_cpus:g} CPU and {num_gpus:g} GPU"
         self._actors: list[Any] = []
         self._placement: Any = None
@@ -224,16 +231,25 @@ class RankGroup:
         self._starting = []
 
     def _wait_for_room(self) -> None:
-        end = time.monotonic() + self._start_timeout_s
+        begun, said = time.monotonic(), False
         # In short waits: Ray lets no interrupt through while it waits for a placement.
         while not self._placement.wait(min(1.0, self._start_timeout_s)):
-            if time.monotonic() < end:
+            waited_s = time.monotonic() - begun
+            if not said and waited_s > _SILENCE_S:
+                said = True
+                self._say_waiting()
+            if waited_s < self._start_timeout_s:
                 continue
             cpus, gpus = cluster_resources()
-            raise WorkerError(
+            raise NoRoomError(
                 f"no room for {self._needs} within {self._start_timeout_s:g} s; the cluster has "
                 f"{cpus:g} CPU and {gpus:g} GPU in all; ask for fewer ranks, or free the cluster"
             )
+
+    def _say_waiting(self) -> None:
+        if self._on_event is not None:
+            text = f"no room yet for {self._needs} each, {free_text()}"
+            self._on_event("waiting", f"{text}; waiting {self._start_timeout_s:g} s at most")
 
     def _collect(self, replies: list[Any], deadline_s: float | None, doing: str) -> list[Any]:
         end = None if deadline_s is None else time.monotonic() + deadline_s

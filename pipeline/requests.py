@@ -11,18 +11,20 @@ from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, islice
-from typing import Any, overload
+from itertools import accumulate, compress, islice
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.normal import normal
 from pmet.errors import RequestError
-from pmet.request import TEXT_LISTS, EditRequest
+from pmet.request import TEXT_LISTS, EditRequest, separator
 
 REQUIRED_COLUMNS = ("prompt", "subject", "target_new")
 OPTIONAL_COLUMNS = ("case_id", "target_true", *TEXT_LISTS)
 REQUEST_COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
+_PORTABILITY = ("portability_prompts", "portability_targets", "portability_targets_true")
 NAMED_ROWS = 5  # of the rows that a row contradicts
 _BATCH = 1024  # rows that are Python objects at a time
 _CHUNK = 8192  # rows of a batch that requests are looked up in
@@ -79,33 +81,57 @@ class Requests(Sequence[EditRequest]):
             places = pa.array([row - self._starts[number] for row in own], pa.int64())
             taken = pa.Table.from_batches([self._batches[number].take(places)])
             for row, values in zip(own, row_values(taken), strict=True):
-                request = checked(values)
+                request, _ = checked(values)
                 assert isinstance(request, EditRequest), request
                 found[row] = request
         for row in rows:
             yield found[row]
 
 
-def check_rows(tables: Iterable[pa.Table]) -> dict[int, str]:
-    """Why rows cannot be edited, by their number over all tables.
+class CheckedRows(NamedTuple):
+    """What a check of rows found, by their number over all tables.
+
+    Attributes:
+        reasons: why rows cannot be edited.
+        left_out: of the other rows, the texts that are left out as null or empty:
+            ``paraphrase_prompts[1]``.
+        breaking: how many of the other rows have a prompt that ends in a line break.
+    """
+
+    reasons: dict[int, str]
+    left_out: dict[int, list[str]]
+    breaking: int
+
+
+def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
+    """Check every row of some tables.
 
     A row is refused where ``EditRequest`` refuses it, where it repeats an earlier one (same prompt,
     subject and new target), and where rows contradict each other (same prompt and subject,
-    different new targets): then all of them are.
+    different new targets): then all of them are. Texts are compared in their normal form
+    (`pipeline.normal`). Null and empty texts in lists are left out.
     """
     reasons: dict[int, str] = {}
+    left_out: dict[int, list[str]] = {}
+    breaking = array("q")
     repeats = Repeats()
     row = 0
     for table in map(_request_columns, tables):
         for start in range(0, len(table), _BATCH):
             for values in row_values(table.slice(start, _BATCH)):
-                outcome = checked(values)
+                outcome, empty = checked(values)
                 if isinstance(outcome, str):
                     reasons[row] = outcome
                 else:
                     repeats.add(row, outcome)
+                    if empty:
+                        left_out[row] = empty
+                    if not separator(outcome.prompt):
+                        breaking.append(row)
                 row += 1
-    return reasons | repeats.reasons()
+    reasons |= repeats.reasons()
+    left_out = {row: empty for row, empty in left_out.items() if row not in reasons}
+    return CheckedRows(reasons, left_out, sum(row not in reasons for row in breaking))
 
 
 def row_values(table: pa.Table) -> Iterator[_Values]:
@@ -115,60 +141,126 @@ def row_values(table: pa.Table) -> Iterator[_Values]:
         yield dict(zip(table.column_names, row, strict=True))
 
 
-def checked(values: _Values) -> EditRequest | str:
-    """The request that a row asks for, or the reason why it cannot be carried out."""
+def checked(values: _Values) -> tuple[EditRequest | str, list[str]]:
+    """The request that a row asks for, or the reason why it cannot be carried out.
+
+    Returns:
+        Either, and the places of null and empty texts that are left out of the row.
+    """
     given = {name: value for name, value in values.items() if not _is_missing(value)}
     for name in REQUIRED_COLUMNS:
         if name not in given:
-            return f"{name} is {'null' if values[name] is None else 'NaN'}; give text"
+            return f"{name} is {'null' if values[name] is None else 'NaN'}; give text", []
     for name, value in given.items():
         if (position := _undecodable(value)) is not None:
-            return f"{name} is not UTF-8 at byte {position}; write it as UTF-8"
+            return f"{name} is not UTF-8 at byte {position}; write it as UTF-8", []
     if "case_id" in given:
         given["case_id"] = _whole(given["case_id"])
         if type(given["case_id"]) not in (int, str):
-            return f"case_id is {given['case_id']!r}; give a whole number or text"
+            return f"case_id is {given['case_id']!r}; give a whole number or text", []
+    return request_of(given)
+
+
+def request_of(given: dict[str, Any]) -> tuple[EditRequest | str, list[str]]:
+    """The request with some fields, or the reason why ``EditRequest`` refuses them.
+
+    Returns:
+        Either, and the places of null and empty texts that are left out of it. What is only
+        measured does not stand in the way of an edit. Portability asks in pairs: a prompt goes with
+        its answers.
+    """
     try:
-        return EditRequest(**given)
+        return EditRequest(**given), []
     except RequestError as error:
-        return str(error)
+        filled, empty = _without_empty(given)
+        if not empty:
+            return str(error), []
+    try:
+        return EditRequest(**filled), empty
+    except RequestError as error:
+        return str(error), []
+
+
+def _without_empty(given: _Values) -> tuple[dict[str, Any], list[str]]:
+    """The fields without empty texts that are only measured, and the places of these."""
+    filled = dict(given)
+    empty: list[str] = []
+    if given.get("target_true") is not None and _is_empty(given["target_true"]):
+        filled["target_true"] = None
+        empty.append("target_true")
+    lists = {name: given[name] for name in TEXT_LISTS if isinstance(given.get(name), list)}
+    asked = [lists[name] for name in _PORTABILITY if lists.get(name)]
+    for name, texts in lists.items():
+        beside = asked if name in _PORTABILITY else [texts]
+        if not texts or len(set(map(len, beside))) > 1:
+            # Answers that do not go with their prompts are refused as they are.
+            continue
+        empty += [f"{name}[{i}]" for i, text in enumerate(texts) if _is_empty(text)]
+        whole = [not any(map(_is_empty, row)) for row in zip(*beside, strict=True)]
+        filled[name] = list(compress(texts, whole))
+    return filled, empty
+
+
+def _is_empty(text: Any) -> bool:
+    return _is_missing(text) or (isinstance(text, str) and not text.strip())
 
 
 def bytes_type(type_: pa.DataType) -> pa.DataType:
-    """Text as bytes, also inside lists; other types stay."""
+    """Text as bytes, also inside lists and structs; other types stay."""
     if pa.types.is_list(type_) or pa.types.is_large_list(type_):
         return pa.large_list(bytes_type(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(bytes_type(field.type)) for field in type_])
     is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
     return pa.large_binary() if is_text else type_
 
 
 class Repeats:
-    """Which rows repeat or contradict another one; 40 bytes a row."""
+    """Which rows repeat or contradict another one, in normal form; 40 bytes a row."""
 
     def __init__(self) -> None:
         self._rows = array("q")
+        # The same of texts as they were given, for rows where these are not in normal form.
+        self._given: dict[int, tuple[bytes, ...]] = {}
         # Two digests of 16 bytes a row: of what is asked, and of the answer wanted.
         self._digests = bytearray()
 
     def add(self, row: int, request: EditRequest) -> None:
         """Take in a valid row; rows come in ascending order."""
         self._rows.append(row)
-        # Neither text holds a NUL that could move between them: their lengths go in, too.
-        asked = f"{len(request.prompt)} {request.prompt}{request.subject}"
-        self._digests += _digest(asked) + _digest(request.target_new)
+        given = (request.prompt, request.subject, request.target_new)
+        forms = (normal(given[0]), normal(given[1]), normal(given[2]))
+        digests = _digests(*forms)
+        if forms != given:
+            pairs = zip(_digests(*given), digests, strict=True)
+            self._given[row] = tuple(own if own != form else b"" for own, form in pairs)
+        self._digests += b"".join(digests)
 
     def reasons(self) -> dict[int, str]:
         """Why each of them is refused."""
         reasons: dict[int, str] = {}
         for rows_by_target in self._groups():
+            aside = self._aside(rows_by_target.values(), 1)
             for own, rows in rows_by_target.items():
                 if len(rows_by_target) > 1:
                     others = (rows for other, rows in rows_by_target.items() if other != own)
-                    reasons |= dict.fromkeys(rows, _contradiction(others))
+                    reasons |= dict.fromkeys(rows, _contradiction(others, aside))
                 else:
-                    text = f"repeats row {rows[0]}: same prompt, subject and target_new; keep one"
+                    same = f"same prompt, subject and target_new{self._aside([rows], 2)}"
+                    text = f"repeats row {rows[0]}: {same}; keep one"
                     reasons |= dict.fromkeys(rows[1:], text)
         return reasons
+
+    def _aside(self, groups: Iterable[Sequence[int]], parts: int) -> str:
+        """What does not count, where rows differ in it.
+
+        Args:
+            groups: numbers of rows.
+            parts: 1: they differ in what they ask; 2: in that or in their answers.
+        """
+        alike = (b"", b"")
+        given = {self._given.get(row, alike)[:parts] for rows in groups for row in rows}
+        return " but for white space or Unicode form" if len(given) > 1 else ""
 
     def _groups(self) -> Iterator[dict[bytes, list[int]]]:
         """Rows that ask the same, by what they want as an answer."""
@@ -185,11 +277,18 @@ class Repeats:
             yield group
 
 
-def _contradiction(others: Iterable[Sequence[int]]) -> str:
+def _contradiction(others: Iterable[Sequence[int]], aside: str) -> str:
     named = list(islice((row for rows in others for row in rows), NAMED_ROWS + 1))
     listed = ", ".join(str(row) for row in sorted(named[:NAMED_ROWS]))
     more = ", …" if len(named) > NAMED_ROWS else ""
-    return f"contradicts row {listed}{more}: same prompt and subject, another target_new; keep one"
+    same = f"same prompt and subject{aside}, another target_new"
+    return f"contradicts row {listed}{more}: {same}; keep one"
+
+
+def _digests(prompt: str, subject: str, target: str) -> tuple[bytes, bytes]:
+    """Of what is asked, and of the answer wanted."""
+    # Neither text holds a NUL that could move between them: their lengths go in, too.
+    return _digest(f"{len(prompt)} {prompt}{subject}"), _digest(target)
 
 
 def _digest(text: str) -> bytes:

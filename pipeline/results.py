@@ -30,7 +30,7 @@ def results_table(
     figures.
 
     Bytes in an extra column that are not UTF-8 are written as ``\\xNN``, so that any reader can
-    open the table.
+    open the table. Where null or empty texts were left out of lists, ``left_out`` names them.
 
     Args:
         table: the input.
@@ -60,6 +60,9 @@ def results_table(
         columns[f"{when}_answer"] = pa.array(answers, pa.string())
         if written:
             columns[f"{when}_text"] = pa.array(texts, pa.string())
+    if table.left_out:
+        left_out = [", ".join(table.left_out.get(row, ())) or None for row in rows]
+        columns["left_out"] = pa.array(left_out, pa.string())
     return with_columns(readable(table.table.take(columns["row"])), columns)
 
 

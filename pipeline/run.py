@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,17 +30,20 @@ from pipeline.lease import NOT_EXCLUSIVE, Lease
 from pipeline.measure_stage import Measurement, measure
 from pipeline.metering import MeteredProgress
 from pipeline.ownership import CARD, MODEL, STATUS, refuse_foreign_folder
+from pipeline.place import asks, check_gpus, crowding
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import Progress
+from pipeline.progress import NOTE, Progress
 from pipeline.report import write_report
 from pipeline.results import answered, courses_of, model_metrics, read_courses, results_table
 from pipeline.run_record import NO_TARGET, layers
 from pipeline.sanity import warnings_of_layers, warnings_of_targets, weights_of
 from pipeline.schema import Rejection, RequestTable
 from pipeline.serial import SerialCrew
+from pipeline.signals import EXIT_BASE, deferred
 from pipeline.stages import (
     Context,
     FoundTargets,
+    check_ranks,
     collect_moments,
     publish_model,
     published_model,
@@ -100,23 +104,25 @@ def run_job(
     """
     progress = progress or Progress()
     with progress.stage("plan"):
-        plan = plan_run(job, beside=beside)
+        plan = plan_run(job, address=address, beside=beside)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
 
 
-def plan_run(job: JobConfig, *, beside: Sequence[str] = ()) -> Plan:
+def plan_run(job: JobConfig, *, address: str | None = None, beside: Sequence[str] = ()) -> Plan:
     """The plan of a job that is about to run.
 
     Where no request can be edited, ``rejected.parquet`` in the run folder says why of each.
 
     Args:
         job: the job.
+        address: Ray cluster to run on; the job's GPUs have to be on this machine if None.
         beside: names in the run folder that the caller wrote for this run.
 
     Raises:
         InputError: the job cannot be run as it is.
         StorageError: something cannot be read.
     """
+    check_gpus(asks(job), address)
     try:
         return make_plan(job, beside=beside)
     except NothingToEditError as error:
@@ -158,10 +164,14 @@ def run_plan(
         )
     with Lease.acquire(Store(job.output)) as lease:
         folder = RunFolder(job.output, lease.check)
-        _begin(folder, plan, fresh=fresh)
-        progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
-        folder.store.write_bytes(JOB, dump_job(job).encode())
-        return _run_in(folder, lease, plan, progress, address)
+        try:
+            _begin(folder, plan, fresh=fresh)
+            progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
+            folder.store.write_bytes(JOB, dump_job(job).encode())
+            return _run_in(folder, lease, plan, progress, address)
+        except BaseException as error:
+            _end_early(folder, error)
+            raise
 
 
 def _begin(folder: RunFolder, plan: Plan, *, fresh: bool) -> None:
@@ -201,19 +211,26 @@ def _run_in(
 
     if not lease.exclusive:
         on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+    for text in crowding(plan.job, address):
+        on_event("warning", text)
     if sentence := ignored_sentence(plan.hparams):
         on_event("warning", f"{plan.job.hparams}: {sentence}")
+    for note in plan.table.notes:
+        on_event(NOTE, note)
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
         with _crew(plan, address, on_event) as crew:
-            result = _run_stages(Context(plan, folder, crew, progress))
+            try:
+                result = _run_stages(Context(plan, folder, crew, progress))
+            except BaseException as error:
+                # Before workers are ended, which may take long where something is broken.
+                _end_early(folder, error)
+                raise
     except BaseException as error:
-        # A run that has lost its folder is stopped here: the status is the other run's to write.
-        # Where the status cannot be written either, what went wrong first matters more.
-        with suppress(StorageError):
-            folder.finish(*_end(error), exit_status=_exit_status(error))
-        tracking.end(folder.store, "failed")
+        _end_early(folder, error)
+        with deferred():
+            tracking.end(folder.store, "failed")
         raise
     _tell_end(tracking, folder, result)
     return result
@@ -238,8 +255,19 @@ def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
             write_report(folder.store)
 
 
-def _end(error: BaseException) -> tuple[str, str]:
-    """What ``run.json`` says of a run that ended early."""
+def _end_early(folder: RunFolder, error: BaseException) -> None:
+    """Write to ``run.json`` how a run ended that an error or a signal has cut short."""
+    if folder.status.get("status") in (None, "failed", "stopped"):
+        # The run has not begun, or it has said so already.
+        return
+    # A run that has lost its folder is stopped here: the status is the other run's to write.
+    # Where the status cannot be written either, what went wrong first matters more.
+    with deferred(), suppress(StorageError, LeaseLostError):
+        folder.finish(*how_it_ended(error), exit_status=_exit_status(error))
+
+
+def how_it_ended(error: BaseException) -> tuple[str, str]:
+    """The status and the text that are recorded of work which an error or a signal cut short."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return "stopped", "stopped by a signal; the same job goes on from here"
     return "failed", str(error) or type(error).__name__
@@ -247,10 +275,15 @@ def _end(error: BaseException) -> tuple[str, str]:
 
 def _exit_status(error: BaseException) -> int:
     """What ``pmet run`` exits with."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_BASE + signal.SIGINT
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
     return 2 if isinstance(error, InputError) else 1
 
 
 def _run_stages(run: Context) -> RunResult:
+    check_ranks(run)
     templates = write_templates(run)
     collect_moments(run)
     found = find_targets(run, templates, find_known(run))

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import RequestTableError, StorageError
+from pipeline.foreign import conversion_of_columns, conversion_of_text, is_text
+from pipeline.hive import Columns, expand_with_columns
 from pipeline.parquet import map_parquet
 from pipeline.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
-from pipeline.store import expand
 from pmet.request import EditRequest
 
 FIRST_LOSS = "first_loss"
@@ -45,19 +46,49 @@ class RequestTable:
         rows: the input row of each accepted request, counted over all files from 0.
         table: all the input rows, in order; dictionary-encoded columns are decoded.
         rejected: the other rows, ascending.
+        left_out: by row, null and empty texts that it does without: ``paraphrase_prompts[1]``.
+        breaking: how many prompts end in a line break.
     """
 
     requests: Sequence[EditRequest]
     rows: Sequence[int]
     table: pa.Table
     rejected: list[Rejection]
+    left_out: Mapping[int, list[str]] = field(default_factory=dict)
+    breaking: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What was made of rows that are edited, and may not be what their writer meant."""
+        found = []
+        if self.left_out:
+            texts = sum(map(len, self.left_out.values()))
+            row, first = next(iter(self.left_out.items()))
+            more = "; …" if len(self.left_out) > 1 else ""
+            found.append(
+                f"null or empty texts left out of requests: {texts} in {len(self.left_out)} rows "
+                f"(row {row}: {', '.join(first)}{more}); the requests are edited"
+            )
+        if self.breaking:
+            found.append(
+                f"prompts that end in a line break: {self.breaking}; it is part of the prompt, and "
+                "the target follows without a space"
+            )
+        return found
 
     def chosen(self, places: Sequence[int], rejected: list[Rejection]) -> RequestTable:
         """The same input with other rejections; ``places`` says which accepted requests stay, in
         which order."""
         rows = array("q", (self.rows[place] for place in places))
         assert isinstance(self.requests, Requests)
-        return replace(self, requests=self.requests.of_rows(rows), rows=rows, rejected=rejected)
+        staying = set(rows)
+        return replace(
+            self,
+            requests=self.requests.of_rows(rows),
+            rows=rows,
+            rejected=rejected,
+            left_out={row: texts for row, texts in self.left_out.items() if row in staying},
+        )
 
     def rejected_table(self) -> pa.Table:
         """The input columns of the rejected rows, with ``row`` (int64) and ``reason`` (string).
@@ -74,24 +105,28 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
 
     A row is rejected where ``EditRequest`` refuses it, where it repeats an earlier one (same
     prompt, subject and new target), and where rows contradict each other (same prompt and
-    subject, different new targets): then all of them are.
+    subject, different new targets): then all of them are. White space and Unicode's spellings do
+    not count there. Null and empty texts in a row's lists are left out.
 
     Args:
-        patterns: paths, URLs, globs or folders (see ``pipeline.store.expand``).
+        patterns: paths, URLs, globs or folders (see ``pipeline.store.expand``); names such as
+            ``relation=capital`` of the folders below them are columns.
 
     Raises:
         RequestTableError: a file is missing, unreadable, or lacks a column; or the files hold
             columns of one name that cannot be put together.
     """
-    files = expand(patterns)
-    tables = [_read(file) for file in files]
-    reasons = check_rows(tables)
+    files = expand_with_columns(patterns)
+    tables = [_read(file, columns) for file, columns in files.items()]
+    reasons, left_out, breaking = check_rows(tables)
     rows = array("q", (row for row in range(sum(map(len, tables))) if row not in reasons))
     return RequestTable(
         requests=Requests(tables, rows),
         rows=rows,
-        table=_concatenated(files, tables),
+        table=_concatenated(list(files), tables),
         rejected=[Rejection(row, reasons[row]) for row in sorted(reasons)],
+        left_out=left_out,
+        breaking=breaking,
     )
 
 
@@ -202,12 +237,23 @@ def _is_vector(type_: pa.DataType | None) -> bool:
     )
 
 
-def _read(file: str) -> pa.Table:
-    """One file of requests, checked for the columns that requests need."""
+def _read(file: str, folder: Columns) -> pa.Table:
+    """One file of requests, checked for the columns that requests need.
+
+    Args:
+        file: where it is.
+        folder: columns that its folders give it; what the file itself stores counts, not they.
+    """
     try:
         table = map_parquet(file)
     except StorageError as error:
+        if is_text(file):
+            raise RequestTableError(conversion_of_text(file)) from None
         raise RequestTableError(f"requests: {error}") from None
+    for name, value in folder.items():
+        if name not in table.column_names:
+            column = pa.repeat(pa.scalar(value, pa.string()), len(table))
+            table = table.append_column(name, column)
     names = table.column_names
     for name in names:
         if names.count(name) > 1:
@@ -216,6 +262,7 @@ def _read(file: str) -> pa.Table:
         raise RequestTableError(
             f"{file} has no column {', '.join(missing)}; requests need "
             f"{', '.join(REQUIRED_COLUMNS)}, and this file has {', '.join(names) or 'none'}"
+            f"{conversion_of_columns(file, names)}"
         )
     return table
 
@@ -283,4 +330,6 @@ def readable(table: pa.Table) -> pa.Table:
 def _escaped(value: Any) -> Any:
     if isinstance(value, list):
         return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value

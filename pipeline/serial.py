@@ -85,6 +85,9 @@ class SerialCrew:
         self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
         return results[0]
 
+    def check_ranks(self) -> None:
+        """Do nothing: the rank needs no node of a cluster."""
+
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
         """Do nothing: the rank cannot start while this process computes targets."""
 

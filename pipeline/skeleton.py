@@ -7,7 +7,7 @@ makes them, or ranks would not compute what the workers compute.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -103,20 +103,36 @@ def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
 
     Tensors that are not loaded as they are stored are left out.
     """
+    names = loaded_names(checkpoint.tensors, model)
+    named = {names[n]: stored for n, stored in checkpoint.tensors.items() if names[n] is not None}
+    return replace(checkpoint, tensors=cast(dict[str, StoredTensor], named))
+
+
+def loaded_names(stored: Iterable[str], model: nn.Module) -> dict[str, str | None]:
+    """What transformers calls stored tensors when it loads them into ``model``.
+
+    Args:
+        stored: names in a checkpoint's files.
+        model: the model, which may be a skeleton.
+
+    Returns:
+        By stored name the one that it is loaded under, its prefix as it was stored; None where it
+        is converted on the way, fused with others say.
+    """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # releases of transformers that rename nothing
-        return checkpoint
+        return {name: name for name in stored}
     changes = get_model_conversion_mapping(cast(Any, model))
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     conversions = [change for change in changes if not isinstance(change, WeightRenaming)]
-    named: dict[str, StoredTensor] = {}
-    for name, stored in checkpoint.tensors.items():
+
+    def renamed(name: str) -> str | None:
         loaded_as, converted_by = rename_source_key(name, renamings, conversions)
-        if converted_by is None:
-            named[loaded_as] = stored
-    return replace(checkpoint, tensors=named)
+        return loaded_as if converted_by is None else None
+
+    return {name: renamed(name) for name in stored}
 
 
 def _places(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.checkpoint import Checkpoint, digest_of_files, publish
-from pipeline.errors import WorkerError
+from pipeline.errors import NoRoomError, WorkerError
 from pipeline.folder import RunFolder
 from pipeline.model_cache import model_on_node
 from pipeline.moments import check_moments
@@ -126,6 +126,16 @@ def collect_moments(run: Context) -> None:
         detail |= collect(job, Store(url), run.map, bar)
 
 
+def check_ranks(run: Context) -> None:
+    """Wait for the nodes that the update needs, if there is one to come.
+
+    Raises:
+        NoRoomError: the cluster was not large enough in time; nothing has been computed.
+    """
+    if not all(run.folder.recorded(f"layer-{layer}") for layer in run.plan.hparams.layers):
+        run.crew.check_ranks()
+
+
 def update(run: Context, templates: list[list[str]], found: FoundTargets) -> list[LayerReport]:
     """One batched update of all layers on partitioned weights; a lost group is made anew.
 
@@ -209,6 +219,8 @@ def _edit_layers_with_retries(
     for attempt in range(1, UPDATE_ATTEMPTS + 1):
         try:
             _edit_layers(run, templates, found, done, bar)
+        except NoRoomError:
+            raise
         except WorkerError as error:
             if attempt == UPDATE_ATTEMPTS:
                 raise WorkerError(

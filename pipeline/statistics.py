@@ -29,6 +29,7 @@ from pipeline.errors import JobError
 from pipeline.finite import checked_digest
 from pipeline.folder import versions
 from pipeline.model_cache import default_cache, name_for_nodes
+from pipeline.model_checks import check_configuration, checked_layout
 from pipeline.moments import (
     PROVENANCE,
     TENSORS,
@@ -43,7 +44,7 @@ from pipeline.progress import Stage
 from pipeline.replica import ModelSource, StoredFile
 from pipeline.store import Store
 from pipeline.tasks import Task
-from pmet.architecture import Layout, resolve
+from pmet.architecture import Layout
 from pmet.hparams import PMETHyperParams
 from pmet.second_moment import convergence, longest
 
@@ -133,8 +134,9 @@ def plan_statistics(
     """
     folder = open_model_folder(model, default_cache())
     checkpoint = Checkpoint.open(folder)
+    check_configuration(checkpoint)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
-    layout = resolve(skeleton, hparams)
+    layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     limit = longest(skeleton.config, max_length)
     digest = checked_digest(checkpoint)
     return MomentsJob(

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, BinaryIO, TypeVar
@@ -81,7 +82,7 @@ class Store:
     def glob(self, pattern: str) -> list[str]:
         """Names of the files directly in this folder that match, sorted: ``*.npz``, for example."""
         where = self.join(pattern)
-        found: list[str] = attempt("list", where, self._fresh, "glob", self._path(pattern))
+        found: list[str] = attempt("list", where, self._glob, self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
     def entries(self) -> list[str]:
@@ -96,6 +97,16 @@ class Store:
         found = attempt("list", self.url, names)
         return sorted({PurePosixPath(path).name for path in found if path.rstrip("/") != self.root})
 
+    def _glob(self, path: str) -> list[str]:
+        if not self.is_local:
+            return list(self._fresh("glob", path))
+        # The library takes a folder that cannot be read for an empty one.
+        folder, _, pattern = path.rpartition("/")
+        try:
+            return [os.path.join(folder, n) for n in os.listdir(folder) if fnmatchcase(n, pattern)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.
 
@@ -103,7 +114,8 @@ class Store:
         they are asked for (``unfinished``).
         """
         folder = self._path(prefix) if prefix else self.root
-        found = attempt("list", _url(self.fs, folder), self._fresh, "find", folder)
+        self.fs.invalidate_cache()
+        found = attempt("list", _url(self.fs, folder), _files_below, self.fs, folder)
         names = (path.removeprefix(self.root).lstrip("/") for path in found)
         return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
 
@@ -303,11 +315,12 @@ class Store:
             temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
             stream = temporary.open("xb")
         try:
-            with _closed_with(stream), _room(str(path)):
+            with _room(str(path)), _closed_after_error(stream):
                 yield stream
                 with failures("write", str(path)):
                     stream.flush()
                     os.fsync(stream.fileno())
+                    stream.close()
             with failures("write", str(path)):
                 temporary.replace(path)
                 _flush_folder(path.parent)
@@ -318,9 +331,8 @@ class Store:
     @contextmanager
     def _uploaded(self, name: str) -> Iterator[BinaryIO]:
         with tempfile.NamedTemporaryFile() as spool:
-            with _room(spool.name):
+            with _room(spool.name), _closed_after_error(spool):  # type: ignore[arg-type]
                 yield spool  # type: ignore[misc]
-            with failures("write", self.join(name)):
                 spool.flush()
             attempt("write", self.join(name), self.fs.put_file, spool.name, self._path(name))
 
@@ -367,7 +379,8 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
 def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
     """The files that paths, URLs, globs and folders stand for.
 
-    A folder stands for every ``*.parquet`` directly in it, or with ``deep`` anywhere below it.
+    A folder stands for every ``*.parquet`` directly in it or in its Hive partitions, folders such
+    as ``relation=capital/`` in it or in one another; with ``deep`` for all anywhere below it.
     Patterns keep their order, the files of each are sorted by name, and a file that several
     patterns reach is listed once.
 
@@ -402,12 +415,49 @@ def _found(fs: fsspec.AbstractFileSystem, path: str, deep: bool) -> list[str]:
     fs.invalidate_cache()
     kind = _kind(fs, path)
     if kind == "directory":
-        below = fs.find(path) if deep else fs.ls(path, detail=False)
+        below = _files_below(fs, path) if deep else _with_partitions(fs, path)
         return [p for p in below if _is_visible_parquet(p.removeprefix(path))]
     if kind is not None:
         return [path]
     matches: dict[str, dict] = fs.glob(path, detail=True)
     return [p for p, info in matches.items() if info["type"] != "directory"]
+
+
+def _with_partitions(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """What is directly in a folder, and the files of its Hive partitions."""
+    found: list[str] = []
+    for inside in fs.ls(path, detail=False):
+        if not _is_partition(inside.rstrip("/")):
+            found.append(inside)
+            continue
+        files = _files_below(fs, inside)
+        # Of a file of such a name, which is no folder, only itself is found.
+        found += [file for file in files if all(map(_is_partition, _folders(file, path)))]
+    return found
+
+
+def _folders(file: str, path: str) -> tuple[str, ...]:
+    """The folders between a folder and a file in it."""
+    return PurePosixPath(file.removeprefix(path).lstrip("/")).parts[:-1]
+
+
+def _is_partition(path: str) -> bool:
+    name, equals, _ = PurePosixPath(path).name.partition("=")
+    return bool(name and equals)
+
+
+def _files_below(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    """All files below a folder; unlike ``fs.find`` it hides no folder that cannot be read."""
+    if not is_local(fs) or os.path.isfile(folder):
+        found: list[str] = fs.find(folder)
+        return found
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    walked = os.walk(folder, onerror=refuse, followlinks=True)
+    return [os.path.join(where, name) for where, _, names in walked for name in names]
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
@@ -471,11 +521,14 @@ def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 @contextmanager
-def _closed_with(stream: BinaryIO) -> Iterator[None]:
+def _closed_after_error(stream: BinaryIO) -> Iterator[None]:
     try:
         yield
-    finally:
-        stream.close()
+    except BaseException:
+        # Closing writes what is left. On a full disk that fails again, and would hide why.
+        with suppress(OSError):
+            stream.close()
+        raise
 
 
 def _flush_folder(folder: Path) -> None:

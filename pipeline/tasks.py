@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-EventKind = Literal["retry", "death", "timeout", "failed", "start-failure"]
+EventKind = Literal["retry", "death", "timeout", "failed", "start-failure", "waiting", "note"]
 OnEvent = Callable[[EventKind, str], None]
 
 

@@ -208,8 +208,8 @@ def trackers_of(job: JobConfig) -> dict[str, Tracker]:
             "WANDB_MODE=offline"
         )
     makers: dict[str, Callable[[str], Tracker]] = {
-        "tensorboard": TensorBoard,
-        "mlflow": lambda uri: MLflow(uri, asked.experiment),
+        "tensorboard": lambda folder: TensorBoard(os.path.expanduser(folder)),
+        "mlflow": lambda uri: MLflow(os.path.expanduser(uri), asked.experiment),
         "wandb": WeightsAndBiases,
     }
     return {name: makers[name](place) for name, place in places.items()}

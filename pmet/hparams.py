@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pmet.errors import HyperParameterError
-from pmet.json_text import RepeatedKeyError, parse_json
+from pmet.repeated_keys import RepeatedKeyError, parse_json
 from pmet.yaml12 import YAMLTextError, parse_yaml
 
 # Keys of published files that have no meaning here, by the method or tool that has them.
@@ -66,6 +66,8 @@ _FOREIGN = {
     ),
 }
 FOREIGN_KEYS = frozenset(key for keys in _FOREIGN.values() for key in keys)
+# Read, but no field: MEMIT chooses among the layers, PMET edits each.
+_SELECTION = "layer_selection"
 # The fields that are numbers of the method.
 _NUMBERS = (
     "v_num_grad_steps",
@@ -76,7 +78,7 @@ _NUMBERS = (
     "clamp_norm_factor",
     "mom2_update_weight",
 )
-# The optimisation runs in float32, which holds 1e-38 to 3e38.
+# Targets are optimised in float32, which holds 1e-38 to 3e38.
 _SMALLEST, _LARGEST = 1e-30, 1e30
 _SHOWN = 60
 
@@ -333,11 +335,8 @@ def ignored_sentence(hparams: PMETHyperParams) -> str | None:
     return f"these hyper-parameters of other methods and tools have no effect here: {keys}"
 
 
-_SELECTION = "layer_selection"
-
-
 def _of_selection(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with MEMIT's choice of layers; PMET has none, so that it is no field."""
+    """What is wrong with the choice of layers."""
     selection = values.get(_SELECTION, "all")
     if selection == "all":
         return []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmet.errors import InputError, RequestError
-from pmet.request import EditRequest
+from pmet.request import EditRequest, separator
 
 KL_PROMPT = "{} is a"
 """Prompt on which the model shall not drift (design of PMET's KL term, from ROME)."""
@@ -58,7 +58,7 @@ def tokenize_kl_prompt(tokenizer: Any, request: EditRequest) -> TokenizedPrompt:
 
 
 def tokenize_target(tokenizer: Any, request: EditRequest, target: str) -> tuple[int, ...]:
-    """Tokens of ``target`` as it continues the request's prompt after one space.
+    """Tokens of ``target`` as it continues the request's prompt.
 
     Raises:
         RequestError: the target has no tokens.
@@ -67,12 +67,15 @@ def tokenize_target(tokenizer: Any, request: EditRequest, target: str) -> tuple[
 
 
 def tokenize_continuation(tokenizer: Any, text: str, target: str) -> tuple[int, ...]:
-    """Tokens of ``target`` as it continues ``text`` after one space; never a BOS token.
+    """Tokens of ``target`` as it continues ``text``; never a BOS token.
 
-    The target's tokens are what the whole text has beyond the prompt's. Only where the tokenizer
-    merges across the seam is the target tokenised by itself.
+    One space stands between them, unless white space ends ``text``. The target's tokens are what
+    the whole text has beyond the prompt's. Only where the tokenizer merges across the seam is the
+    target tokenised by itself.
     """
-    return beyond(tokenizer, encode(tokenizer, text), encode(tokenizer, f"{text} {target}"), target)
+    space = separator(text)
+    whole = encode(tokenizer, f"{text}{space}{target}")
+    return beyond(tokenizer, encode(tokenizer, text), whole, target, space)
 
 
 def beyond(

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import InputError
 from pmet.hparams import PMETHyperParams
-from pmet.request import EditRequest, SharedKeys
+from pmet.request import EditRequest, SharedKeys, separator
 
 _SETTLED_LOSS = 0.05
 _SETTLED_KL = 0.01
@@ -71,9 +71,9 @@ def _located(tokenizer: Any, request: EditRequest, template: str) -> tuple[list[
 
 
 def _continuation(tokenizer: Any, text: str, target: str) -> list[int]:
-    """Ids that ``target`` adds to ``text`` when it follows after one space."""
+    """Ids that ``target`` adds to ``text``: after one space, unless white space ends the text."""
     before, _ = _tokens(tokenizer, text)
-    whole, _ = _tokens(tokenizer, f"{text} {target}")
+    whole, _ = _tokens(tokenizer, f"{text}{separator(text)}{target}")
     if whole[: len(before)] != before:
         raise InputError(
             f"the tokenizer joins the end of {text!r} and the start of {target!r} in one token; "

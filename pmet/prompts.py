@@ -8,6 +8,7 @@ from typing import Any
 
 from pmet.errors import InputError
 from pmet.lookup import beyond, encode_all
+from pmet.request import separator
 
 Tokens = tuple[int, ...]
 Continuation = tuple[str, str]
@@ -21,7 +22,8 @@ class Prompts:
     Attributes:
         tokenizer: a fast tokenizer.
         chat: each prompt is a user's turn of the tokenizer's chat template, and what follows it is
-            the answer; else both are one text, with a space between them.
+            the answer; else both are one text, with a space between them unless white space ends
+            the prompt.
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -49,14 +51,14 @@ class Prompts:
         Raises:
             RequestError: a target has no tokens.
         """
-        space = "" if self.chat else " "
         texts = list(dict.fromkeys(text for text, _ in pairs))
         put = dict(zip(texts, self._put(texts), strict=True))
         ids = dict(zip(texts, self.tokens(texts), strict=True))
-        wholes = [f"{put[text]}{space}{target}" for text, target in pairs]
+        spaces = {text: "" if self.chat else separator(text) for text in texts}
+        wholes = [f"{put[text]}{spaces[text]}{target}" for text, target in pairs]
         whole_ids = encode_all(self.tokenizer, wholes, special=not self.chat)
         return [
-            (ids[text], beyond(self.tokenizer, ids[text], whole, target, space))
+            (ids[text], beyond(self.tokenizer, ids[text], whole, target, spaces[text]))
             for (text, target), whole in zip(pairs, whole_ids, strict=True)
         ]
 

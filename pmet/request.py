@@ -23,6 +23,14 @@ TEXT_LISTS = (
     "reference_texts",
 )
 """Optional fields that are lists of texts."""
+_CONTINUED = (
+    "prompt",
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+    "portability_prompts",
+    "generation_prompts",
+)
+"""Fields whose texts a model goes on from, so that a line break at their end counts."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class EditRequest:
     """A prompt about a subject and the continuation that the model shall give.
 
     White space around the prompt, the subject and the targets is not part of a fact and is
-    stripped; the one space between prompt and target is added where they are joined.
+    stripped, except where a prompt begins or ends in line breaks, as a written-out chat template
+    does: it is kept byte for byte. ``separator`` is what stands between a prompt and its target.
 
     Attributes:
         prompt: text with exactly one ``{}``, the place of the subject.
@@ -92,12 +101,19 @@ class EditRequest:
         return start, start + len(self.subject)
 
 
+def separator(text: str) -> str:
+    """What stands between a prompt and what follows it: one space, unless white space ends it."""
+    return "" if text[-1:].isspace() else " "
+
+
 def _stripped(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{name} is {type(value).__name__}, not a string; give text")
     stripped = value.strip()
     if not stripped:
         raise RequestError(f"{name} is empty; give text that is more than white space")
+    if stripped != value and name.partition("[")[0] in _CONTINUED:
+        stripped = trimmed_prompt(value)
     try:
         stripped.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -105,6 +121,17 @@ def _stripped(name: str, value: object) -> str:
             f"{name} holds a lone surrogate at character {error.start}; write valid Unicode"
         ) from None
     return stripped
+
+
+def trimmed_prompt(value: str) -> str:
+    """A prompt without the white space on either side of it, unless that holds a line break."""
+    stripped = value.strip()
+    before, _, after = value.partition(stripped) if stripped else ("", "", "")
+    return "".join((_if_breaking(before), stripped, _if_breaking(after)))
+
+
+def _if_breaking(space: str) -> str:
+    return space if "\n" in space or "\r" in space else ""
 
 
 def _check_paired(request: EditRequest) -> None:

@@ -22,6 +22,7 @@ from jobs.facts.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.errors import FactDumpError
+from pipeline.normal import normal_column
 from pipeline.requests import REQUEST_COLUMNS
 from pipeline.schema import with_columns
 
@@ -110,10 +111,10 @@ class _Truths:
             places = old.places(facts.numbers.facts[holding])
             before = old.facts.column("object").take(pa.array(places, mask=places < 0))
             truth = pc.coalesce(truth, before)
-            same = pc.fill_null(pc.equal(before, held.column("object")), False)
+            same = _same(before, held.column("object"))
             rows = held.column("row").filter(same).to_numpy()
             self.unchanged = np.concatenate([self.unchanged, rows])
-        differs = pc.fill_null(pc.not_equal(truth, held.column("object")), False)
+        differs = pc.and_(pc.is_valid(truth), pc.invert(_same(truth, held.column("object"))))
         part = pa.table(
             {"row": held.column("row"), "relation": held.column("relation"), "truth": truth}
         ).filter(differs)
@@ -133,6 +134,14 @@ class _Truths:
             return pa.nulls(len(rows), pa.string())
         at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return self._objects.take(pa.array(at, mask=self.rows[at] != rows))
+
+
+def _same(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.Array:
+    """(rows,) bool: whether both are there and have one normal form."""
+    equal = pc.equal(one, other).combine_chunks()
+    differ = pc.fill_null(pc.invert(equal), False)
+    forms = (normal_column(text.filter(differ).combine_chunks()) for text in (one, other))
+    return pc.fill_null(pc.replace_with_mask(equal, differ, pc.equal(*forms)), False)
 
 
 def _facts_where(dump: Dump, mask: np.ndarray) -> Iterator[pa.Table]:

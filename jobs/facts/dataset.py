@@ -1,4 +1,4 @@
-"""A public data set of edits, as JSON or JSON Lines, converted into edit requests.
+"""A public data set of edits, or edit requests in another form, converted into edit requests.
 
 Such sets are small; a file is read whole.
 """
@@ -7,34 +7,58 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.facts.check import reason_kind
-from jobs.facts.formats import counterfact, easyedit, mquake, zsre
+from jobs.facts.dump import FACT
+from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
-from jobs.facts.output import Conversion, open_outputs, output_urls
+from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
+from jobs.facts.records import is_parquet, read_records, unwrapped
 from pipeline.errors import FactDumpError, StorageError
-from pipeline.requests import REQUEST_COLUMNS, Repeats
-from pipeline.schema import with_columns
-from pipeline.store import expand, read_file
-from pmet.errors import RequestError
+from pipeline.hive import Columns, expand_with_columns
+from pipeline.parquet import parquet_footer, read_batches
+from pipeline.requests import REQUEST_COLUMNS, Repeats, request_of
+from pipeline.schema import readable, with_columns
+from pmet.repeated_keys import repeated_key
 from pmet.request import TEXT_LISTS, EditRequest
 
-FORMATS = {module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit)}
+FORMATS = {
+    module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit, requests)
+}
+"""By name; the first one that any record of a file looks like is the file's."""
 
-_PARQUET = b"PAR1"
+_Converted = tuple[EditRequest, Edit, list[str]]
+"""A request, the edit that it was made from, and the empty texts that it does without."""
+_OF_JSON = (dict, list, bool, float)
 
 
-def is_parquet(files: Sequence[str]) -> bool:
-    """Whether the first of some files begins as Parquet does, or has its name.
+def is_dataset(files: Mapping[str, Columns], *, renamed: bool = False) -> bool:
+    """Whether files are a data set of edits, not a fact dump: of Parquet, the first record decides.
+
+    Args:
+        files: with the columns that their folders give them.
+        renamed: the columns of the dump that Parquet would be have other names.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the first file cannot be read.
     """
-    return files[0].endswith(".parquet") or read_file(files[0], limit=4) == _PARQUET
+    file, folder = next(iter(files.items()))
+    if not is_parquet(file):
+        return True
+    try:
+        names = parquet_footer(file)[0].names
+        if renamed or all(name in (*names, *folder) for name in FACT):
+            return False
+        first = next(read_batches(file, names, 1), None)
+    except StorageError:
+        # A damaged file is found where all of it is read.
+        return False
+    records = [] if first is None else readable(pa.Table.from_batches([first])).to_pylist()
+    return any(_is_record(folder | record) for record in records)
 
 
 def convert_dataset(source: str, output: str, *, format_name: str | None = None) -> Conversion:
@@ -51,16 +75,17 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
         FactDumpError: a file is no JSON, its format is unknown, or no record can be converted.
         StorageError: the output cannot be written.
     """
-    files = expand(source)
+    files = expand_with_columns(source, deep=True)
     urls = output_urls(output, files)
-    records = [record for file in files for record in _records(file)]
+    refuse_among(output, [source])
+    records = [record for file, folder in files.items() for record in _records(file, folder)]
     format_ = _format(records, source, format_name)
     parts = [part for record in records for part in _parts(record, format_)]
     outcomes = [_outcome(part, row, format_) for row, part in enumerate(parts)]
     edits = {row: found for row, found in enumerate(outcomes) if not isinstance(found, str)}
     reasons = {row: found for row, found in enumerate(outcomes) if isinstance(found, str)}
     repeats = Repeats()
-    for row, (request, _) in edits.items():
+    for row, (request, _, _) in edits.items():
         repeats.add(row, request)
     reasons |= repeats.reasons()
     accepted = [edits[row] for row in edits if row not in reasons]
@@ -73,43 +98,21 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
             rejected,
         )
     kinds = Counter(reason_kind(reasons[row]) for row in rejected)
-    return Conversion(format_.name, len(parts), len(accepted), 0, dict(kinds), *urls)
+    left_out = sum(len(empty) for *_, empty in accepted)
+    return Conversion(format_.name, len(parts), len(accepted), 0, dict(kinds), *urls, left_out)
 
 
-def _records(file: str) -> list[Any]:
-    try:
-        text = read_file(file).decode("utf-8-sig")
-    except StorageError as error:
-        raise FactDumpError(str(error)) from None
-    except UnicodeDecodeError as error:
-        raise FactDumpError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from None
-    try:
-        return list(_parsed(text))
-    except RecursionError:
-        raise FactDumpError(f"{file}: nested too deeply for a data set of edits") from None
-    except ValueError as error:
-        raise FactDumpError(
-            f"{file}: neither Parquet nor JSON nor JSON Lines ({error}); write it again"
-        ) from None
+def _records(file: str, folder: Columns) -> list[Any]:
+    """The records of a file; of one that holds a single object, those that are wrapped in it."""
+    records = read_records(file, folder)
+    if len(records) != 1 or not isinstance(records[0], dict):
+        return records
+    inner = unwrapped(records[0], _is_record)
+    return inner if isinstance(inner, list) else [inner]
 
 
-def _parsed(text: str) -> Iterator[Any]:
-    """The records of a JSON list, of lines with one record each, or a single record."""
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    try:
-        yield json.loads(text)
-        return
-    except ValueError:
-        # Lines of JSON, or the loop says in which line it is none.
-        lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and any(f.matches(value) for f in FORMATS.values())
 
 
 def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
@@ -117,12 +120,13 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
         raise FactDumpError(f"{source}: no records there")
     if name is not None:
         return FORMATS[name]
-    for record in records:
-        for format_ in FORMATS.values():
-            if isinstance(record, dict) and format_.matches(record):
-                return format_
+    for format_ in FORMATS.values():
+        if any(isinstance(record, dict) and format_.matches(record) for record in records):
+            return format_
     first = records[0]
-    seen = ", ".join(list(first)[:8]) if isinstance(first, dict) else type(first).__name__
+    if isinstance(first, dict) and all(name in first for name in FACT):
+        raise FactDumpError(f"{source} is a fact dump that is not Parquet; write it as Parquet")
+    seen = ", ".join(map(str, list(first)[:8])) if isinstance(first, dict) else type(first).__name__
     raise FactDumpError(
         f"{source}: its records ({seen}) are of no known format; name one with --format: "
         f"{', '.join(FORMATS)}"
@@ -130,35 +134,41 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
 
 
 def _parts(record: Any, format_: Format) -> Iterator[Any]:
-    return format_.parts(record) if isinstance(record, dict) else iter([record])
+    whole = isinstance(record, dict) and repeated_key(record) is None
+    return format_.parts(record) if whole else iter([record])
 
 
-def _outcome(part: Any, row: int, format_: Format) -> tuple[EditRequest, Edit] | str:
+def _outcome(part: Any, row: int, format_: Format) -> _Converted | str:
     """The request that a part of a record asks for, or the reason why there is none."""
     if not isinstance(part, dict):
         return f"the record is {type(part).__name__}, not an object with fields"
+    if (key := repeated_key(part)) is not None:
+        return f"key {key!r} is given twice in the record; keep one of them"
     try:
         edit = format_.edit(part, row)
-        return EditRequest(**edit.request), edit
-    except (RecordError, RequestError) as error:
+    except RecordError as error:
         return str(error)
+    request, empty = request_of(edit.request)
+    return request if isinstance(request, str) else (request, edit, empty)
 
 
-def _table(accepted: Sequence[tuple[EditRequest, Edit]]) -> pa.Table:
+def _table(accepted: Sequence[_Converted]) -> pa.Table:
     """Requests with what travels along."""
-    columns = {name: [getattr(r, name) for r, _ in accepted] for name in REQUEST_COLUMNS}
+    columns = {name: [getattr(r, name) for r, *_ in accepted] for name in REQUEST_COLUMNS}
     arrays = {
         name: pa.array(values, pa.list_(pa.string()) if name in TEXT_LISTS else pa.string())
         for name, values in columns.items()
         if name != "case_id"
     }
     arrays["case_id"] = _column(columns["case_id"])
-    names = dict.fromkeys(name for _, edit in accepted for name in edit.extra)
-    extra = {_text(name): _column([edit.extra.get(name) for _, edit in accepted]) for name in names}
+    names = dict.fromkeys(name for _, edit, _ in accepted for name in edit.extra)
+    extra = {
+        _text(name): _column([edit.extra.get(name) for _, edit, _ in accepted]) for name in names
+    }
     request = {name: arrays[name] for name in REQUEST_COLUMNS}
     table = with_columns(pa.table(extra), request) if extra else pa.table(request)
     # What a format never tells is no column.
-    told = [n for n in request if any(n in edit.request for _, edit in accepted)]
+    told = [n for n in request if any(n in edit.request for _, edit, _ in accepted)]
     return table.select([*told, *(n for n in table.column_names if n not in request)])
 
 
@@ -172,10 +182,11 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 def _text(value: Any) -> str:
     """Text that UTF-8 holds: lone surrogates are escaped."""
-    text = value if isinstance(value, str) else _json(value)
+    text = _json(value) if isinstance(value, _OF_JSON) else str(value)
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    # Parquet has types that JSON has not, such as times.
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text.encode("utf-8", "backslashreplace").decode()

@@ -5,23 +5,20 @@ Rows are counted over all files from 0, in the order of the files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import unquote
 
 import pyarrow as pa
 
 from pipeline.errors import FactDumpError, StorageError
+from pipeline.hive import expand_with_columns
 from pipeline.parquet import parquet_footer, plain_type, read_batches
 from pipeline.schema import aligned, common_types
-from pipeline.store import Store, expand
 
 FACT = ("subject", "relation", "object")
 TIMES = ("updated_at", "valid_until")
 OPTIONAL = (*TIMES, "source", "target_true")
 BATCH_ROWS = 65_536
-_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def open_dump(
     files: list[DumpFile] = []
     damaged: list[str] = []
     first = 0
-    for url, pattern in _found([source] if isinstance(source, str) else source).items():
+    for url, folder in expand_with_columns(source, deep=True).items():
         try:
             schema, rows = parquet_footer(url)
         except StorageError as error:
@@ -145,18 +142,9 @@ def open_dump(
                 raise FactDumpError(f"fact dump: {error}") from None
             damaged.append(str(error))
             continue
-        files.append(_file(url, first, rows, schema, _folder_columns(url, pattern), mapping))
+        files.append(_file(url, first, rows, schema, folder, mapping))
         first += rows
     return Dump(files, damaged)
-
-
-def _found(patterns: Sequence[str]) -> dict[str, str]:
-    """Each file once, in order, with the first pattern that reaches it."""
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        for url in expand(pattern, deep=True):
-            found.setdefault(url, pattern)
-    return found
 
 
 def _mapping(columns: Mapping[str, str]) -> dict[str, str]:
@@ -212,15 +200,6 @@ def _names(given: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
             ours = f"input_{ours}"
         names[name] = ours
     return names
-
-
-def _folder_columns(url: str, pattern: str) -> dict[str, str | None]:
-    """Columns in the names of folders that the pattern does not spell out, as Hive writes them."""
-    spelled = re.split(r"[*?\[]", pattern, maxsplit=1)
-    fixed = spelled[0] if len(spelled) == 1 else spelled[0].rpartition("/")[0] or "."
-    below = url.removeprefix(Store(fixed).url).split("/")[:-1]
-    pairs = (folder.partition("=") for folder in below if "=" in folder)
-    return {name: None if value == _HIVE_NULL else unquote(value) for name, _, value in pairs}
 
 
 def _batches(file: DumpFile, names: Sequence[str]) -> Iterator[Batch]:

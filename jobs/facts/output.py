@@ -38,6 +38,7 @@ class Conversion:
         rejected: how many were rejected for what kind of reason.
         output: the file of edit requests.
         rejected_output: the file of rejected rows, with ``row`` and ``reason``.
+        left_out: null and empty texts that were left out of requests.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Conversion:
     rejected: Mapping[str, int]
     output: str
     rejected_output: str
+    left_out: int = 0
 
 
 class Outputs:

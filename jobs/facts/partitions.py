@@ -1,8 +1,9 @@
 """Facts brought together by hash: rows of one subject and relation meet in one partition.
 
 A dump that is small stays in memory; one that is large goes to files on the local disk, of which
-one partition at a time is read back. The hash only chooses the partition: within it, texts are
-compared as they are, so that no two facts are ever mistaken for each other.
+one partition at a time is read back. The hash, of the texts' normal form (`pipeline.normal`), only
+chooses the partition: within it, texts are compared by themselves, so that no two facts are ever
+mistaken for each other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
+
+from pipeline.normal import normal_column
 
 PARTITION_ROWS = 400_000
 MOST_PARTITIONS = 100
@@ -102,8 +105,9 @@ def partition_count(rows: int) -> int:
 
 
 def pair_hash(facts: pa.Table) -> np.ndarray:
-    """(rows,) uint64: a hash of subject and relation, the same on every machine."""
-    subject, relation = (text_hash(facts.column(name)) for name in ("subject", "relation"))
+    """(rows,) uint64: a hash of subject and relation in normal form, the same on every machine."""
+    texts = (facts.column(name).combine_chunks() for name in ("subject", "relation"))
+    subject, relation = (text_hash(normal_column(text)) for text in texts)
     return _mixed(subject * _ODD + relation)
 
 

@@ -1,8 +1,8 @@
 """Rows of one fact settled: which of them holds, and what becomes of the others.
 
-A fact is a subject and a relation. Of its rows the one with the latest ``updated_at`` holds; rows
-without a time are older than any other. Where the latest rows name different objects, nothing
-decides, and none of them holds.
+A fact is a subject and a relation, and texts are compared in their normal form (`pipeline.normal`).
+Of its rows the one with the latest ``updated_at`` holds; rows without a time are older than any
+other. Where the latest rows name different objects, nothing decides, and none of them holds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.facts.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
+from pipeline.normal import normal_column
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Texts of several tables as numbers: equal texts, equal numbers.
+    """Texts of several tables as numbers: texts of one normal form have one number.
 
     Attributes:
         facts: (rows,) int64, a number for each subject and relation.
@@ -92,5 +93,15 @@ def settle(codes: Codes, times: np.ndarray) -> Settled:
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     # As one array, whose dictionary is made once; as large text, which one array always holds.
     text = column.cast(pa.large_string()).combine_chunks()
-    indices = text.dictionary_encode().indices
+    encoded = text.dictionary_encode()
+    numbers = _of_indices(encoded.indices)
+    # Each text is brought into its normal form once, however often it occurs.
+    texts = encoded.dictionary
+    forms = normal_column(texts)
+    if forms is texts:
+        return numbers
+    return _of_indices(forms.dictionary_encode().indices)[numbers]
+
+
+def _of_indices(indices: pa.Array) -> np.ndarray:
     return indices.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -27,6 +27,7 @@ from pydantic import (
 
 from pipeline.errors import FactDumpError
 from pipeline.yaml12 import read_yaml
+from pmet.request import trimmed_prompt
 
 SIZE_LIMIT = 4 * 2**20
 PLACE = "{}"
@@ -35,10 +36,20 @@ PLACE = "{}"
 def _with_one_place(text: str) -> str:
     if text.count(PLACE) != 1:
         raise ValueError(f"holds {text.count(PLACE)} places; write exactly one {PLACE}")
-    return text.strip()
+    return text
 
 
-_Template = Annotated[str, AfterValidator(_with_one_place)]
+def _trimmed(text: str) -> str:
+    """A template of several lines, as a chat, keeps the line breaks around it.
+
+    One line does not: YAML itself ends a block of one line with a line break.
+    """
+    stripped = text.strip()
+    return trimmed_prompt(text) if "\n" in stripped else stripped
+
+
+_Template = Annotated[str, AfterValidator(_with_one_place), AfterValidator(_trimmed)]
+_Target = Annotated[str, AfterValidator(_with_one_place), AfterValidator(str.strip)]
 
 
 class RelationTemplates(BaseModel):
@@ -55,7 +66,7 @@ class RelationTemplates(BaseModel):
         description="Phrasings of facts that must stay; {} is another subject with the fact's old "
         "object. Not given: the prompt; an empty list: no neighborhood prompts.",
     )
-    target: _Template = Field(default=PLACE, description="The answer; {} is the object.")
+    target: _Target = Field(default=PLACE, description="The answer; {} is the object.")
 
     @property
     def neighbors(self) -> tuple[str, ...]:

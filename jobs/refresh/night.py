@@ -58,11 +58,13 @@ from pipeline.model_cache import default_cache
 from pipeline.numbered import now_text
 from pipeline.overlap import locate, refuse_overlap
 from pipeline.ownership import MODEL, STATUS
+from pipeline.place import asks, check_gpus
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
-from pipeline.run import RunResult, plan_run, run_plan
+from pipeline.run import RunResult, how_it_ended, plan_run, run_plan
 from pipeline.run_record import NO_TARGET
+from pipeline.signals import deferred
 from pipeline.store import Store
 from pmet.errors import PMETError
 
@@ -131,6 +133,7 @@ def refresh(
         CurrentMovedError: CURRENT was moved while the night was under way.
         PMETError: a stage failed; the same call takes the night up again.
     """
+    check_gpus(asks(config), address)
     home = Home(config.home)
     now = datetime.now(UTC)
     day = night or _today(config, now)
@@ -278,25 +281,33 @@ class _Work:
         plan = None
         if len(requests):
             with self._progress.stage("plan"):
-                plan = plan_run(job, beside=NIGHT_FILES)
+                plan = plan_run(job, address=address, beside=NIGHT_FILES)
         self._said["settings"] = _settings(job, self._config)
         if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
             self._home.discard(self._night.version)
             return Refreshed("unchanged", current, self._home, self._home.night(current))
-        self._say(rows=_rows(tonight))
-        self._write(SET_ASIDE, tonight.set_aside)
         try:
+            self._say(rows=_rows(tonight))
+            self._write(SET_ASIDE, tonight.set_aside)
             result = self._edited(plan, fresh, address)
             return self._conclude(requests, ledger, changes, result)
-        except Exception as error:
-            status = "superseded" if isinstance(error, CurrentMovedError) else "failed"
-            # Where it cannot be said, what went wrong matters more.
-            with suppress(PMETError):
-                text = str(error) or type(error).__name__
-                self._say(status=status, error=text, finished_at=now_text())
-                if status == "superseded":
-                    self._report()
+        except BaseException as error:
+            self._end_early(error)
             raise
+
+    def _end_early(self, error: BaseException) -> None:
+        """Record how the night ended that an error or a signal has cut short."""
+        status, text = how_it_ended(error)
+        if status == "stopped" and self._said["status"] != "running":
+            # The version is finished; whether it is in use is CURRENT's to say.
+            return
+        if isinstance(error, CurrentMovedError):
+            status = "superseded"
+        # Where it cannot be recorded, what went wrong matters more.
+        with deferred(), suppress(PMETError):
+            self._say(status=status, error=text, finished_at=now_text())
+            if status == "superseded":
+                self._report()
 
     def _requests(self, tonight: Tonight, ledger: Ledger) -> pa.Table:
         """The requests of all live facts, sorted."""

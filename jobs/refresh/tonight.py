@@ -123,7 +123,9 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
         column = table.column(field.name).cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pa.chunked_array([pa.nulls(len(table), field.type)])
-    return pc.utf8_trim_whitespace(column) if pa.types.is_string(field.type) else column
+    # A line break at the end of a prompt is part of it; templates are trimmed already.
+    trims = pa.types.is_string(field.type) and field.name != "prompt"
+    return pc.utf8_trim_whitespace(column) if trims else column
 
 
 def _undecided(set_aside: pa.Table) -> set[Key]:

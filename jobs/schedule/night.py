@@ -16,6 +16,7 @@ from threading import Thread
 
 from jobs.schedule.records import Outcome, Schedule
 from pipeline.errors import StorageError
+from pipeline.signals import STOPPING
 
 # Seconds that a night has to end by itself once it was told to.
 STOP_S = 60.0
@@ -60,14 +61,16 @@ class Clock:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as the word to stop."""
-        signals = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, lambda *_: self.stop()) for number in signals]
+        """Stop the runner on SIGTERM, SIGINT and SIGHUP; one that is ignored stays ignored."""
+        before = {number: signal.getsignal(number) for number in STOPPING}
+        heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        for number in heard:
+            signal.signal(number, lambda *_: self.stop())
         try:
             yield
         finally:
-            for number, handler in zip(signals, before, strict=True):
-                signal.signal(number, handler)
+            for number in heard:
+                signal.signal(number, before[number])
 
 
 def refresh_command(schedule: Schedule) -> list[str]:

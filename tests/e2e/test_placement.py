@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,10 +20,14 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from pipeline.cluster import ray_session, room_for_workers
+from pipeline.errors import NoRoomError
 from pipeline.executor import WorkerPool
+from pipeline.progress import LineProgress
+from pipeline.run import run_job
+from pipeline.store import Store
 from pipeline.tasks import Task
 from tests.conftest import ROOT
-from tests.e2e.conftest import wait_until
+from tests.e2e.conftest import job, wait_until
 
 # Else workers would import this module, and torch with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -111,6 +116,23 @@ def test_a_worker_with_several_gpus_has_them_on_one_node(seen: Callable[..., lis
     assert room_for_workers(2) == 1
     found = seen(4, count=1, num_gpus=2)
     assert {(sight.kind, frozenset(sight.gpus)) for sight in found} == {("fast", frozenset("01"))}
+
+
+def test_ranks_that_the_nodes_cannot_hold_are_told_before_targets_are_computed(
+    cluster: Cluster, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.nodes.START_TIMEOUT_S", 1.5)
+    lines: list[str] = []
+    sections = {"targets": {"workers": 1}, "update": {"ranks": 4, "gpus_per_rank": 1}}
+    with pytest.raises(
+        NoRoomError, match=r"no nodes came within 1\.5 s: .* lower update\.ranks or"
+    ):
+        run_job(job(inputs, str(tmp_path / "out"), **sections), progress=LineProgress(lines.append))
+    (said,) = [line for line in lines if "event=waiting" in line]
+    assert "waiting for nodes, 1.5 s at most: 4 ranks of 1 CPU and 1 GPU each cannot be" in said
+    assert "the cluster, which has 16 CPU and 3 GPU in all" in said
+    run = Store(tmp_path / "out").read_json("run.json")
+    assert (run["status"], run["stages"]) == ("failed", [])
 
 
 def test_a_node_that_joins_late_is_used_and_one_that_leaves_is_survived(

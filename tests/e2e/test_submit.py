@@ -81,7 +81,8 @@ def pmet(cluster: Cluster) -> Pmet:
 @pytest.fixture(scope="module")
 def folder(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``job.yaml``, whose run folder is ``out`` beside it."""
-    folder = tmp_path_factory.mktemp("submitted")
+    folder = tmp_path_factory.mktemp("submitted") / "überall 'x'"
+    folder.mkdir()
     golden = GOLDEN / "gpt2"
     values = {
         "model": str(golden / "model"),

@@ -229,7 +229,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
     until(lambda: (status().get("folder") or {}).get("stage") == "targets")
     other.start_ray("--address", f"{HEAD}:6379")
     # The host has fetched the model for itself, and is in the middle of a task.
-    until(lambda: list((other.tmp / "pmet-models").glob("*.checked")))
+    until(lambda: list((other.tmp / f"pmet-{os.getuid()}" / "models").glob("*.checked")))
     until(other.computes, every_s=0.01)
     ip("-n", other.name, "link", "set", "wire", "down")
 

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from jobs import cli, facts_cli, refresh_cli
 from jobs.cli import main
+from pipeline.signals import STOPPING
 
 Invoke = Callable[..., tuple[int, str, str]]
+
+
+@contextmanager
+def _process_restored() -> Iterator[None]:
+    """Give back what the command line takes for a process of its own: signals and hooks."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    hooks = threading.excepthook, sys.unraisablehook
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        threading.excepthook, sys.unraisablehook = hooks
 
 
 @pytest.fixture
@@ -23,10 +40,11 @@ def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def invoke(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pmet", *map(str, arguments)])
         status: Any = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            status = exit_.code or 0
+        with _process_restored():
+            try:
+                main()
+            except SystemExit as exit_:
+                status = exit_.code or 0
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

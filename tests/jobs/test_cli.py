@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import resource
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +27,15 @@ import pipeline.run
 from pipeline.errors import WorkerError
 from pipeline.estimate import Estimate
 from pipeline.lease import Holder, Lease
+from pipeline.progress import Progress
+from pipeline.signals import Stopped
 from pipeline.stages import Context
 from pipeline.store import Store
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
 GPT2 = GOLDEN / "gpt2"
+STOPPED = "stopped by a signal; the same job goes on from here"
 
 
 @pytest.fixture
@@ -105,13 +113,37 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
     assert re.search(r"‖Δ‖/‖W‖ +known after the update", out)
 
 
-def test_a_dry_run_of_a_job_for_gpus_is_one_on_a_machine_without_too(
+@pytest.mark.parametrize("section", ["targets.gpus_per_worker", "update.gpus_per_rank"])
+def test_a_job_for_gpus_is_refused_on_a_machine_without(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for options in (["--dry-run", "--no-estimate"], ["--dry-run"], []):
+        status, _, err = pmet("run", job(), *options, "--set", f"{section}=1")
+        assert status == 2
+        assert f"{section}: 1, but this machine has no GPU" in err
+        assert f"set {section} to 0, to compute on CPUs, or run on" in err
+
+
+def test_a_dry_run_of_a_job_for_a_clusters_gpus_is_one_on_a_machine_without_too(
     pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    status, out, _ = pmet("run", job(), "--dry-run", "--set", "targets.gpus_per_worker=1")
+    there = ["--dry-run", "--address", "head:6379"]
+    status, out, _ = pmet("run", job(), *there, "--set", "targets.gpus_per_worker=1")
     assert status == 0
     assert "no estimate: the job wants GPUs and this machine has none" in out
+
+
+def test_a_dry_run_warns_of_more_processes_than_cores_can_serve(
+    pmet: Invoke, job: Callable[..., Path]
+) -> None:
+    many = ["--set", "targets.workers=1000", "--set", "update.ranks=1000"]
+    status, out, _ = pmet("run", job(), "--dry-run", "--no-estimate", *many)
+    assert status == 0
+    for key, what in (("targets.workers", "workers"), ("update.ranks", "ranks")):
+        assert f"warning: {key}: 1000 {what} of 1 CPU each share the" in out
 
 
 def test_a_dry_run_says_how_many_requests_share_a_key(
@@ -228,6 +260,74 @@ def test_a_run_that_fails_gives_its_folder_back(
     Lease.acquire(Store(tmp_path / "out")).release()
 
 
+@pytest.mark.parametrize("where", ["dump_job", "trackers_of", "_run_stages", "_tell_end"])
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (KeyboardInterrupt, ("stopped", STOPPED, 130)),
+        (partial(Stopped, signal.SIGTERM), ("stopped", STOPPED, 143)),
+        (partial(WorkerError, "no worker"), ("failed", "no worker", 1)),
+        (partial(OSError, 5, "Input/output error"), ("failed", "[Errno 5] Input/output error", 1)),
+    ],
+)
+def test_wherever_a_run_is_cut_short_its_folder_says_how_it_ended(
+    pmet: Invoke,
+    job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Callable[[], BaseException],
+    ended: tuple[str, str, int],
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error()
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", lambda _: None)
+    monkeypatch.setattr(pipeline.run, where, broken)
+    status, out, err = pmet("run", job())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["status"], record["error"], record["exit_status"]) == ended
+    assert status == ended[2]
+    assert "Traceback" not in out + err
+    Lease.acquire(Store(tmp_path / "out")).release()
+
+
+def test_a_disk_that_is_full_while_a_run_fails_leaves_the_first_error(
+    pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def broken(_: Context) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        raise WorkerError("no worker can start")
+
+    monkeypatch.setattr(pipeline.run, "_run_stages", broken)
+    monkeypatch.setattr("jobs.streams.finish", lambda: None)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            said: list[str] = []
+            patch.setattr("jobs.failure.err.print", lambda text, **_: said.append(text))
+            patch.setattr("pipeline.progress.RichProgress", lambda _: Progress())
+            status, _, _ = pmet("run", job())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status, said) == (1, ["pmet: no worker can start"])
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMET_TRACEBACK", "1")
+    monkeypatch.setattr(pipeline.run, "_run_stages", lambda _: 1 / 0)
+    status, _, err = pmet("run", job())
+    assert status == 1
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith(
+        "pmet: `pmet run` failed unexpectedly: ZeroDivisionError"
+    )
+    assert "PMET_TRACEBACK=1" in pmet("--help")[1]
+
+
 def test_a_storage_without_conditional_writes_is_warned_of(
     pmet: Invoke, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,13 +368,18 @@ def test_a_missing_job_file_and_wrong_usage_are_exit_2(pmet: Invoke, tmp_path: P
     assert pmet("run", "x.yaml", "--no-such-option")[0] == 2
 
 
-def test_evaluate_measures_a_model(pmet: Invoke, tmp_path: Path) -> None:
+def test_evaluate_measures_a_model(
+    pmet: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     facts = json.loads((GOLDEN / "facts.json").read_text())[:20]
     rows = [{k: f[k] for k in ("prompt", "subject", "target_new", "target_true")} for f in facts]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "facts.parquet")
     figures = tmp_path / "figures.json"
+    # The shell leaves a tilde as it is in quotes, and behind an equals sign.
+    (tmp_path / "model").symlink_to(GPT2 / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
     status, out, _ = pmet(
-        "evaluate", GPT2 / "model", tmp_path / "facts.parquet", "--sample", 12, "--output", figures
+        *("evaluate", "~/model", "~/facts.parquet", "--sample", 12, "--output=~/figures.json")
     )
     assert status == 0
     assert "12 requests" in out
@@ -402,3 +507,14 @@ def test_the_demo_takes_no_folder_of_the_users(pmet: Invoke, tmp_path: Path) -> 
     status, _, err = pmet("demo", "--output", tmp_path)
     assert (status, "holds inputs and is not a run folder" in err) == (2, True)
     assert (tmp_path / "inputs" / "requests.parquet").read_text() == "mine"
+
+
+def test_a_terminal_of_ascii_shows_names_of_any_letters(
+    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    status, _, _ = pmet("run", job(output=str(tmp_path / "läuf")), "--dry-run", "--no-estimate")
+    sys.stdout.flush()
+    assert status == 0
+    assert f"output: {tmp_path}/l\\xe4uf" in written.getvalue().decode("ascii")

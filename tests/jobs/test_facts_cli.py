@@ -250,6 +250,45 @@ def test_more_files_than_two_are_refused_before_one_is_overwritten(
     assert facts("convert", *sorted(folder.glob("*.parquet")), folder / "x", "y")[0] == 2
 
 
+def test_requests_in_other_forms_are_converted_and_empty_texts_counted(
+    facts: Invoke, tmp_path: Path
+) -> None:
+    row = {"prompt": "{} is", "subject": "A", "target_new": "B", "paraphrase_prompts": ["a", None]}
+    (tmp_path / "f.json").write_text(json.dumps({"records": [row]}))
+    (tmp_path / "f.csv").write_text('prompt,subject,target_new\n"{} is",A,B\n')
+    output = tmp_path / "o" / "requests.parquet"
+    status, out, _ = facts("convert", str(tmp_path / "f.json"), str(output))
+    assert (status, "requests: 1 of 1 rows converted, 0 rejected" in out) == (0, True)
+    assert "left out of requests: 1 null or empty texts" in out
+    assert read_requests(str(output)).requests[0].paraphrase_prompts == ("a",)
+    status, out, _ = facts("convert", str(tmp_path / "f.csv"), str(output))
+    assert (status, "left out" in out) == (0, False)
+    assert read_requests(str(output)).requests[0].target_new == "B"
+
+
+def test_parquet_is_a_data_set_only_where_it_is_no_dump(facts: Invoke, tmp_path: Path) -> None:
+    rewrite = {"prompt": "{} is", "subject": "A", "target_new": {"str": "B", "id": "Q1"}}
+    pq.write_table(pa.Table.from_pylist([{"requested_rewrite": rewrite}]), tmp_path / "hub.parquet")
+    output = str(tmp_path / "o" / "requests.parquet")
+    status, out, _ = facts("convert", str(tmp_path / "hub.parquet"), output)
+    assert (status, "counterfact: 1 of 1 rows converted" in out) == (0, True)
+    status, _, error = facts(
+        "convert", str(tmp_path / "hub.parquet"), output, "--templates", "t.yaml"
+    )
+    assert (status, "--templates is for fact dumps" in error) == (2, True)
+    (tmp_path / "dump.parquet").write_bytes(parquet(OLD))
+    status, _, error = facts("convert", str(tmp_path / "dump.parquet"), output)
+    assert (status, "is a fact dump, and nothing puts its relations into words" in error) == (
+        2,
+        True,
+    )
+    status, _, error = facts(
+        *("convert", str(tmp_path / "hub.parquet"), output, "--column", "subject=x"),
+        *("--templates", "t.yaml"),
+    )
+    assert (status, "t.yaml" in error or "has no column" in error) == (2, True)
+
+
 def test_files_of_the_users_are_not_replaced(facts: Invoke, folder: Path) -> None:
     convert = ("convert", folder / "new.parquet")
     templates = ("--templates", folder / "t.yaml")

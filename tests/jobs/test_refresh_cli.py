@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -28,7 +29,11 @@ def entry(subject: str, object_: str, version: int = 1) -> Entry:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """Two versions, the second in use."""
-    home = Home(str(tmp_path / "home"))
+    return refresh_home(tmp_path / "home")
+
+
+def refresh_home(folder: Path) -> Home:
+    home = Home(str(folder))
     for version in (1, 2):
         model = path(version, "model")
         home.store.write_bytes(f"{model}/config.json", b"{}")
@@ -156,3 +161,41 @@ def test_a_folder_that_is_no_home_is_refused(pmet: Invoke, tmp_path: Path) -> No
     for command in (["versions"], ["rollback"], ["facts", "ledger"]):
         status, _, err = pmet(*command, tmp_path)
         assert (status, "is no home of versions" in err) == (2, True)
+
+
+def test_a_night_on_gpus_that_are_not_there_is_refused(
+    pmet: Invoke, refresh_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = ["--set", f"home={tmp_path / 'new'}", "--set", "update.gpus_per_rank=1"]
+    status, _, err = pmet("refresh", refresh_file, *settings)
+    assert status == 2
+    assert "update.gpus_per_rank: 1, but this machine has no GPU" in err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "ended"),
+    [(KeyboardInterrupt(), "stopped", 130), (RuntimeError("a bug"), "failed", 1)],
+)
+def test_a_night_that_is_cut_short_says_so(
+    pmet: Invoke,
+    refresh_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: str,
+    ended: int,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    plan = SimpleNamespace(digests={})
+    monkeypatch.setattr("jobs.refresh.night.plan_run", lambda *_, **__: plan)
+    monkeypatch.setattr("jobs.refresh.night.run_plan", broken)
+    found, _, err = pmet("refresh", refresh_file, "--set", f"home={tmp_path / 'new'}")
+    assert found == ended, err
+    night = Home(str(tmp_path / "new")).night(1)
+    assert night["status"] == status
+    assert night["finished_at"]

@@ -62,6 +62,7 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
         ({"--hparams": "gpt-j-6b"}, "either --hparams (a preset or a file) or --layers"),
         ({"--layers": "1;2"}, "--layers: '1;2' is no list of layers; write it as 3,4,5"),
         ({"--layers": "2,1"}, "ascending"),
+        ({"--layers": "9" * 5000}, "is no list of layers"),
         ({"--layers": "99"}, "99"),
         ({"--layers": None, "--hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
         ({"--workers": "many"}, "--workers: 'many' is neither auto nor a whole number"),
@@ -101,3 +102,16 @@ def test_the_command_has_the_defaults_of_a_job() -> None:
 def test_the_output_must_be_named(statistics: Invoke, corpus: Path) -> None:
     status, _, err = statistics(GPT2 / "model", corpus, "--layers", "0")
     assert (status, "--output" in err) == (2, True)
+
+
+def test_gpus_that_are_not_there_are_refused(
+    statistics: Invoke, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    given = (GPT2 / "model", corpus, "--output", tmp_path / "out", "--layers", "0")
+    for workers in ("auto", "2"):
+        status, _, err = statistics(*given, "--workers", workers, "--gpus-per-worker", "0.5")
+        assert status == 2
+        assert "--gpus-per-worker: 0.5, but this machine has no GPU" in err
+        assert "set --gpus-per-worker to 0, to compute on CPUs" in err

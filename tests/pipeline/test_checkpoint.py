@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.checkpoint import Checkpoint, open_model_folder, publish
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, StorageError
 from pipeline.store import Store
 from pmet import NotFiniteError
 from tests.conftest import GOLDEN
@@ -101,8 +102,9 @@ def test_half_a_checkpoint_cannot_be_opened(tmp_path: Path) -> None:
         publish(
             Checkpoint.open(BASE), {NAME}, lambda _n, t: t, Store(tmp_path), "model", on_file=broken
         )
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(written)
     assert "model.safetensors" in written
+    # What the base does not have is the caller's to remove.
+    assert (tmp_path / "model" / "left.over").exists()
     with pytest.raises(ValueError, match="Unrecognized model"):
         AutoConfig.from_pretrained(tmp_path / "model", local_files_only=True)
 
@@ -156,10 +158,11 @@ def test_pickles_are_neither_named_nor_copied(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 99999999999]}}',
         b'{"w": {"dtype": "F32", "shape": [1]}}',
+        b'{"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}    ',
         b'{"w": 1}',
         b"[]",
     ],
-    ids=["deep", "outside", "no offsets", "no entry", "no mapping"],
+    ids=["deep", "outside", "no offsets", "too few", "no entry", "no mapping"],
 )
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "config.json").write_text("{}")
@@ -197,3 +200,64 @@ def test_a_change_of_shape_is_refused(tmp_path: Path) -> None:
             on_file=lambda _f: None,
         )
     assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_read_do_not_belong_to_the_model(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    clean, digest = Checkpoint.open(base).files(), Checkpoint.open(base).digest()
+    shutil.copy(base / "model.safetensors", base / "model_backup.safetensors")
+    others = ("adapter_model.safetensors", "a.gguf", "a.onnx", "tf_model.h5", "adapter_config.json")
+    for name in (*others, "model.fp16.safetensors.index.json"):
+        (base / name).write_bytes(b"{}")
+    assert Checkpoint.open(base).digest() == digest
+    assert sorted(published(base, tmp_path, {NAME})) == clean
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    before = load_file(base / "model.safetensors")[NAME]
+    assert torch.equal(opened.get_parameter(NAME), before + 1)
+
+
+def test_the_digest_of_an_ordinary_checkpoint_stays() -> None:
+    """Stores of targets and second moments are kept under it."""
+    digest = "90d4fd1d949845d1746f8d77b3900f8e4b578f494aa7e2947e305ed0ba27575a"
+    assert Checkpoint.open(BASE).digest() == digest
+
+
+def damage(store: Store) -> None:
+    stored = Checkpoint.open(BASE).tensors[NAME]
+    data = bytearray(store.read_bytes("model/model.safetensors"))
+    data[stored.start + stored.size // 2] ^= 1
+    store.write_bytes("model/model.safetensors", bytes(data))
+
+
+def cut(store: Store) -> None:
+    data = store.read_bytes("model/model.safetensors")
+    store.write_bytes("model/model.safetensors", data[:-100])
+
+
+def lose(store: Store) -> None:
+    store.delete("model/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage, f"published without the edit of {NAME}: the files there do not hold"),
+        (cut, r"cannot be read back: .*cut short"),
+        (lose, f"published without the edit of {NAME}"),
+    ],
+)
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_what_is_published_is_read_back(
+    tmp_path: Path, change: Callable[[Store], None], message: str, remote: bool
+) -> None:
+    store = Store("memory://read-back" if remote else tmp_path)
+
+    def on_file(name: str) -> None:
+        if name == "model.safetensors":
+            change(store)
+
+    with pytest.raises(StorageError, match=message):
+        publish(Checkpoint.open(BASE), {NAME}, lambda _n, t: t + 1, store, "model", on_file=on_file)
+    assert not store.exists("model/config.json")
+    store.delete("model")

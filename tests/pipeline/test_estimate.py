@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig
 
 import pipeline.estimate
+import pipeline.model_checks
 from pipeline.calibration import Rates, Sample
-from pipeline.errors import JobError
+from pipeline.errors import JobError, WorkerError
 from pipeline.estimate import estimate
 from pipeline.plan import Plan, make_plan
+from tests.conftest import GOLDEN
 from tests.e2e.conftest import inputs, job, shared  # noqa: F401
 
 RATES = Rates(
@@ -151,3 +156,36 @@ def test_rates_are_measured_in_processes_of_their_own(
     assert found.rank_bytes > 100 * 2**20
     assert not ray.is_initialized()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_fails_is_a_sentence(
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """BLOOM, as if the plan did not know that the method cannot run it."""
+    config = BloomConfig(vocab_size=700, hidden_size=32, n_layer=4, n_head=4)
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    for file in (GOLDEN / "llama" / "model").glob("tokenizer*"):
+        shutil.copy(file, model)
+    names = {
+        "layers": [0, 1],
+        "layer_module_tmp": "transformer.h.{}",
+        "attn_module_tmp": "transformer.h.{}.self_attention.dense",
+        "rewrite_module_tmps": ["transformer.h.{}.mlp.dense_4h_to_h"],
+        "ln_f_module": "transformer.ln_f",
+        "lm_head_module": "lm_head",
+    }
+    (tmp_path / "hparams.json").write_text(json.dumps(names))
+    monkeypatch.setattr(pipeline.model_checks, "_check_layers", lambda *_: None)
+    asked = {"model": str(model), "hparams": str(tmp_path / "hparams.json")}
+    plan = make_plan(job(inputs, str(tmp_path / "out"), targets={"workers": 1}, **asked))
+    with pytest.raises(
+        WorkerError,
+        match=r"^the model fails at a little of the job's own work \(RuntimeError: The size of "
+        r"tensor .*\), and would fail at all of it; check that",
+    ) as failed:
+        estimate(plan)
+    assert "Traceback" not in str(failed.value)
+    assert "modeling_bloom.py" in failed.value.cause_text

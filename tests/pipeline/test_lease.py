@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -104,6 +105,21 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) ->
             assert time.monotonic() < deadline
             time.sleep(0.05)
     process.wait()
+
+
+def test_a_disk_without_a_free_byte_is_named_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(
+            StorageError, match=r"^cannot write .*/lease/probe-\w+ .*make room there"
+        ):
+            Lease.acquire(Store(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert time.monotonic() - began < 10
+    assert not list((tmp_path / "lease").iterdir())
 
 
 def test_a_silent_holder_on_another_machine_expires(tmp_path: Path) -> None:

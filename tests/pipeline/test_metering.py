@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 import pytest
 import ray
@@ -61,6 +63,25 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
     assert value("pmet_stage_rate", run, 'stage="targets"') > 0  # type: ignore[operator]
     assert value("pmet_shards_done", run, awaited=2) == 2
     assert value("pmet_events", run, 'kind="retry"', awaited=1) == 1
+
+
+def test_a_run_of_any_name_is_told_in_ascii(cluster: None) -> None:
+    name = 'runs/läuf 日本 100% "x"\\y'
+    progress = MeteredProgress(Progress())
+    progress.begin(name, 1, None)
+    with progress.stage("zählen", 2) as stage:
+        stage.advance(2)
+        stage.shard("00001")
+    progress.event("verloren: läuf", "death")
+    assert value("pmet_shards_done", "%25", awaited=1) == 1
+    (line,) = [line for line in lines_of_metrics() if "pmet_stage_done" in line and "%25" in line]
+    assert line.isascii()
+    tags = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line))
+    # Prometheus writes quotes and backslashes of a tag with a backslash.
+    run = re.sub(r"\\(.)", r"\1", tags["run"])
+    assert run == 'runs/l%C3%A4uf %E6%97%A5%E6%9C%AC 100%25 "x"\\y'
+    assert unquote(run) == name
+    assert unquote(tags["stage"]) == "zählen"
 
 
 def test_what_is_shown_is_shown_all_the_same() -> None:

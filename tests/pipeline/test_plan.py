@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, ModelError
+from pipeline.model_cache import model_on_node
 from pipeline.plan import make_plan, shard_size
 from pipeline.replica import open_causal_lm
 from pipeline.shards import plan_shards
+from pipeline.statistics import plan_statistics
 from pmet.problem import Problem
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
@@ -119,6 +122,44 @@ def test_digests_follow_what_the_result_depends_on(job: Any, tmp_path: Path) -> 
     pq.write_table(pa.Table.from_pylist(ROWS[:1]), tmp_path / "requests.parquet")
     changed = make_plan(job()).digests
     assert {k for k in base if base[k] != changed[k]} == {"requests"}
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = make_plan(job(context_templates=str(GPT2 / "context_templates.json")))
+    home = tmp_path / "home"
+    shutil.copytree(GPT2, home)
+    for name in ("requests.parquet", "corpus.parquet"):
+        shutil.copy(tmp_path / name, home)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(
+        job(
+            model="~/model",
+            requests=("~/requests.parquet",),
+            output="~/out",
+            hparams="~/hparams.json",
+            corpus=("~/*pus.parquet",),
+            context_templates="~/context_templates.json",
+        )
+    )
+    assert {k: v for k, v in plan.digests.items() if k != "job"} == {
+        k: v for k, v in there.digests.items() if k != "job"
+    }
+    # Workers may have another home folder.
+    assert plan.base.folder == str(home / "model")
+    assert model_on_node("~/model", None) == home / "model"
+    measured = plan_statistics(
+        "~/model", ["~/corpus.parquet"], plan.hparams, tokens=100, max_length=64, on_gpu=False
+    )
+    assert measured.source.folder == str(home / "model")
+    save_file({}, home / "moments.safetensors")
+    with pytest.raises(JobError, match=rf"{home}/moments\.safetensors"):
+        make_plan(job(model="~/model", second_moments="~/moments.safetensors"))
+    with pytest.raises(ModelError, match=r"model ~/none is not a folder"):
+        make_plan(job(model="~/none"))
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_file_to_keep_second_moments_in_is_refused(job: Any, tmp_path: Path) -> None:

@@ -102,3 +102,13 @@ def test_known_rows_have_figures_but_no_target() -> None:
     assert [r["after_efficacy_strict"] for r in results] == [0.0, None, None]
     # What was measured in full says more than the answer alone.
     assert [r["after_efficacy"] for r in results] == [None, None, 0.0]
+
+
+def test_rows_say_which_texts_they_do_without() -> None:
+    table = pa.table({"prompt": ["{} a", "{} b"]})
+    shard = pa.table({"row": [0, 1], "steps": [5, 5], "loss": [0.5, 0.5]})
+    given = RequestTable([], [0, 1], table, [], {1: ["paraphrase_prompts[1]", "target_true"]})
+    results = results_table(given, {0: "edited", 1: "edited"}, [shard], {}, {})
+    assert results.column("left_out").to_pylist() == [None, "paraphrase_prompts[1], target_true"]
+    whole = RequestTable([], [0, 1], table, [])
+    assert "left_out" not in results_table(whole, {0: "edited"}, [shard], {}, {}).column_names

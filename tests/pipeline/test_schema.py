@@ -137,11 +137,6 @@ def test_extra_columns_travel_untouched(read):
         ({"target_new": ""}, "target_new is empty; give text that is more than white space"),
         ({"prompt": "no place"}, "prompt 'no place' holds 0 places for the subject; write"),
         ({"prompt": "{} and {}"}, "prompt '{} and {}' holds 2 places for the subject; write"),
-        (
-            {"paraphrase_prompts": ["a", None]},
-            "paraphrase_prompts[1] is NoneType, not a string; give text",
-        ),
-        ({"neighborhood_prompts": [""]}, "neighborhood_prompts[0] is empty; give"),
     ],
 )
 def test_a_bad_row_is_set_aside_with_its_reason(read, change, reason):
@@ -256,6 +251,152 @@ def test_a_long_list_of_contradictions_is_cut(read):
     found = read(table_of([fact(target=f"T{i}") for i in range(9)]))
     assert found.rejected[0].reason.startswith("contradicts row 1, 2, 3, 4, 5, …: same prompt")
     assert found.rejected[8].reason.startswith("contradicts row 0, 1, 2, 3, 4, …: same prompt")
+
+
+def test_null_and_empty_texts_are_left_out_and_the_request_is_edited(read):
+    texts = {
+        "target_true": " ",
+        "paraphrase_prompts": ["a", None, " "],
+        "neighborhood_prompts": ["", "n"],
+        "generation_prompts": None,
+        "portability_prompts": ["p", "q", None, "r"],
+        "portability_targets": ["1", "", "3", "4"],
+    }
+    found = read(table_of([fact("A") | texts, fact("B")]))
+    assert found.rejected == []
+    assert list(found.requests) == [
+        EditRequest(
+            **fact("A"),
+            paraphrase_prompts=["a"],
+            neighborhood_prompts=["n"],
+            portability_prompts=["p", "r"],
+            portability_targets=["1", "4"],
+        ),
+        EditRequest(**fact("B")),
+    ]
+    left_out = ["target_true", "paraphrase_prompts[1]", "paraphrase_prompts[2]"]
+    left_out += ["neighborhood_prompts[0]", "portability_prompts[2]", "portability_targets[1]"]
+    assert found.left_out == {0: left_out}
+    assert found.notes == [
+        f"null or empty texts left out of requests: 6 in 1 rows (row 0: {', '.join(left_out)}); "
+        "the requests are edited"
+    ]
+    # What was given stays as it was.
+    assert found.table.column("paraphrase_prompts").to_pylist() == [["a", None, " "], None]
+
+
+def test_answers_that_do_not_go_with_their_prompts_are_refused_as_they_are(read):
+    odd = {"portability_prompts": [None, "x"], "portability_targets": ["a"]}
+    found = read(table_of([fact() | odd]))
+    assert reasons(found) == {0: "portability_prompts[0] is NoneType, not a string; give text"}
+
+
+def test_rejected_rows_are_not_among_those_that_do_without_a_text(read):
+    found = read(table_of([fact(), fact() | {"paraphrase_prompts": ["a", None]}]))
+    assert (len(found.rejected), found.left_out, found.notes) == (1, {}, [])
+
+
+def test_prompts_that_end_in_a_line_break_are_counted(read):
+    chat = "<|user|>\n{}?\n<|assistant|>\n"
+    found = read(table_of([fact(), fact(prompt=chat), fact(prompt=chat, target="")]))
+    assert found.requests[1].prompt == chat
+    assert found.notes == [
+        "prompts that end in a line break: 1; it is part of the prompt, and the target follows "
+        "without a space"
+    ]
+
+
+DECOMPOSED = "Zu\u0308rich"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (fact("Zürich"), fact(DECOMPOSED)),
+        (fact(prompt="{} is  in"), fact(prompt="{} is in")),
+        (fact("New\u00a0York"), fact("New York")),
+        (fact(prompt="{} is in"), fact(prompt="{} is in\n")),
+    ],
+)
+def test_unicode_forms_and_white_space_hide_neither_contradiction_nor_repetition(read, one, other):
+    found = read(table_of([one, other | {"target_new": "Oslo"}, fact("X")]))
+    assert list(found.rows) == [2]
+    but = "but for white space or Unicode form"
+    said = "contradicts row {}: same prompt and subject {}, another target_new; keep one"
+    assert reasons(found) == {0: said.format(1, but), 1: said.format(0, but)}
+    found = read(table_of([one, other | {"target_new": " Rome "}, fact("X")]))
+    assert list(found.rows) == [0, 2]
+    assert found.requests[0] == EditRequest(**one)
+    assert reasons(found) == {
+        1: f"repeats row 0: same prompt, subject and target_new {but}; keep one"
+    }
+
+
+def test_rows_that_are_spelled_alike_are_said_to_be_the_same(read):
+    rows = [fact(DECOMPOSED), fact(DECOMPOSED, target="a  b"), fact("X", "ü"), fact("X", "u\u0308")]
+    assert reasons(read(table_of(rows))) == {
+        0: "contradicts row 1: same prompt and subject, another target_new; keep one",
+        1: "contradicts row 0: same prompt and subject, another target_new; keep one",
+        3: "repeats row 2: same prompt, subject and target_new but for white space or Unicode "
+        "form; keep one",
+    }
+
+
+def test_folders_of_a_hive_table_are_columns(tmp_path):
+    stored = table_of([fact("B") | {"relation": "own"}])
+    for name, table in (
+        ("relation=a%20b/x.parquet", table_of([fact("A")])),
+        ("relation=c/x.parquet", stored),
+        ("subject=Lyon/x.parquet", table_of([fact()]).drop_columns(["subject"])),
+    ):
+        (tmp_path / name).parent.mkdir()
+        pq.write_table(table, tmp_path / name)
+    found = read_requests(str(tmp_path))
+    assert [request.subject for request in found.requests] == ["A", "B", "Lyon"]
+    assert found.table.column("relation").to_pylist() == ["a b", "own", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("f.jsonl", '{"prompt": "{} is"}\n'),
+        ("f.csv", "prompt,subject\n"),
+        ("requests", '\n [{"prompt": "{} is"}]'),
+    ],
+)
+def test_requests_that_are_no_parquet_name_the_command_that_converts_them(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(RequestTableError) as caught:
+        read_requests(str(path))
+    assert str(caught.value) == (
+        f"requests: {path} is CSV or JSON, not Parquet; convert it with 'pmet facts convert {path} "
+        "requests.parquet' and name that file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"case_id": 1, "requested_rewrite": {"prompt": "{} is"}},
+            "; it holds records of a data set of edits: convert it with 'pmet facts convert {} "
+            "requests.parquet'",
+        ),
+        (
+            {"subject": "a", "relation": "b", "object": "c"},
+            "; it holds a fact dump: convert it with 'pmet facts convert {} requests.parquet "
+            "--templates templates.yaml'",
+        ),
+        ({"subject": "a", "text": "b"}, "and this file has subject, text"),
+    ],
+)
+def test_parquet_of_something_else_names_the_command_that_converts_it(tmp_path, row, said):
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(RequestTableError) as caught:
+        read_requests(str(path))
+    assert str(caught.value).endswith(said.format(path))
 
 
 TEXT = st.sampled_from(["A", "B", " A", "", " ", None, "{}", "ü"])

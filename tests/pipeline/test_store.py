@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import pickle
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import boto3
 import fsspec
@@ -434,3 +436,31 @@ class TestS3(RemoteSuite):
 def test_an_unknown_protocol_is_named():
     with pytest.raises(StorageError, match=r"cannot open nope://a .*nope"):
         Store("nope://a")
+
+
+@pytest.mark.parametrize("look", ["list", "glob", "expand"])
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str
+) -> None:
+    """As for another user; tests may run as root, who may read all."""
+    secret = tmp_path / "a" / "secret"
+    secret.mkdir(parents=True)
+    (secret / "x.parquet").write_bytes(b"x")
+    (tmp_path / "a" / "y.parquet").write_bytes(b"y")
+    scandir = os.scandir
+
+    def refused(path: str) -> Any:
+        if Path(path) == secret:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    looks = {
+        "list": lambda: Store(tmp_path).list("a"),
+        "glob": lambda: Store(secret).glob("*.parquet"),
+        "expand": lambda: expand(str(tmp_path / "a"), deep=True),
+    }
+    assert looks[look]()
+    monkeypatch.setattr(os, "scandir", refused)
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(StorageError, match=r"Permission denied.*; check the credentials and the"):
+        looks[look]()

@@ -30,7 +30,7 @@ from tokenizers import (
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pmet.errors import InputError, RequestError
-from pmet.lookup import tokenize_prompt, tokenize_target
+from pmet.lookup import encode, tokenize_prompt, tokenize_target
 from pmet.request import EditRequest
 
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -291,6 +291,14 @@ def assert_target_continues(kind: Kind, request: EditRequest) -> None:
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 def test_the_subject_ends_at_its_last_token(kind: Kind, request_: EditRequest, template: str):
     assert_subject_ends_at(kind, request_, template)
+
+
+def test_a_target_follows_the_last_line_break_of_a_chat_without_a_space(kind: Kind):
+    request = EditRequest("User\nThe language of {} is\nAnswer\n", "Ada", "French")
+    ids = tokenize_prompt(kind.wrapped, request).ids
+    ids += tokenize_target(kind.wrapped, request, request.target_new)
+    # Not every tokenizer here knows a line break.
+    assert decoded(kind, ids) == decoded(kind, encode(kind.wrapped, f"{request.text}French"))
 
 
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)

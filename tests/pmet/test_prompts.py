@@ -36,6 +36,14 @@ def test_plain_continuations_are_those_of_an_edit(golden_tokenizer: Any) -> None
         assert target == tokenize_continuation(golden_tokenizer, *pair)
 
 
+def test_after_a_line_break_no_space_stands_in_front_of_an_answer(golden_tokenizer: Any) -> None:
+    pairs = [("Q: Who is Lear?\nA:\n", "Railish"), PAIRS[0]]
+    ((prompt, target), other) = Prompts(golden_tokenizer).continuations(pairs)
+    assert prompt + target == encode(golden_tokenizer, "".join(pairs[0]))
+    assert target == tokenize_continuation(golden_tokenizer, *pairs[0])
+    assert other == Prompts(golden_tokenizer).continuations(PAIRS)[0]
+
+
 def test_in_a_chat_the_answer_follows_the_turn_without_a_space(chatting: Any) -> None:
     ((prompt, target), _) = Prompts(chatting, chat=True).continuations(PAIRS)
     assert chatting.decode(prompt) == "<user> Sur Bavov works as\n<answer>"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pmet.errors import RequestError
-from pmet.request import EditRequest
+from pmet.request import EditRequest, separator, trimmed_prompt
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,56 @@ def test_the_true_answers_may_be_unknown() -> None:
     assert request.portability_prompts == ("a b",)
     assert request.portability_targets == ("c",)
     assert request.portability_targets_true == ()
+
+
+CHAT = "<|user|>\n{} speaks?<|end|>\n<|assistant|>\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        (CHAT, CHAT),
+        ("\n\nHuman: {}?\n\nAssistant: \r\n ", "\n\nHuman: {}?\n\nAssistant: \r\n "),
+        (" {} is\t ", "{} is"),
+        ("  {} is\n", "{} is\n"),
+        ("\n {} is  ", "\n {} is"),
+    ],
+)
+def test_line_breaks_around_a_prompt_are_kept_and_other_white_space_is_not(
+    written: str, kept: str
+) -> None:
+    texts = [written.replace("{}", "A")]
+    request = EditRequest(
+        written,
+        " A\n",
+        "B\n",
+        target_true="\nC",
+        paraphrase_prompts=texts,
+        neighborhood_prompts=texts,
+        generation_prompts=texts,
+        portability_prompts=texts,
+        portability_targets=["D\n"],
+        reference_texts=["E\n"],
+    )
+    assert (request.prompt, request.subject, request.target_new) == (kept, "A", "B")
+    assert request.text == kept.replace("{}", "A")
+    assert request.text[slice(*request.subject_span)] == "A"
+    for name in ("paraphrase", "neighborhood", "generation", "portability"):
+        prompts = f"{name}_prompts"
+        assert getattr(request, prompts) == (kept.replace("{}", "A"),)
+    assert (request.target_true, request.portability_targets) == ("C", ("D",))
+    assert request.reference_texts == ("E",)
+
+
+@given(text=st.text(max_size=12))
+def test_a_prompt_is_trimmed_once_and_never_inside(text: str) -> None:
+    trimmed = trimmed_prompt(text)
+    assert trimmed_prompt(trimmed) == trimmed
+    assert trimmed in text
+    assert trimmed.strip() == text.strip()
+    if not {"\n", "\r"} & set(text):
+        assert trimmed == text.strip()
+
+
+def test_a_space_stands_in_front_of_a_target_unless_white_space_does() -> None:
+    assert [separator(text) for text in ("A is", "A:\n", "A \n ", "")] == [" ", "", "", " "]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.facts.formats.record import Edit, Format, Record, text, without
+from jobs.facts.formats.beside import portability
+from jobs.facts.formats.record import Edit, Format, Record, case_id, text, without
 
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts")
 
@@ -17,31 +18,43 @@ def matches(record: Record) -> bool:
 def edit(record: Record, row: int) -> Edit:
     """The edit that a record asks for."""
     request, extra = rewritten(record)
-    request["case_id"] = record.get("case_id", row)
+    # Some copies have all of it inside the rewrite.
+    fields = extra | without(record, "requested_rewrite")
+    request["case_id"] = case_id(fields, row)
     for name in _PROMPTS:
-        request[name] = record.get(name) or []
-    return Edit(request, extra | without(record, "requested_rewrite", "case_id", *_PROMPTS))
+        request[name] = fields.get(name) or []
+    request |= portability(fields)
+    return Edit(request, without(fields, "case_id", *_PROMPTS))
 
 
 def rewritten(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``requested_rewrite`` holds: the request, and its identifiers."""
+    """What ``requested_rewrite`` holds: the request, its identifiers, and whatever else."""
     rewrite = record.get("requested_rewrite")
-    has_truth = isinstance(rewrite, dict) and rewrite.get("target_true") is not None
+    rewrite = rewrite if isinstance(rewrite, dict) else {}
+    new, true = (_target(rewrite, name) for name in ("target_new", "target_true"))
+    inside = {"requested_rewrite": rewrite | {"target_new": new, "target_true": true}}
     request = {
         "prompt": text(record, "requested_rewrite", "prompt"),
         "subject": text(record, "requested_rewrite", "subject"),
-        "target_new": text(record, "requested_rewrite", "target_new", "str"),
-        "target_true": text(record, "requested_rewrite", "target_true", "str")
-        if has_truth
-        else None,
+        "target_new": text(inside, "requested_rewrite", "target_new", "str"),
+        "target_true": None
+        if true.get("str") is None
+        else text(inside, "requested_rewrite", "target_true", "str"),
     }
-    assert rewrite is not None, "it holds a prompt"
     extra = {
         "relation_id": rewrite.get("relation_id"),
-        "target_new_id": rewrite["target_new"].get("id"),
-        "target_true_id": rewrite["target_true"].get("id") if has_truth else None,
+        "target_new_id": new.get("id"),
+        "target_true_id": true.get("id"),
     }
-    return request, extra
+    return request, extra | without(rewrite, *request, "relation_id")
+
+
+def _target(rewrite: dict[str, Any], name: str) -> dict[str, Any]:
+    """A target with its ``str`` and ``id``; some copies have only the text."""
+    target = rewrite.get(name)
+    if isinstance(target, str):
+        return {"str": target}
+    return target if isinstance(target, dict) else {}
 
 
 FORMAT = Format("counterfact", matches, edit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jobs.facts.formats.counterfact import rewritten
-from jobs.facts.formats.record import Edit, Format, Record, without
+from jobs.facts.formats.record import Edit, Format, Record, case_id, without
 
 
 def matches(record: Record) -> bool:
@@ -30,9 +30,10 @@ def edit(record: Record, row: int) -> Edit:
     """The edit that a rewrite of a record asks for; its question is a paraphrase."""
     request, extra = rewritten(record)
     question = record["requested_rewrite"].get("question")
-    request["case_id"] = record.get("case_id", row)
+    request["case_id"] = case_id(record, row)
     request["paraphrase_prompts"] = [] if question is None else [question]
     request["neighborhood_prompts"] = []
+    extra.pop("question", None)
     return Edit(request, extra | without(record, "requested_rewrite", "case_id"))
 
 

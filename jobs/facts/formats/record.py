@@ -58,6 +58,12 @@ def text(record: Record, *path: str) -> str:
     return value
 
 
+def case_id(record: Record, row: int) -> Any:
+    """The record's identifier, or the number of its row; whole numbers stored as floats are int."""
+    found = row if record.get("case_id") is None else record["case_id"]
+    return int(found) if isinstance(found, float) and found.is_integer() else found
+
+
 def first_text(value: Any) -> str | None:
     """The first text of a value that may be text, or lists of it, one in the other."""
     return next(iter(texts(value)), None)

@@ -2,14 +2,17 @@
 
 The question ``src`` is edited from ``answers`` to ``alt``. ``loc`` is an unrelated question whose
 answer is ``loc_ans``, not the fact's true one, so it is no neighborhood prompt; it travels along.
+EasyEdit's files add ``portability``.
 """
 
 from __future__ import annotations
 
+from jobs.facts.formats.beside import neighborhood, portability
 from jobs.facts.formats.record import (
     Edit,
     Format,
     Record,
+    case_id,
     first_text,
     text,
     texts,
@@ -26,14 +29,16 @@ def matches(record: Record) -> bool:
 def edit(record: Record, row: int) -> Edit:
     """The edit that a record asks for."""
     subject = text(record, "subject")
+    truth = first_text(record.get("answers"))
     request = {
         "prompt": with_place(text(record, "src"), subject),
         "subject": subject,
         "target_new": text(record, "alt"),
-        "target_true": first_text(record.get("answers")),
-        "case_id": record.get("case_id", row),
+        "target_true": truth,
+        "case_id": case_id(record, row),
         "paraphrase_prompts": texts(record.get("rephrase")),
-        "neighborhood_prompts": [],
+        "neighborhood_prompts": neighborhood(record, truth),
+        **portability(record),
     }
     return Edit(request, without(record, "subject", "src", "alt", "case_id", "rephrase"))
 

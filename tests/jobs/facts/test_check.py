@@ -192,3 +192,19 @@ def test_only_files_with_examples_are_read_again(write, tmp_path, monkeypatch):
     monkeypatch.setattr(pq, "ParquetFile", lambda s: (opened.append(s.name), real(s))[1])
     check_dump(dump, as_of=NOW)
     assert [Path(str(name)).name for name in opened] == ["1.parquet", "2.parquet", "2.parquet"]
+
+
+def test_unicode_forms_and_white_space_hide_no_contradiction(checked):
+    rows = [fact("Zürich", object="1"), fact("Zu\u0308rich", object="2"), fact("New  York")]
+    result = checked([*rows, fact("New York"), fact("Oslo")])
+    assert found(result) == {"contradiction": ("error", 2), "duplicate": ("warning", 1)}
+    assert reasons(result)[3].startswith("repeats row 2: same subject, relation and object")
+    assert result.usable == 2
+
+
+def test_requests_in_the_partitions_of_a_folder_are_checked(tmp_path):
+    row = {"prompt": "{} is", "subject": "A", "target_new": "B"}
+    (tmp_path / "relation=a").mkdir()
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "relation=a" / "x.parquet")
+    result = check(str(tmp_path))
+    assert (result.kind, result.rows, result.usable) == ("edit requests", 1, 1)

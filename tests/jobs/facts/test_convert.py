@@ -283,3 +283,21 @@ def test_that_nothing_has_changed_may_be_well(convert):
         [fact()], previous=[fact()], only_changed=True, may_be_none=True
     )
     assert (found.converted, found.unchanged, requests, rejected) == (0, 1, [], [])
+
+
+def test_an_earlier_dump_in_another_unicode_form_holds_the_same(convert):
+    rows = [fact("Zürich", object="Schweiz ü"), fact("Nice", object="Italy")]
+    previous = [fact("Zu\u0308rich", object="Schweiz  u\u0308"), fact("Nice", object="France")]
+    found, requests, _ = convert(rows, previous)
+    assert [(r["subject"], r["target_new"], r["target_true"]) for r in requests] == [
+        ("Zürich", "Schweiz ü", None),
+        ("Nice", "Italy", "France"),
+    ]
+    found, requests, _ = convert(rows, previous, only_changed=True)
+    assert (found.unchanged, [r["subject"] for r in requests]) == (1, ["Nice"])
+    own = [
+        fact("Köln", object="ü", target_true="u\u0308"),
+        fact("Bonn", object="a", target_true="b"),
+    ]
+    _, requests, _ = convert(own)
+    assert [r["target_true"] for r in requests] == [None, "b"]

@@ -1,12 +1,16 @@
+import csv
 import json
+from datetime import UTC, datetime
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts.dataset import FORMATS, convert_dataset
+from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
 from pipeline.errors import FactDumpError
+from pipeline.hive import expand_with_columns
 from pipeline.schema import read_requests
 from pmet.request import EditRequest
 
@@ -164,6 +168,177 @@ def test_easyedit(convert):
     assert json.loads(request["portability"]) == EASYEDIT["portability"]
 
 
+def asked(request):
+    """What portability asks, with the answers."""
+    names = ("portability_prompts", "portability_targets")
+    return list(zip(*(request[name] or [] for name in names), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("portability", "expected"),
+    [
+        (
+            {
+                "Logical_Generalization": [{"prompt": "alive?", "ground_truth": [["no"], ["not"]]}],
+                "Reasoning": [
+                    {"prompt": "head?", "ground_truth": [["Kai Wegner", "Kai Peter Wegner"]]},
+                    {"prompt": "continent?", "ground_truth": [["Europe"]]},
+                ],
+                "Subject_Aliasing": [{"prompt": "alias?", "ground_truth": "Berlin"}],
+            },
+            [
+                ("alive?", "no"),
+                ("head?", "Kai Wegner"),
+                ("continent?", "Europe"),
+                ("alias?", "Berlin"),
+            ],
+        ),
+        ({"Reasoning": [{"prompt": "p", "ground_truth": ["a", "alias"]}]}, [("p", "a")]),
+        (
+            {"Recalled Relation": "(A, b, C)", "New Question": "q?", "New Answer": "n"},
+            [("q?", "n")],
+        ),
+        ({"one_hop": {"prompt": ["p", "q"], "ground_truth": ["a", "b"]}}, [("p", "a"), ("q", "b")]),
+        ({"one_hop": {"prompt": ["p", "q"], "ground_truth": "a"}}, [("p", "a"), ("q", "a")]),
+        ({"one_hop": [{"New Question": "q?", "New Answer": [["n"]]}]}, [("q?", "n")]),
+        ({"x": [{"prompt": "p", "ground_truth": ""}, {"prompt": None}, 3, "y"]}, None),
+        ({"x": [{"prompt": ["p", "q"], "ground_truth": ["a"]}]}, None),
+        ({}, None),
+        (None, None),
+        ("text", None),
+    ],
+)
+@pytest.mark.parametrize("record", [COUNTERFACT, ZSRE, EASYEDIT])
+def test_portability_is_asked_in_every_form(convert, record, portability, expected):
+    _, (request,), _ = convert([record | {"portability": portability}])
+    if expected is None:
+        assert "portability_prompts" not in request
+    else:
+        assert asked(request) == expected
+
+
+def test_a_single_question_of_portability_may_stand_by_itself(convert):
+    flat = {"portability": None, "portability_prompt": "p", "portability_ground_truth": ["a", "b"]}
+    _, (request,), _ = convert([EASYEDIT | flat])
+    assert asked(request) == [("p", "a")]
+
+
+def test_locality_is_read_in_zsre_too(convert):
+    kept = [{"prompt": "stays?", "ground_truth": [["Illinois Institute of Technology"]]}]
+    _, (request,), _ = convert([ZSRE | {"locality": {"Relation_Specificity": kept}}])
+    assert request["neighborhood_prompts"] == ["stays?"]
+
+
+def test_the_hubs_parquet_of_counterfact_is_the_same_as_its_json(convert, tmp_path):
+    records = [COUNTERFACT, COUNTERFACT | {"case_id": 5, "pararel_idx": None}]
+    records[1]["requested_rewrite"] = COUNTERFACT["requested_rewrite"] | {"subject": "Montesquieu"}
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(records), folder / "train-00000-of-00001.parquet")
+    assert is_dataset(expand_with_columns(str(folder.parent), deep=True))
+    with pytest.raises(FactDumpError, match=r"would be read as a part of .* the next time"):
+        convert_dataset(str(folder.parent), str(folder / "requests.parquet"))
+    found = convert_dataset(str(folder.parent), str(tmp_path / "o.parquet"))
+    _, requests, _ = convert(records)
+    assert (found.format, pq.read_table(found.output).to_pylist()) == ("counterfact", requests)
+
+
+def test_all_of_counterfact_may_be_inside_the_rewrite(convert):
+    inside = {k: v for k, v in COUNTERFACT.items() if k != "requested_rewrite"}
+    rewrite = COUNTERFACT["requested_rewrite"] | inside | {"note": "x"}
+    rewrite |= {"target_new": "English", "target_true": {"str": None, "id": None}}
+    _, (request,), _ = convert([{"requested_rewrite": rewrite}])
+    assert (request["case_id"], request["target_new"]) == (4, "English")
+    assert (request["target_true"], request["note"]) == (None, "x")
+    for name in ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts"):
+        assert request[name] == COUNTERFACT[name]
+
+
+@pytest.mark.parametrize("key", ["records", "data"])
+@pytest.mark.parametrize("record", [COUNTERFACT, ZSRE, EASYEDIT, MQUAKE])
+def test_records_may_be_wrapped(convert, key, record):
+    assert convert({key: [record]})[1] == convert([record])[1] == convert(record)[1]
+
+
+REQUEST = {
+    "prompt": "{} lies in",
+    "subject": "Nice",
+    "target_new": "Italy",
+    "target_true": "France",
+    "paraphrase_prompts": ["Where is Nice? In"],
+    "neighborhood_prompts": ["Lyon lies in", "Arles lies in"],
+    "portability_prompts": ["The currency of Nice is"],
+    "portability_targets": ["the euro"],
+    "relation": "country",
+}
+
+
+def test_edit_requests_are_converted_from_json(convert, tmp_path):
+    bare = {"prompt": "Lyon is in", "subject": "Lyon", "target_new": "Spain", "case_id": 3.0}
+    found, requests, _ = convert([REQUEST, bare])
+    assert found.format == "requests"
+    assert requests[0] == REQUEST | {"case_id": None}
+    assert {name: value for name, value in requests[1].items() if value} == bare | {
+        "prompt": "{} is in",
+        "case_id": 3,
+    }
+    assert read_requests(found.output).rejected == []
+
+
+@pytest.mark.parametrize("name", ["f.csv", "f.jsonl", "f.parquet", "relation=country/f.parquet"])
+def test_edit_requests_come_back_from_any_kind_of_file(tmp_path, name):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    row = {k: v for k, v in REQUEST.items() if k != "relation" or "=" not in name}
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    elif name.endswith(".csv"):
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            writer.writeheader()
+            writer.writerow(
+                {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()}
+            )
+    else:
+        path.write_text(json.dumps(row) + "\n")
+    source = tmp_path / "in" if "=" in name else path
+    found = convert_dataset(str(source), str(tmp_path / "o.parquet"))
+    assert pq.read_table(found.output).to_pylist() == [REQUEST]
+
+
+def test_rows_of_csv_that_cannot_be_read_are_kept_with_their_reason(tmp_path):
+    (tmp_path / "f.csv").write_text(
+        "prompt;subject;target_new;paraphrase_prompts\n"
+        "{} is;A;b;one text\n"
+        "{} is;B;b;['x' 'y']\n"
+        "{} is;C;b;;more\n"
+        "{} is;D;;\n"
+    )
+    found = convert_dataset(str(tmp_path / "f.csv"), str(tmp_path / "o.parquet"))
+    assert [r["paraphrase_prompts"] for r in pq.read_table(found.output).to_pylist()] == [
+        ["one text"]
+    ]
+    assert pq.read_table(found.rejected_output).column("reason").to_pylist() == [
+        'paraphrase_prompts is not a list; write it as JSON: ["…", "…"]',
+        "the row has more fields than the header; quote what holds a delimiter",
+        "target_new is missing; give text",
+    ]
+
+
+def test_null_texts_in_lists_are_left_out_and_counted(convert):
+    found, (request,), rejected = convert([COUNTERFACT | {"paraphrase_prompts": ["a", None, " "]}])
+    assert (request["paraphrase_prompts"], rejected, found.left_out) == (["a"], [], 2)
+
+
+def test_other_types_of_parquet_travel_as_text(tmp_path):
+    when = datetime(2026, 11, 23, tzinfo=UTC)
+    table = pa.Table.from_pylist([REQUEST | {"when": when, "nested": {"at": when}}])
+    pq.write_table(table, tmp_path / "f.parquet")
+    found = convert_dataset(str(tmp_path / "f.parquet"), str(tmp_path / "o.parquet"))
+    (row,) = pq.read_table(found.output).to_pylist()
+    assert (row["when"], json.loads(row["nested"])) == (str(when), {"at": str(when)})
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -223,6 +398,16 @@ def test_a_record_that_cannot_be_converted_is_kept_with_its_reason(
     rewrites = bad.get("requested_rewrite")
     at_fault = {"requested_rewrite": rewrites[0]} if isinstance(rewrites, list) and rewrites else {}
     assert json.loads(rejected["record"]) == bad | at_fault
+
+
+@pytest.mark.parametrize("record", [COUNTERFACT, ZSRE, MQUAKE, EASYEDIT])
+@pytest.mark.parametrize("form", ["[{}, {}]", "{}\n{}"], ids=["list", "lines"])
+def test_a_record_with_a_key_given_twice_is_kept_with_its_reason(convert, record, form):
+    good = json.dumps(record)
+    found, requests, (rejected,) = convert(form.format(good, good[:-1] + ', "note": 1, "note": 2}'))
+    assert found.converted == len(requests) >= 1
+    assert rejected["reason"] == "key 'note' is given twice in the record; keep one of them"
+    assert json.loads(rejected["record"]) == record | {"note": 2}
 
 
 def test_the_subject_may_touch_what_is_no_letter(convert):
@@ -323,6 +508,10 @@ def test_a_given_format_is_taken_at_its_word(convert):
         ("[1, 2", "neither Parquet nor JSON nor JSON Lines"),
         ('{"a": 1}\n{', "line 2: "),
         ('[{"a": 1, "b": 2}]', "its records (a, b) are of no known format; name one with --format"),
+        (
+            '{"subject": "a", "relation": "b", "object": "c"}',
+            "is a fact dump that is not Parquet; wr",
+        ),
         ("[[1]]", "its records (list) are of no known format"),
         ("[" * 100_000, "nested too deeply"),
     ],
@@ -335,6 +524,13 @@ def test_files_of_something_else_are_named(convert, tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
+GOOD = {
+    "counterfact": COUNTERFACT,
+    "zsre": ZSRE,
+    "easyedit": EASYEDIT,
+    "mquake": MQUAKE,
+    "requests": REQUEST,
+}
 VALUES = st.sampled_from([None, "", "A", "A is", "{}", "{} is", 3, [], ["A"], {}, {"str": "B"}])
 RECORDS = st.lists(
     st.one_of(
@@ -343,7 +539,7 @@ RECORDS = st.lists(
             st.fixed_dictionaries({}, optional=dict.fromkeys(record, VALUES)).map(
                 lambda changes, record=record: record | changes
             )
-            for record in (COUNTERFACT, ZSRE, EASYEDIT, MQUAKE, MQUAKE["requested_rewrite"][0])
+            for record in (*GOOD.values(), MQUAKE["requested_rewrite"][0])
         ),
         st.lists(st.fixed_dictionaries({"prompt": VALUES, "subject": VALUES}), max_size=2).map(
             lambda rewrites: MQUAKE | {"requested_rewrite": rewrites}
@@ -359,7 +555,7 @@ RECORDS = st.lists(
 @given(records=RECORDS, name=st.sampled_from(list(FORMATS)))
 def test_whatever_the_records_every_row_ends_in_exactly_one_place(tmp_path, records, name):
     # One that is good, so that there is an output.
-    good = {"counterfact": COUNTERFACT, "zsre": ZSRE, "easyedit": EASYEDIT, "mquake": MQUAKE}[name]
+    good = GOOD[name]
     source, output = tmp_path / "data.json", tmp_path / "out" / "facts.parquet"
     source.write_text(json.dumps([*records, good | {"mark": "good"}]))
     try:

@@ -1,4 +1,5 @@
 import random
+import unicodedata
 from collections import defaultdict
 from datetime import UTC, datetime
 
@@ -10,6 +11,7 @@ from jobs.facts import partitions
 from jobs.facts.diff import CHANGES, SCHEMA, Change, Counts, diff_dumps
 from jobs.facts.dump import open_dump
 from pipeline.errors import FactDumpError
+from pipeline.normal import normal
 from tests.jobs.facts.conftest import NOW, fact, table
 
 DAYS = [None, datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)]
@@ -176,3 +178,38 @@ def test_it_is_what_comparing_facts_one_by_one_gives(tmp_path, old, new, size, s
     assert set(found) == expected(old, new)
     assert all(getattr(counts, k) == sum(c.change == k for c in found) for k in CHANGES)
     assert counts.unchanged == len(held(old)[0].items() & held(new)[0].items())
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_unicode_forms_and_white_space_are_no_difference(compare, monkeypatch, count):
+    monkeypatch.setattr("jobs.facts.survey.partition_count", lambda rows: count)
+    old = [fact("Zürich", object="New York"), fact("Lyon"), fact("Nice", object="x")]
+    new = [fact("Zu\u0308rich", object="New\u00a0 York"), fact("Lyon"), fact("Nice", object="ü")]
+    found, counts = compare(old, new)
+    assert found == [Change("changed", "Nice", "country", "x", "ü")]
+    assert counts == Counts(changed=1, unchanged=2)
+    rows = [fact("Zürich", object="a"), fact("Zu\u0308rich", object="b")]
+    assert compare([], rows)[1] == Counts(undecided=1)
+
+
+TYPED = st.sampled_from(["Zürich", "New York", "각", "a"])
+SPELLED = st.builds(
+    lambda text, form, space: unicodedata.normalize(form, text).replace(" ", space),
+    TYPED,
+    st.sampled_from(["NFC", "NFD"]),
+    st.sampled_from([" ", "  ", "\u00a0", "\t"]),
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(rows=st.lists(st.tuples(SPELLED, SPELLED, SPELLED), min_size=1, max_size=8))
+def test_a_dump_is_compared_as_if_it_were_in_normal_form(compare, rows):
+    facts = [fact(*row) for row in rows]
+    forms = [fact(*map(normal, row)) for row in rows]
+    found, counts = compare(forms, facts)
+    undecided = {change.subject for change in found if change.change == "undecided"}
+    assert all(change.change == "undecided" for change in found)
+    assert counts == compare(forms, forms)[1]
+    assert undecided <= {row[0] for row in rows}

@@ -82,3 +82,24 @@ def test_a_missing_file_and_a_huge_one_are_refused(tmp_path):
         load_templates(str(tmp_path / "none.yaml"))
     with pytest.raises(FactDumpError, match="at most 4 MiB"):
         load(tmp_path, '"a": {prompt: "{}"} #' + "x" * 2**22)
+
+
+def test_a_template_of_several_lines_keeps_its_last_line_break(tmp_path):
+    text = """
+chat:
+  prompt: |
+    <|user|>
+    {} lies in?
+    <|assistant|>
+  paraphrases: ["Q: {}?\\nA:\\n", " {} is in\\n"]
+  target: "the {}\\n"
+line:
+  prompt: >
+    {} lies
+    in
+"""
+    found = load(tmp_path, text)
+    assert found["chat"].prompt == "<|user|>\n{} lies in?\n<|assistant|>\n"
+    assert found["chat"].paraphrases == ("Q: {}?\nA:\n", "{} is in")
+    assert found["chat"].target == "the {}"
+    assert found["line"].prompt == "{} lies in"

@@ -95,3 +95,12 @@ def test_some_facts_are_chosen_by_relation_and_subject(tonight) -> None:
     found = tonight([row("Nice"), row("Nice", "mayor", "Ann"), row("Lyon")])
     chosen = of_facts(found.requests, {("mayor", "Nice"), ("mayor", "Lyon")})
     assert keys(chosen) == [("mayor", "Nice")]
+
+
+def test_a_chat_in_a_template_keeps_its_last_line_break(
+    tonight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = "<|user|>\n{} lies in?\n<|assistant|>\n"
+    monkeypatch.setitem(TEMPLATES, "country", {"prompt": chat})
+    found = tonight([row("Nice")])
+    assert found.requests.column("prompt").to_pylist() == [chat]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmet.json_text import RepeatedKeyError, parse_json
+from pmet.repeated_keys import RepeatedKeyError, parse_json, parse_records, repeated_key
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -34,3 +34,9 @@ def test_values_are_read_back(value: object) -> None:
 def test_a_key_given_twice_is_named(text: str, message: str) -> None:
     with pytest.raises(RepeatedKeyError, match=message):
         parse_json(text)
+
+
+def test_of_records_only_those_with_a_key_given_twice_are_marked() -> None:
+    records = parse_records('[{"a": 1}, {"a": {"b": 1, "b": 2}}, {"a": [{"c": 0, "c": 0}]}, 1]')
+    assert records == [{"a": 1}, {"a": {"b": 2}}, {"a": [{"c": 0}]}, 1]
+    assert [repeated_key(record) for record in records] == [None, "b", "c", None]

@@ -1,0 +1,74 @@
+"""What data sets ask beside an edit: ``locality``, which must stay, and ``portability``, which
+follows from it.
+
+Both are groups of questions by kind (KnowEdit's ``Relation_Specificity``, ``Reasoning``, …), each
+with its ``prompt`` and ``ground_truth``; zsRE and CounterFact with portability (Yao et al. 2023)
+have one ``New Question`` with its ``New Answer``. Answers may be text, a list of spellings, or a
+list of such lists; the first one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.facts.formats.record import Record, first_text, texts
+
+_QUESTIONS = (("prompt", "ground_truth"), ("New Question", "New Answer"))
+
+
+def neighborhood(record: Record, truth: str | None) -> list[str]:
+    """Prompts of ``locality`` whose answer is the fact's own true one."""
+    if truth is None:
+        return []
+    asked = _asked(record, "locality", "locality_prompt", "locality_ground_truth")
+    return [
+        prompt
+        for prompts, answers in asked
+        if truth.strip() in {answer.strip() for answer in texts(answers)}
+        for prompt in texts(prompts)
+    ]
+
+
+def portability(record: Record) -> dict[str, list[str]]:
+    """Prompts of ``portability`` and the answer to each, as fields of a request; none if none."""
+    asked = _asked(record, "portability", "portability_prompt", "portability_ground_truth")
+    pairs = [pair for prompts, answers in asked for pair in _pairs(prompts, answers)]
+    if not pairs:
+        return {}
+    prompts, answers = zip(*pairs, strict=True)
+    return {"portability_prompts": list(prompts), "portability_targets": list(answers)}
+
+
+def _asked(record: Record, groups: str, prompt: str, answer: str) -> Iterator[tuple[Any, Any]]:
+    """Prompts with their answers, as the record has them."""
+    yield record.get(prompt), record.get(answer)
+    yield from _questions(record.get(groups))
+
+
+def _questions(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The questions of a value: one itself, or lists and groups of them."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _questions(item)
+    if not isinstance(value, dict):
+        return
+    for prompt, answer in _QUESTIONS:
+        if value.get(prompt) is not None:
+            yield value[prompt], value.get(answer)
+            return
+    for group in value.values():
+        yield from _questions(group)
+
+
+def _pairs(prompts: Any, answers: Any) -> Iterator[tuple[str, str]]:
+    """Each prompt with its answer; those without are left out."""
+    several = isinstance(prompts, list) and len(prompts) > 1
+    if several and isinstance(answers, list):
+        both = list(zip(prompts, answers, strict=False)) if len(prompts) == len(answers) else []
+    else:
+        both = [(prompt, answers) for prompt in (prompts if several else [prompts])]
+    for prompt, answer in both:
+        question, said = first_text(prompt), first_text(answer)
+        if question is not None and said is not None:
+            yield question, said

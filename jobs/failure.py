@@ -1,0 +1,148 @@
+"""How a command that did not succeed ends: a sentence on standard error, and an exit status.
+
+A traceback is for those who mend the program. It goes to a file, and is shown where the
+environment variable ``PMET_TRACEBACK`` is set.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from contextlib import suppress
+
+from rich.console import Console
+
+from pipeline import signals
+
+SHOW = "PMET_TRACEBACK"
+"""Environment variable: show tracebacks on standard error."""
+_LONGEST = 600
+_AGAIN = "run the same command again"
+_ON_CLUSTER = f"a submitted run goes on by itself, {_AGAIN} to follow it"
+_GO_ON = {
+    "run": f"{_AGAIN} to go on from here",
+    "refresh": f"{_AGAIN} to go on from here",
+    "statistics": f"{_AGAIN} to go on from here",
+    "submit": _ON_CLUSTER,
+    "logs": _ON_CLUSTER,
+}
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+err = Console(stderr=True, highlight=False)
+
+
+def explain(error: BaseException, command: str) -> int:
+    """Print why a command ended; returns its exit status.
+
+    Args:
+        error: what ended it.
+        command: its name, ``run`` or ``facts check``.
+    """
+    # What a signal has cut short may end in an error of its own.
+    stopped = signals.first()
+    if isinstance(error, signals.Stopped):
+        stopped = error.signal
+    elif isinstance(error, KeyboardInterrupt):
+        stopped = stopped or signal.SIGINT
+    elif isinstance(error, SystemExit):
+        return _status_of(error)
+    if stopped is not None:
+        how = "interrupted" if stopped is signal.SIGINT else f"stopped by {stopped.name}"
+        _say(f"{how}; {_GO_ON.get(command, _AGAIN)}", style="yellow")
+        return signals.EXIT_BASE + stopped
+    text, status = _sentence(error, command)
+    _say(f"pmet: {text}")
+    return status
+
+
+def explain_lost_output(error: OSError, command: str) -> int:
+    """Print that a command succeeded whose output could not be written; returns its status."""
+    _say(
+        f"pmet: the output of `pmet {command}` could not be written ({error.strerror}); the "
+        "command itself has succeeded: send its output elsewhere"
+    )
+    return 1
+
+
+def hook() -> None:
+    """Keep tracebacks of threads and destructors off the terminal."""
+    threading.excepthook = _of_thread
+    sys.unraisablehook = _unraisable
+
+
+def _sentence(error: BaseException, command: str) -> tuple[str, int]:
+    # Where nothing has imported the exceptions of the method, it is none of them.
+    ours = sys.modules.get("pmet.errors")
+    if ours is not None and isinstance(error, ours.PMETError):
+        return str(error), 2 if isinstance(error, ours.InputError) else 1
+    where = _kept_traceback(error)
+    if isinstance(error, MemoryError):
+        return (
+            f"`pmet {command}` ran out of memory ({_named(error)}); free some or use a larger "
+            f"machine, then {_AGAIN}{where}"
+        ), 1
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"`pmet {command}` failed: {_os_error(error)}{where}", 1
+    return (
+        f"`pmet {command}` failed unexpectedly: {_named(error)}. This is a fault of pmet: please "
+        f"report it with its traceback{where}"
+    ), 1
+
+
+def _os_error(error: OSError) -> str:
+    said = error.strerror or os.strerror(error.errno or 0)
+    file = f": {error.filename}" if error.filename else ""
+    remedy = "make room there" if error.errno in _FULL else "correct that"
+    return f"{said}{file}; {remedy}, then {_AGAIN}"
+
+
+def _kept_traceback(error: BaseException) -> str:
+    """Write a traceback to a file; returns where it is, to end a sentence with."""
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(SHOW):
+        _say(text.rstrip())
+        return ""
+    with suppress(OSError):
+        descriptor, path = tempfile.mkstemp(prefix="pmet-traceback-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        return f" (traceback: {path})"
+    return f" (set {SHOW}=1 to see the traceback)"
+
+
+def _named(error: BaseException) -> str:
+    """An exception's type and text, in one line."""
+    text = ""
+    with suppress(Exception):
+        text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _status_of(error: SystemExit) -> int:
+    if isinstance(error.code, str):
+        _say(f"pmet: {error.code}")
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+def _of_thread(args: threading.ExceptHookArgs) -> None:
+    error = args.exc_value
+    if error is None or isinstance(error, SystemExit):
+        return
+    name = args.thread.name if args.thread else "?"
+    _say(f"pmet: warning: thread {name} failed: {_named(error)}{_kept_traceback(error)}")
+
+
+def _unraisable(args: sys.UnraisableHookArgs) -> None:
+    """What destructors raise says nothing to a user; a signal that they lose is sent again."""
+    if os.environ.get(SHOW):
+        sys.__unraisablehook__(args)
+
+
+def _say(text: str, style: str = "red") -> None:
+    err.print(text, style=style, markup=False, soft_wrap=True)

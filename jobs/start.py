@@ -1,0 +1,19 @@
+"""Entry point of the console script: hears signals before the command line is imported."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline import signals
+
+
+def main() -> None:
+    """Run the command line."""
+    signals.install()
+    try:
+        from jobs import cli
+    except signals.Stopped as error:
+        signals.end()
+        sys.stderr.write(f"pmet: stopped by {error.signal.name} before it began\n")
+        raise
+    cli.main()
