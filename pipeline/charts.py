@@ -8,6 +8,7 @@ becomes ``currentColor``, and each series the CSS variable of its name (``--befo
 from __future__ import annotations
 
 import io
+import math
 import re
 import unicodedata
 import warnings
@@ -85,10 +86,10 @@ def score_chart(
         places = np.arange(len(names))
         looks = (("before", before, -0.19, BEFORE), ("after", after, 0.19, AFTER))
         for (when, values, offset, colour), label in zip(looks, series, strict=True):
-            widths = [values[name] or 0.0 for name in names]
+            widths = [_drawable(values[name]) or 0.0 for name in names]
             axes.barh(places + offset, widths, 0.34, color=colour, label=label)
             for place, name in enumerate(names):
-                if (value := values[name]) is not None:
+                if (value := _drawable(values[name])) is not None:
                     interval = whiskers.get(when, {}).get(name)
                     if interval is not None:
                         low, high = interval
@@ -113,6 +114,11 @@ def score_chart(
         axes.legend(*named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return _chart("scores", "Scores before and after", (7.2, 0.95 + 0.46 * len(names)), draw)
+
+
+def _drawable(value: float | None) -> float | None:
+    """A value that has a place on an axis; None for NaN and infinity too."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _clear_of(gate: float | None, end: float, room: float = 0.09) -> float:

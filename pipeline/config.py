@@ -32,6 +32,7 @@ from pipeline.gates import GATES
 from pipeline.yaml12 import YAMLTextError, dump_yaml, parse_yaml, read_yaml
 
 SIZE_LIMIT = 2**20
+MOST_THREADS = 4096
 _LISTED_KEYS, _FIRST_KEYS = 24, 6
 
 
@@ -100,6 +101,10 @@ PathsOrNull = Annotated[
 ]
 Count = Annotated[_Count, allowed("a whole number, 1 or more")]
 CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or more, or auto")]
+ThreadsOrAuto = Annotated[
+    Annotated[int, Field(ge=1, le=MOST_THREADS)] | Literal["auto"],
+    allowed(f"a whole number from 1 to {MOST_THREADS}, or auto"),
+]
 CountOrAutoOrHere = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"],
     allowed("a whole number, 1 or more, auto, or 0 for a job in this process"),
@@ -170,7 +175,7 @@ class TargetsConfig(Section):
         description="Requests in a shard, the unit that is computed, stored and resumed; "
         "auto: 16 to 256, by the number of requests alone.",
     )
-    threads_per_worker: CountOrAuto = Field(
+    threads_per_worker: ThreadsOrAuto = Field(
         default="auto",
         description="CPU threads for each worker; auto: one, so that results are the same to the "
         "bit on any machine.",

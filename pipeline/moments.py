@@ -21,6 +21,7 @@ from pipeline.published_moments import SUFFIX as NPZ
 from pipeline.published_moments import PublishedMoments
 from pipeline.store import Store, read_file
 from pmet.architecture import Layout
+from pmet.errors import NotFiniteError
 
 TENSORS = "second_moments.safetensors"
 PROVENANCE = "second_moments.json"
@@ -47,6 +48,9 @@ def moments_writer(
 
     Only one of them has to be in memory. The file says under which ``key`` it was made; without
     a provenance beside it, it counts as unfinished.
+
+    Raises:
+        NotFiniteError: by what is yielded, of a mean that float32 does not hold; there is no file.
     """
     width = layout.key_width
     size = 4 * width * width
@@ -65,7 +69,13 @@ def moments_writer(
 
         def write(mean_KK: torch.Tensor) -> None:
             assert mean_KK.shape == (width, width)
-            stream.write(mean_KK.float().contiguous().cpu().numpy().data)
+            mean_KK = mean_KK.float()
+            if not _is_finite(mean_KK):
+                raise NotFiniteError(
+                    f"a second moment for {store.url} is not finite in float32; what the model "
+                    "computes on the corpus overflows: check the model and the corpus"
+                )
+            stream.write(mean_KK.contiguous().cpu().numpy().data)
 
         yield write
 
@@ -117,12 +127,16 @@ def refuse_not_finite(url: str, layout: Layout, layers: tuple[int, ...]) -> None
 
 
 def _check_finite(url: str, module: str, moment_KK: torch.Tensor) -> None:
-    # Two numbers instead of a mask as large as the matrix.
-    if not torch.stack(moment_KK.aminmax()).isfinite().all():
+    if not _is_finite(moment_KK):
         raise JobError(
             f"second_moments: {module} at {url} holds NaN or infinity; copy the file again, or "
             "compute it anew from a corpus"
         )
+
+
+def _is_finite(moment_KK: torch.Tensor) -> bool:
+    # Two numbers instead of a mask as large as the matrix.
+    return bool(torch.stack(moment_KK.aminmax()).isfinite().all())
 
 
 def _read(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:

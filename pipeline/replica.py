@@ -27,6 +27,7 @@ from pmet.budget import free_memory, room_beside
 from pmet.contexts import ContextTemplates
 from pmet.continuations import score_continuations
 from pmet.devices import share_out
+from pmet.errors import NotFiniteError
 from pmet.generation import answers, write_on
 from pmet.hparams import PMETHyperParams
 from pmet.metrics import TextScore
@@ -200,6 +201,11 @@ class Replica:
         moments = second_moment.measure_tokens(self._model, sequences, hparams)
         attempt, files = uuid4().hex, []
         for layer, total_KK in moments.sums.items():
+            if not torch.stack(total_KK.aminmax()).isfinite().all():
+                raise NotFiniteError(
+                    f"the second moment of layer {layer} is not finite over {name}: keys of the "
+                    "model overflow there"
+                )
             file = f"{name}-{layer}-{attempt}.safetensors"
             output.write_bytes(file, save({"sum": total_KK.cpu()}))
             files.append(StoredFile(file, output.sha256(file)))

@@ -359,6 +359,12 @@ def test_an_odd_number_is_refused(job_file, key, what, odd):
     assert said[0].endswith(f" is not allowed; give {what}")
 
 
+@pytest.mark.parametrize("odd", ["4097", "100000000000000000000", "1e300", "0"])
+def test_more_threads_than_a_machine_has_are_refused(job_file, odd):
+    (said,) = problems(job_file(SMALL), [f"targets.threads_per_worker={odd}"])
+    assert said.endswith(" is not allowed; give a whole number from 1 to 4096, or auto")
+
+
 def test_problems_of_overrides_and_file_come_together(job_file):
     said = problems(job_file(SMALL + "update: 5\n"), ["update.ranks=2", "x=1"])
     assert len(said) == 2

@@ -19,6 +19,7 @@ from pipeline.moments import (
 )
 from pipeline.store import Store
 from pmet.architecture import Layout, resolve
+from pmet.errors import NotFiniteError
 from tests.conftest import GOLDEN, Golden, load_golden
 
 LAYERS = (0, 1)
@@ -74,6 +75,20 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, layout: Layout, o
     for check in (refuse_not_finite, read_moments):
         with pytest.raises(JobError, match=rf"h\.1\.mlp\.c_proj at {url} holds NaN or infinity"):
             check(url, layout, LAYERS)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), 1e300])
+def test_what_float32_does_not_hold_is_not_written(
+    tmp_path: Path, layout: Layout, odd: float
+) -> None:
+    mean_KK = torch.eye(layout.key_width, dtype=torch.float64)
+    mean_KK[0, 0] = odd
+    with (
+        pytest.raises(NotFiniteError, match="not finite in float32; what the model computes"),
+        moments_writer(Store(tmp_path), layout, (0,), "a key") as write,
+    ):
+        write(mean_KK)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
