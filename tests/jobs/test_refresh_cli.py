@@ -12,6 +12,7 @@ import yaml
 from jobs.refresh.home import CURRENT, LEDGER, NIGHT, Home, path
 from jobs.refresh.ledger import Entry, Ledger
 from jobs.refresh.night import Refreshed
+from pipeline.lease import Lease
 from tests.jobs.conftest import Invoke
 from tests.jobs.test_facts_cli import OLD, parquet
 
@@ -34,6 +35,8 @@ def home(tmp_path: Path) -> Home:
 
 def refresh_home(folder: Path) -> Home:
     home = Home(str(folder))
+    # As every night leaves it.
+    Lease.acquire(home.store).release()
     for version in (1, 2):
         model = path(version, "model")
         home.store.write_bytes(f"{model}/config.json", b"{}")
