@@ -90,11 +90,13 @@ def test_the_same_job_resumes_and_another_is_refused(
     (tmp_path / "out" / "records" / "layer-2.json").unlink()
     (tmp_path / "out" / "records" / "published.json").unlink()
     (tmp_path / "out" / "records" / "targets-00001.json").unlink()
-    stray = ["targets/00001-stray.parquet", "delta/stray.safetensors", "model/stray.safetensors"]
-    for name in stray:
+    stray = [f"targets/00001-{'0' * 32}.parquet", f"delta/w-{'0' * 32}.safetensors"]
+    mine = ["targets/notes.txt", "delta/notes.txt"]
+    for name in (*stray, *mine):
         (tmp_path / "out" / name).write_bytes(b"half of i")
     again = run_job(job(inputs, output, **ONE))
     assert not any((tmp_path / "out" / name).exists() for name in stray)
+    assert all((tmp_path / "out" / name).exists() for name in mine)
     assert Edit.load(tmp_path / "out" / "delta").deltas.keys() == set(edited_names(again))
     assert all(record_is_whole(again, name) for name in again.folder.glob("records/*.json"))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
@@ -103,7 +105,7 @@ def test_the_same_job_resumes_and_another_is_refused(
     assert detail["update"]["reused"] == 2
     assert "second moments" not in detail
     assert all(torch.equal(weights(again)[n], before[n]) for n in before)
-    with pytest.raises(RunFolderError, match="job changed; name another output"):
+    with pytest.raises(RunFolderError, match=r"job \(seed: 0 before, now 7\) changed"):
         run_job(job(inputs, output, seed=7))
 
 

@@ -133,10 +133,10 @@ def test_a_hyper_parameter_file_of_memit_gives_the_same_targets_and_weights(
     assert_same_targets(targets_by_row(expected.folder), targets_by_row(found.folder))
     assert_same_weights(weights(expected), weights(found))
     said = [event["text"] for event in run_json(found)["events"] if event["kind"] == "warning"]
-    assert said == [
+    assert (
         f"{path}: these hyper-parameters of other methods and tools have no effect here: "
         "alg_name, nullspace_threshold"
-    ]
+    ) in said
 
 
 def test_the_published_model_knows_the_facts(run: Runner) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import resource
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -514,14 +512,3 @@ def test_the_demo_takes_no_folder_of_the_users(pmet: Invoke, tmp_path: Path) -> 
     status, _, err = pmet("demo", "--output", tmp_path)
     assert (status, "holds inputs and is not a run folder" in err) == (2, True)
     assert (tmp_path / "inputs" / "requests.parquet").read_text() == "mine"
-
-
-def test_a_terminal_of_ascii_shows_names_of_any_letters(
-    pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    status, _, _ = pmet("run", job(output=str(tmp_path / "läuf")), "--dry-run", "--no-estimate")
-    sys.stdout.flush()
-    assert status == 0
-    assert f"output: {tmp_path}/l\\xe4uf" in written.getvalue().decode("ascii")
