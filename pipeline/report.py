@@ -50,6 +50,7 @@ from pipeline.sanity import (
 from pipeline.store import Store
 
 EXAMPLE_ROWS = 25
+SHOWN_WARNINGS = 8
 GROUPS_DRAWN = 24
 _GROUPED = (*CORE, "portability")
 
@@ -108,8 +109,15 @@ def _told(record: RunRecord) -> dict[str, Any]:
         "rates": _rates(record),
         "events": Cut(record.run["events"]),
         "event_counts": event_counts(record.run["events"]),
+        "warnings": Cut(_warnings(record), SHOWN_WARNINGS),
         "charts": _charts(record, groups),
     }
+
+
+def _warnings(record: RunRecord) -> list[str]:
+    """What the run warned of, each sentence once."""
+    warned = (event for event in record.run["events"] if event["kind"] == "warning")
+    return list(dict.fromkeys(str(event["text"]) for event in warned))
 
 
 def _requests(record: RunRecord) -> dict[str, Any]:

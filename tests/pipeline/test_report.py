@@ -306,6 +306,18 @@ def test_the_verdict_comes_first(store, status, gates, error, said):
     assert said in text[: len(said) + 400]
 
 
+def test_what_a_run_warned_of_stands_below_the_verdict(store):
+    assert 'id="warnings"' not in report(store)
+    warnings = [f"layer {n}: the edit outweighs <the model>" for n in range(9)]
+    events = [{"kind": "warning", "text": text} for text in (*warnings, warnings[0])]
+    change(store, "run.json", events=events)
+    html = report(store)
+    assert html.index('id="warnings"') < html.index('class="tiles"')
+    for text in (warnings[0], warnings[7], "1 more are among the events"):
+        assert text in Page(html).text
+    assert "the edit outweighs <the model>" not in html
+
+
 def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
     counts = {"requested": 30, "rejected": 0, "edited": 27, "known": 3}
     change(store, "metrics.json", counts=counts, known={"still_answered": 2 / 3})
