@@ -465,6 +465,7 @@ def try_jobs(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(max(600, 5 * COUNT))
 def test_no_odd_number_ends_in_a_model_that_is_not_finite(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def job_of(root: Path, model: str, requests: str, output: str) -> Path:
     return path
 
 
+@pytest.mark.timeout(max(600, 30 * EXAMPLES))
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
