@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunFolderError
@@ -141,6 +142,11 @@ def refuse_foreign_folder(store: Store, beside: Collection[str] = ()) -> None:
     """
     if store.is_file():
         raise RunFolderError(f"{store.url} is a file; name a folder as output")
+    if (link := _dangling(store.local_path())) is not None:
+        raise RunFolderError(
+            f"{store.url}: {link} is a link to {link.readlink()}, which does not exist; make that "
+            "folder, or name another output"
+        )
     names = store.entries()
     links = [name for name in names if name not in beside and store.is_link(name)]
     if links:
@@ -172,6 +178,12 @@ def _status(store: Store) -> Any:
             f"{store.join(STATUS)} is damaged ({error}), and nothing else shows that {store.url} "
             "is a run folder; name another output"
         ) from None
+
+
+def _dangling(path: Path | None) -> Path | None:
+    """The link in a path that leads nowhere; None without one."""
+    places = () if path is None else (path, *path.parents)
+    return next((place for place in places if place.is_symlink() and not place.exists()), None)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jobs.cli import main
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts
+from tests.jobs.conftest import process_restored
 
 GPT2 = GOLDEN / "gpt2"
 EXAMPLES = int(os.environ.get("PMET_FUZZ", "8"))
@@ -80,7 +81,7 @@ def without_leases(files: dict[str, str]) -> dict[str, str]:
 
 def pmet(arguments: list[str]) -> int:
     """Run a command in this process; returns its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, process_restored():
         patch.setattr("sys.argv", ["pmet", *arguments])
         try:
             main()

@@ -19,7 +19,7 @@ Invoke = Callable[..., tuple[int, str, str]]
 
 
 @contextmanager
-def _process_restored() -> Iterator[None]:
+def process_restored() -> Iterator[None]:
     """Give back what the command line takes for a process of its own: signals and hooks."""
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     hooks = threading.excepthook, sys.unraisablehook
@@ -40,7 +40,7 @@ def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def invoke(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pmet", *map(str, arguments)])
         status: Any = 0
-        with _process_restored():
+        with process_restored():
             try:
                 main()
             except SystemExit as exit_:

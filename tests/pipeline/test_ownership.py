@@ -149,6 +149,13 @@ def test_a_run_json_of_another_program_is_no_record(status: str, tmp_path: Path)
     assert (tmp_path / "run.json").read_text() == status
 
 
+def test_an_output_below_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for output in ("link", "link/run"):
+        with pytest.raises(RunFolderError, match=r"link is a link to .*gone, which does not exist"):
+            refuse_foreign_folder(Store(tmp_path / output))
+
+
 def test_a_file_and_links_in_the_place_of_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunFolderError, match="is a file"):
