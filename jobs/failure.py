@@ -49,7 +49,7 @@ def explain(error: BaseException, command: str) -> int:
         stopped = error.signal
     elif isinstance(error, KeyboardInterrupt):
         stopped = stopped or signal.SIGINT
-    elif isinstance(error, SystemExit):
+    elif isinstance(error, SystemExit) and stopped is None:
         return _status_of(error)
     if stopped is not None:
         how = "interrupted" if stopped is signal.SIGINT else f"stopped by {stopped.name}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from pipeline import signals
 from pipeline.card import model_card
 from pipeline.config import JobConfig, by_key, dump_job, load_job
 from pipeline.errors import (
@@ -39,7 +40,7 @@ from pipeline.run_record import NO_TARGET, layers
 from pipeline.sanity import warnings_of_layers, warnings_of_targets, weights_of
 from pipeline.schema import Rejection, RequestTable
 from pipeline.serial import SerialCrew
-from pipeline.signals import EXIT_BASE, deferred
+from pipeline.signals import deferred
 from pipeline.stages import (
     Context,
     FoundTargets,
@@ -268,15 +269,17 @@ def _end_early(folder: RunFolder, error: BaseException) -> None:
 
 def how_it_ended(error: BaseException) -> tuple[str, str]:
     """The status and the text that are recorded of work which an error or a signal cut short."""
-    if isinstance(error, KeyboardInterrupt | SystemExit):
+    # What a signal interrupts, a library that starts a process say, may fail in a way of its own.
+    if signals.first() is not None or isinstance(error, KeyboardInterrupt | SystemExit):
         return "stopped", "stopped by a signal; the same job goes on from here"
     return "failed", str(error) or type(error).__name__
 
 
 def _exit_status(error: BaseException) -> int:
     """What ``pmet run`` exits with."""
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_BASE + signal.SIGINT
+    stopped = signals.first() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+    if stopped is not None:
+        return signals.EXIT_BASE + stopped
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return 2 if isinstance(error, InputError) else 1
