@@ -21,7 +21,11 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The handlers of a command in place of pytest's."""
+    """The handlers of a command in place of pytest's.
+
+    A stop that is no longer being handled is delivered again: tests call `signals.end` while they
+    hold the exception, as a command does.
+    """
     before = {number: signal.getsignal(number) for number in STOPPING}
     signals.install()
     yield
@@ -46,6 +50,7 @@ def test_the_first_signal_decides_and_later_ones_let_the_end_be(
 
     with pytest.raises(Stopped) as caught:
         work()
+    signals.end()
     assert (caught.value.code, signals.first()) == (status, signal.Signals[number])
     assert put_down == ["work"]
 
@@ -72,6 +77,7 @@ def test_a_signal_that_is_lost_comes_again(
     lose()
     with pytest.raises(Stopped) as caught:
         time.sleep(10)
+    signals.end()
     assert caught.value.code == 143
 
 
@@ -85,8 +91,10 @@ def test_a_block_that_must_end_ends_first(handlers: None) -> None:
                 time.sleep(3 * signals._AGAIN_S)
             written.append("run.json")
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped) as caught:
         write()
+    signals.end()
+    assert caught.value.code == 130
     assert written == ["run.json"]
 
 
@@ -124,8 +132,10 @@ def test_handlers_outlive_a_library_that_removes_them(handlers: None) -> None:
     thread.start()
     removed.wait(10)
     time.sleep(0.1)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), signal.SIGTERM)
+    signals.end()
+    assert caught.value.code == 143
     go_on.set()
     thread.join()
 
