@@ -291,7 +291,7 @@ def _run_stages(run: Context) -> RunResult:
     collect_moments(run)
     found = find_targets(run, templates, find_known(run))
     if not found.edited(run.plan.table.rows) and len(found.known) < len(run.plan.table.rows):
-        run.store.write_table("rejected.parquet", _concluded(run.plan, found).rejected_table())
+        run.store.write_table(REJECTED, _concluded(run.plan, found).rejected_table())
         refuse_without_edits(run, found)
     courses = [read_courses(run.store, found.files[s.index]) for s in run.plan.target_shards]
     _warn(run, warnings_of_targets(_edited_losses(run.plan, found, courses)))
