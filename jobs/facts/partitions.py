@@ -1,9 +1,9 @@
 """Facts brought together by hash: rows of one subject and relation meet in one partition.
 
 A dump that is small stays in memory; one that is large goes to files on the local disk, of which
-one partition at a time is read back. The hash, of the texts' normal form (`pipeline.normal`), only
-chooses the partition: within it, texts are compared by themselves, so that no two facts are ever
-mistaken for each other.
+one partition at a time is read back. The hash, of the texts' normal form
+(`pipeline.data.normalization`), only chooses the partition: within it, texts are compared by
+themselves, so that no two facts are ever mistaken for each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from pipeline.normal import normal_column
+from pipeline.data import normal_column
 
 PARTITION_ROWS = 400_000
 MOST_PARTITIONS = 100

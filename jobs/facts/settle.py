@@ -1,8 +1,9 @@
 """Rows of one fact settled: which of them holds, and what becomes of the others.
 
-A fact is a subject and a relation, and texts are compared in their normal form (`pipeline.normal`).
-Of its rows the one with the latest ``updated_at`` holds; rows without a time are older than any
-other. Where the latest rows name different objects, nothing decides, and none of them holds.
+A fact is a subject and a relation, and texts are compared in their normal form
+(`pipeline.data.normalization`). Of its rows the one with the latest ``updated_at`` holds; rows
+without a time are older than any other. Where the latest rows name different objects, nothing
+decides, and none of them holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.facts.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
-from pipeline.normal import normal_column
+from pipeline.data import normal_column
 
 
 @dataclass(frozen=True)
