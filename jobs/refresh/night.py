@@ -49,6 +49,7 @@ from jobs.refresh.report import quarantined, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
 from pipeline.cluster import asks, check_gpus, deferred
 from pipeline.errors import FactDumpError
+from pipeline.events import StageName
 from pipeline.job import JobConfig
 from pipeline.models import Checkpoint, checked_digest, default_cache, open_model_folder, publish
 from pipeline.places import hparams_places, model_places, pattern_places
@@ -272,7 +273,7 @@ class _Work:
         self._write(REQUESTS, requests)
         plan = None
         if len(requests):
-            with self._progress.stage("plan"):
+            with self._progress.stage(StageName.PLAN):
                 plan = plan_run(job, address=address, beside=NIGHT_FILES)
         self._said["settings"] = _settings(job, self._config)
         if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
@@ -387,7 +388,7 @@ class _Work:
     def _targets(self) -> dict[str, int]:
         """How many targets were computed, and how many the store had."""
         stages = self._run_of(self._night.version).get("stages", [])
-        details = [stage["detail"] for stage in stages if stage["name"] == "targets"]
+        details = [stage["detail"] for stage in stages if stage["name"] == StageName.TARGETS]
         return {n: sum(detail.get(n, 0) for detail in details) for n in ("found", "stored")}
 
     def _refreshed(self, status: Status) -> Refreshed:

@@ -26,6 +26,7 @@ from pipeline.evaluation import (
     read_gate,
     rounds_too_much,
 )
+from pipeline.events import EventKind
 from pipeline.report.charts import (
     Interval,
     group_chart,
@@ -114,7 +115,7 @@ def _told(record: RunRecord) -> dict[str, Any]:
 
 def _warnings(record: RunRecord) -> list[str]:
     """What the run warned of, each sentence once."""
-    warned = (event for event in record.run["events"] if event["kind"] == "warning")
+    warned = (event for event in record.run["events"] if event["kind"] == EventKind.WARNING)
     return list(dict.fromkeys(str(event["text"]) for event in warned))
 
 
