@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from pipeline.cluster import MeteredProgress, asks, check_gpus, crowding, deferred, signals
-from pipeline.data import Rejection, RequestTable
+from pipeline.data import Rejection, RejectionCode, RequestTable
 from pipeline.errors import (
     JobError,
     LeaseLostError,
@@ -31,7 +31,6 @@ from pipeline.report import Tracking, model_card, trackers_of, write_report
 from pipeline.run_folder import (
     CARD,
     MODEL,
-    NO_TARGET,
     NOT_EXCLUSIVE,
     STATUS,
     Lease,
@@ -335,7 +334,10 @@ def _edited_losses(
 
 def _concluded(plan: Plan, found: FoundTargets) -> RequestTable:
     """The input with all rejections: those of the plan, and requests without a target."""
-    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
+    late = [
+        Rejection(row, f"no target: {reason}", RejectionCode.NO_TARGET)
+        for row, reason in found.failures.items()
+    ]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     return dataclasses.replace(plan.table, rejected=rejected)
 

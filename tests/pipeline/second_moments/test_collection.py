@@ -40,7 +40,7 @@ BUDGET, MAX_LENGTH = 3000, 20
 # What the other process of `test_a_killed_pass…` runs: it dies by SIGKILL after its second part.
 PASS = """
 import os, signal, sys
-from pipeline import statistics
+from pipeline.second_moments import collection
 from pipeline.cluster.pool import run_all
 from pipeline.cluster.pool import SerialPool
 from pipeline.progress import Stage
