@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from pipeline.cluster import MeteredProgress, asks, check_gpus, crowding, deferred, signals
-from pipeline.data import Rejection, RejectionCode, RequestTable
+from pipeline.data import Rejection, RejectionCode, RequestTable, Row
 from pipeline.errors import (
     JobError,
     LeaseLostError,
@@ -347,7 +347,7 @@ def _conclude(
     found: FoundTargets,
     before: Measurement,
     after: Measurement,
-    kept: Collection[int],
+    kept: Collection[Row],
 ) -> RunResult:
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store

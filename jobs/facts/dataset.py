@@ -23,6 +23,7 @@ from pipeline.data import (
     Reason,
     RejectionCode,
     Repeats,
+    Row,
     readable,
     request_of,
     with_columns,
@@ -88,9 +89,9 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
     format_ = _format(records, source, format_name)
     parts = [part for record in records for part in _parts(record, format_)]
     outcomes = [_outcome(part, row, format_) for row, part in enumerate(parts)]
-    edits = {row: found for row, found in enumerate(outcomes) if not isinstance(found, str)}
+    edits = {Row(row): found for row, found in enumerate(outcomes) if not isinstance(found, str)}
     reasons = {
-        row: Reason(RejectionCode.INVALID, found)
+        Row(row): Reason(RejectionCode.INVALID, found)
         for row, found in enumerate(outcomes)
         if isinstance(found, str)
     }

@@ -8,6 +8,9 @@ from .requests import REQUEST_COLUMNS as REQUEST_COLUMNS
 from .requests import REQUIRED_COLUMNS as REQUIRED_COLUMNS
 from .requests import Repeats as Repeats
 from .requests import request_of as request_of
+from .rows import Place as Place
+from .rows import Row as Row
+from .rows import places_from as places_from
 from .shards import Shard as Shard
 from .shards import plan_shards as plan_shards
 from .tables import FIRST_LOSS as FIRST_LOSS

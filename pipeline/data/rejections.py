@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from pipeline.data.rows import Row
+
 
 class RejectionCode(StrEnum):
     """Why a row is not edited; the values stand in the column ``code`` of ``rejected.parquet``."""
@@ -44,6 +46,6 @@ class Rejection:
         code: the same for programs.
     """
 
-    row: int
+    row: Row
     reason: str
     code: RejectionCode

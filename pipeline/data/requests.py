@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.data.normalization import normal
 from pipeline.data.rejections import Reason, RejectionCode
+from pipeline.data.rows import Row
 from pmet.errors import RequestError
 from pmet.request import TEXT_LISTS, EditRequest, separator
 
@@ -99,8 +100,8 @@ class CheckedRows(NamedTuple):
         breaking: how many of the other rows have a prompt that ends in a line break.
     """
 
-    reasons: dict[int, Reason]
-    left_out: dict[int, list[str]]
+    reasons: dict[Row, Reason]
+    left_out: dict[Row, list[str]]
     breaking: int
 
 
@@ -112,11 +113,11 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
     different new targets): then all of them are. Texts are compared in their normal form
     (`pipeline.data.normalization`). Null and empty texts in lists are left out.
     """
-    reasons: dict[int, Reason] = {}
-    left_out: dict[int, list[str]] = {}
+    reasons: dict[Row, Reason] = {}
+    left_out: dict[Row, list[str]] = {}
     breaking = array("q")
     repeats = Repeats()
-    row = 0
+    row = Row(0)
     for table in map(_request_columns, tables):
         for start in range(0, len(table), _BATCH):
             for values in row_values(table.slice(start, _BATCH)):
@@ -129,7 +130,7 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
                         left_out[row] = empty
                     if not separator(outcome.prompt):
                         breaking.append(row)
-                row += 1
+                row = Row(row + 1)
     reasons |= repeats.reasons()
     left_out = {row: empty for row, empty in left_out.items() if row not in reasons}
     return CheckedRows(reasons, left_out, sum(row not in reasons for row in breaking))
@@ -237,9 +238,9 @@ class Repeats:
             self._given[row] = tuple(own if own != form else b"" for own, form in pairs)
         self._digests += b"".join(digests)
 
-    def reasons(self) -> dict[int, Reason]:
+    def reasons(self) -> dict[Row, Reason]:
         """Why each of them is refused."""
-        reasons: dict[int, Reason] = {}
+        reasons: dict[Row, Reason] = {}
         for rows_by_target in self._groups():
             aside = self._aside(rows_by_target.values(), 1)
             for own, rows in rows_by_target.items():
@@ -264,7 +265,7 @@ class Repeats:
         given = {self._given.get(row, alike)[:parts] for rows in groups for row in rows}
         return " but for white space or Unicode form" if len(given) > 1 else ""
 
-    def _groups(self) -> Iterator[dict[bytes, list[int]]]:
+    def _groups(self) -> Iterator[dict[bytes, list[Row]]]:
         """Rows that ask the same, by what they want as an answer."""
         digests = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 4)
         order = np.lexsort((digests[:, 1], digests[:, 0]))
@@ -273,7 +274,7 @@ class Repeats:
         for start, stop in zip([0, *edges], [*edges, len(order)], strict=True):
             if stop - start < 2:
                 continue
-            group: dict[bytes, list[int]] = defaultdict(list)
+            group: dict[bytes, list[Row]] = defaultdict(list)
             for place in order[start:stop].tolist():
                 group[digests[place, 2:].tobytes()].append(self._rows[place])
             yield group

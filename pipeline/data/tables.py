@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.data.conversions import conversion_of_columns, conversion_of_text, is_text
 from pipeline.data.rejections import Rejection
 from pipeline.data.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
+from pipeline.data.rows import Place, Row
 from pipeline.errors import RequestTableError, StorageError
 from pipeline.storage import Columns, expand_with_columns, map_parquet
 from pmet.request import EditRequest
@@ -38,10 +39,10 @@ class RequestTable:
     """
 
     requests: Sequence[EditRequest]
-    rows: Sequence[int]
+    rows: Sequence[Row]
     table: pa.Table
     rejected: list[Rejection]
-    left_out: Mapping[int, list[str]] = field(default_factory=dict)
+    left_out: Mapping[Row, list[str]] = field(default_factory=dict)
     breaking: int = 0
 
     @property
@@ -63,7 +64,7 @@ class RequestTable:
             )
         return found
 
-    def chosen(self, places: Sequence[int], rejected: list[Rejection]) -> RequestTable:
+    def chosen(self, places: Sequence[Place], rejected: list[Rejection]) -> RequestTable:
         """The same input with other rejections; ``places`` says which accepted requests stay, in
         which order."""
         rows = array("q", (self.rows[place] for place in places))
@@ -72,7 +73,7 @@ class RequestTable:
         return replace(
             self,
             requests=self.requests.of_rows(rows),
-            rows=rows,
+            rows=cast(Sequence[Row], rows),
             rejected=rejected,
             left_out={row: texts for row, texts in self.left_out.items() if row in staying},
         )
@@ -113,7 +114,7 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
     rows = array("q", (row for row in range(sum(map(len, tables))) if row not in reasons))
     return RequestTable(
         requests=Requests(tables, rows),
-        rows=rows,
+        rows=cast(Sequence[Row], rows),
         table=_concatenated(list(files), tables),
         rejected=[Rejection(row, why.text, why.code) for row, why in sorted(reasons.items())],
         left_out=left_out,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster import Task
+from pipeline.data import Place, Row, places_from
 from pipeline.events import EventKind, OnEvent, StageName
 from pipeline.plan import Plan
 from pipeline.progress import CountedStage, Progress, Stage
@@ -86,17 +87,17 @@ class FoundTargets:
     """
 
     files: dict[int, str] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    known: frozenset[int] = frozenset()
+    failures: dict[Row, str] = field(default_factory=dict)
+    known: frozenset[Row] = frozenset()
 
-    def edited(self, rows: Iterable[int]) -> list[int]:
+    def edited(self, rows: Iterable[Row]) -> list[Row]:
         """Those of these rows that have a target."""
         return [row for row in rows if row not in self.failures and row not in self.known]
 
 
-def sampled(plan: Plan) -> list[int]:
+def sampled(plan: Plan) -> list[Place]:
     """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
     count, wanted = len(plan.table.requests), plan.job.evaluate.sample
     if wanted is None or wanted >= count:
-        return list(range(count))
-    return sorted(random.Random(plan.job.seed).sample(range(count), wanted))
+        return list(places_from(0, count))
+    return sorted(random.Random(plan.job.seed).sample(places_from(0, count), wanted))

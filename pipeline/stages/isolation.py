@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.data import Shard
+from pipeline.data import Place, Shard
 from pipeline.errors import WorkerError
 from pipeline.failures import MEMORY_OF_WORKERS, Failure, remedy
 
@@ -35,7 +35,7 @@ class Piece:
     """
 
     shards: tuple[Shard, ...]
-    places: tuple[int, ...]
+    places: tuple[Place, ...]
     groups: tuple[int, ...] = ()
 
     def __str__(self) -> str:

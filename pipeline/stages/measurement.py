@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from pipeline.cluster import Task
+from pipeline.data import Place, Row
 from pipeline.evaluation import How
 from pipeline.events import StageName
 from pipeline.models import ModelSource
@@ -57,7 +58,7 @@ class Measurement:
         texts: scores of held-out texts; empty without a corpus.
     """
 
-    rows: dict[int, dict[str, Any]]
+    rows: dict[Row, dict[str, Any]]
     texts: list[TextScore]
 
     @property
@@ -84,7 +85,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     record = run.folder.recorded(f"measured-{name}")
     if record is not None and record.get("asked") == asked:
         texts = [TextScore(**text) for text in record["texts"]]
-        return Measurement({int(r): v for r, v in record["rows"].items()}, texts)
+        return Measurement({Row(int(r)): v for r, v in record["rows"].items()}, texts)
     table, chosen = plan.table, sampled(plan)
     # The base says the same every time.
     kept = MeasurementStore.of(plan) if source == plan.base else None
@@ -126,7 +127,7 @@ def _measure_requests(
     run: Context,
     name: str,
     model: tuple[ModelSource, How],
-    places: Sequence[int],
+    places: Sequence[Place],
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The place of each request, with its figures and what the model said."""

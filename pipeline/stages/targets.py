@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cluster import Task
-from pipeline.data import Shard, read_targets, targets_table
+from pipeline.data import Place, Row, Shard, read_targets, targets_table
 from pipeline.errors import NoEditError, StorageError
 from pipeline.events import EventKind, StageName
 from pipeline.failures import Failure, FailureKind
@@ -37,7 +37,7 @@ WORTH_A_WORKER = 16
 
 
 def find_targets(
-    run: Context, templates: list[list[str]], known: frozenset[int] = frozenset()
+    run: Context, templates: list[list[str]], known: frozenset[Row] = frozenset()
 ) -> FoundTargets:
     """Targets of all requests, a file a shard; what the run folder has is not computed again.
 
@@ -96,10 +96,10 @@ class _Work:
     """A shard that is not finished: what there is of it, and what is still to come."""
 
     shard: Shard
-    missing: set[int]
+    missing: set[Place]
     stored: int = 0
     parts: list[TargetSummary] = field(default_factory=list)
-    isolated: dict[int, str] = field(default_factory=dict)
+    isolated: dict[Row, str] = field(default_factory=dict)
 
 
 class _Search:
@@ -121,7 +121,7 @@ class _Search:
 
     def complete(self, shards: Sequence[Shard]) -> None:
         """Find the targets of these shards."""
-        self._works = {s.index: _Work(s, set(range(s.start, s.stop))) for s in shards}
+        self._works = {s.index: _Work(s, set(s.places)) for s in shards}
         self._leave_out_known()
         if self._kept is not None:
             self._take_stored(self._kept)
@@ -164,7 +164,7 @@ class _Search:
         places = tuple(place for work in works for place in sorted(work.missing))
         return Piece(tuple(work.shard for work in works), places, self._groups(places))
 
-    def _groups(self, places: Sequence[int]) -> tuple[int, ...]:
+    def _groups(self, places: Sequence[Place]) -> tuple[int, ...]:
         together = self._run.plan.together
         return tuple(together[place] for place in places)
 
@@ -172,7 +172,7 @@ class _Search:
         """Take the targets that earlier runs have found; what is left is to be computed."""
         self._detail["stored"] = 0
         table, works = self._run.plan.table, list(self._works.values())
-        keys: dict[int, str] = {}
+        keys: dict[Place, str] = {}
         for work in works:
             places = sorted(work.missing)
             requests = [table.requests[place] for place in places]
@@ -192,7 +192,7 @@ class _Search:
                     self._settle(work, there)
 
     def _take_part(
-        self, work: _Work, table: pa.Table, failures: Mapping[int, str] | None = None
+        self, work: _Work, table: pa.Table, failures: Mapping[Row, str] | None = None
     ) -> None:
         file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
         store = self._run.store
@@ -283,7 +283,7 @@ class _Search:
         self._run.event(EventKind.ISOLATED, f"row {row} is set aside: {text}", shard=shard.name)
         self._settle(work, piece.places)
 
-    def _settle(self, work: _Work, places: Sequence[int]) -> None:
+    def _settle(self, work: _Work, places: Sequence[Place]) -> None:
         self._bar.advance(len(places))
         work.missing -= set(places)
         if not work.missing:
@@ -337,4 +337,4 @@ def _record(shard: Shard) -> str:
 
 def _note(found: FoundTargets, shard: Shard, record: dict[str, Any]) -> None:
     found.files[shard.index] = record["file"]
-    found.failures |= {int(row): reason for row, reason in record["failures"].items()}
+    found.failures |= {Row(int(row)): reason for row, reason in record["failures"].items()}

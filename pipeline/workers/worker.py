@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.cluster import tell_gpu_memory
-from pipeline.data import targets_table
+from pipeline.data import Row, targets_table
 from pipeline.evaluation import How
 from pipeline.models import ModelSource
 from pipeline.second_moments import StoredFile
@@ -56,7 +56,7 @@ class TargetTask:
 
     source: ModelSource
     requests: Sequence[EditRequest]
-    rows: Sequence[int]
+    rows: Sequence[Row]
     hparams: PMETHyperParams
     templates: ContextTemplates
     shared_keys: SharedKeys
@@ -80,7 +80,7 @@ class TargetSummary:
 
     file: str
     sha256: str
-    failures: dict[int, str]
+    failures: dict[Row, str]
     early: int
     count: int
 
