@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import JobConfig
+    from pipeline.job import JobConfig
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, JobCo
     import pyarrow.parquet as pq
 
     from jobs.demo.show import demo_job
-    from pipeline.config import JobConfig
+    from pipeline.job import JobConfig
 
     yield "demo", demo_job(folder / "demo")
     given = options.counterfact
@@ -63,8 +63,8 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, JobCo
 
 def compared(name: str, job: JobConfig) -> list[dict[str, Any]]:
     """The estimate of each stage and of the whole, and what it took."""
-    from pipeline.config import dump_job
     from pipeline.estimate import estimate
+    from pipeline.job import dump_job
     from pipeline.plan import make_plan
 
     found = estimate(make_plan(job))

@@ -24,10 +24,10 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.harness import show
 from jobs.demo.show import demo_job
-from pipeline.folder import RunFolder
 from pipeline.run import run_job
+from pipeline.run_folder import RunFolder
 from pipeline.stages import Context
-from pipeline.store import Store
+from pipeline.storage import Store
 
 COMPUTING = "ray::_WorkerProcess.call"
 _TICK_S = 0.02

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import transformers
 
-import pmet.targets
+import pmet.targets.optimization
 from benchmarks.operations import matmul_rate, needed, synchronize
 from pmet import EditRequest, PMETHyperParams, compute_targets
-from pmet.devices import share_out
-from pmet.plain import plain_targets
+from pmet.model import share_out
+from pmet.reference import plain_targets
 
 # How many of CounterFact's requests have so many tokens from the subject's last one on.
 SUFFIX_LENGTHS = {2: 26, 3: 38, 4: 45, 5: 32, 6: 27, 7: 18, 8: 7, 9: 3, 10: 3, 11: 1}
@@ -52,7 +52,7 @@ def main() -> None:
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 1024, seconds=3)
     _say(f"{options.dtype} matrix products: {rate / 1e12:.4g} TFLOP/s")
     # No target shall stop early.
-    pmet.targets.LOSS_ENOUGH = pmet.targets.KL_ENOUGH = -1.0
+    pmet.targets.optimization.LOSS_ENOUGH = pmet.targets.optimization.KL_ENOUGH = -1.0
     rows = []
 
     def measure(name: str, count: int, work: Callable[[list[EditRequest]], Any]) -> None:

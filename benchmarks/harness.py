@@ -19,10 +19,10 @@ from rich.table import Table
 
 from jobs.demo.show import HERE
 from jobs.demo.world import requests as demo_requests
-from pipeline.replica import open_causal_lm, open_tokenizer
-from pipeline.schema import read_requests
+from pipeline.data import read_requests
+from pipeline.models import open_causal_lm, open_tokenizer
 from pmet import EditRequest, PMETHyperParams
-from pmet.contexts import parse
+from pmet.model import parse
 
 Result = TypeVar("Result")
 console = Console(highlight=False)

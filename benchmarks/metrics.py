@@ -2,10 +2,10 @@
 
 python -m benchmarks.metrics --model MODEL --requests FACTS.parquet
 
-Plain is a pass for every prompt with every target, with all logits, as `pmet.plain` has it: with
-torch's own number of threads (or ``--threads``), and with one. The batched form runs in this
-process, with as many threads, and on the workers of a pipeline, one thread each. Starting
-processes and opening models is not counted.
+Plain is a pass for every prompt with every target, with all logits, as `pmet.reference` has it:
+with torch's own number of threads (or ``--threads``), and with one. The batched form runs in this
+process, with as many threads, and on the workers of a pipeline, one thread each. Starting processes
+and opening models is not counted.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Problem, arguments, problem, show, timed
-from pipeline.cluster import ray_session
+from pipeline.cluster import Task, WorkerPool, ray_session
 from pipeline.evaluation import How
-from pipeline.executor import WorkerPool
-from pipeline.measure_stage import Answers, parts_of
-from pipeline.replica import ModelSource, Replica
-from pipeline.tasks import Task
-from pmet.continuations import score_continuations
-from pmet.figures import METRICS
-from pmet.metrics import evaluate
-from pmet.plain import plain_evaluate
-from pmet.prompts import Prompts
+from pipeline.models import ModelSource
+from pipeline.stages import Answers, parts_of
+from pipeline.workers import Replica
+from pmet.evaluation import METRICS, Prompts, evaluate, score_continuations
+from pmet.reference import plain_evaluate
 
 WARM = 8
 

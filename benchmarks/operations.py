@@ -16,11 +16,9 @@ import torch
 from torch import nn
 
 from pmet import PMETHyperParams
-from pmet.architecture import is_matrix, part_with, parts_beside, resolve
-from pmet.budget import attention_shape
-from pmet.contexts import ContextTemplates
-from pmet.problem import Problem
+from pmet.model import ContextTemplates, is_matrix, part_with, parts_beside, resolve
 from pmet.request import EditRequest
+from pmet.targets import Problem, attention_shape
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,15 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import HERE, show
-from pipeline.config import JobConfig
-from pipeline.crew import Crew
-from pipeline.folder import RunFolder
+from pipeline.cluster import RankGroup
+from pipeline.data import targets_table
+from pipeline.job import JobConfig
+from pipeline.models import open_tokenizer
 from pipeline.plan import make_plan
 from pipeline.progress import Progress
-from pipeline.rank_group import RankGroup
-from pipeline.replica import open_tokenizer
-from pipeline.schema import targets_table
-from pipeline.stages import Context, FoundTargets, update
+from pipeline.run_folder import RunFolder
+from pipeline.stages import Context, FoundTargets, update_layers
+from pipeline.workers import Crew
 
 TEMPLATES = [["{}"], ["It is well known. {}", "In the year of the flood. {}"]]
 LAYERS = (1, 2)
@@ -157,11 +157,11 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
     with (
         Crew(plan, "local", lambda *_: None) as crew,
         _peaks() as peaks,
-        mock.patch("pipeline.crew.RankGroup", _TimedGroup),
+        mock.patch("pipeline.workers.ray_executor.RankGroup", _TimedGroup),
     ):
         context = Context(plan, run_folder, crew, progress)
         start = time.perf_counter()
-        reports = update(context, TEMPLATES, found)
+        reports = update_layers(context, TEMPLATES, found)
         seconds = time.perf_counter() - start
     layers = _TimedGroup.seconds["edit_layer"]
     return {

@@ -30,13 +30,12 @@ from jobs.refresh.config import RefreshConfig
 from jobs.refresh.home import path
 from jobs.refresh.night import Refreshed, job_of, refresh
 from pipeline.cluster import ray_session
-from pipeline.moments import read_moments
-from pipeline.replica import open_causal_lm, open_tokenizer
+from pipeline.data import read_requests
+from pipeline.models import open_causal_lm, open_tokenizer
 from pipeline.run import run_job
-from pipeline.schema import read_requests
+from pipeline.second_moments import read_moments
 from pmet import EditRequest, PMETHyperParams, compute_edit, evaluate
-from pmet.architecture import resolve
-from pmet.contexts import parse
+from pmet.model import parse, resolve
 
 FIRST = date(2026, 1, 1)
 FIGURES = ("efficacy", "generalization", "specificity", "score", "efficacy_strict")

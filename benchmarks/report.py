@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from benchmarks.browser import Browser, find_browser
 from benchmarks.harness import show, timed
-from pipeline.figures import CORE
+from pipeline.evaluation import CORE
 from pipeline.report import write_report
-from pipeline.store import Store
+from pipeline.storage import Store
 
 HOSTILE = (
     "<script>document.title = 'run'</script>",

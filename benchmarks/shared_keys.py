@@ -17,10 +17,11 @@ import torch
 
 from benchmarks.harness import arguments, console, problem, show, timed
 from jobs.demo import world
-from pipeline.schema import read_requests
-from pmet import EditRequest, compute_edit, compute_targets, evaluate, second_moment
-from pmet.figures import METRICS
-from pmet.problem import Problem, sharing_a_key
+from pipeline.data import read_requests
+from pmet import EditRequest, compute_edit, compute_targets, evaluate
+from pmet.evaluation import METRICS
+from pmet.targets import Problem, sharing_a_key
+from pmet.update import second_moments
 
 # What the demo's model answers rightly behind any of these beginnings.
 BEGINNINGS = ("The government of {}", "The country of {}", "Travellers who visit {}")
@@ -52,7 +53,7 @@ def main() -> None:
     requests = countries(sizes, options.seed) + beside(options.count)
     rows = []
     texts = world.statements()
-    moments = second_moment.measure(given.model, given.tokenizer, texts, given.hparams).means()
+    moments = second_moments.measure(given.model, given.tokenizer, texts, given.hparams).means()
     for setting in ("mean", "joint"):
         seconds, targets = timed(
             lambda setting=setting: compute_targets(  # type: ignore[misc]

@@ -18,8 +18,14 @@ import torch
 
 from benchmarks.harness import arguments, show, timed
 from benchmarks.operations import matmul_rate
-from pmet.solve import cheaper_form, moment_factor, solve, solve_rows_by_requests, whitened
-from pmet.sums import KeyResidualSums
+from pmet.update import (
+    KeyResidualSums,
+    cheaper_form,
+    moment_factor,
+    solve,
+    solve_rows_by_requests,
+    whitened,
+)
 
 WEIGHT = 15_000.0
 

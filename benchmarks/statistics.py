@@ -18,12 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Problem, arguments, problem, show, timed
-from pipeline.corpus import read_corpus
-from pmet.architecture import resolve
+from pipeline.data import read_corpus
 from pmet.hparams import PMETHyperParams
-from pmet.padding import batches_by_tokens
-from pmet.second_moment import BATCH_TOKENS, SecondMoments, longest, measure_tokens
-from pmet.tracing import captured_input
+from pmet.model import batches_by_tokens, captured_input, resolve
+from pmet.update import BATCH_TOKENS, SecondMoments, longest, measure_tokens
 
 Sequences = Sequence[Sequence[int]]
 Pass = Callable[[Sequences], SecondMoments]

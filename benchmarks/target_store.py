@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import show, timed
-from pipeline.schema import TargetArrays
-from pipeline.store import Store
-from pipeline.target_store import TargetStore
+from pipeline.data import TargetArrays
+from pipeline.stages import TargetStore
+from pipeline.storage import Store
 from pmet import EditRequest
 
 

@@ -20,10 +20,10 @@ import torch
 
 from benchmarks.harness import Problem, arguments, problem, show, timed
 from benchmarks.operations import matmul_rate, needed
+from pipeline.data import plan_shards
 from pipeline.plan import shard_size
-from pipeline.shards import plan_shards
-from pmet.plain import plain_targets
-from pmet.problem import Problem as Tokens
+from pmet.reference import plain_targets
+from pmet.targets import Problem as Tokens
 from pmet.targets import compute_targets
 
 BATCH_SIZES = (1, 8, 64, None)

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.harness import Problem, arguments, problem, show, timed
 from pmet import compute_edit
-from pmet.architecture import resolve
-from pmet.plain import plain_deltas
+from pmet.model import resolve
+from pmet.reference import plain_deltas
 
 
 def main() -> None:

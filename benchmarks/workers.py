@@ -11,11 +11,10 @@ from typing import Any
 import ray
 
 from benchmarks.harness import arguments, problem, show, timed
-from pipeline.cluster import ray_session
-from pipeline.executor import WorkerPool
-from pipeline.replica import ModelSource, Replica
-from pipeline.store import Store
-from pipeline.tasks import Task
+from pipeline.cluster import Task, WorkerPool, ray_session
+from pipeline.models import ModelSource
+from pipeline.storage import Store
+from pipeline.workers import Replica
 
 
 def main() -> None:

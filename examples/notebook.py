@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jobs.demo
 from pmet import EditRequest, PMETHyperParams, compute_edit
-from pmet.contexts import parse
-from pmet.generation import answers
+from pmet.evaluation import answers
+from pmet.model import parse
 
 FOLDER = Path(jobs.demo.__file__).parent
 

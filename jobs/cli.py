@@ -23,10 +23,10 @@ from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 from jobs.submit_cli import list_, logs, status, stop, submit
-from pipeline import signals
+from pipeline.cluster import signals
 
 if TYPE_CHECKING:
-    from pipeline.config import JobConfig
+    from pipeline.job import JobConfig
 
 # typer either vendors click or uses the installed one.
 _USAGE: type[Exception] = next(
@@ -99,7 +99,7 @@ def run(
 ) -> None:
     """Run a job: edit a model, publish it, evaluate it and write a report."""
     from jobs.views import show_result
-    from pipeline.config import load_job
+    from pipeline.job import load_job
 
     config = load_job(job, settings or [])
     if dry_run:
@@ -117,9 +117,9 @@ def run(
 
 def _show_what_would_run(config: JobConfig, address: str | None, *, estimate: bool) -> None:
     from jobs.views import show_estimate, show_plan
+    from pipeline.cluster import asks, check_gpus, crowding
     from pipeline.errors import JobError
     from pipeline.estimate import estimate as estimated
-    from pipeline.place import asks, check_gpus, crowding
     from pipeline.plan import make_plan
 
     check_gpus(asks(config), address)
@@ -175,7 +175,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model answers edit requests, without editing it."""
     from jobs.measure import evaluate_model
-    from pipeline.config import EvaluateConfig
+    from pipeline.job import EvaluateConfig
 
     config = EvaluateConfig(
         sample=sample,
@@ -278,7 +278,7 @@ def main() -> None:
     failure.hook()
     signals.install()
     try:
-        from pipeline.user_folders import libraries_environment
+        from pipeline.storage import libraries_environment
 
         # This must precede the import of any of the libraries.
         os.environ.update(libraries_environment())

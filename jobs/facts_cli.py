@@ -73,7 +73,7 @@ def convert(
     from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
     from jobs.facts.views import show_conversion
     from pipeline.errors import FactDumpError
-    from pipeline.hive import expand_with_columns
+    from pipeline.storage import expand_with_columns
 
     names = ("dump", *FORMATS)
     if format_ is not None and format_ not in names:
@@ -114,7 +114,7 @@ def check(
     from jobs.facts.check import check as run_check
     from jobs.facts.templates import load_templates
     from jobs.facts.views import show_check
-    from pipeline import json_text
+    from pipeline.storage import json_text
 
     result = run_check(
         source,
@@ -237,7 +237,7 @@ def _convert_dump(
     from jobs.facts.output import refuse_among
     from jobs.facts.templates import load_templates
     from pipeline.errors import FactDumpError
-    from pipeline.single_output import refuse_input
+    from pipeline.storage import refuse_input
 
     if templates is None:
         raise FactDumpError(

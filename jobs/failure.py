@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from rich.console import Console
 
-from pipeline import signals
+from pipeline.cluster import signals
 
 SHOW = "PMET_TRACEBACK"
 """Environment variable: show tracebacks on standard error."""

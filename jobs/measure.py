@@ -13,28 +13,25 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.views import percent, plain
-from pipeline.checkpoint import Checkpoint, open_model_folder
-from pipeline.config import EvaluateConfig
-from pipeline.corpus import read_corpus
+from pipeline.data import read_corpus, read_requests
 from pipeline.errors import JobError
-from pipeline.groups import group_column, grouped
-from pipeline.job_places import model_places, pattern_places
-from pipeline.measure_stage import Measurement, held_out
-from pipeline.model_cache import default_cache
-from pipeline.model_checks import check_readable
-from pipeline.overlap import refuse_overlap
-from pipeline.plan import open_fast_tokenizer
+from pipeline.evaluation import group_column, grouped
+from pipeline.job import EvaluateConfig
+from pipeline.models import (
+    Checkpoint,
+    ModelSource,
+    check_readable,
+    default_cache,
+    open_fast_tokenizer,
+    open_model_folder,
+)
+from pipeline.places import model_places, pattern_places
 from pipeline.progress import RichProgress
-from pipeline.replica import ModelSource
-from pipeline.results import figures_of, intervals_of
-from pipeline.schema import read_requests
-from pipeline.single_output import is_json_with, refuse_foreign_file
-from pipeline.store import Store, json_bytes
+from pipeline.stages import Measurement, figures_of, held_out, intervals_of
+from pipeline.storage import Store, is_json_with, json_bytes, refuse_foreign_file, refuse_overlap
 from pmet.errors import RequestError
-from pmet.figures import KINDS
-from pmet.metrics import evaluate, score_texts
-from pmet.prompts import Prompts
-from pmet.second_moment import longest
+from pmet.evaluation import KINDS, Prompts, evaluate, score_texts
+from pmet.update import longest
 
 SHOWN_GROUPS = 20
 

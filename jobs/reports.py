@@ -10,13 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.refresh.report import quarantined
-from pipeline.compare import PAGE, Comparison, Pair, compare_runs, write_comparison
-from pipeline.figures import duration, figure_of, is_number, show, show_change, show_special
-from pipeline.page import show_setting, visible
-from pipeline.report import group_figures, write_report
-from pipeline.run_record import require_results
-from pipeline.single_output import holds_text, refuse_foreign_file
-from pipeline.store import Store
+from pipeline.evaluation import duration, figure_of, is_number, show, show_change, show_special
+from pipeline.report import (
+    PAGE,
+    Comparison,
+    Pair,
+    compare_runs,
+    group_figures,
+    show_setting,
+    visible,
+    write_comparison,
+    write_report,
+)
+from pipeline.run_folder import require_results
+from pipeline.storage import Store, holds_text, refuse_foreign_file
 
 TITLE = "Two edit runs side by side"
 """The title of a comparison's page."""

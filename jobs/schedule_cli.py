@@ -64,7 +64,7 @@ def add(
     from jobs.schedule.records import make_schedule
     from jobs.schedule.views import local
     from pipeline.errors import ScheduleError, StorageError
-    from pipeline.store import Store, read_file
+    from pipeline.storage import Store, read_file
 
     try:
         read_file(refresh, limit=1)
@@ -188,8 +188,7 @@ def systemd(
     """Write a systemd service and timer that run a schedule on this machine."""
     from jobs.schedule.book import open_book
     from jobs.schedule.systemd import MARKS, units
-    from pipeline.single_output import holds_text, refuse_foreign_file
-    from pipeline.store import Store
+    from pipeline.storage import Store, holds_text, refuse_foreign_file
 
     book = open_book(store)
     for file, text in units(book.get(name), book.url).items():

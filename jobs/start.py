@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline import signals
+from pipeline.cluster import signals
 
 
 def main() -> None:

@@ -10,18 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import is_part_or_whole
+from pipeline.cluster import Ask, EventKind, Pool, SerialPool, Task, check_gpus, run_all
 from pipeline.errors import JobError
-from pipeline.job_places import model_places, pattern_places
-from pipeline.overlap import refuse_overlap
-from pipeline.place import Ask, check_gpus
+from pipeline.job import is_part_or_whole
+from pipeline.places import model_places, pattern_places
 from pipeline.plan import load_hparams
-from pipeline.pool import Pool, SerialPool, run_all
 from pipeline.progress import Progress
-from pipeline.replica import Replica
-from pipeline.statistics import MomentsJob, collect, finished, plan_statistics
-from pipeline.store import Store
-from pipeline.tasks import EventKind, Task
+from pipeline.second_moments import MomentsJob, collect, finished, plan_statistics
+from pipeline.storage import Store, refuse_overlap
+from pipeline.workers import Replica
 from pmet.hparams import PMETHyperParams
 
 AUTO = "auto"
@@ -115,9 +112,13 @@ def _ray_pool(
     wanted: Ask, tasks: int, address: str | None, options: dict[str, Any]
 ) -> Iterator[Pool]:
     """Start workers on a Ray cluster: as many as it has room for if no number is given."""
-    from pipeline.cluster import default_workers, ray_session, room_for_workers
-    from pipeline.executor import WorkerPool
-    from pipeline.nodes import wait_for_nodes
+    from pipeline.cluster import (
+        WorkerPool,
+        default_workers,
+        ray_session,
+        room_for_workers,
+        wait_for_nodes,
+    )
 
     def most() -> int:
         return min(room_for_workers(wanted.gpus), tasks)

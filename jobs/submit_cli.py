@@ -57,7 +57,7 @@ def submit(
     from jobs.submit.parcel import pack
     from jobs.submit.server import JobServer
     from jobs.submit.submission import submit as send
-    from pipeline.config import load_job
+    from pipeline.job import load_job
 
     parcel = pack(load_job(job, settings or []))
     _warn(parcel)
@@ -85,8 +85,8 @@ def status(
     from jobs.submit import views
     from jobs.submit.state import read_state
     from jobs.submit.submission import NAME
-    from pipeline import json_text
     from pipeline.errors import ClusterError, RunFolderError, StorageError
+    from pipeline.storage import json_text
 
     by_name = NAME.fullmatch(target) is not None
     server = found = None

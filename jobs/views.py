@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import dump_job
-from pipeline.figures import duration, is_number, read_gate, show_special
+from pipeline.evaluation import duration, is_number, read_gate, show_special
+from pipeline.job import dump_job
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate

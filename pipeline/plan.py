@@ -17,31 +17,42 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.checkpoint import Checkpoint, StoredTensor, open_model_folder
-from pipeline.config import JobConfig
-from pipeline.corpus import Corpus, read_corpus
-from pipeline.digest import digest_of
-from pipeline.errors import JobError, ModelError, NothingToEditError, StorageError
+from pipeline.data import (
+    Corpus,
+    Rejection,
+    RequestTable,
+    Shard,
+    plan_shards,
+    read_corpus,
+    read_requests,
+)
+from pipeline.errors import JobError, NothingToEditError, StorageError
 from pipeline.evaluation import Last, check_evaluation
-from pipeline.finite import checked_digest
-from pipeline.job_places import refuse_overlaps
-from pipeline.model_cache import default_cache, name_for_nodes
-from pipeline.model_checks import check_configuration, checked_layout
-from pipeline.moments import check_moments, is_file_name, refuse_not_finite
-from pipeline.ownership import refuse_foreign_folder
-from pipeline.replica import ModelSource, open_tokenizer
-from pipeline.schema import Rejection, RequestTable, read_requests
-from pipeline.shards import Shard, plan_shards
-from pipeline.skeleton import UNREADABLE, open_skeleton
-from pipeline.store import Store, read_file
-from pipeline.tracking import trackers_of
-from pmet import contexts
-from pmet.architecture import Layout
+from pipeline.job import JobConfig
+from pipeline.models import (
+    Checkpoint,
+    ModelSource,
+    StoredTensor,
+    check_configuration,
+    checked_digest,
+    checked_layout,
+    default_cache,
+    name_for_nodes,
+    open_fast_tokenizer,
+    open_model_folder,
+    open_skeleton,
+)
+from pipeline.places import refuse_overlaps
+from pipeline.report import trackers_of
+from pipeline.run_folder import refuse_foreign_folder
+from pipeline.second_moments import check_moments, is_file_name, refuse_not_finite
+from pipeline.storage import Store, digest_of, read_file
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
-from pmet.problem import Problem, context_length
+from pmet.model import Layout, context_length, contexts
 from pmet.request import EditRequest
-from pmet.second_moment import longest
+from pmet.targets import Problem
+from pmet.update import longest
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
@@ -221,28 +232,6 @@ def _text(url: str, key: str) -> str:
         presets = f" or a preset ({', '.join(PMETHyperParams.presets())})"
         remedy = f"name a file{presets if key == 'hparams' else ''}"
         raise JobError(f"{key}: {url} cannot be read ({error}); {remedy}") from None
-
-
-def open_fast_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        ModelError: there is none, or only one that gives no character offsets.
-    """
-    try:
-        tokenizer = open_tokenizer(str(folder))
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {folder} has no tokenizer that can be opened ({reason})") from None
-    # Without its files some tokenizers open all the same, and know no word.
-    if not tokenizer("word")["input_ids"]:
-        raise ModelError(f"model {folder} has no tokenizer files; add its tokenizer.json")
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"model {folder} has only a slow tokenizer, which gives no character offsets; add its "
-            "tokenizer.json"
-        )
-    return tokenizer
 
 
 def _templates(job: JobConfig) -> list[list[str]] | None:

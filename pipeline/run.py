@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from pipeline import signals
-from pipeline.card import model_card
-from pipeline.config import JobConfig, by_key, dump_job, load_job
+from pipeline.cluster import MeteredProgress, OnEvent, asks, check_gpus, crowding, deferred, signals
+from pipeline.data import Rejection, RequestTable
 from pipeline.errors import (
     JobError,
     LeaseLostError,
@@ -23,38 +22,45 @@ from pipeline.errors import (
     RequestTableError,
     StorageError,
 )
-from pipeline.folder import RunFolder
-from pipeline.gates import outcomes
-from pipeline.groups import grouped
-from pipeline.known import find_known, still_known
-from pipeline.lease import NOT_EXCLUSIVE, Lease
-from pipeline.measure_stage import Measurement, measure
-from pipeline.metering import MeteredProgress
-from pipeline.ownership import CARD, MODEL, STATUS, refuse_foreign_folder
-from pipeline.place import asks, check_gpus, crowding
+from pipeline.evaluation import grouped, warnings_of_layers, warnings_of_targets, weights_of
+from pipeline.job import JobConfig, by_key, dump_job, load_job, outcomes
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import NOTE, Progress
-from pipeline.report import write_report
-from pipeline.results import answered, courses_of, model_metrics, read_courses, results_table
-from pipeline.run_record import NO_TARGET, layers
-from pipeline.sanity import warnings_of_layers, warnings_of_targets, weights_of
-from pipeline.schema import Rejection, RequestTable
-from pipeline.serial import SerialCrew
-from pipeline.signals import deferred
+from pipeline.report import Tracking, model_card, trackers_of, write_report
+from pipeline.run_folder import (
+    CARD,
+    MODEL,
+    NO_TARGET,
+    NOT_EXCLUSIVE,
+    STATUS,
+    Lease,
+    RunFolder,
+    layers,
+    refuse_foreign_folder,
+)
 from pipeline.stages import (
     Context,
     FoundTargets,
+    Measurement,
+    answered,
     check_ranks,
     collect_moments,
+    courses_of,
+    find_known,
+    find_targets,
+    measure,
+    model_metrics,
     publish_model,
     published_model,
-    update,
+    read_courses,
+    refuse_without_edits,
+    results_table,
+    still_known,
+    update_layers,
     write_templates,
 )
-from pipeline.store import Store
-from pipeline.target_stage import find_targets, refuse_without_edits
-from pipeline.tasks import OnEvent
-from pipeline.tracking import Tracking, trackers_of
+from pipeline.storage import Store
+from pipeline.workers import SerialCrew
 from pmet.errors import InputError, PMETError
 from pmet.hparams import ignored_sentence
 
@@ -62,7 +68,7 @@ JOB, REJECTED = "job.yaml", "rejected.parquet"
 _SHOWN_VALUE = 60
 
 if TYPE_CHECKING:
-    from pipeline.crew import Crew
+    from pipeline.workers import Crew
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ def _crew(plan: Plan, address: str | None, on_event: OnEvent) -> Crew | SerialCr
     if plan.job.in_this_process:
         return SerialCrew(plan, on_event)
     # Imported here: it imports Ray.
-    from pipeline.crew import Crew
+    from pipeline.workers import Crew
 
     return Crew(plan, address, on_event)
 
@@ -297,7 +303,7 @@ def _run_stages(run: Context) -> RunResult:
     _warn(run, warnings_of_targets(_edited_losses(run.plan, found, courses)))
     # By now the ranks of the update are starting, and need a while.
     before = measure(run, "before", run.plan.base)
-    reports = update(run, templates, found)
+    reports = update_layers(run, templates, found)
     _warn(run, warnings_of_layers(layers(run.folder.status)))
     publish_model(run, reports)
     edited_model = published_model(run)

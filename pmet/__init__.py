@@ -30,8 +30,8 @@ from pmet.errors import (
 if TYPE_CHECKING:
     from pmet.delta import Edit
     from pmet.edit import compute_edit
+    from pmet.evaluation import evaluate
     from pmet.hparams import PMETHyperParams
-    from pmet.metrics import evaluate
     from pmet.request import EditRequest
     from pmet.targets import Targets, compute_targets
 
@@ -62,10 +62,10 @@ _MODULES = {
     "Edit": "pmet.delta",
     "compute_edit": "pmet.edit",
     "PMETHyperParams": "pmet.hparams",
-    "evaluate": "pmet.metrics",
+    "evaluate": "pmet.evaluation.metrics",
     "EditRequest": "pmet.request",
-    "Targets": "pmet.targets",
-    "compute_targets": "pmet.targets",
+    "Targets": "pmet.targets.optimization",
+    "compute_targets": "pmet.targets.optimization",
 }
 
 

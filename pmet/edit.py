@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from pmet import contexts, second_moment
-from pmet.architecture import Layout, resolve
-from pmet.contexts import ContextTemplates
 from pmet.delta import Edit, checked
-from pmet.devices import home
 from pmet.errors import InputError, NotFiniteError
 from pmet.hparams import PMETHyperParams
-from pmet.key_reader import KeyReader
-from pmet.keys import Lookups, LookupTokenizer
+from pmet.model import ContextTemplates, Layout, contexts, frozen, home, resolve
 from pmet.request import EditRequest, SharedKeys
-from pmet.solve import cheaper_form, solve
-from pmet.spread import square_root_spread
-from pmet.sums import KeyResidualRows, KeyResidualSums
 from pmet.targets import Targets, compute_targets
-from pmet.tracing import frozen
+from pmet.update import (
+    KeyReader,
+    KeyResidualRows,
+    KeyResidualSums,
+    Lookups,
+    LookupTokenizer,
+    cheaper_form,
+    second_moments,
+    solve,
+    square_root_spread,
+)
 
 _SELF_WRITTEN_TEXTS = 256
 
@@ -174,5 +176,5 @@ def _self_written_moments(
     model: nn.Module, tokenizer: Any, hparams: PMETHyperParams, seed: int
 ) -> dict[int, torch.Tensor]:
     texts = contexts.write_texts(model, tokenizer, count=_SELF_WRITTEN_TEXTS, seed=seed)
-    moments = second_moment.measure(model, tokenizer, texts, hparams)
+    moments = second_moments.measure(model, tokenizer, texts, hparams)
     return moments.means()

@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pmet.errors import HyperParameterError
-from pmet.repeated_keys import RepeatedKeyError, parse_json
+from pmet.strict_json import RepeatedKeyError, parse_json
 from pmet.yaml12 import YAMLTextError, parse_yaml
 
 # Keys of published files that have no meaning here, by the method or tool that has them.
@@ -157,7 +157,7 @@ ModuleTemplates = Annotated[tuple[_Template, ...] | None, _allowed(f"a list with
 class PMETHyperParams(BaseModel):
     """What the method can be told; names as in the published files.
 
-    Module names may be left out for a model of a known family (see ``pmet.architecture``).
+    Module names may be left out for a model of a known family (see ``pmet.model.architecture``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

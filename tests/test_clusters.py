@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.submit.parcel import pack
-from pipeline.config import load_job
+from pipeline.job.config import load_job
 from tests.conftest import ROOT
 
 CLUSTERS = [

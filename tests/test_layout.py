@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pmet
-from pipeline.config import load_job
+from pipeline.job.config import load_job
 from pmet import errors
 from tests.conftest import ROOT
 

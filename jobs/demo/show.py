@@ -12,12 +12,11 @@ from rich.table import Table
 
 from jobs.demo.world import write_corpus, write_requests
 from jobs.views import show_result
-from pipeline.config import JobConfig, UpdateConfig
-from pipeline.lease import Lease
-from pipeline.ownership import has_lease, refuse_foreign_folder
+from pipeline.job import JobConfig, UpdateConfig
 from pipeline.progress import RichProgress
 from pipeline.run import RunResult, run_job
-from pipeline.store import Store
+from pipeline.run_folder import Lease, has_lease, refuse_foreign_folder
+from pipeline.storage import Store
 
 HERE = Path(__file__).parent
 INPUTS = "inputs"

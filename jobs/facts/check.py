@@ -18,11 +18,9 @@ from jobs.facts.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
 from jobs.facts.rows import JudgedRows
 from jobs.facts.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
+from pipeline.data import REQUIRED_COLUMNS, Rejection, RequestTable, read_requests, readable
 from pipeline.errors import RequestTableError, StorageError
-from pipeline.parquet import parquet_footer
-from pipeline.requests import REQUIRED_COLUMNS
-from pipeline.schema import Rejection, RequestTable, read_requests, readable
-from pipeline.store import expand
+from pipeline.storage import expand, parquet_footer
 
 EXAMPLES = 5
 _LONGEST_SHOWN = 80

@@ -21,10 +21,8 @@ from jobs.facts.rows import trimmed
 from jobs.facts.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
+from pipeline.data import REQUEST_COLUMNS, normal_column, with_columns
 from pipeline.errors import FactDumpError
-from pipeline.normal import normal_column
-from pipeline.requests import REQUEST_COLUMNS
-from pipeline.schema import with_columns
 
 
 def convert_dump(

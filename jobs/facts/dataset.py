@@ -18,13 +18,11 @@ from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
 from jobs.facts.records import is_parquet, read_records, unwrapped
+from pipeline.data import REQUEST_COLUMNS, Repeats, readable, request_of, with_columns
 from pipeline.errors import FactDumpError, StorageError
-from pipeline.hive import Columns, expand_with_columns
-from pipeline.parquet import parquet_footer, read_batches
-from pipeline.requests import REQUEST_COLUMNS, Repeats, request_of
-from pipeline.schema import readable, with_columns
-from pmet.repeated_keys import repeated_key
+from pipeline.storage import Columns, expand_with_columns, parquet_footer, read_batches
 from pmet.request import TEXT_LISTS, EditRequest
+from pmet.strict_json import repeated_key
 
 FORMATS = {
     module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit, requests)

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from pipeline.data import aligned, common_types
 from pipeline.errors import FactDumpError, StorageError
-from pipeline.hive import expand_with_columns
-from pipeline.parquet import parquet_footer, plain_type, read_batches
-from pipeline.schema import aligned, common_types
+from pipeline.storage import expand_with_columns, parquet_footer, plain_type, read_batches
 
 FACT = ("subject", "relation", "object")
 TIMES = ("updated_at", "valid_until")

@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.facts.diff import SCHEMA, DumpDiff
+from pipeline.data import readable, with_columns
 from pipeline.errors import FactDumpError
-from pipeline.schema import readable, with_columns
-from pipeline.single_output import (
+from pipeline.storage import (
     PARQUET_MARK,
+    Store,
     is_marked_parquet,
     refuse_foreign_file,
     refuse_input,
 )
-from pipeline.store import Store
 
 REJECTED_FOLDER = "rejected"
 

@@ -1,8 +1,8 @@
 """Partitions facts by hash: rows with the same subject and relation land in one partition.
 
 A small dump stays in memory. A large one goes to files on the local disk, which are read back one
-partition at a time. The hash of the texts' normal form (`pipeline.normal`) only selects the
-partition: within it the texts themselves are compared, so two facts are never confused.
+partition at a time. The hash of the texts' normal form (`pipeline.data.normalization`) only selects
+the partition: within it the texts themselves are compared, so two facts are never confused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from pipeline.normal import normal_column
+from pipeline.data import normal_column
 
 PARTITION_ROWS = 400_000
 MOST_PARTITIONS = 100

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from pipeline.data import readable
 from pipeline.errors import FactDumpError, StorageError
-from pipeline.hive import Columns
-from pipeline.parquet import map_parquet
-from pipeline.schema import readable
-from pipeline.store import read_file
-from pmet.repeated_keys import parse_records
+from pipeline.storage import Columns, map_parquet, read_file
 from pmet.request import TEXT_LISTS
+from pmet.strict_json import parse_records
 
 PARQUET = b"PAR1"
 SURPLUS = None

@@ -1,8 +1,9 @@
 """Settles the rows of each fact: which row is valid, and why the others are not.
 
-A fact is a subject and a relation; texts are compared in their normal form (`pipeline.normal`). The
-row with the latest ``updated_at`` is valid; rows without a time are older than any other. If the
-latest rows name different objects, the fact is undecided and none of its rows is valid.
+A fact is a subject and a relation; texts are compared in their normal form
+(`pipeline.data.normalization`). The row with the latest ``updated_at`` is valid; rows without a
+time are older than any other. If the latest rows name different objects, the fact is undecided and
+none of its rows is valid.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.facts.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
-from pipeline.normal import normal_column
+from pipeline.data import normal_column
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from pipeline.errors import FactDumpError
-from pipeline.yaml12 import read_yaml
+from pipeline.job import read_yaml
 from pmet.request import trimmed_prompt
 
 SIZE_LIMIT = 4 * 2**20

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from jobs.schedule.records import TimeZone
-from pipeline.config import (
+from pipeline.job import (
     CountOrNull,
     EditSettings,
     FractionOrNull,

@@ -24,9 +24,8 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import FactDumpError, RunFolderError, StorageError
-from pipeline.numbered import last_number, now_text, numbered
-from pipeline.ownership import MODEL, files_made, has_lease, leases
-from pipeline.store import Store, json_bytes
+from pipeline.run_folder import MODEL, files_made, has_lease, leases
+from pipeline.storage import Store, json_bytes, last_number, now_text, numbered
 from pmet.errors import PMETError
 
 CURRENT, PROMOTIONS, VERSIONS, RETRACTIONS = "CURRENT", "promotions", "versions", "retractions"

@@ -47,25 +47,17 @@ from jobs.refresh.ledger import (
 )
 from jobs.refresh.report import quarantined, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
-from pipeline.checkpoint import Checkpoint, open_model_folder, publish
-from pipeline.config import JobConfig
+from pipeline.cluster import asks, check_gpus, deferred
 from pipeline.errors import FactDumpError
-from pipeline.finite import checked_digest
-from pipeline.folder import RunFolder
-from pipeline.job_places import hparams_places, model_places, pattern_places
-from pipeline.lease import Lease
-from pipeline.model_cache import default_cache
-from pipeline.numbered import now_text
-from pipeline.overlap import locate, refuse_overlap
-from pipeline.ownership import MODEL, STATUS
-from pipeline.place import asks, check_gpus
+from pipeline.job import JobConfig
+from pipeline.models import Checkpoint, checked_digest, default_cache, open_model_folder, publish
+from pipeline.places import hparams_places, model_places, pattern_places
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.run import RunResult, how_it_ended, plan_run, run_plan
-from pipeline.run_record import NO_TARGET
-from pipeline.signals import deferred
-from pipeline.store import Store
+from pipeline.run_folder import MODEL, NO_TARGET, STATUS, Lease, RunFolder
+from pipeline.storage import Store, locate, now_text, refuse_overlap
 from pmet.errors import PMETError
 
 METRICS = "metrics.json"

@@ -8,11 +8,10 @@ from typing import Any
 
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.home import CHANGES, LEDGER, REPORT, Home, path
-from pipeline.charts import trend_chart
-from pipeline.figures import ALWAYS, GateText, measured, read_gate
-from pipeline.folder import STATUS
-from pipeline.page import Cut, page
-from pipeline.store import Store
+from pipeline.evaluation import ALWAYS, GateText, measured, read_gate
+from pipeline.report import Cut, page, trend_chart
+from pipeline.run_folder import STATUS
+from pipeline.storage import Store
 
 TREND = ("efficacy", "generalization", "specificity")
 TREND_NIGHTS = 60

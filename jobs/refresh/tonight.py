@@ -21,7 +21,7 @@ from jobs.facts.problems import is_contradiction
 from jobs.facts.templates import load_templates
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.ledger import DumpFact, Key
-from pipeline.store import read_parquet
+from pipeline.storage import read_parquet
 
 SCHEMA = pa.schema(
     [

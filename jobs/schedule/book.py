@@ -25,9 +25,8 @@ from pydantic import ValidationError
 from jobs.schedule.due import is_settled
 from jobs.schedule.records import Night, Schedule
 from pipeline.errors import FolderBusyError, ScheduleError
-from pipeline.lease import Lease
-from pipeline.ownership import leases
-from pipeline.store import Store
+from pipeline.run_folder import Lease, leases
+from pipeline.storage import Store
 
 _ATTEMPT = re.compile(r"\d{8}T\d{6}Z-\d{2,}\.(json|log)")
 _Record = TypeVar("_Record", Schedule, Night)

@@ -14,8 +14,8 @@ from jobs.schedule.cron import Fields, fields
 from jobs.schedule.due import LATE
 from jobs.schedule.records import Schedule
 from pipeline.errors import ScheduleError
-from pipeline.store import Store, read_file
-from pipeline.yaml12 import dump_yaml
+from pipeline.job import dump_yaml
+from pipeline.storage import Store, read_file
 
 # This image has kubectl and a shell and nothing else.
 KUBECTL_IMAGE = "alpine/kubectl:1.33.3"

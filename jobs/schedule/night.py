@@ -15,8 +15,8 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from jobs.schedule.records import Outcome, Schedule
+from pipeline.cluster import STOPPING
 from pipeline.errors import StorageError
-from pipeline.signals import STOPPING
 
 # Seconds that a run has to end by itself after SIGTERM.
 STOP_S = 60.0

@@ -13,7 +13,7 @@ from jobs.schedule.due import Task, next_task
 from jobs.schedule.night import Clock, last_lines, outcome_of, refresh_command, run_night
 from jobs.schedule.records import Night, Outcome, Schedule
 from pipeline.errors import FolderBusyError, LeaseLostError, ScheduleError, StorageError
-from pipeline.lease import Lease
+from pipeline.run_folder import Lease
 
 # How often to reread the store, and to retry a lease that another runner holds.
 POLL = timedelta(seconds=30)

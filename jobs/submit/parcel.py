@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pipeline.config import JobConfig, dump_job
-from pipeline.copies import is_hub_id
 from pipeline.errors import JobError
-from pipeline.store import read_file
+from pipeline.job import JobConfig, dump_job
+from pipeline.models import is_hub_id
+from pipeline.storage import read_file
 from pmet.hparams import PMETHyperParams
 
 JOB_FILE = "job.yaml"

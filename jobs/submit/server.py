@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 import requests
 from ray import exceptions as ray_exceptions
 
-from pipeline.cluster import knock
+from pipeline.cluster import environment, knock, one_line
 from pipeline.errors import ClusterError
-from pipeline.process import environment, one_line
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DASHBOARD_PORT = 8265

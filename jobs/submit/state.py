@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import StorageError
-from pipeline.folder import STATUS
-from pipeline.lease import last_holder
-from pipeline.store import Store
+from pipeline.run_folder import STATUS, last_holder
+from pipeline.storage import Store
 
 State = Literal["running", "complete", "held", "stopped", "failed", "lost"]
 

@@ -21,8 +21,8 @@ from jobs.submit.parcel import JOB_FILE, Parcel
 from jobs.submit.server import ENDED, JobServer
 from jobs.submit.state import read_state
 from pipeline.errors import ClusterError, JobError, StorageError
-from pipeline.folder import SUBMISSION
-from pipeline.numbered import now_text
+from pipeline.run_folder import SUBMISSION
+from pipeline.storage import now_text
 
 NAME = re.compile(r"(?P<stem>pmet-[a-z0-9-]+-[0-9a-f]{10})-(?P<attempt>\d+)")
 OUTPUT, DIGEST = "pmet_output", "pmet_job"

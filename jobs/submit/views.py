@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jobs.submit.state import RunState
 from jobs.submit.submission import Submission, hint
-from pipeline.figures import duration
+from pipeline.evaluation import duration
 
 _EVENTS = 3
 _NEXT = {

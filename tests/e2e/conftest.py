@@ -18,12 +18,12 @@ import pytest
 import torch
 from filelock import FileLock
 
-from pipeline.cluster import ray_session
-from pipeline.config import JobConfig
-from pipeline.digest import digest_of
+from pipeline.cluster.session import ray_session
+from pipeline.data.tables import read_targets
+from pipeline.job.config import JobConfig
 from pipeline.run import RunResult, run_job
-from pipeline.schema import read_targets
-from pipeline.store import Store
+from pipeline.storage.digest import digest_of
+from pipeline.storage.store import Store
 from tests.conftest import GOLDEN
 
 GOOD_ROWS = 40

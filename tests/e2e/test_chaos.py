@@ -25,8 +25,8 @@ import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
-from pipeline.config import dump_job
-from pipeline.store import Store
+from pipeline.job.config import dump_job
+from pipeline.storage.store import Store
 from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import assert_same_targets, assert_same_weights, job, targets_by_row
 
@@ -43,9 +43,9 @@ COMPUTING = re.compile(r"ray::(_WorkerProcess|_RankProcess)")
 DRIVER = """
 import os, signal, sys, threading, time
 from contextlib import contextmanager
-from pipeline.config import load_job
+from pipeline.job.config import load_job
 from pipeline.run import run_job
-from pipeline.store import Store
+from pipeline.storage.store import Store
 
 kind, when = sys.argv[2], float(sys.argv[3])
 written, start = 0, time.monotonic()

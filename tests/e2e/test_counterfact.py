@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import JobConfig
+from pipeline.job.config import JobConfig
 from pipeline.run import run_job
 
 # The README beside the data: the published implementation after the first 200 edits, in per cent.

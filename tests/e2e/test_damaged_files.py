@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import load_job
-from pipeline.schema import read_requests
+from pipeline.data.tables import read_requests
+from pipeline.job.config import load_job
 from pmet.errors import PMETError
 
 COUNT = int(os.environ.get("PMET_FUZZ", "500"))

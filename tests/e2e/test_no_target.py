@@ -14,11 +14,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline import crew
-from pipeline.replica import Replica, TargetSummary
 from pipeline.run import run_job
+from pipeline.workers import ray_executor
+from pipeline.workers.worker import Replica, TargetSummary
 from pmet import EditRequest
-from pmet.lookup import tokenize_prompt
+from pmet.model.tokenization import tokenize_prompt
 from tests.conftest import GOLDEN, load_golden
 from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, facts, job, targets_by_row
 
@@ -93,7 +93,7 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
 def test_a_request_that_no_worker_survives_costs_one_row_only(
     inputs: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew, "Replica", Fragile)
+    monkeypatch.setattr(ray_executor, "Replica", Fragile)
     fragile = job(
         inputs,
         str(tmp_path / "out"),

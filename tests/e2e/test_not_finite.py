@@ -16,12 +16,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline import serial
 from pipeline.errors import NoEditError
-from pipeline.measure_stage import held_out
-from pipeline.replica import Replica, TargetSummary
 from pipeline.run import run_job
-from pipeline.store import Store
+from pipeline.stages.measurement import held_out
+from pipeline.storage.store import Store
+from pipeline.workers import serial_executor
+from pipeline.workers.worker import Replica, TargetSummary
 from pmet import NotFiniteError
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts, job
@@ -182,7 +182,7 @@ def test_a_run_that_edits_no_fact_fails_and_goes_on_once_the_cause_is_gone(
         "clamp_norm_factor in the hyper-parameters; the same command computes the targets again"
     )
     with monkeypatch.context() as patched:
-        patched.setattr(serial, "Replica", Unlucky)
+        patched.setattr(serial_executor, "Replica", Unlucky)
         with pytest.raises(NoEditError) as error:
             run_job(four)
     assert str(error.value) == expected

@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipeline import run
-from pipeline.config import JobConfig, load_job
-from pipeline.report import write_report
+from pipeline.job.config import JobConfig, load_job
+from pipeline.report.run_report import write_report
 from pipeline.run import RunResult, run_job
-from pipeline.store import Store
+from pipeline.storage.store import Store
 from pmet.errors import InputError, PMETError
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts

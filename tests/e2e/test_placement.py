@@ -19,13 +19,13 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from pipeline.cluster import ray_session, room_for_workers
+from pipeline.cluster.session import ray_session, room_for_workers
+from pipeline.cluster.tasks import Task
+from pipeline.cluster.worker_pool import WorkerPool
 from pipeline.errors import NoRoomError
-from pipeline.executor import WorkerPool
 from pipeline.progress import LineProgress
 from pipeline.run import run_job
-from pipeline.store import Store
-from pipeline.tasks import Task
+from pipeline.storage.store import Store
 from tests.conftest import ROOT
 from tests.e2e.conftest import job, wait_until
 
@@ -121,7 +121,7 @@ def test_a_worker_with_several_gpus_has_them_on_one_node(seen: Callable[..., lis
 def test_ranks_that_the_nodes_cannot_hold_are_told_before_targets_are_computed(
     cluster: Cluster, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.nodes.START_TIMEOUT_S", 1.5)
+    monkeypatch.setattr("pipeline.cluster.nodes.START_TIMEOUT_S", 1.5)
     lines: list[str] = []
     sections = {"targets": {"workers": 1}, "update": {"ranks": 4, "gpus_per_rank": 1}}
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_ranks_that_the_nodes_cannot_hold_are_told_before_targets_are_computed(
 def test_a_node_that_joins_late_is_used_and_one_that_leaves_is_survived(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.executor._LOOK_S", 0.2)
+    monkeypatch.setattr("pipeline.cluster.worker_pool._LOOK_S", 0.2)
     events: list[str] = []
     pool = WorkerPool(
         Worker,

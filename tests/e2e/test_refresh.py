@@ -17,10 +17,10 @@ from jobs.refresh.config import RefreshConfig, load_refresh
 from jobs.refresh.home import CURRENT, LEDGER, CurrentMovedError, Home, path
 from jobs.refresh.ledger import Ledger
 from jobs.refresh.night import Refreshed, job_of, preview, refresh
-from pipeline.config import GatesConfig
 from pipeline.errors import FactDumpError, FolderBusyError
-from pipeline.lease import Lease
+from pipeline.job.config import GatesConfig
 from pipeline.run import run_job
+from pipeline.run_folder.lease import Lease
 from tests.conftest import GOLDEN
 
 FIRST = 24

@@ -17,8 +17,8 @@ import pytest
 
 from jobs.refresh.home import CURRENT
 from jobs.refresh.night import refresh
-from pipeline.cluster import ray_session
-from pipeline.store import Store
+from pipeline.cluster.session import ray_session
+from pipeline.storage.store import Store
 from tests.conftest import ROOT
 from tests.e2e.test_chaos import KILLED
 from tests.e2e.test_refresh import Place, place
@@ -32,7 +32,7 @@ import os, signal, sys
 from contextlib import contextmanager
 from jobs.refresh.config import load_refresh
 from jobs.refresh.night import refresh
-from pipeline.store import Store
+from pipeline.storage.store import Store
 
 kind, when = sys.argv[2], int(sys.argv[3])
 written, write_stream, create_bytes = 0, Store.write_stream, Store.create_bytes

@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 
 from jobs.statistics import compute_statistics
-from pipeline import stages
-from pipeline.corpus import TOKENS
+from pipeline.cluster.rank_group import Rendezvous
+from pipeline.data.corpus import TOKENS
 from pipeline.errors import RunFolderError, StorageError
-from pipeline.folder import RunFolder
 from pipeline.progress import Progress
-from pipeline.rank_group import Rendezvous
 from pipeline.run import RunResult, run_job
-from pipeline.update import UpdateJob, UpdateRank
+from pipeline.run_folder.folder import RunFolder
+from pipeline.stages import context
+from pipeline.zero.rank import UpdateJob, UpdateRank
 from pmet import Edit
-from pmet.second_moment import MAX_TOKENS
+from pmet.update.second_moments import MAX_TOKENS
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import GOOD_ROWS, Runner, assert_same_weights, job, targets_by_row
 from tests.e2e.test_run import edited_names, folder, record_is_whole, run_json, weights
@@ -168,7 +168,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
 ) -> None:
     first = run()
     output = copied(first, tmp_path / "out", "layer-1", "layer-2")
-    monkeypatch.setattr(stages, "UpdateRank", Mortal)
+    monkeypatch.setattr(context, "UpdateRank", Mortal)
     again = run_job(job(inputs, str(output)))
     assert (output / "killed").exists()
     assert (output / "journal").read_text().splitlines() == [

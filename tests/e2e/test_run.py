@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.data.tables import read_targets
 from pipeline.run import RunResult, run_job
-from pipeline.schema import read_targets
 from pmet import Edit, EditRequest, evaluate
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import (

@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 
-from pipeline import stages
-from pipeline.config import JobConfig
 from pipeline.errors import JobError, WorkerError
-from pipeline.replica import Replica
+from pipeline.job.config import JobConfig
 from pipeline.run import run_job
-from pipeline.update import UpdateRank
+from pipeline.stages import context
+from pipeline.workers.worker import Replica
+from pipeline.zero.rank import UpdateRank
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts, job
 from tests.e2e.test_refresh import place
@@ -102,7 +102,7 @@ def test_a_refresh_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.Monk
     found = place(tmp_path)
     settings = yaml.safe_load(found.file().read_text())
     found.file().write_text(yaml.safe_dump(settings | HERE))
-    monkeypatch.setitem(sys.modules, "pipeline.crew", None)
+    monkeypatch.setitem(sys.modules, "pipeline.workers.ray_executor", None)
     assert found.tonight().version == 1
     assert found.weights(1) != (GOLDEN / "gpt2" / "model" / "model.safetensors").read_bytes()
 
@@ -139,7 +139,7 @@ def test_a_failed_update_is_tried_again_and_the_run_resumes(
                 raise RuntimeError("the solve was interrupted")
             return super().edit_layer(index)
 
-    monkeypatch.setattr(stages, "UpdateRank", Failing)
+    monkeypatch.setattr(context, "UpdateRank", Failing)
     torch.set_num_threads(2)
     try:
         with pytest.raises(WorkerError, match=r"failed 3 times.*the solve was interrupted"):

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.lease import Lease
-from pipeline.store import Store
+from pipeline.run_folder.lease import Lease
+from pipeline.storage.store import Store
 from tests.conftest import GOLDEN, ROOT
 
 MARK = "PMET_TEST_MARK"

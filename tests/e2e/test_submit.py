@@ -18,9 +18,9 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from jobs.submit.server import JobServer
-from pipeline.config import load_job
+from pipeline.job.config import load_job
 from pipeline.run import run_job
-from pipeline.store import Store
+from pipeline.storage.store import Store
 from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import (
     assert_same_targets,

@@ -169,7 +169,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 UPLOAD = """
 import sys, boto3
 boto3.client("s3").create_bucket(Bucket="pmet")
-from pipeline.store import Store
+from pipeline.storage.store import Store
 from pathlib import Path
 for source in map(Path, sys.argv[1:]):
     for file in source.iterdir() if source.is_dir() else [source]:

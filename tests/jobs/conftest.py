@@ -13,7 +13,7 @@ import pytest
 
 from jobs import cli, facts_cli, refresh_cli
 from jobs.cli import main
-from pipeline.signals import STOPPING
+from pipeline.cluster.signals import STOPPING
 
 Invoke = Callable[..., tuple[int, str, str]]
 

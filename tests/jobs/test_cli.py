@@ -22,13 +22,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import pipeline.run
+from pipeline.cluster.signals import Stopped
 from pipeline.errors import WorkerError
-from pipeline.estimate import Estimate
-from pipeline.lease import Holder, Lease
+from pipeline.estimate.prediction import Estimate
 from pipeline.progress import Progress
-from pipeline.signals import Stopped
-from pipeline.stages import Context
-from pipeline.store import Store
+from pipeline.run_folder.lease import Holder, Lease
+from pipeline.stages.context import Context
+from pipeline.storage.store import Store
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
@@ -99,7 +99,7 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
         by_workers={1: 14400.0, 4: 3600.0},
         diverging=0.25,
     )
-    monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
+    monkeypatch.setattr("pipeline.estimate.prediction.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
     assert status == 0
     assert re.search(r"in all +2 h 00 min", out)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.demo import train, world
 from jobs.demo.interchange import Interchange
-from pmet import EditRequest, PMETHyperParams, contexts
+from pmet import EditRequest, PMETHyperParams
+from pmet.model import contexts
 
 DEMO = Path(world.__file__).parent
 MODEL = DEMO / "model"

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.schema import read_requests
-from pipeline.store import Store, read_parquet
+from pipeline.data.tables import read_requests
+from pipeline.storage.store import Store, read_parquet
 from tests.jobs.conftest import Invoke
 from tests.jobs.facts.test_dataset import ZSRE
 

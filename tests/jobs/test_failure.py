@@ -33,7 +33,7 @@ from jobs.submit.server import JobServer
 from jobs.submit.submission import OUTPUT, stem_of
 from pipeline.errors import StorageError
 from pipeline.run import RunResult
-from pipeline.stages import Context
+from pipeline.stages.context import Context
 from pmet.errors import RequestError
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke

@@ -12,7 +12,7 @@ import yaml
 from jobs.refresh.home import CURRENT, LEDGER, NIGHT, Home, path
 from jobs.refresh.ledger import Entry, Ledger
 from jobs.refresh.night import Refreshed
-from pipeline.lease import Lease
+from pipeline.run_folder.lease import Lease
 from tests.jobs.conftest import Invoke
 from tests.jobs.test_facts_cli import OLD, parquet
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
-
-from pipeline.store import Store
-from tests.jobs.conftest import Invoke
 from tests.pipeline.test_compare import run_in, with_wrong
 from tests.pipeline.test_report import results_of
+
+from pipeline.storage.store import Store
+from tests.jobs.conftest import Invoke
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:

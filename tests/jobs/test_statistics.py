@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from jobs.cli import statistics as command
-from pipeline.corpus import TOKENS
-from pipeline.moments import PROVENANCE, TENSORS
-from pmet.second_moment import MAX_TOKENS
+from pipeline.data.corpus import TOKENS
+from pipeline.second_moments.files import PROVENANCE, TENSORS
+from pmet.update.second_moments import MAX_TOKENS
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 

@@ -10,7 +10,7 @@ import ray
 import yaml
 
 from jobs import submit_cli
-from pipeline.folder import RunFolder
+from pipeline.run_folder.folder import RunFolder
 from tests.jobs.conftest import Invoke
 
 

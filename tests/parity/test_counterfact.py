@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import pmet
-from pmet.figures import METRICS
-from pmet.plain import plain_deltas, plain_evaluate, plain_targets
+from pmet.evaluation.figures import METRICS
+from pmet.reference import plain_deltas, plain_evaluate, plain_targets
 from pmet.request import EditRequest
 
 if TYPE_CHECKING:

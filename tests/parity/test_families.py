@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pmet
-from pmet import keys
-from pmet.architecture import resolve
-from pmet.devices import share_out
 from pmet.hparams import PMETHyperParams
-from pmet.key_reader import KeyReader
-from pmet.plain import PlainTargets, plain_deltas, plain_evaluate, plain_targets
+from pmet.model.architecture import resolve
+from pmet.model.devices import share_out
+from pmet.reference import PlainTargets, plain_deltas, plain_evaluate, plain_targets
 from pmet.request import EditRequest
+from pmet.update import keys
+from pmet.update.key_reader import KeyReader
 from tests import simulated
 
 # Float32 sums taken in another order (left padding, other batch shapes, a cached prefix) move

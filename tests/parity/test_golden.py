@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pmet
-from pmet.plain import PlainTargets, plain_deltas, plain_targets
+from pmet.reference import PlainTargets, plain_deltas, plain_targets
 
 if TYPE_CHECKING:
     from tests.conftest import Golden

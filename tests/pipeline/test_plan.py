@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline.config import JobConfig
+from pipeline.data.shards import plan_shards
 from pipeline.errors import JobError, ModelError
-from pipeline.model_cache import model_on_node
+from pipeline.job.config import JobConfig
+from pipeline.models.node_cache import model_on_node
+from pipeline.models.source import open_causal_lm
 from pipeline.plan import make_plan, shard_size
-from pipeline.replica import open_causal_lm
-from pipeline.shards import plan_shards
-from pipeline.statistics import plan_statistics
-from pmet.problem import Problem
+from pipeline.second_moments.collection import plan_statistics
 from pmet.request import EditRequest
+from pmet.targets.problem import Problem
 from tests.conftest import GOLDEN
 
 GPT2 = GOLDEN / "gpt2"

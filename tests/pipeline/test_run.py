@@ -17,16 +17,16 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline import run
-from pipeline.config import JobConfig
-from pipeline.crew import Crew
-from pipeline.folder import RunFolder
-from pipeline.measure_stage import Measurement
+from pipeline.data.shards import plan_shards
+from pipeline.data.tables import read_requests, targets_table
+from pipeline.job.config import JobConfig
 from pipeline.plan import Plan, _fitting, make_plan
 from pipeline.progress import Progress
-from pipeline.schema import read_requests, targets_table
-from pipeline.shards import plan_shards
-from pipeline.stages import Context, FoundTargets
-from pmet.figures import METRICS
+from pipeline.run_folder.folder import RunFolder
+from pipeline.stages.context import Context, FoundTargets
+from pipeline.stages.measurement import Measurement
+from pipeline.workers.ray_executor import Crew
+from pmet.evaluation.figures import METRICS
 from tests.conftest import GOLDEN, load_golden
 
 GPT2 = GOLDEN / "gpt2"

@@ -12,7 +12,7 @@ from jobs.facts.formats.record import (
     with_place,
     without,
 )
-from pipeline.requests import REQUEST_COLUMNS, REQUIRED_COLUMNS
+from pipeline.data import REQUEST_COLUMNS, REQUIRED_COLUMNS
 from pmet.request import TEXT_LISTS
 
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
+from pipeline.data.tables import read_requests
 from pipeline.errors import FactDumpError
-from pipeline.hive import expand_with_columns
-from pipeline.schema import read_requests
+from pipeline.storage.hive import expand_with_columns
 from pmet.request import EditRequest
 
 COUNTERFACT = {

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jobs.facts import partitions
 from jobs.facts.diff import CHANGES, SCHEMA, Change, Counts, diff_dumps
 from jobs.facts.dump import open_dump
+from pipeline.data.normalization import normal
 from pipeline.errors import FactDumpError
-from pipeline.normal import normal
 from tests.jobs.facts.conftest import NOW, fact, table
 
 DAYS = [None, datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)]

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.schedule.book import Book
 from pipeline.errors import FolderBusyError, ScheduleError
-from pipeline.store import Store
+from pipeline.storage.store import Store
 from tests.jobs.schedule.conftest import at, night, schedule
 
 

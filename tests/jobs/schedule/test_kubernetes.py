@@ -11,7 +11,7 @@ import yaml
 
 from jobs.schedule.kubernetes import Cluster, kubernetes_cron, manifests
 from pipeline.errors import ScheduleError, StorageError
-from pipeline.yaml12 import parse_yaml
+from pipeline.job.yaml_files import parse_yaml
 from tests.jobs.schedule.conftest import schedule
 
 REFRESH = 'facts: "it\'s"\nlines: |\n  a\n  b\n# ---\n'

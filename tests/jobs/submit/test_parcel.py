@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.submit.parcel import JOB_FILE, pack
-from pipeline.config import JobConfig, load_job
 from pipeline.errors import JobError
+from pipeline.job.config import JobConfig, load_job
 
 
 def job(**changes: Any) -> JobConfig:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.folder
+import pipeline.run_folder.folder
 from jobs.submit.state import read_state
 from pipeline.errors import StorageError
-from pipeline.folder import RunFolder
-from pipeline.lease import Holder, Lease
 from pipeline.progress import CountedStage, Stage
-from pipeline.store import Store
+from pipeline.run_folder.folder import RunFolder
+from pipeline.run_folder.lease import Holder, Lease
+from pipeline.storage.store import Store
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_an_ended_run_has_its_exit_status(folder: RunFolder, status: str, code: 
 
 
 def test_how_far_a_stage_is_can_be_read(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.folder, "_PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline.run_folder.folder, "_PROGRESS_EVERY_S", 0.0)
     with folder.stage("targets", 100):
         bar = CountedStage(Stage(), 100, folder.progress)
         bar.skip(40)

@@ -22,7 +22,7 @@ from jobs.submit.submission import (
     wait,
 )
 from pipeline.errors import ClusterError, JobError
-from pipeline.folder import SUBMISSION, RunFolder
+from pipeline.run_folder.folder import SUBMISSION, RunFolder
 from tests.jobs.submit.test_parcel import job
 
 

@@ -1,0 +1,144 @@
+"""Figures of a run for Ray's metrics, which Prometheus reads from every node.
+
+| metric | tags | |
+| --- | --- | --- |
+| ``pmet_stage_done``, ``pmet_stage_total`` | ``run``, ``stage`` | items of a stage |
+| ``pmet_stage_rate`` | ``run``, ``stage`` | items a second: targets, in the stage of that name |
+| ``pmet_shards_done`` | ``run`` | shards of targets that were stored |
+| ``pmet_events`` | ``run``, ``kind`` | retries, deaths, time-outs |
+| ``pmet_gpu_peak_bytes`` | ``work`` | the most that a worker or a rank has allocated on its GPU |
+
+Ray adds node and process. Nothing is sent while this process has joined no cluster. Ray takes ASCII
+only: in the values of tags all other characters, control characters and ``%`` are percent-encoded
+as UTF-8, ``runs/läuf`` as ``runs/l%C3%A4uf``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from pipeline.progress import NOTE, CountedStage, Progress, Stage
+
+if TYPE_CHECKING:
+    from ray.util import metrics
+
+_KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "waiting", "warning"})
+# What stays as it is in a tag: the printable characters of ASCII but %, which marks the others.
+_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+_GAUGES = {
+    "done": ("pmet_stage_done", "Items of a stage that are done."),
+    "total": ("pmet_stage_total", "Items of a stage."),
+    "rate": ("pmet_stage_rate", "Items of a stage that are done in a second."),
+}
+
+
+class MeteredProgress(Progress):
+    """Passes on what it is told, to who shows it and to Ray's metrics.
+
+    Args:
+        shown: who shows it.
+    """
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+        self._run = ""
+        self._joined = False
+
+    def begin(self, run: str, attempt: int, submission: str | None) -> None:
+        """See `Progress.begin`."""
+        self._run = run
+        self._shown.begin(run, attempt, submission)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """See `Progress.stage`."""
+        with self._shown.stage(name, total) as stage:
+            yield _MeteredStage(stage, total, self, name)
+
+    def event(self, text: str, kind: str = NOTE) -> None:
+        """See `Progress.event`."""
+        self.count("pmet_events", "Things that happened.", kind=kind if kind in _KINDS else "other")
+        self._shown.event(text, kind)
+
+    def count(self, name: str, what: str, **tags: str) -> None:
+        """Add one to a counter."""
+        if self._has_cluster():
+            tags |= {"run": self._run}
+            _counter(name, what, tuple(sorted(tags))).inc(1.0, _ascii(tags))
+
+    def gauge(self, stage: str, count: dict[str, Any]) -> None:
+        """Set what there is to tell of a stage."""
+        if not self._has_cluster():
+            return
+        for key, (name, what) in _GAUGES.items():
+            if count[key] is not None:
+                tags = {"run": self._run, "stage": stage}
+                _gauge(name, what, ("run", "stage")).set(float(count[key]), _ascii(tags))
+
+    def _has_cluster(self) -> bool:
+        """Whether this process has joined a cluster; says once where its dashboard is."""
+        if not _in_cluster():
+            return False
+        if not self._joined:
+            from pipeline.cluster.session import dashboard_url
+
+            self._joined = True
+            if url := dashboard_url():
+                self._shown.event(f"Ray's dashboard: {url}")
+        return True
+
+
+class _MeteredStage(CountedStage):
+    def __init__(
+        self, shown: Stage, total: int | None, progress: MeteredProgress, name: str
+    ) -> None:
+        super().__init__(shown, total, lambda count: progress.gauge(name, count))
+        self._progress = progress
+
+    def shard(self, name: str) -> None:
+        super().shard(name)
+        self._progress.count("pmet_shards_done", "Shards of targets that were stored.")
+
+
+def tell_gpu_memory(work: str) -> None:
+    """Set the most that this process has allocated on its GPUs; nothing where it has none."""
+    import torch
+
+    if _in_cluster() and torch.cuda.is_available():
+        gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on a GPU.", ("work",))
+        with contextlib.suppress(RuntimeError):
+            gpus = range(torch.cuda.device_count())
+            gauge.set(
+                float(max(map(torch.cuda.max_memory_allocated, gpus))), _ascii({"work": work})
+            )
+
+
+def _in_cluster() -> bool:
+    """Whether this process has joined a cluster, for which it must have imported Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _ascii(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as Ray takes them, in ASCII; `urllib.parse.unquote` gives the text back."""
+    return {name: quote(text, _PLAIN, errors="surrogateescape") for name, text in tags.items()}
+
+
+@cache
+def _gauge(name: str, what: str, tags: tuple[str, ...]) -> metrics.Gauge:
+    from ray.util import metrics
+
+    return metrics.Gauge(name, description=what, tag_keys=tags)
+
+
+@cache
+def _counter(name: str, what: str, tags: tuple[str, ...]) -> metrics.Counter:
+    from ray.util import metrics
+
+    return metrics.Counter(name, description=what, tag_keys=tags)

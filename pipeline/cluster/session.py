@@ -1,0 +1,416 @@
+"""The Ray cluster: a session on it, its size, what runs in its actors, and what its errors say.
+
+Nothing here knows what the workers do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import exceptions as ray_exceptions
+from ray._private import ray_constants
+from ray._private import services as ray_services
+from ray._private import utils as ray_utils
+
+from pipeline.cluster import signals
+from pipeline.cluster.local_ray import RAY_FOLDER, folder_for_ray, forget_token, token
+from pipeline.cluster.process import (
+    LOCAL,
+    cause_here,
+    described,
+    environment,
+    full_text,
+    limit_threads,
+    named_cluster,
+    one_line,
+)
+from pipeline.cluster.shares import fit, fit_gpus
+from pipeline.errors import WorkerError
+from pipeline.storage import libraries_environment
+
+_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
+_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
+_KNOCK_S = 10.0
+_SILENT_END = "connection error code 2"
+_MEMORY_USED = re.compile(r"was ([\d.]+\s*\w?B)(?: used)? / ([\d.]+\s*\w?B)")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[bool]:
+    """Have a Ray cluster for the time of a ``with`` block; yields whether this process started it.
+
+    A Ray that this process has already initialised is used as it is and left running. Otherwise
+    the session joins the cluster at ``address``, or the one that the environment names in
+    ``RAY_ADDRESS`` (as Ray does inside a submitted job), or starts one on this machine that
+    listens on the loopback interface only. What was started or joined here is left on exit.
+
+    Args:
+        address: ``host:port``, ``auto``, ``ray://…`` or ``local``.
+        num_cpus: logical CPUs of a cluster started here; all of the machine's if None.
+        say: called with a sentence where a cluster started here keeps its files in another folder
+            than the user would look for them.
+
+    Raises:
+        StorageError: this machine has no folder for the files of a cluster started here.
+        WorkerError: no cluster answers at the address, or none can be started.
+    """
+    if ray.is_initialized():
+        yield _is_own()
+        return
+    where = named_cluster(address) or LOCAL
+    try:
+        with _handlers_kept():
+            _connect(where, num_cpus, say or _keep_silent)
+    except (OSError, RuntimeError, ValueError) as error:
+        _disconnect()
+        raise WorkerError(_no_cluster(where, error), cause_text=str(error)) from error
+    except BaseException:
+        # A signal while Ray starts: some of its processes are there already.
+        _disconnect()
+        raise
+    try:
+        yield _is_own()
+    finally:
+        _disconnect()
+        forget_token()
+
+
+def _no_cluster(where: str, error: Exception) -> str:
+    reason = one_line(str(error))
+    if where == LOCAL:
+        return (
+            f"Ray cannot be started on this machine: {reason}; set {RAY_FOLDER} to a folder with "
+            "room that you can write to if that is what it lacks, or name a running cluster with "
+            "--address host:port"
+        )
+    return (
+        f"Ray cannot be reached at {where!r}: {reason}; name a running cluster "
+        f"as host:port, or {LOCAL!r} to start one on this machine; where the cluster asks for "
+        "a token, set RAY_AUTH_MODE=token"
+    )
+
+
+def _keep_silent(text: str) -> None:
+    """Say nothing."""
+
+
+def _is_own() -> bool:
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
+def cluster_resources() -> tuple[float, float]:
+    """Logical CPUs and GPUs of the whole cluster."""
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def dashboard_url() -> str | None:
+    """Where the dashboard of the cluster is that this process has joined; None without one."""
+    where = ray._private.worker.get_dashboard_url()
+    return f"http://{where}" if where else None
+
+
+def cpus_free() -> float:
+    """Logical CPUs of the cluster that nobody has reserved."""
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+def free_text() -> str:
+    """What of the cluster is free, as messages say it."""
+    (cpus, gpus), free = cluster_resources(), ray.available_resources()
+    return (
+        f"the cluster has {cpus:g} CPU and {gpus:g} GPU, of which {free.get('CPU', 0.0):g} and "
+        f"{free.get('GPU', 0.0):g} are free"
+    )
+
+
+def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
+    """The number of workers that fills the cluster, as it is now.
+
+    Args:
+        gpus_per_worker: GPUs of one worker, a fraction allowed; 0 for workers without one.
+        cpus_per_worker: logical CPUs of one worker.
+
+    Raises:
+        WorkerError: no node of the cluster holds a single worker.
+    """
+    count = room_for_workers(gpus_per_worker, cpus_per_worker=cpus_per_worker)
+    if count < 1:
+        cpus, gpus = cluster_resources()
+        raise WorkerError(
+            f"a worker needs {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU of one node, but "
+            f"the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for less or use a larger "
+            "cluster; where nodes come when they are asked for, name the number of workers"
+        )
+    return count
+
+
+def room_for_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
+    """How many workers the nodes of the cluster hold, whatever else is running on them."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(
+            fit(cpus_per_worker, node.get("CPU", 0.0)),
+            fit_gpus(gpus_per_worker, node.get("GPU", 0.0)) if gpus_per_worker else sys.maxsize,
+        )
+        for node in nodes
+    )
+
+
+def worker_environment(*, threads: int | None) -> dict[str, str]:
+    """Environment variables of a worker process.
+
+    A worker can import what this process can. The number of threads has to be known before any
+    numerical library is imported: it decides how sums are split, and so the last bits of every
+    result.
+
+    Args:
+        threads: threads of the numerical libraries; Ray's choice if None.
+    """
+    environment = {
+        "PYTHONPATH": os.pathsep.join([*_search_path(), "${PYTHONPATH}"]),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return environment
+
+
+class HeldInActor:
+    """What runs in an actor's process: an object that a factory makes there, behind its methods."""
+
+    def __init__(self) -> None:
+        self._held: Any = None
+        # Before the arguments of what comes next import the libraries that read these.
+        os.environ.update(libraries_environment())
+        # The arguments of what comes next bring thousands of modules with them, which stay: to
+        # look through them for garbage again and again takes a sixth of the time.
+        gc.disable()
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Call a method of what is held."""
+        return getattr(self._held, method)(*args)
+
+    def _hold(self, factory: type, args: tuple[Any, ...], threads: int | None) -> None:
+        """Make it. Not in ``__init__``: Ray would report its errors as mere text."""
+        try:
+            limit_threads(threads)
+            self._held = factory(*args)
+        finally:
+            gc.enable()
+
+
+def root_cause(error: BaseException) -> str:
+    """What really went wrong, in one line: exception type, message and the last traceback line.
+
+    An error that Ray wrapped is unwrapped; the death of a process is told with what is known of
+    it, without Ray's advice.
+    """
+    if isinstance(error, ray_exceptions.RayTaskError):
+        return described(original(error), _last_frame(str(error)))
+    if isinstance(error, ray_exceptions.OutOfMemoryError):
+        return f"{type(error).__name__}: {_short_of_memory(full_text(error))}"
+    if isinstance(error, ray_exceptions.RayActorError):
+        return f"{type(error).__name__}: {_death(full_text(error))}"
+    if isinstance(error, ray_exceptions.RayError):
+        return f"{type(error).__name__}: {one_line(full_text(error))}"
+    return cause_here(error)
+
+
+def original(error: ray_exceptions.RayTaskError) -> BaseException:
+    """The exception that the worker raised, as it was before Ray wrapped it."""
+    cause: BaseException = error
+    while isinstance(cause, ray_exceptions.RayTaskError) and cause.cause is not cause:
+        cause = cause.cause
+    return cause
+
+
+def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if where == LOCAL:
+        folder, reason = folder_for_ray()
+        if reason is not None:
+            say(f"Ray keeps its files in {folder} ({reason})")
+        with _loopback_only(), _light(), _in_a_session_of_its_own(), environment(token()):
+            ray.init(
+                LOCAL,
+                include_dashboard=False,
+                num_cpus=num_cpus,
+                _temp_dir=str(folder),
+                **quiet,
+            )
+    else:
+        knock(where)
+        ray.init(where, **quiet)
+
+
+@contextlib.contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start a cluster in this block that Ctrl-C and the end of the terminal do not reach.
+
+    They go to all processes of a job at once. Ray's would end, and the driver, which has work to
+    put down, would wait for them for a minute. They end with the driver, however it ends.
+    """
+    plain = getattr(ray_services, "ConsolePopen", None)
+    if plain is not None:
+        ray_services.ConsolePopen = functools.partial(plain, start_new_session=True)
+    try:
+        yield
+    finally:
+        if plain is not None:
+            ray_services.ConsolePopen = plain
+
+
+def _disconnect() -> None:
+    with signals.deferred(), _handlers_kept():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray starts or ends in this block.
+
+    Ray's own handlers end the process with another status and print a stack, and when Ray has
+    ended there is none at all. Without a handler of this process, Ray's are better than nothing.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    setter = getattr(ray_utils, "set_sigterm_handler", None)
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        with signals.kept():
+            yield
+    finally:
+        ray_utils.set_sigterm_handler = setter
+
+
+def knock(where: str) -> None:
+    """Raise ConnectionError at once where nobody listens: Ray would try for some minutes."""
+    found = _HOST_AND_PORT.fullmatch(where)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody listens there ({error})") from error
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a cluster started in this block listen on 127.0.0.1 instead of on every interface.
+
+    Ray does so by itself on systems where it supports no cluster of several nodes, and only
+    there: a loopback address given to ``ray.init`` is replaced by the machine's own. The variable
+    says that this is such a system; Ray has read it by now, hence the constant.
+    """
+    several_nodes = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment({_LOOPBACK_VARIABLE: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several_nodes
+
+
+@contextlib.contextmanager
+def _light() -> Iterator[None]:
+    """Start a cluster in this block as if Ray were installed without its dashboard, and without
+    processes that wait for work.
+
+    Where the dashboard is installed, each node has an agent that serves HTTP on a fixed port, even
+    without the dashboard: a second cluster on the machine then waits for the port for five seconds.
+    Workers and ranks have environments of their own, so that none of the waiting processes is ever
+    used.
+    """
+    asked = getattr(ray_utils, "get_dashboard_dependency_error", None)
+    ray_utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
+    try:
+        with environment({_PRESTART_VARIABLE: "0"}):
+            yield
+    finally:
+        ray_utils.get_dashboard_dependency_error = asked
+
+
+def _search_path() -> list[str]:
+    """What this process can import from besides its Python installation.
+
+    Ray hands the driver's script folder and working directory to its workers, but not what else
+    is on the driver's path: a checkout named in PYTHONPATH, say. A folder that another machine
+    does not have does no harm there.
+    """
+    installations = (Path(sys.prefix), Path(sys.base_prefix))
+    folders = [Path(entry).resolve() for entry in sys.path if entry and Path(entry).is_dir()]
+    return [
+        str(folder)
+        for folder in dict.fromkeys(folders)
+        if not any(folder.is_relative_to(installation) for installation in installations)
+    ]
+
+
+def _short_of_memory(text: str) -> str:
+    used = _MEMORY_USED.search(text)
+    how = f" ({used[1]} of {used[2]} were in use)" if used else ""
+    return f"memory was short: Ray ended the process before its machine had none left{how}"
+
+
+def _death(text: str) -> str:
+    """How a process ended, as far as Ray knows, and which one it was."""
+    told = text.partition("Some common causes")[0]
+    number = re.search(r"^\s*pid: (\d+)", told, re.MULTILINE)
+    machine = re.search(r"^\s*ip: (\S+)", told, re.MULTILINE)
+    if number is None or machine is None:
+        return one_line(told)
+    who = f"process {number[1]} on {machine[1]}"
+    if _SILENT_END not in told:
+        return f"{who}: {one_line(told[machine.end() :])}"
+    return (
+        f"its worker process has died without a word ({who}), as after signal 9 (SIGKILL): it "
+        "crashed, or somebody or the kernel killed it, which it does when memory is short"
+        f"{_kernel_says(machine[1])}"
+    )
+
+
+def _kernel_says(machine: str) -> str:
+    """Whether the kernel of this machine has killed for want of memory since the run began."""
+    if machine not in ("127.0.0.1", ray.util.get_node_ip_address()):
+        return ""
+    return " (and has done here since the run began)" if _oom_kills() > _OOM_KILLS_BEFORE else ""
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory; 0 where it does not say."""
+    try:
+        text = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+_OOM_KILLS_BEFORE = _oom_kills()
+
+
+def _last_frame(text: str) -> str:
+    frames = _FRAME.findall(text)
+    return "{}:{} in {}".format(*frames[-1]) if frames else ""

@@ -1,0 +1,5 @@
+"""What people hand in: tables of requests, corpora, and how they are cut into shards."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

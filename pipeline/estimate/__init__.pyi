@@ -1,0 +1,2 @@
+from .prediction import Estimate as Estimate
+from .prediction import estimate as estimate

@@ -1,0 +1,279 @@
+"""How long a job will take and what memory its processes need, from rates measured here."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from pipeline.cluster import fit_gpus
+from pipeline.errors import JobError
+from pipeline.estimate.calibration import Rates, Sample, calibrate
+from pipeline.evaluation import How
+from pipeline.plan import Plan
+from pipeline.second_moments import check_moments
+from pipeline.stages import BLOCK, TEXTS_TOGETHER, held_out, moments_job, parts_of, sampled
+from pipeline.workers import WORTH_A_GPU, Asked, local_sizes, stored_bytes, worth
+from pmet.update import cheaper_form
+
+BUDGET_S = 10.0
+_SAMPLED_TOKENS = 4096
+_SAMPLED_TEXTS = 8
+_ASKED_WHAT_IT_KNOWS = 32
+# In units of what a process needs until its model is open, as found on quiet machines: the command
+# itself, which imports what a worker imports; Ray's own processes; ranks that meet and share out.
+_COMMAND_STARTS = 0.8
+_RAY_STARTS = 1.1
+_RANKS_START = 1.5
+_MOST_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job is expected to take.
+
+    Attributes:
+        stages: seconds by stage, in their order.
+        worker_bytes: memory of each target worker.
+        rank_bytes: memory of each rank of the update.
+        workers: target workers that compute.
+        ranks: ranks of the update.
+        side_by_side: processes that the machine was measured with.
+        by_workers: seconds of the whole run by the number of workers, where each of them and of
+            the ranks has a core, or a GPU, of its own.
+        diverging: share of the sampled targets that were not found, or ended with a loss far above
+            the first one.
+    """
+
+    stages: dict[str, float]
+    worker_bytes: float
+    rank_bytes: float
+    workers: int
+    ranks: int
+    side_by_side: int
+    by_workers: dict[int, float]
+    diverging: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(self.stages.values())
+
+
+def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
+    """Measure this machine with a little of the job's own work, and reckon what all of it takes.
+
+    What earlier attempts or shared stores have already is not left out.
+
+    Args:
+        plan: the job's plan.
+        budget_s: seconds that a sample of targets may take.
+
+    Raises:
+        JobError: the job wants GPUs and this machine has none, or has no memory for the model.
+    """
+    if plan.base.on_gpu and not torch.cuda.is_available():
+        raise JobError(
+            "the job wants GPUs and this machine has none: estimate it on a machine like those "
+            "that it will run on"
+        )
+    workers, ranks, threads = _sizes(plan)
+    cores = max(1, (os.cpu_count() or 1) // threads)
+    side_by_side = min(1 if plan.base.on_gpu else min(workers, cores), _replicas_that_fit(plan))
+    work = _Work.of(plan)
+    rates = calibrate(_samples(plan, work, side_by_side, threads, budget_s))
+    # On this machine, more processes than cores share them.
+    crowd = max(1.0, workers / cores)
+    alone = {
+        count: sum(_stages(plan, work, rates, count, ranks, 1.0, 1.0).values())
+        for count in _numbers(len(plan.target_shards))
+    }
+    return Estimate(
+        by_workers=alone,
+        stages=_stages(plan, work, rates, workers, ranks, crowd, max(1.0, ranks / cores)),
+        worker_bytes=rates.peak_bytes,
+        rank_bytes=_rank_bytes(plan, rates, ranks),
+        workers=workers,
+        ranks=ranks,
+        side_by_side=side_by_side,
+        diverging=rates.diverging,
+    )
+
+
+def _sizes(plan: Plan) -> tuple[int, int, int]:
+    """Workers, ranks, and threads of each; GPUs are counted here where the job does not say."""
+    targets, update = plan.job.targets, plan.job.update
+    workers, ranks, threads = local_sizes(plan)
+    gpus = torch.cuda.device_count()
+    if targets.workers == "auto" and targets.gpus_per_worker:
+        workers = max(1, fit_gpus(targets.gpus_per_worker, gpus))
+    if update.ranks == "auto" and update.gpus_per_rank:
+        ranks = min(gpus, worth(plan, WORTH_A_GPU))
+    return min(workers, len(plan.target_shards)), ranks, threads
+
+
+def _numbers(shards: int) -> list[int]:
+    """Numbers of workers worth telling of: powers of two, and what takes all shards at once."""
+    return [*(1 << power for power in range((shards - 1).bit_length())), shards]
+
+
+def _replicas_that_fit(plan: Plan) -> int:
+    """How many replicas the free memory of this machine holds, with something left for others."""
+    needed, free = _model_bytes(plan), psutil.virtual_memory().available
+    if needed > _MOST_OF_MEMORY * free:
+        raise JobError(
+            f"the model takes {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB "
+            "free: estimate the job on a machine like those that it will run on"
+        )
+    return int(_MOST_OF_MEMORY * free / needed)
+
+
+def _model_bytes(plan: Plan) -> float:
+    """Of one replica: as stored on a GPU, in float32 on a CPU."""
+    stored = float(stored_bytes(plan))
+    itemsize = plan.stored[plan.hparams.target_layer].dtype.itemsize
+    return stored if plan.base.on_gpu else stored * 4 / itemsize
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What of a job is shared out among workers, beside the targets.
+
+    Attributes:
+        asked: before and after, in parts.
+        texts: that perplexity is measured on; none without a corpus.
+        corpus: parts of what second moments are computed from; none where they are there.
+    """
+
+    asked: list[Asked]
+    texts: list[str]
+    corpus: list[list[array[int]]]
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Work:
+        """All of it; cutting a large job takes a while."""
+        requests = [plan.table.requests[place] for place in sampled(plan)]
+        writing = How.of(plan.job.evaluate, plan.job.seed).writing_seed is not None
+        blocks = [requests[start : start + BLOCK] for start in range(0, len(requests), BLOCK)]
+        asked = [part for block in blocks for part in parts_of(block, writing=writing)]
+        if plan.corpus is None:
+            return cls(asked, [], [])
+        texts = held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
+        return cls(asked, texts, moments_job(plan).parts() if _moments_wanted(plan) else [])
+
+
+def _samples(plan: Plan, work: _Work, count: int, threads: int, budget_s: float) -> list[Sample]:
+    """Samples for so many processes, from all over the job."""
+    requests = plan.table.requests
+    size = max(1, round(len(requests) / len(plan.target_shards)))
+    places = [len(requests) * i // (size * count) for i in range(size * count)]
+    sequences, total = [], 0
+    for sequence in work.corpus[0] if work.corpus else []:
+        sequences.append(sequence)
+        total += len(sequence)
+        if total > _SAMPLED_TOKENS:
+            break
+    texts = work.texts
+    known = sampled(plan)[:_ASKED_WHAT_IT_KNOWS] if plan.job.skip_known else []
+    how = How.of(plan.job.evaluate, plan.job.seed)
+    return [
+        Sample(
+            source=plan.target_source,
+            base=plan.base,
+            requests=[requests[place] for place in places[number::count]],
+            hparams=plan.hparams,
+            templates=plan.templates,
+            shared_keys=plan.job.targets.shared_keys,
+            batch_size=plan.batch_size,
+            known=[requests[place] for place in known],
+            how=how,
+            asked=work.asked[0],
+            sequences=sequences,
+            texts=texts[:: max(1, len(texts) // _SAMPLED_TEXTS)][:_SAMPLED_TEXTS],
+            budget_s=budget_s,
+            threads=threads,
+            gpus=math.ceil(plan.job.targets.gpus_per_worker),
+            started=time.time(),
+        )
+        for number in range(count)
+    ]
+
+
+def _stages(
+    plan: Plan,
+    work: _Work,
+    rates: Rates,
+    workers: int,
+    ranks: int,
+    crowd: float,
+    rank_crowd: float,
+) -> dict[str, float]:
+    count = len(plan.table.requests)
+    prompts = [len(part.prompts) for part in work.asked]
+    measure = _in_turn(prompts, workers) * rates.measured * crowd
+    texts = len(work.texts)
+    pieces = [min(TEXTS_TOGETHER, texts - start) for start in range(0, texts, TEXTS_TOGETHER)]
+    measure += _in_turn(pieces, workers) * rates.text * crowd
+    known = count * rates.known / workers * crowd
+    starts = _COMMAND_STARTS + _RAY_STARTS + crowd
+    start = (1.0 if plan.job.in_this_process else starts) * rates.ready
+    stages = {"start": start, "templates": rates.templates}
+    if work.corpus:
+        sizes = [sum(map(len, part)) for part in work.corpus]
+        stages["second moments"] = _in_turn(sizes, workers) * rates.moment * crowd
+    stages["known"] = 2 * known
+    shards = [len(shard) for shard in plan.target_shards]
+    stages["targets"] = _in_turn(shards, workers) * rates.target * crowd
+    stages["measure before"] = measure
+    keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
+    ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
+    if plan.job.in_this_process:
+        ready = rates.ready
+    elif not plan.job.update.gpus_per_rank:
+        # Where they need no worker's GPU, they start while the last shards are computed.
+        ready = max(0.0, ready - max(shards) * rates.target * crowd - measure)
+    stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop
+    stages["measure after"] = measure
+    stages["report"] = 2 * rates.drawing
+    return {name: seconds for name, seconds in stages.items() if seconds}
+
+
+def _in_turn(sizes: Sequence[int], workers: int) -> int:
+    """What the busiest of some workers has done when pieces of these sizes are handed out."""
+    busy = [0] * max(1, workers)
+    for size in sizes:
+        heapq.heappush(busy, heapq.heappop(busy) + size)
+    return max(busy)
+
+
+def _operations(plan: Plan, ranks: int) -> float:
+    """Multiplications and additions of all solves, on one rank."""
+    count, layers = len(plan.table.requests), len(plan.hparams.layers)
+    keys, values = plan.layout.key_width, plan.layout.value_width
+    # The factor of a K×K matrix is what each rank needs in either form.
+    operations = keys**3 / 3
+    if cheaper_form(count, keys, values, factored=False) == "keys":
+        operations += 2 * keys**2 * values / ranks + 2 * count * keys * (keys + values) / ranks
+    else:
+        operations += 2 * keys**2 * count / ranks + count**3 / 3 + 2 * count * keys * values / ranks
+    return operations * layers
+
+
+def _rank_bytes(plan: Plan, rates: Rates, ranks: int) -> float:
+    """What a process has without a model, its slice of the model, and three K×K matrices."""
+    held = _model_bytes(plan)
+    libraries = max(0.0, rates.peak_bytes - held)
+    return libraries + held / ranks + 3 * 8.0 * plan.layout.key_width**2
+
+
+def _moments_wanted(plan: Plan) -> bool:
+    url = plan.job.second_moments
+    layers, model = plan.hparams.layers, plan.digests["model"]
+    return url is None or not check_moments(url, plan.layout, layers, model)

@@ -1,0 +1,76 @@
+"""Figures by a column of the requests: which relations a model learned, and which it did not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import JobError
+from pipeline.evaluation.confidence import intervals, rounded
+from pmet.evaluation import summarize
+
+USUAL = ("relation_id", "relation")
+MOST = 200
+"""Groups that are told, the largest."""
+_NO_NAME = "–"
+
+Figures = Mapping[int, Mapping[str, Any]]
+
+
+def group_column(wanted: str | None, names: Sequence[str]) -> str | None:
+    """The column to group by: the one that is wanted, or the usual one that there is.
+
+    Raises:
+        JobError: there is no such column.
+    """
+    if wanted is not None and wanted not in names:
+        raise JobError(
+            f"evaluate.group_by: the requests have no column {wanted!r}; they have "
+            f"{', '.join(names)}"
+        )
+    return wanted or next((name for name in USUAL if name in names), None)
+
+
+def grouped(
+    column: str | None, table: pa.Table, rows: Sequence[int], measured: Mapping[str, Figures]
+) -> dict[str, Any] | None:
+    """The figures of each group of requests, the largest group first.
+
+    Args:
+        column: of the table; None: no groups.
+        table: all input rows.
+        rows: those that count.
+        measured: figures by row of the input, ``before`` and ``after``.
+
+    Returns:
+        The column and its groups, each with its number of requests, figures and intervals; None
+        without a column. ``left_out`` counts the groups that were too many to be told.
+    """
+    if column is None:
+        return None
+    members: dict[str, list[int]] = defaultdict(list)
+    for row, value in zip(rows, table.column(column).take(pa.array(rows, pa.int64())), strict=True):
+        members[_name(value.as_py())].append(row)
+    order = sorted(members, key=lambda name: (-len(members[name]), name))
+    found: dict[str, Any] = {
+        "column": column,
+        "rows": [_group(name, members[name], measured) for name in order[:MOST]],
+    }
+    return found | ({"left_out": len(order) - MOST} if len(order) > MOST else {})
+
+
+def _group(name: str, rows: Sequence[int], measured: Mapping[str, Figures]) -> dict[str, Any]:
+    own = {when: [m[row] for row in rows if row in m] for when, m in measured.items()}
+    return {
+        "name": name,
+        "requests": len(rows),
+        **{when: summarize(figures) for when, figures in own.items()},
+        "intervals": {when: rounded(intervals(figures)) for when, figures in own.items()},
+    }
+
+
+def _name(value: Any) -> str:
+    return _NO_NAME if value is None else str(value)

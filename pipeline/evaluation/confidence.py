@@ -1,0 +1,126 @@
+"""How far figures may be off because only so many requests were measured: 95 % intervals.
+
+Prompts of one request are alike, so requests are what is counted as independent, not prompts. The
+variance of a figure is that of a ratio of sums over requests (Cochran 1977, section 6.5). A
+fraction's interval is Wilson's (1927) for the number of independent prompts that would give this
+variance (Kish's effective sample size); where all requests say the same, each counts as one prompt.
+So a figure of 100 % on few requests has a wide interval, not none.
+
+Shape letters: E requests (or texts).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pmet.evaluation import METRICS, SCORED, Row, harmonic_mean, weights
+
+Z = 1.959964
+"""Standard deviations either side of a normal mean that hold 95 %."""
+
+Interval = list[float]
+
+
+def intervals(rows: Sequence[Row]) -> dict[str, Interval]:
+    """The interval of each figure that these requests have; of fluency in bits."""
+    found: dict[str, Interval] = {}
+    shares: dict[str, _Mean] = {}
+    for metric in (*METRICS, "consistency"):
+        if mean := _mean_of(rows, metric):
+            shares[metric] = mean
+            found[metric] = mean.wilson()
+    if all(kind in shares for kind in SCORED):
+        found["score"] = _score([shares[kind] for kind in SCORED]).wilson()
+    if (mean := _mean_of(rows, "fluency")) and mean.count > 1:
+        found["fluency"] = mean.normal()
+    return found
+
+
+def of_shares(hits: Sequence[float], counts: Sequence[float]) -> Interval | None:
+    """The interval of a fraction over texts: so many hits among so many places in each."""
+    if not sum(counts):
+        return None
+    values = [hit / count if count else 0.0 for hit, count in zip(hits, counts, strict=True)]
+    return _Mean.of(np.array(values), np.array(counts, float)).wilson()
+
+
+def of_perplexity(nll: Sequence[float], counts: Sequence[float]) -> Interval | None:
+    """The interval of exp(Σ nll / Σ count) over texts."""
+    known = [(total / count, count) for total, count in zip(nll, counts, strict=True) if count]
+    if len(known) < 2:
+        return None
+    values, weights_E = (np.array(column, float) for column in zip(*known, strict=True))
+    low, high = _Mean.of(values, weights_E).normal()
+    largest = math.log(np.finfo(np.float64).max)
+    if not math.isfinite(low + high) or high >= largest:
+        return None
+    return [math.exp(low), math.exp(high)]
+
+
+class _Mean:
+    """A mean with what each request contributes to its error.
+
+    Args:
+        value: the mean.
+        influence_E: how much each request moves it from what it would be.
+        count: requests that have a part in it.
+        most: prompts, which it can at most be worth.
+    """
+
+    def __init__(self, value: float, influence_E: np.ndarray, count: int, most: float) -> None:
+        self.value, self.influence_E, self.count, self.most = value, influence_E, count, most
+
+    @classmethod
+    def of(cls, values_E: np.ndarray, weights_E: np.ndarray) -> _Mean:
+        total = weights_E.sum()
+        value = float((values_E * weights_E).sum() / total)
+        influence_E = weights_E * (values_E - value) / total
+        return cls(value, influence_E, int((weights_E > 0).sum()), float(total))
+
+    @property
+    def variance(self) -> float:
+        if self.count < 2:
+            return 0.0
+        return float((self.influence_E**2).sum() * self.count / (self.count - 1))
+
+    def wilson(self) -> Interval:
+        p, variance = self.value, self.variance
+        n = float(self.count)
+        # Rounding leaves a variance of some 1e-34 where there is none.
+        if variance > 1e-20 and 0 < p < 1:
+            n = min(self.most, max(1.0, p * (1 - p) / variance))
+        middle = p + Z**2 / (2 * n)
+        off = Z * math.sqrt(max(0.0, p * (1 - p)) / n + Z**2 / (4 * n**2))
+        low, high = ((middle + sign * off) / (1 + Z**2 / n) for sign in (-1, 1))
+        return [max(0.0, min(low, p)), min(1.0, max(high, p))]
+
+    def normal(self) -> Interval:
+        off = Z * math.sqrt(self.variance)
+        return [self.value - off, self.value + off]
+
+
+def _mean_of(rows: Sequence[Row], metric: str) -> _Mean | None:
+    counts_E = np.array(weights(rows, metric), float)
+    if not counts_E.sum():
+        return None
+    values_E = np.array([row.get(metric) or 0.0 for row in rows], float)
+    return _Mean.of(values_E, counts_E)
+
+
+def _score(parts: Sequence[_Mean]) -> _Mean:
+    """The harmonic mean, with the influences that its parts' have on it (the delta method)."""
+    value = harmonic_mean([part.value for part in parts]) or 0.0
+    count = max(part.count for part in parts)
+    influence_E = np.zeros_like(parts[0].influence_E)
+    for part in parts:
+        if part.value:
+            influence_E = influence_E + part.influence_E * value**2 / (len(parts) * part.value**2)
+    return _Mean(value, influence_E, count, sum(part.most for part in parts))
+
+
+def rounded(found: Mapping[str, Interval], digits: int = 6) -> dict[str, Interval]:
+    """Intervals as files hold them."""
+    return {name: [round(low, digits), round(high, digits)] for name, (low, high) in found.items()}

@@ -1,0 +1,108 @@
+"""What a job wants to know of a model, checked before any worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import JobError, StorageError
+from pipeline.evaluation.by_column import group_column
+from pipeline.job import GATES, EvaluateConfig, JobConfig
+from pipeline.storage import Store
+from pmet.errors import InputError
+from pmet.evaluation import OF_CORPUS, OF_TEXT, Prompts
+
+_COLUMNS = {"consistency": "reference_texts", "portability": "portability_prompts"}
+
+
+@dataclass(frozen=True)
+class How:
+    """How requests are measured.
+
+    Attributes:
+        chat_template: each prompt is a user's turn of the tokenizer's chat.
+        writing_seed: seed of what is drawn while the model writes; None: it does not write.
+    """
+
+    chat_template: bool = False
+    writing_seed: int | None = None
+
+    @classmethod
+    def of(cls, evaluate: EvaluateConfig, seed: int) -> How:
+        """As a job says."""
+        return cls(evaluate.chat_template, seed if evaluate.fluency else None)
+
+
+@dataclass(frozen=True)
+class Last:
+    """An earlier run to compare with.
+
+    Attributes:
+        run: its folder.
+        after: the figures of the model that it made.
+    """
+
+    run: str
+    after: dict[str, Any]
+
+
+def check_evaluation(
+    job: JobConfig, tokenizer: Any, columns: Sequence[str], *, corpus: bool
+) -> tuple[str | None, Last | None]:
+    """Refuse what could only be found out to be impossible when all work is done.
+
+    Args:
+        job: the job.
+        tokenizer: the model's.
+        columns: of the requests.
+        corpus: whether there is one.
+
+    Returns:
+        The column that figures are grouped by, and the run to compare with.
+
+    Raises:
+        JobError: naming the key and what it lacks.
+    """
+    for key in job.gates.thresholds():
+        metric = GATES[key].metric
+        if metric in OF_CORPUS and not corpus:
+            raise JobError(f"gates.{key} needs a corpus to measure {metric} on; give one")
+        if metric in OF_TEXT and not job.evaluate.fluency:
+            raise JobError(
+                f"gates.{key} needs text that the model writes; set evaluate.fluency to true"
+            )
+        column = _COLUMNS.get(metric.partition("_")[0])
+        if column and column not in columns:
+            raise JobError(f"gates.{key} needs a column {column}, which the requests have not")
+    try:
+        Prompts(tokenizer, job.evaluate.chat_template)
+    except InputError as error:
+        raise JobError(f"evaluate.chat_template: {error}") from None
+    return group_column(job.evaluate.group_by, columns), read_last(job.evaluate.last)
+
+
+def read_last(url: str | None) -> Last | None:
+    """The run that a job compares with; None where it names none.
+
+    Raises:
+        JobError: there is no finished run.
+    """
+    if url is None:
+        return None
+    try:
+        metrics = Store(url).read_json("metrics.json")
+        after = metrics["after"]
+        return Last(url, {name: _number(after[name]) for name in after})
+    except StorageError as error:
+        reason = str(error)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        reason = "its metrics.json is not one of a run"
+    raise JobError(
+        f"evaluate.last: {url} has no figures to compare with ({reason}); name the output of a run "
+        "that has ended, or leave the key out"
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,5 @@
+"""Job files: the settings as records, YAML, and the gates."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

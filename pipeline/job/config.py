@@ -1,0 +1,574 @@
+"""Job files: what one run is told, checked completely before anything is started.
+
+Other files that hold the settings of an edit (`EditSettings`) are read the same way, by
+`load_settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from pipeline.errors import JobError
+from pipeline.job.gates import GATES
+from pipeline.job.yaml_files import YAMLTextError, dump_yaml, parse_yaml, read_yaml
+from pipeline.storage import digest_of
+
+SIZE_LIMIT = 2**20
+MOST_THREADS = 4096
+_LISTED_KEYS, _FIRST_KEYS = 24, 6
+
+
+def allowed(what: str) -> WrapValidator:
+    """Answer whatever the type refuses with the one sentence ``what`` may stand there."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("not_allowed", "{what}", {"what": what}) from None
+
+    return WrapValidator(check)
+
+
+_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]*@")
+
+
+def without_password(text: str) -> str:
+    """A text with the passwords of the URLs in it replaced by stars."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+def _without_secret(value: str) -> str:
+    if _PASSWORD.search(value):
+        raise ValueError("a password")
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_section(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def is_part_or_whole(gpus: float) -> bool:
+    """Whether Ray shares GPUs out like that: a part of one, or whole ones."""
+    return gpus <= 1 or gpus % 1 == 0
+
+
+def _part_or_whole(gpus: float) -> float:
+    if not is_part_or_whole(gpus):
+        raise ValueError("parts of several GPUs")
+    return gpus
+
+
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+_Address = Annotated[_Text, AfterValidator(_without_secret)]
+_Texts = Annotated[tuple[_Text, ...], Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
+_FromZero = Annotated[float, Field(ge=0)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Text = Annotated[_Text, allowed("text that is not empty")]
+AddressOrNull = Annotated[
+    _Address | None, allowed("text, or null; a password goes into the environment")
+]
+TextOrNull = Annotated[_Text | None, allowed("text, or null")]
+Paths = Annotated[_Texts, BeforeValidator(_as_tuple), allowed("a path or a list of paths")]
+PathsOrNull = Annotated[
+    _Texts | None, BeforeValidator(_as_tuple), allowed("a path, a list of paths, or null")
+]
+Count = Annotated[_Count, allowed("a whole number, 1 or more")]
+CountOrAuto = Annotated[_Count | Literal["auto"], allowed("a whole number, 1 or more, or auto")]
+ThreadsOrAuto = Annotated[
+    Annotated[int, Field(ge=1, le=MOST_THREADS)] | Literal["auto"],
+    allowed(f"a whole number from 1 to {MOST_THREADS}, or auto"),
+]
+CountOrAutoOrHere = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["auto"],
+    allowed("a whole number, 1 or more, auto, or 0 for a job in this process"),
+]
+CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
+Flag = Annotated[bool, allowed("true or false")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
+GPUsOfWorker = Annotated[
+    _FromZero, AfterValidator(_part_or_whole), allowed("a fraction up to 1, or a whole number")
+]
+# A process of NCCL has a GPU to itself.
+GPUOfRank = Annotated[float, Field(ge=0, le=1, multiple_of=1), allowed("0 or 1")]
+Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
+SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
+SecondsOrNull = Annotated[
+    Annotated[float, Field(gt=0)] | None, allowed("a number of seconds above 0, or null")
+]
+FractionOrNull = Annotated[_Fraction | None, allowed("a fraction from 0 to 1, or null")]
+Maximum = Annotated[_FromZero | None, allowed("a number, 0 or more, or null")]
+
+
+class Section(BaseModel):
+    """Settings that belong together: immutable, and nothing else may stand among them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _together(what: str) -> PydanticCustomError:
+    """The error of settings that do not go together."""
+    return PydanticCustomError("together", "{what}", {"what": what})
+
+
+class TargetsConfig(Section):
+    """How the targets are computed."""
+
+    workers: CountOrAutoOrHere = Field(
+        default="auto",
+        description="Worker processes, each with a replica of the model; auto: what fits; 0, "
+        "together with update.ranks: 0: everything in this process, without Ray.",
+    )
+    gpus_per_worker: GPUsOfWorker = Field(
+        default=0.0,
+        description="GPUs for each worker; 0 computes on the CPU, a fraction shares a GPU, and "
+        "among several the layers of the model are shared out.",
+    )
+    batch_size: CountOrAuto = Field(
+        default="auto",
+        description="Requests optimised side by side; auto: up to 32 on a CPU, 256 on a GPU, or as "
+        "many as the free memory holds.",
+    )
+    dtype: Dtype = Field(
+        default="auto",
+        description="Of weights and activations while targets are computed; auto: float32 on a "
+        "CPU, as stored on a GPU. Free vectors, losses and optimiser are float32 in any case.",
+    )
+    shared_keys: SharedKeys = Field(
+        default="joint",
+        description="Targets of requests with one subject and the same text in front of it, which "
+        "have one key; joint: one for all of them, mean: one each, whose mean is written, as "
+        "published.",
+    )
+    shard_size: CountOrAuto = Field(
+        default="auto",
+        description="Requests in a shard, the unit that is computed, stored and resumed; "
+        "auto: 16 to 256, by the number of requests alone.",
+    )
+    threads_per_worker: ThreadsOrAuto = Field(
+        default="auto",
+        description="CPU threads for each worker; auto: one, so that results are the same to the "
+        "bit on any machine.",
+    )
+    timeout: SecondsOrNull = Field(
+        default=86_400.0,
+        description="Seconds that a worker may take for one shard before it counts as hanging and "
+        "is replaced; null: any time.",
+    )
+    store: TextOrNull = Field(
+        default=None,
+        description="Folder of targets that runs share: what it has is not computed again, what is "
+        "computed is added; null: none.",
+    )
+
+
+class UpdateConfig(Section):
+    """How the update is solved."""
+
+    ranks: CountOrAutoOrHere = Field(
+        default="auto",
+        description="Processes that hold the partitioned model together; auto: what fits; 0, "
+        "together with targets.workers: 0: this process.",
+    )
+    gpus_per_rank: GPUOfRank = Field(
+        default=0.0, description="1: each rank computes on a GPU of its own; 0: on the CPU."
+    )
+    offload: Offload = Field(
+        default="none", description="Where partitioned weights wait: none (on the device) or cpu."
+    )
+    shard_size: CountOrAuto = Field(
+        default="auto",
+        description="Requests whose sums are added up together; auto: 16 to 256, by their number.",
+    )
+
+
+class EvaluateConfig(Section):
+    """How the model is measured before and after."""
+
+    sample: CountOrNull = Field(
+        default=None, description="Requests measured, drawn under the seed; null: all of them."
+    )
+    store: TextOrNull = Field(
+        default=None,
+        description="Folder of measurements of the base that runs share: what it has is not "
+        "measured again; null: none.",
+    )
+    group_by: TextOrNull = Field(
+        default=None,
+        description="Column of the requests by which figures are given as well; null: relation_id "
+        "or relation, where there is one.",
+    )
+    last: TextOrNull = Field(
+        default=None,
+        description="Run folder whose figures the gates of the kind since_last compare with; "
+        "null: none.",
+    )
+    fluency: Flag = Field(
+        default=False,
+        description="Let the model write, and measure fluency and consistency of its text.",
+    )
+    chat_template: Flag = Field(
+        default=False, description="Ask every prompt as a user's turn of the tokenizer's chat."
+    )
+    perplexity_texts: Count = Field(
+        default=256,
+        description="Texts of the corpus that perplexity and agreement are measured on.",
+    )
+
+
+if TYPE_CHECKING:
+
+    class _Gates(Section):
+        pass
+
+else:
+    _Gates = create_model(
+        "_Gates",
+        __base__=Section,
+        **{
+            key: (
+                FractionOrNull if gate.is_fraction else Maximum,
+                Field(default=None, description=gate.description),
+            )
+            for key, gate in GATES.items()
+        },
+    )
+
+
+class GatesConfig(_Gates):
+    """What the edited model must reach to be published; null: not asked.
+
+    The keys are those of `pipeline.job.gates`.
+    """
+
+    def thresholds(self) -> dict[str, float]:
+        """The gates that are asked for, by key."""
+        return self.model_dump(exclude_none=True)
+
+
+class TrackingConfig(Section):
+    """Where a run is tracked, beside its folder; credentials come from the environment."""
+
+    tensorboard: AddressOrNull = Field(
+        default=None, description="Folder of TensorBoard's event files; null: none."
+    )
+    mlflow: AddressOrNull = Field(
+        default=None, description="MLflow's tracking URI, or a local folder; null: none."
+    )
+    wandb: TextOrNull = Field(
+        default=None, description="Project of Weights & Biases, or entity/project; null: none."
+    )
+    experiment: Text = Field(default="pmet", description="MLflow's experiment.")
+    name: TextOrNull = Field(
+        default=None, description="How the run is called there; null: as its folder is."
+    )
+
+
+class EditSettings(Section):
+    """How facts are put into a model; which facts, and where results go, is said elsewhere.
+
+    Paths may be local or any URL that fsspec reads, and are kept as they were written.
+    """
+
+    hparams: Text = Field(description="Hyper-parameters: the name of a preset, or a file.")
+    second_moments: TextOrNull = Field(
+        default=None,
+        description="Folder of second moments, read if there, else computed and kept; "
+        "null: kept in the run folder.",
+    )
+    corpus: PathsOrNull = Field(
+        default=None,
+        description="Parquet files of ordinary text that second moments are computed from.",
+    )
+    context_templates: TextOrNull = Field(
+        default=None, description="JSON file of context templates; null: generated under the seed."
+    )
+    seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
+    skip_known: Flag = Field(
+        default=False,
+        description="Leave out of the edit what the model already answers as wanted.",
+    )
+    targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
+        default=TargetsConfig(), description="How the targets are computed."
+    )
+    update: Annotated[UpdateConfig, BeforeValidator(_as_section)] = Field(
+        default=UpdateConfig(), description="How the update is solved."
+    )
+    evaluate: Annotated[EvaluateConfig, BeforeValidator(_as_section)] = Field(
+        default=EvaluateConfig(), description="How the model is measured before and after."
+    )
+    gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
+        default=GatesConfig(), description="What the edited model must reach to be published."
+    )
+    tracking: Annotated[TrackingConfig, BeforeValidator(_as_section)] = Field(
+        default=TrackingConfig(), description="Where the run is tracked, beside its folder."
+    )
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether the job computes in the process that runs it, without Ray and DeepSpeed."""
+        return self.targets.workers == 0
+
+    @model_validator(mode="after")
+    def _check_in_this_process(self) -> Self:
+        targets, update = self.targets, self.update
+        if (targets.workers == 0) != (update.ranks == 0):
+            zero, other = "targets.workers", "update.ranks"
+            if update.ranks == 0:
+                zero, other = other, zero
+            raise _together(
+                f"{zero} is 0, which computes in this process, and {other} is not; set both to 0, "
+                "or neither"
+            )
+        if self.in_this_process and (targets.gpus_per_worker or update.gpus_per_rank):
+            raise _together(
+                "targets.workers: 0 computes in this process, on the CPU; set "
+                "targets.gpus_per_worker and update.gpus_per_rank to 0, or name a number of "
+                "workers and ranks"
+            )
+        return self
+
+
+class _Places(Section):
+    model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
+    requests: Paths = Field(description="Parquet files of edit requests: paths, globs or folders.")
+    output: Text = Field(description="The run folder: where everything is kept and published.")
+
+
+# The fields of the last base come first.
+class JobConfig(EditSettings, _Places):
+    """One run: which facts go into which model, and how."""
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the settings that the edited weights depend on."""
+        return digest_of(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the edited weights depend on, as JSON values.
+
+        Left out are where results go and are tracked, what is measured and demanded of them, and
+        which machines compute: the numbers of workers, ranks, threads and GPUs, the time that they
+        have, and offloading; and the store of targets, which has the same ones. The contents of
+        files that are named are not read here.
+        """
+        return self.model_dump(
+            mode="json",
+            include={
+                "model": True,
+                "requests": True,
+                "hparams": True,
+                "second_moments": True,
+                "corpus": True,
+                "context_templates": True,
+                "seed": True,
+                "skip_known": True,
+                "targets": {"batch_size", "dtype", "shard_size", "shared_keys"},
+                "update": {"shard_size"},
+            },
+        )
+
+
+def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and put overrides in its place.
+
+    Args:
+        source: path or URL of the file: YAML, at most 1 MiB (see ``pipeline.job.yaml_files``).
+        overrides: ``key=value`` or ``section.key=value``, the value a YAML scalar or list.
+
+    Raises:
+        JobError: one line for each problem, naming the file or the override, the key, what was
+            given and what is allowed.
+    """
+    return load_settings(JobConfig, source, overrides, what="job")
+
+
+def load_settings(
+    kind: type[S], source: str | Path, overrides: Sequence[str] = (), *, what: str
+) -> S:
+    """Read settings of any kind as ``load_job`` reads those of a job.
+
+    Args:
+        kind: the settings: a `Section`, whose fields may be sections themselves.
+        source: path or URL of the file.
+        overrides: as of ``load_job``.
+        what: the file describes, as messages call it: ``job``.
+
+    Raises:
+        JobError: as ``load_job``.
+    """
+    keys = _Keys(kind)
+    values = _mapping(str(source), what)
+    origins, problems = _put(overrides, values, keys)
+    try:
+        settings = kind.model_validate(values)
+    except ValidationError as error:
+        problems += [_problem(item, str(source), origins, keys) for item in error.errors()]
+    if problems:
+        raise JobError("\n".join(problems))
+    return settings
+
+
+def dump_job(job: JobConfig) -> str:
+    """The whole job as YAML, defaults included; ``load_job`` reads it back to an equal job."""
+    values = job.model_dump(mode="json")
+    for key in ("requests", "corpus"):
+        if values[key] and len(values[key]) == 1:
+            values[key] = values[key][0]
+    # There are some fifty, and few jobs ask for more than three.
+    values["gates"] = job.gates.thresholds()
+    return dump_yaml(values)
+
+
+def by_key(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What settings hold, by key, as overrides name it: ``section.key``."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from by_key(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+class _Keys:
+    """The keys that settings of a kind have."""
+
+    def __init__(self, kind: type[Section]) -> None:
+        self.fields = kind.model_fields
+        self.sections: dict[str, type[Section]] = {
+            name: field.annotation
+            for name, field in self.fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        }
+        self.all = [name for name in self.fields if name not in self.sections] + [
+            f"{section}.{name}"
+            for section, model in self.sections.items()
+            for name in model.model_fields
+        ]
+
+    def inside(self, section: str) -> list[str]:
+        """The keys of a section."""
+        return [key for key in self.all if key.startswith(f"{section}.")]
+
+    def suggestion(self, key: str) -> str:
+        """What may have been meant by a key that there is not."""
+        section, dot, name = key.rpartition(".")
+        if inside := self.inside(key):
+            return f"name one of {_listed(inside)}"
+        closest = [known for known in self.all if known.rpartition(".")[2] == name]
+        holder = self.sections.get(section)
+        beside = list(self.fields if holder is None else holder.model_fields)
+        if not closest:
+            matches = difflib.get_close_matches(name, beside, 1)
+            closest = [f"{section}{dot}{match}" for match in matches]
+        if closest:
+            return f"did you mean {' or '.join(closest)}?"
+        return f"known are {_listed(self.inside(section) or beside)}"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Keys in a message; of a great many the first, and where the others are told."""
+    if len(keys) <= _LISTED_KEYS:
+        return ", ".join(keys)
+    more = len(keys) - _FIRST_KEYS
+    return f"{', '.join(keys[:_FIRST_KEYS])} and {more} more, which docs/metrics.md lists"
+
+
+def _mapping(source: str, what: str) -> dict[str, Any]:
+    values = read_yaml(
+        source,
+        f"{what} file",
+        limit=SIZE_LIMIT,
+        too_large=f"a {what} file has at most 1 MiB; put data into files of their own",
+        refusal=JobError,
+    )
+    if not isinstance(values, dict):
+        raise JobError(f"{source}: {_shown(values)} is not a {what}; give keys with values")
+    return values
+
+
+def _put(
+    overrides: Sequence[str], values: dict[str, Any], keys: _Keys
+) -> tuple[dict[str, str], list[str]]:
+    """Write overrides into ``values``; returns the override behind each key, and the problems."""
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        origin = f"override {override.encode(errors='backslashreplace').decode()}"
+        try:
+            value = parse_yaml(text)
+        except YAMLTextError as error:
+            problems.append(f"{origin}: {error}")
+            continue
+        if not equals:
+            problems.append(f"{origin}: write key=value")
+        elif key not in keys.all:
+            problems.append(f"{origin}: unknown key {key}; {keys.suggestion(key)}")
+        elif isinstance(value, dict):
+            problems.append(f"{origin}: a mapping cannot be given here; override its keys")
+        else:
+            _set(values, key, value)
+            origins[key] = origin
+    return origins, problems
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    section, dot, name = key.rpartition(".")
+    holder = values
+    if dot:
+        holder = values[section] = _as_section(values.get(section))
+    # A section that is not a mapping is a problem of the file, and is reported as such.
+    if isinstance(holder, dict):
+        holder[name] = value
+
+
+def _problem(item: ErrorDetails, source: str, origins: dict[str, str], keys: _Keys) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    where = origins.get(key, source)
+    match item["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key {key}; {keys.suggestion(key)}"
+        case "missing":
+            return f"{where}: {key} is missing; {keys.fields[key].description}"
+        case "not_allowed":
+            what = item["ctx"]["what"]
+        case "together":
+            return f"{source}: {item['ctx']['what']}"
+        case _:
+            what = f"a section with keys {_listed(keys.inside(key))}"
+    return f"{where}: {key}: {_shown(item['input'])} is not allowed; give {what}"
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    text = without_password(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

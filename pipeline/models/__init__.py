@@ -1,0 +1,5 @@
+"""Model folders: checkpoints, fetching, the cache of a node, and the checks on them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

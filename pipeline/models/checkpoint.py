@@ -1,0 +1,447 @@
+"""Model folders: what is in a base checkpoint, and how an edited one is published.
+
+An edited checkpoint is the base's, byte for byte, with the edited tensors overwritten in place.
+Nothing is loaded, gathered or renamed, so all that was not edited is untouched by construction,
+and no process ever holds the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from pipeline.errors import ModelError, StorageError
+from pipeline.models.fetching import is_hub_id, localized
+from pipeline.models.weight_files import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    Files,
+    LocalFiles,
+    WeightFiles,
+    weight_files,
+)
+from pipeline.storage import CHUNK_BYTES, Store, hub_cache, make_cache
+from pmet.errors import NotFiniteError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# Weights in other formats, and what loads an adapter beside the model: beside an edited model they
+# would be those of the base.
+_OTHER_WEIGHTS = (*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "adapter_config.json")
+_DIGESTED = (".json", ".safetensors", ".model", ".txt")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor of a checkpoint lies.
+
+    Attributes:
+        file: name of its safetensors file.
+        name: its name there, which may lack or add the model's prefix.
+        dtype: of its elements.
+        shape: as stored.
+        start: offset of its first byte in the file.
+        size: bytes.
+    """
+
+    file: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor: the name of its type there, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder on the local disk, its weights in safetensors.
+
+    Attributes:
+        folder: where it is.
+        tensors: floating-point tensors by their name in the files.
+        headers: of all tensors, also of those in types that no arithmetic here uses.
+        weights: the files that the tensors are in.
+        config: what ``config.json`` holds.
+    """
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+    headers: Mapping[str, Header]
+    weights: WeightFiles
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read the headers of a model folder, of the files that transformers reads.
+
+        Raises:
+            ModelError: there is no such folder, no configuration, no safetensors, or a damaged
+                one; a file or a tensor that the index names is missing, or a tensor is there twice.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {folder} has no config.json; give a Hugging Face model folder")
+        files, config = LocalFiles(folder), _config(folder)
+        weights = weight_files(files, config)
+        if not weights.names:
+            raise ModelError(f"model {folder} has no safetensors files{_instead(folder)}")
+        tensors, headers = _tensors(files, weights)
+        return cls(folder, tensors, headers, weights, config)
+
+    def find(self, parameter: str, prefix: str) -> StoredTensor:
+        """The stored tensor of a model's parameter.
+
+        Checkpoints of the bare model leave out the prefix that the model with a head adds.
+
+        Args:
+            parameter: the parameter's name in the loaded model.
+            prefix: the model's ``base_model_prefix``.
+
+        Raises:
+            ModelError: the checkpoint stores it under another name, or fused with others.
+        """
+        if (stored := self.stored(parameter, prefix)) is not None:
+            return stored
+        raise ModelError(
+            f"model {self.folder} does not store {parameter} as a tensor of its own: transformers "
+            "makes it from others while it loads the model, and an edit is written into what is "
+            "stored; edit a model of another family"
+        )
+
+    def stored(self, parameter: str, prefix: str) -> StoredTensor | None:
+        """As `find`; None where the checkpoint has no such tensor."""
+        for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
+            if name in self.tensors:
+                return self.tensors[name]
+        return None
+
+    def read(self, stored: StoredTensor) -> torch.Tensor:
+        """One tensor of the checkpoint."""
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_elements(stored, 0, tensor.view(-1))
+        return tensor
+
+    def read_elements(self, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
+        """Read elements of a flattened tensor, from the ``first`` on, as many as ``out`` has.
+
+        Args:
+            stored: the tensor.
+            first: number of the first element.
+            out: contiguous and on the CPU; filled, in its own dtype.
+
+        Raises:
+            ModelError: the file ends before.
+        """
+        size = stored.dtype.itemsize
+        with (self.folder / stored.file).open("rb") as file:
+            file.seek(stored.start + first * size)
+            # In pieces: a copy in the stored dtype of all that is asked for would be as large.
+            for piece in out.split(CHUNK_BYTES // size):
+                as_it_is = piece.dtype == stored.dtype
+                read = piece if as_it_is else torch.empty(len(piece), dtype=stored.dtype)
+                if file.readinto(read.view(torch.uint8).numpy().data) != read.nbytes:
+                    raise ModelError(f"{file.name} was cut short while {stored.name} was read")
+                if not as_it_is:
+                    piece.copy_(read)
+
+    def files(self) -> list[str]:
+        """Names of the model's files, in a fixed order.
+
+        Left out are hidden files and all weights that transformers does not read from here:
+        other safetensors files, pickles, other formats, adapters.
+        """
+        skipped = {f for p in _OTHER_WEIGHTS for f in self.folder.glob(p)}
+        return sorted(
+            f.name
+            for f in self.folder.iterdir()
+            if f.is_file()
+            and f not in skipped
+            and not f.name.startswith(".")
+            and (f.name in self.weights or not f.name.endswith((SUFFIX, INDEX_SUFFIX)))
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over the names and contents of configuration, tokenizer and weights."""
+        names = list(filter(is_digested, self.files()))
+        with ThreadPoolExecutor() as threads:
+            contents = threads.map(lambda name: _file_digest(self.folder / name), names)
+            return digest_of_files(dict(zip(names, contents, strict=True)))
+
+
+def is_digested(name: str) -> bool:
+    """Whether a file of this name is part of a model's digest."""
+    return name.endswith(_DIGESTED)
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """The digest of a model (`Checkpoint.digest`) from the SHA-256 of each of its files."""
+    listing = [[name, digests[name]] for name in sorted(digests) if is_digested(name)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def open_model_folder(model: str, cache_dir: Path) -> Path:
+    """A local folder with the model: a path, a copy of a remote folder, or a hub snapshot.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    path = Path(localized(model, cache_dir)).expanduser()
+    if path.is_dir():
+        return path
+    if is_hub_id(model):
+        return _hub_snapshot(model)
+    raise ModelError(f"model {model} is not a folder; give a model folder, a URL or a hub id")
+
+
+def publish(
+    checkpoint: Checkpoint,
+    names: Collection[str],
+    edited: Callable[[str, torch.Tensor], torch.Tensor],
+    store: Store,
+    folder: str,
+    *,
+    on_file: Callable[[str], None],
+) -> None:
+    """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
+
+    Files of the same names are overwritten; what else is there is the caller's to remove.
+    ``config.json`` goes first and comes last, once the edited tensors have been read back from
+    where transformers will look for them: a model that is not whole cannot be opened.
+
+    Args:
+        checkpoint: the base.
+        names: the edited tensors, as the checkpoint's files call them.
+        edited: what becomes of one of them; one is held at a time.
+        store: the run folder.
+        folder: name in it.
+        on_file: told the name of each file written.
+
+    Raises:
+        ModelError: an edited tensor has not the shape it had.
+        StorageError: what was written does not have the edited tensors.
+        NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
+    """
+    written: dict[str, str] = {}
+    store.delete(f"{folder}/config.json")
+    for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
+        if name == "config.json":
+            published = Store(store.join(folder))
+            _check_written(published, published.url, checkpoint.config, names, written)
+        patches = [t for t in checkpoint.tensors.values() if t.file == name and t.name in names]
+        with store.write_stream(f"{folder}/{name}") as target:
+            with (checkpoint.folder / name).open("rb") as source:
+                while chunk := source.read(CHUNK_BYTES):
+                    target.write(chunk)
+            for stored in patches:
+                tensor = edited(stored.name, checkpoint.read(stored))
+                written[stored.name] = _overwrite(target, stored, tensor)
+        on_file(name)
+
+
+def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> str:
+    """Write a tensor over the one that was there; returns the SHA-256 of its bytes."""
+    data = tensor.to(stored.dtype).contiguous()
+    _check_finite(stored.name, data)
+    if tuple(data.shape) != stored.shape or data.nbytes != stored.size:
+        raise ModelError(f"{stored.name} became {tuple(data.shape)}, it was {stored.shape}")
+    target.seek(stored.start)
+    content = data.view(torch.uint8).numpy().tobytes()
+    target.write(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_finite(name: str, data: torch.Tensor) -> None:
+    """The last guard: what is not a number is never published, whatever computed it."""
+    if not torch.isfinite(data).all():
+        raise NotFiniteError(
+            f"the edited tensor {name} holds NaN or infinity as {data.dtype} and is not "
+            "published; lower clamp_norm_factor or v_lr in the hyper-parameters, or store the "
+            "model in a wider dtype"
+        )
+
+
+def _check_written(
+    files: Files,
+    where: str,
+    config: Mapping[str, Any],
+    names: Collection[str],
+    written: Mapping[str, str],
+) -> None:
+    """Raise unless transformers will find the edited tensors, bit for bit, in a written folder.
+
+    Args:
+        files: the folder, whose ``config.json`` is still to be written.
+        where: it is.
+        config: what ``config.json`` will hold.
+        names: the edited tensors.
+        written: SHA-256 of each, as it was written.
+    """
+    try:
+        tensors, _ = _tensors(files, weight_files(files, config))
+    except ModelError as error:
+        raise StorageError(f"what was published to {where} cannot be read back: {error}") from None
+    wrong = [n for n in sorted(names) if _tensor_digest(files, tensors.get(n)) != written.get(n)]
+    if wrong:
+        raise StorageError(
+            f"{where} was published without the edit of {', '.join(wrong)}: the files there do not "
+            "hold what was written. It has no config.json, so it cannot be opened; check the "
+            "storage, then run the same job again"
+        )
+
+
+def _tensor_digest(files: Files, stored: StoredTensor | None) -> str:
+    """SHA-256 of a tensor's bytes as they are read; empty where it is not there."""
+    if stored is None:
+        return ""
+    digest = hashlib.sha256()
+    with files.read_stream(stored.file) as stream:
+        stream.seek(stored.start)
+        for start in range(0, stored.size, CHUNK_BYTES):
+            digest.update(stream.read(min(CHUNK_BYTES, stored.size - start)))
+    return digest.hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` holds; transformers says what is wrong with it where it is damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _instead(folder: Path) -> str:
+    """What a folder has in the place of the weights that are read, and what to do."""
+    if pickles := sorted(f.name for p in _PICKLES for f in folder.glob(p)):
+        return (
+            f", only {', '.join(pickles[:3])}: pickle can run code and is refused; "
+            "convert it with save_pretrained(safe_serialization=True)"
+        )
+    if others := sorted(f.name for f in folder.glob(f"*{SUFFIX}")):
+        return (
+            f" that transformers reads, only {', '.join(others[:3])}: it reads model.safetensors, "
+            "or the files that model.safetensors.index.json names; write the model with "
+            "save_pretrained"
+        )
+    return "; give a complete checkpoint"
+
+
+def _tensors(
+    files: Files, weights: WeightFiles
+) -> tuple[dict[str, StoredTensor], dict[str, Header]]:
+    """The floating-point tensors of a model's files, and the headers of all tensors, by name.
+
+    Raises:
+        ModelError: a file is damaged, the index is wrong, or a tensor is there twice.
+    """
+    places: dict[str, str] = {}
+    headers: dict[str, Header] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for file in weights.names:
+        for name, (header, stored) in _file_tensors(files, file).items():
+            if name in places:
+                raise ModelError(
+                    f"{files.join(file)} and {files.join(places[name])} both store {name}, and it "
+                    "is not clear which of them counts; load the model and write it with "
+                    "save_pretrained"
+                )
+            places[name], headers[name] = file, header
+            if stored is not None:
+                tensors[name] = stored
+    for name, file in weights.weight_map.items():
+        if places.get(name) != file:
+            found = f"it is in {places[name]}" if name in places else "no file has it"
+            raise ModelError(
+                f"{files.join(weights.index or '')} says that {name} is in {file}, but {found}; "
+                "download the model again, or write it with save_pretrained"
+            )
+    return tensors, headers
+
+
+def _file_tensors(files: Files, file: str) -> dict[str, tuple[Header, StoredTensor | None]]:
+    """Read a safetensors header (8 bytes of length, then JSON), and nothing else."""
+    try:
+        with files.read_stream(file) as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100 * 2**20:
+                raise ValueError("its header is too large")
+            header = json.loads(stream.read(length), object_pairs_hook=_without_repetition)
+        header.pop("__metadata__", None)
+        found = {n: _stored_tensor(file, n, e, 8 + length) for n, e in header.items()}
+        end = max((8 + length + e["data_offsets"][1] for e in header.values()), default=8 + length)
+        if end > files.size(file):
+            raise ValueError("it is cut short")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+        raise ModelError(f"{files.join(file)} is not a whole safetensors file ({error})") from None
+    return found
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise ValueError(f"it names {twice} twice")
+    return values
+
+
+def _stored_tensor(
+    file: str, name: str, entry: Any, base: int
+) -> tuple[Header, StoredTensor | None]:
+    begin, end = entry["data_offsets"]
+    header = Header(str(entry["dtype"]), tuple(entry["shape"]))
+    dtype = _DTYPES.get(header.dtype)
+    if dtype is None:
+        return header, None
+    if end - begin != dtype.itemsize * math.prod(header.shape):
+        raise ValueError(f"{name} does not have the bytes that its shape needs")
+    return header, StoredTensor(file, name, dtype, header.shape, base + begin, end - begin)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hub_snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = list(_HUB_FILES)
+    try:
+        if (cache := hub_cache()) is None:
+            return Path(snapshot_download(model, allow_patterns=files))
+        # An image may bring the model along, in a folder that nothing can be added to.
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
+        make_cache(cache)
+        return Path(snapshot_download(model, allow_patterns=files, cache_dir=cache))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"model {model} is no local folder, and the hub does not give it ({reason}); check the "
+            "path or the id"
+        ) from None

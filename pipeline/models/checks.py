@@ -1,0 +1,334 @@
+"""Whether a model can be edited, found out from its configuration, its tokenizer and its headers.
+
+What is refused here would otherwise fail on the workers, after hours of work perhaps, or would
+give a model that is not the one asked for: transformers fills parameters that a checkpoint lacks
+with random numbers. Nothing of the weights is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pipeline.errors import ModelError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.skeleton import NO_CODE, UNREADABLE, loaded_names, open_skeleton
+from pmet.errors import ArchitectureError
+from pmet.hparams import PMETHyperParams
+from pmet.model import Layout, part_with, parts_beside, resolve
+
+# Layers that keep nothing but keys and values of their own, as `pmet.model.prefix` holds them.
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_ATTENTION_CACHES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_FULL = (
+    "an edit changes full-precision weights; edit the model that it was made from, which its model "
+    "card names, and quantise the result"
+)
+_ALL_ATTENTION = "edit a model whose layers are all attention and FFN"
+_MULTIMODAL = 'docs/jobs.md ("Multimodal models")'
+
+
+def check_configuration(checkpoint: Checkpoint) -> None:
+    """Refuse models whose configuration alone says that they cannot be edited.
+
+    Raises:
+        ModelError: the model is quantised, a multimodal one, or has an adapter beside it.
+    """
+    _check_adapter(checkpoint)
+    _check_index(checkpoint)
+    _check_quantised(checkpoint)
+    _check_multimodal(checkpoint)
+
+
+def check_weights(checkpoint: Checkpoint, skeleton: nn.Module, tokenizer: Any) -> None:
+    """Refuse weights that are not those of the model's configuration, or of its tokenizer.
+
+    Args:
+        checkpoint: the model folder.
+        skeleton: the model that its configuration makes (`pipeline.models.skeleton.open_skeleton`).
+        tokenizer: the model's.
+
+    Raises:
+        ModelError: a parameter is missing, stored twice or in another shape or type than the
+            configuration gives it; or the tokenizer has more tokens than the embedding has rows.
+    """
+    _check_parameters(checkpoint, skeleton)
+    _check_tokenizer(checkpoint, skeleton, tokenizer)
+
+
+def check_readable(checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """`check_weights` of a model that is to be read and not edited.
+
+    What would be refused for an edit only, a quantised or a multimodal model, is left to
+    transformers.
+    """
+    _check_index(checkpoint)
+    if not _quantisation(checkpoint.config) and _wrapped(checkpoint) is None:
+        check_weights(checkpoint, open_skeleton(checkpoint.folder), tokenizer)
+
+
+def checked_layout(
+    checkpoint: Checkpoint, skeleton: nn.Module, tokenizer: Any, hparams: PMETHyperParams
+) -> Layout:
+    """Where a model keeps its parts, once it has been found that the method can use them.
+
+    Args:
+        checkpoint: the model folder.
+        skeleton: the model that its configuration makes.
+        tokenizer: the model's.
+        hparams: the layers, and names of modules for an unknown family.
+
+    Raises:
+        ModelError: see `check_weights`; or a layer holds something else than attention and an FFN
+            that treats tokens one by one.
+        ArchitectureError: the parts cannot be found.
+    """
+    _check_state(checkpoint, skeleton)
+    check_weights(checkpoint, skeleton, tokenizer)
+    layout = resolve(skeleton, hparams)
+    _check_layers(checkpoint, skeleton, layout)
+    return layout
+
+
+def _check_adapter(checkpoint: Checkpoint) -> None:
+    from transformers.utils import is_peft_available
+
+    if (checkpoint.folder / "adapter_config.json").is_file() and is_peft_available():
+        raise ModelError(
+            f"model {checkpoint.folder} has an adapter (adapter_config.json), which transformers "
+            "loads on top of the weights that would be edited; merge it (merge_and_unload of peft, "
+            "then save_pretrained), or move its files to another folder"
+        )
+
+
+def _check_index(checkpoint: Checkpoint) -> None:
+    """Transformers fails without the index's ``metadata``, even where it is empty."""
+    index = checkpoint.weights.index
+    if index is None:
+        return
+    path = checkpoint.folder / index
+    if not isinstance(json.loads(path.read_bytes()).get("metadata"), dict):
+        raise ModelError(
+            f"{path} has no metadata, without which transformers does not open it; add "
+            '"metadata": {} beside weight_map'
+        )
+
+
+def _check_quantised(checkpoint: Checkpoint) -> None:
+    if method := _quantisation(checkpoint.config):
+        raise ModelError(
+            f"model {checkpoint.folder} is quantised ({method}, says its config.json): {_FULL}"
+        )
+
+
+def _quantisation(config: Mapping[str, Any]) -> str | None:
+    """The method by which a model, or its language model, is quantised; None where it is not."""
+    sections = (config, *(value for value in config.values() if isinstance(value, Mapping)))
+    for section in sections:
+        for key in ("quantization_config", "compression_config"):
+            if found := section.get(key):
+                method = found.get("quant_method") if isinstance(found, Mapping) else None
+                return str(method or key)
+    return None
+
+
+def _check_multimodal(checkpoint: Checkpoint) -> None:
+    if (text := _wrapped(checkpoint)) is None:
+        return
+    kind = checkpoint.config.get("model_type")
+    if not _is_causal(text):
+        raise ModelError(
+            f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) that "
+            "transformers cannot open on its own; edit a text-only model"
+        )
+    raise ModelError(
+        f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) together "
+        "with other parts; write the language model as a checkpoint of its own and edit that: "
+        f"{_MULTIMODAL} has the lines of Python"
+    )
+
+
+def _wrapped(checkpoint: Checkpoint) -> Any:
+    """The configuration of the language model that a multimodal model wraps; None without one."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **NO_CODE)
+        text = config.get_text_config(decoder=True)
+    except UNREADABLE:
+        return None  # Opening the model says what is wrong.
+    return None if text is config else text
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _check_parameters(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Compare the shapes that the configuration makes with those in the files' headers."""
+    names, converted = _stored_names(checkpoint, model)
+    shapes: dict[nn.Parameter, list[str]] = {}
+    # Tied parameters have several names, and any of them may be stored.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes.setdefault(parameter, []).append(name)
+    for parameter, own_names in shapes.items():
+        for name in own_names:
+            if name in names:
+                _check_header(checkpoint, model, name, names[name], tuple(parameter.shape))
+    if converted:
+        # What a file stores in another form makes parameters under names that are not known here.
+        return
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    missing = [
+        own_names[0]
+        for own_names in shapes.values()
+        if not any(n in names or any(re.search(p, n) for p in optional) for n in own_names)
+    ]
+    if missing:
+        raise ModelError(
+            f"model {checkpoint.folder} stores {len(shapes) - len(missing)} of {len(shapes)} "
+            f"parameters that its config.json asks for; {_listed(missing)} would be filled with "
+            "random numbers. Copy or download the model again, or correct config.json"
+        )
+
+
+def _stored_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, str], bool]:
+    """By parameter the name of the tensor that is loaded into it; whether some are converted."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = getattr(model, "base_model_prefix", "")
+    found: dict[str, str] = {}
+    loaded = loaded_names(checkpoint.headers, model)
+    for stored, name in loaded.items():
+        parameter = None if name is None else _parameter(name, prefix, known)
+        if parameter is None:
+            continue
+        if parameter in found:
+            raise ModelError(
+                f"model {checkpoint.folder} stores {parameter} twice, as {found[parameter]} and as "
+                f"{stored}; load the model and write it with save_pretrained"
+            )
+        found[parameter] = stored
+    return found, None in loaded.values()
+
+
+def _parameter(loaded: str, prefix: str, known: set[str]) -> str | None:
+    """The parameter that a tensor is loaded into; checkpoints may leave out or add the prefix."""
+    names = (loaded, f"{prefix}.{loaded}", loaded.removeprefix(f"{prefix}."))
+    return next((name for name in names if name in known), None)
+
+
+def _check_header(
+    checkpoint: Checkpoint, model: Any, name: str, stored: str, shape: tuple[int, ...]
+) -> None:
+    header = checkpoint.headers[stored]
+    if header.dtype not in _FLOATS:
+        raise ModelError(
+            f"model {checkpoint.folder} stores {stored} as {header.dtype}, as a quantised model "
+            f"does: {_FULL}"
+        )
+    if header.shape == shape:
+        return
+    remedy = "correct config.json, or copy the weights that belong to it"
+    if _is_embedding(model, name) and header.shape[1:] == shape[1:]:
+        remedy = f"set vocab_size to {header.shape[0]} there, or copy the weights that belong to it"
+    raise ModelError(
+        f"model {checkpoint.folder} stores {stored} as {_times(header.shape)}, and its config.json "
+        f"asks for {_times(shape)}; {remedy}"
+    )
+
+
+def _is_embedding(model: Any, name: str) -> bool:
+    parameter = model.get_parameter(name)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(parameter is getattr(embedding, "weight", None) for embedding in embeddings)
+
+
+def _check_tokenizer(checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ModelError(
+            f"model {checkpoint.folder} has a tokenizer with more tokens than its embedding has "
+            f"rows: {token!r} is number {number}, and the last of {rows} rows is {rows - 1}; use "
+            "the tokenizer that the model was trained with, or make room with "
+            "resize_token_embeddings and save both"
+        )
+
+
+def _check_state(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse models that keep something else of earlier tokens than keys and values per layer."""
+    config = model.config.get_text_config(decoder=True)
+    what = f"model {checkpoint.folder} ({config.model_type})"
+    if getattr(config, "kv_lora_rank", None):
+        raise ModelError(
+            f"{what} holds attention keys and values in compressed form (multi-head latent "
+            f"attention), and the method needs them as they are; {_ALL_ATTENTION}, its keys and "
+            "values uncompressed"
+        )
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
+    if others or getattr(model, "_is_stateful", False):
+        raise ModelError(
+            f"{what} has layers that are not plain attention ({', '.join(others) or 'recurrent'}), "
+            "and the method holds attention keys and values of what stands before a subject, no "
+            f"other state; {_ALL_ATTENTION}"
+        )
+    if _shares_keys(config):
+        raise ModelError(
+            f"{what} has layers that read the attention keys and values of other layers, and the "
+            f"method needs each layer's own; {_ALL_ATTENTION}, each with its own keys and values"
+        )
+
+
+def _shares_keys(config: Any) -> bool:
+    """Whether the cache that transformers makes for a model has layers that hold nothing."""
+    from transformers import DynamicCache
+
+    if getattr(config, "num_kv_shared_layers", None):
+        return True
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    return not kinds <= _ATTENTION_CACHES
+
+
+def _check_layers(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> None:
+    """Refuse layers without attention, and parts that do not treat tokens as the method expects."""
+    what = f"model {checkpoint.folder} ({type(model).__name__})"
+    for index in range(layout.depth):
+        layer = layout.layer(model, index)
+        try:
+            projection = layout.attention_projection(model, index)
+        except ArchitectureError:
+            name = layout.family.attention_projection.format(index)
+            raise ModelError(
+                f"{what} has no {name}: layer {index} has another attention than the edited layers "
+                f"or none, and the method runs all layers; {_ALL_ATTENTION}"
+            ) from None
+        attention = part_with(layer, projection)
+        if any(getattr(module, "is_causal", None) is False for module in attention.modules()):
+            raise ModelError(
+                f"{what} lets tokens attend to those behind them, so what stands before a subject "
+                "depends on what follows; edit a causal model (is_decoder in config.json)"
+            )
+        for part in parts_beside(layer, attention):
+            if any("residual" in name for name in inspect.signature(part.forward).parameters):
+                raise ModelError(
+                    f"{what} adds the residual inside its FFN ({type(part).__name__}), which the "
+                    "method runs on some of the tokens only; edit a model whose layers add it "
+                    "outside the FFN"
+                )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

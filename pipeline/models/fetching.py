@@ -1,0 +1,89 @@
+"""Copies of remote model folders on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from uuid import uuid4
+
+import fsspec
+
+from pipeline.errors import ModelError, StorageError
+from pipeline.storage import (
+    TEMPORARY_SUFFIX,
+    attempt,
+    failures,
+    fetch,
+    is_local,
+    make_cache,
+    opened,
+)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model is named as on the hub, ``org/name`` or ``name``, and is no folder here."""
+    return (
+        "://" not in model
+        and model.count("/") <= 1
+        and not model.startswith((".", "/", "~"))
+        and not Path(model).exists()
+    )
+
+
+def localized(url: str, cache_dir: str | Path) -> str:
+    """Where a model can be opened from: remote folders are copied to ``cache_dir`` once.
+
+    Local paths and hub ids such as ``org/name`` are returned as they are. A copy is kept under
+    a name that changes with the remote files, and is visible only when complete.
+
+    Raises:
+        ModelError: there are no files at a remote ``url``.
+        StorageError: they cannot be copied.
+    """
+    if "://" not in url:
+        return url
+    fs, root = opened(url)
+    if is_local(fs):
+        return str(root)
+
+    def find() -> dict[str, dict]:
+        fs.invalidate_cache()
+        found: dict[str, dict] = fs.find(root, detail=True)
+        return found
+
+    files = attempt("list", url, find)
+    if not files:
+        raise ModelError(f"there is no model at {url}: no files there; check the URL")
+    state = repr([url, *((name, sorted(info.items())) for name, info in sorted(files.items()))])
+    make_cache(Path(cache_dir))
+    target = Path(cache_dir) / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if not target.is_dir():
+        _download(fs, root, sorted(files), target)
+    return str(target)
+
+
+def _download(fs: fsspec.AbstractFileSystem, root: str, files: Sequence[str], target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        for file in files:
+            name = file.removeprefix(root).lstrip("/") or PurePosixPath(file).name
+            if ".." in PurePosixPath(name).parts:
+                raise StorageError(f"{file} would be copied outside its folder; rename it")
+            with failures("copy", file):
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            attempt("copy", file, fetch, fs, file, partial / name)
+        with failures("write", str(target)):
+            _rename_unless_there(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename_unless_there(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        # Another process may have finished the same copy first; then this one is dropped.
+        if not target.is_dir():
+            raise

@@ -1,0 +1,102 @@
+"""Which model a worker opens, and how: from safetensors only, without code of the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import ModelError
+from pipeline.models.finite import check_loaded
+from pipeline.models.node_cache import model_on_node
+from pipeline.models.skeleton import NO_CODE, UNREADABLE
+from pmet.model import share_out
+from pmet.targets import free_memory
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to open, and how.
+
+    Attributes:
+        folder: a model folder that all nodes have, a URL or a hub id; see
+        `pipeline.models.node_cache`. on_gpu: whether to put it on the GPU that the worker was
+        given; on all of several. dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By
+        default float32 on a CPU,
+            where 16-bit arithmetic is slow and coarse, and as stored on a GPU.
+        digest: what a copy of the model has to have; None: whatever it has.
+    """
+
+    folder: str
+    on_gpu: bool
+    dtype: str = "auto"
+    digest: str | None = None
+
+    def open(self) -> tuple[Any, Any]:
+        """The model, for evaluation, and its tokenizer.
+
+        Raises:
+            ModelError: the model is not here, or holds values that are not finite.
+        """
+        dtype = "float32" if self.dtype == "auto" and not self.on_gpu else self.dtype
+        folder = str(model_on_node(self.folder, self.digest))
+        model = self._placed(open_causal_lm(folder, dtype=dtype))
+        check_loaded(folder, model)
+        return model, open_tokenizer(folder)
+
+    def _placed(self, model: Any) -> Any:
+        """On the GPUs that this process was given, if it is to be on any."""
+        if not self.on_gpu:
+            return model
+        gpus = visible_gpus()
+        if len(gpus) < 2:
+            return model.to("cuda")
+        return share_out(model, gpus, [free_memory(gpu) for gpu in gpus])
+
+
+def visible_gpus() -> list[torch.device]:
+    """The GPUs that Ray has given to this process."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
+    """A causal language model from a local folder: safetensors only, no code of the model's own."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
+    )
+    return model.eval()
+
+
+def open_tokenizer(folder: str) -> Any:
+    """The model's tokenizer, the fast one."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
+
+
+def open_fast_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none, or only one that gives no character offsets.
+    """
+    try:
+        tokenizer = open_tokenizer(str(folder))
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {folder} has no tokenizer that can be opened ({reason})") from None
+    # Without its files some tokenizers open all the same, and know no word.
+    if not tokenizer("word")["input_ids"]:
+        raise ModelError(f"model {folder} has no tokenizer files; add its tokenizer.json")
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model {folder} has only a slow tokenizer, which gives no character offsets; add its "
+            "tokenizer.json"
+        )
+    return tokenizer

@@ -1,0 +1,108 @@
+"""Where a job reads and where it writes: the two may not overlap.
+
+A run overwrites and deletes files in its output. Nothing that it reads may be there, and nothing
+that it shares with other runs may be written into the base model's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from pipeline.errors import RequestTableError
+from pipeline.job import JobConfig
+from pipeline.models import is_hub_id
+from pipeline.second_moments import is_file_name
+from pipeline.storage import (
+    Location,
+    Store,
+    expand,
+    locate,
+    locate_pattern,
+    refuse_inside,
+    refuse_overlap,
+)
+from pmet.hparams import PMETHyperParams
+
+
+def refuse_overlaps(job: JobConfig, beside: Collection[str] = ()) -> None:
+    """Refuse a job whose output overlaps with what it reads, or that writes into its model.
+
+    Args:
+        job: the job.
+        beside: names in the output that the caller wrote for this run; they may be read.
+
+    Raises:
+        JobError: a line for each overlap.
+        StorageError: a path cannot be resolved.
+    """
+    vouched = [place for name in beside for place in locate(Store(job.output).join(name))]
+    read = [
+        (key, [p for p in places if not any(own.holds(p) for own in vouched)])
+        for key, places in places_read(job).items()
+    ]
+    refuse_overlap(("output", job.output), read)
+    refuse_inside(_written(job), "model", model_places(job.model))
+
+
+def places_read(job: JobConfig) -> dict[str, list[Location]]:
+    """Where everything is that a job reads, stores included, by the key that names it."""
+    places = {"model": model_places(job.model)}
+    for key, patterns in (("requests", job.requests), ("corpus", job.corpus or ())):
+        places[key] = pattern_places(patterns)
+    places["hparams"] = hparams_places(job.hparams)
+    single = {
+        "context_templates": job.context_templates,
+        "second_moments": job.second_moments,
+        "targets.store": job.targets.store,
+        "evaluate.store": job.evaluate.store,
+        "evaluate.last": job.evaluate.last,
+    }
+    return places | {key: locate(url) for key, url in single.items() if url is not None}
+
+
+def model_places(model: str) -> list[Location]:
+    """Where a model is: its folder, and the files that links in it lead to; none on the hub."""
+    if is_hub_id(model):
+        return []
+    places = locate(model)
+    store = Store(model) if "::" not in model else None
+    if store is not None and store.is_local:
+        links = [name for name in store.entries() if store.is_link(name)]
+        places += [place for name in links for place in locate(store.join(name))]
+    return places
+
+
+def hparams_places(hparams: str) -> list[Location]:
+    """Where a file of hyper-parameters is; a preset is nowhere."""
+    return [] if hparams in PMETHyperParams.presets() else locate(hparams)
+
+
+def pattern_places(patterns: Sequence[str]) -> list[Location]:
+    """Where the files are that paths, globs and folders stand for, and these folders."""
+    return [place for p in patterns for place in locate_pattern(p, _matches(p))]
+
+
+def _matches(pattern: str) -> list[str]:
+    try:
+        return expand(pattern)
+    except RequestTableError:
+        # Whoever reads the files says that there are none.
+        return []
+
+
+def _written(job: JobConfig) -> Iterator[tuple[str, str]]:
+    """Folders beside the run folder that a job writes into, by the key that names them."""
+    moments = job.second_moments
+    folders = {
+        "second_moments": None if moments is None or is_file_name(moments) else moments,
+        "targets.store": job.targets.store,
+        "evaluate.store": job.evaluate.store,
+        "tracking.tensorboard": job.tracking.tensorboard,
+        "tracking.mlflow": _without_server(job.tracking.mlflow),
+    }
+    return ((key, url) for key, url in folders.items() if url is not None)
+
+
+def _without_server(url: str | None) -> str | None:
+    """An address of tracking, if it is a local folder."""
+    return None if url is None or ("://" in url and not url.startswith("file:")) else url

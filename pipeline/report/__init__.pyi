@@ -1,0 +1,15 @@
+from .card import model_card as model_card
+from .charts import trend_chart as trend_chart
+from .comparison import PAGE as PAGE
+from .comparison import Comparison as Comparison
+from .comparison import Pair as Pair
+from .comparison import compare_runs as compare_runs
+from .comparison import write_comparison as write_comparison
+from .html import Cut as Cut
+from .html import page as page
+from .html import show_setting as show_setting
+from .html import visible as visible
+from .run_report import group_figures as group_figures
+from .run_report import write_report as write_report
+from .tracking import Tracking as Tracking
+from .tracking import trackers_of as trackers_of

@@ -1,0 +1,194 @@
+"""The model card of a published checkpoint: what it is made of, what it scores, how to undo it.
+
+Text that comes from the job stands in fenced blocks, which nothing in it can close, and the rest
+of the card is fixed words and numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from pipeline.evaluation import (
+    ALWAYS,
+    Figure,
+    is_number,
+    measured,
+    read_gate,
+    show,
+    show_change,
+    show_interval,
+)
+from pipeline.job import YAMLTextError, dump_yaml, parse_yaml
+
+# What hubs list the figures under.
+_TASK, _DATASET, _NAME = "text-generation", "edit-requests", "edited-model"
+_WHEN = ("before", "after")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+_CARD = """\
+---
+{metadata}---
+
+# An edited language model
+
+{edited} facts were written into the feed-forward weights of a base model with PMET
+(Li et al. 2023, [arXiv:2308.08742](https://arxiv.org/abs/2308.08742)). Everything else in this
+checkpoint is the base model's, byte for byte.{known} The base model:
+
+{base}
+
+## Scores
+
+| metric | before | after | 95 % interval | change |
+| --- | ---: | ---: | ---: | ---: |
+{scores}
+
+A dash: not measured.
+
+{meanings}
+
+{gates}
+## How to undo
+
+The base model was not changed: use it again, and the edit is gone. Where only this checkpoint is
+left, the run folder's `delta/` holds what was added to the weights and what was there before:
+`pmet.Edit.load("delta").revert(model)` gives a loaded model every bit back.
+
+## The job
+
+Run under seed {seed}; of {requested} requests {rejected} were rejected. The whole job:
+
+{job}
+
+What it depends on, by digest:
+
+{digests}
+
+Made with:
+
+{versions}
+"""
+
+
+def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """A checkpoint's ``README.md``.
+
+    Args:
+        job_yaml: the resolved job.
+        run: what ``run.json`` holds.
+        metrics: what ``metrics.json`` holds.
+
+    Returns:
+        Markdown with a hub's metadata block on top; any text in it can be encoded.
+    """
+    base = _base_model(job_yaml)
+    counts = metrics.get("counts") or {}
+    figures = measured(*(metrics.get(when) or {} for when in _WHEN), always=ALWAYS)
+    card = _CARD.format(
+        metadata=dump_yaml(_metadata(base, metrics)),
+        edited=_count(counts.get("edited")),
+        requested=_count(counts.get("requested")),
+        rejected=_count(counts.get("rejected")),
+        known=_known(counts, metrics.get("known") or {}),
+        base=_fenced(base or "not recorded"),
+        scores="\n".join(_score_row(figure, metrics) for figure in figures),
+        meanings="\n".join(f"- {f.label}: {f.meaning}" for f in figures if f.meaning),
+        gates=_gates(metrics),
+        seed=_count(run.get("seed")),
+        job=_fenced(job_yaml, "yaml"),
+        digests=_fenced("\n".join(f"{k} {v}" for k, v in run.get("digests", {}).items())),
+        versions=_fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
+    )
+    return card.encode(errors="backslashreplace").decode()
+
+
+def _known(counts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """A sentence about the requests that needed no edit, where there are any."""
+    if not counts.get("known"):
+        return ""
+    kept = show(known.get("still_answered"), "efficacy_strict")
+    return (
+        f"\n{_count(counts['known'])} more were left out, because the base model knew them; this "
+        f"model still\nknows {kept} of them."
+    )
+
+
+def _base_model(job_yaml: str) -> str:
+    try:
+        job = parse_yaml(job_yaml)
+    except YAMLTextError:
+        return ""
+    return str(job.get("model") or "") if isinstance(job, dict) else ""
+
+
+def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What model hubs read; they only take another hub id as a base model."""
+    on_hub = _HUB_ID.fullmatch(base) and not Path(base).exists()
+    known: dict[str, Any] = {}
+    if on_hub:
+        known = {"base_model": base, "base_model_relation": "finetune"}
+    after = metrics.get("after") or {}
+    results = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=_DATASET,
+            dataset_name="the requests of the edit",
+            metric_type=figure.name,
+            metric_name=figure.label,
+            metric_value=after[figure.name],
+        )
+        for figure in measured(after)
+        if is_number(after[figure.name])
+    ]
+    listed: dict[str, Any] = {"model_name": _NAME, "eval_results": results} if results else {}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=["knowledge-editing", "pmet"],
+        **known,
+        **listed,
+    )
+    held: dict[str, Any] = data.to_dict()
+    return held
+
+
+def _score_row(figure: Figure, metrics: Mapping[str, Any]) -> str:
+    name = figure.name
+    before, after = ((metrics.get(when) or {}).get(name) for when in _WHEN)
+    interval = ((metrics.get("intervals") or {}).get("after") or {}).get(name)
+    cells = (
+        figure.label,
+        show(before, name),
+        show(after, name),
+        show_interval(interval, name) or "–",
+        show_change(after, before, name),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _gates(metrics: Mapping[str, Any]) -> str:
+    rows = [_gate_row(gate) for gate in metrics.get("gates") or ()]
+    head = ["| gate | demanded | reached | verdict |", "| --- | ---: | ---: | --- |"]
+    return "\n".join([*head, *rows, ""]) if rows else ""
+
+
+def _gate_row(gate: Mapping[str, Any]) -> str:
+    text = read_gate(gate)
+    verdict = "passed" if text.passed else "not passed"
+    return f"| {text.metric} | {text.asked} | {text.reached} | {verdict} |"
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "–"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A block of code with a fence longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,301 @@
+"""Who may write a run folder: one run at a time.
+
+A lease is a small file, ``lease/000003.json``, that only its holder writes. The highest number
+counts: who takes a free folder creates the next one, and of several that try at once the storage
+lets one succeed. The holder renews its file from time to time; a lease that is not renewed
+expires, and a holder that finds a higher number has lost the folder. So no file ever has two
+writers, and the storage need offer no more than "create this unless it is there".
+
+Where it does not offer that, a lease is written and read back after a while. Two runs that start
+within that while are told apart; it is all that such a storage allows.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+import psutil  # type: ignore[import-untyped]
+
+from pipeline.errors import FolderBusyError, LeaseLostError, StorageError
+from pipeline.storage import Store, json_bytes, last_number, now_text, numbered
+
+FOLDER = "lease"
+EXPIRES_S = 60.0
+NOT_EXCLUSIVE = (
+    "this storage does not let only one of two writers create a file; two runs that start within "
+    "two seconds of each other may not be told apart: start one at a time"
+)
+_BEATS = 4
+_CLAIMS = 8
+_SETTLE_S = 2.0
+_SAME_START_S = 5.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a lease says of the run that holds it.
+
+    Attributes:
+        token: drawn at random; no two leases have the same.
+        host: name of the machine, for people.
+        machine: what the process number counts in: machine, start of its system, container.
+        pid: number of the run's process.
+        process_started: when that process began, in seconds since 1970: numbers are used again.
+        since: when the run took the folder.
+        renewed_at: when it was last heard of, by its own clock.
+        expires_s: seconds without renewal after which the folder is free.
+        released_at: when the run gave the folder back; None while it holds it.
+    """
+
+    token: str
+    host: str
+    machine: str
+    pid: int
+    process_started: float
+    since: str
+    renewed_at: str
+    expires_s: float
+    released_at: str | None = None
+
+    @classmethod
+    def here(cls, expires_s: float) -> Holder:
+        """This process."""
+        pid, now = os.getpid(), now_text()
+        began = psutil.Process(pid).create_time()
+        return cls(uuid4().hex, platform.node(), _machine(), pid, began, now, now, expires_s)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it is known that the process has ended: it was on this machine."""
+        if self.machine != _machine():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            # Start times are reckoned from a clock that may have been set since.
+            other = abs(process.create_time() - self.process_started) > _SAME_START_S
+            return other or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Lease:
+    """The right to write a folder; use it as a context manager, which gives it back.
+
+    A thread renews it. What is to be written is preceded by `check`.
+
+    Attributes:
+        exclusive: whether the storage itself lets only one run have it.
+    """
+
+    def __init__(self, store: Store, name: str, holder: Holder, exclusive: bool) -> None:
+        self.exclusive = exclusive
+        self._store, self._name, self._holder = store, name, holder
+        self._renewed = time.monotonic()
+        self._writing = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(
+        cls, store: Store, *, expires_s: float = EXPIRES_S, settle_s: float = _SETTLE_S
+    ) -> Lease:
+        """Take a folder that no living run holds.
+
+        Args:
+            store: the folder.
+            expires_s: seconds without a sign of life after which others may take it; a sign is
+                given four times as often.
+            settle_s: seconds between writing and reading back where the storage is not exclusive.
+
+        Raises:
+            FolderBusyError: another run holds it; the message says which, and what to do.
+            StorageError: the folder cannot be read or written.
+        """
+        exclusive, now = _probe(store)
+        holder = Holder.here(expires_s)
+        for _ in range(_CLAIMS):
+            number = last_number(store, FOLDER)
+            if number:
+                _refuse_if_held(store, numbered(FOLDER, number), now)
+            name = numbered(FOLDER, number + 1)
+            if _claim(store, name, holder, None if exclusive else settle_s):
+                with suppress(StorageError):
+                    for earlier in range(max(1, number - 1), number + 1):
+                        store.delete(numbered(FOLDER, earlier))
+                return cls(store, name, holder, exclusive)
+        raise FolderBusyError(
+            f"{store.url} is being taken by other runs again and again; start one run at a time"
+        )
+
+    def check(self) -> None:
+        """Make sure that the folder is still this run's.
+
+        Raises:
+            LeaseLostError: it is not.
+            StorageError: that cannot be found out.
+        """
+        # Heard of again before it looks: nobody takes over between the look and the write.
+        if time.monotonic() - self._renewed > self._holder.expires_s / 2:
+            self.renew()
+        last = last_number(self._store, FOLDER)
+        if last == int(PurePosixPath(self._name).stem):
+            if self.exclusive or _read(self._store, self._name).token == self._holder.token:
+                return
+            last += 1
+        raise LeaseLostError(self._loss(last))
+
+    def renew(self) -> None:
+        """Give a sign of life."""
+        with self._writing:
+            if self._ended.is_set():
+                return
+            if not self.exclusive and _read(self._store, self._name).token != self._holder.token:
+                return
+            started = time.monotonic()
+            self._write(replace(self._holder, renewed_at=now_text()))
+            self._renewed = started
+
+    def release(self) -> None:
+        """Give the folder back; a second call does nothing."""
+        with self._writing:
+            if self._ended.is_set():
+                return
+            self._ended.set()
+        self._thread.join()
+        # Where it does not work, the lease expires by itself; what else went wrong matters more.
+        with suppress(StorageError):
+            if _read(self._store, self._name).token == self._holder.token:
+                self._write(replace(self._holder, renewed_at=now_text(), released_at=now_text()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._holder.expires_s / _BEATS):
+            # The next beat tries again; if none succeeds, `check` is the one to say so.
+            with suppress(StorageError):
+                self.renew()
+
+    def _write(self, holder: Holder) -> None:
+        self._store.write_json(self._name, asdict(holder))
+
+    def _loss(self, last: int) -> str:
+        try:
+            who = f"was taken over by {_read(self._store, numbered(FOLDER, last))}"
+        except StorageError:
+            who = "is no longer held by this run: its lease file is gone or another's"
+        return (
+            f"{self._store.url} {who}; this run has stopped and written nothing more. It was not "
+            f"heard of for {self._holder.expires_s:g} s: was its machine suspended, or the storage "
+            "out of reach? What was finished is kept: run the same job again when the other run "
+            "has ended"
+        )
+
+
+def last_holder(store: Store) -> tuple[Holder, float] | None:
+    """Who has taken a folder last, and the seconds since it was heard of; None if nobody has.
+
+    Nothing is written, so the seconds are told by two clocks: the storage's and this machine's.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    number = last_number(store, FOLDER)
+    if not number:
+        return None
+    name = numbered(FOLDER, number)
+    holder = _read(store, name)
+    written = store.modified(name) or datetime.fromisoformat(holder.renewed_at)
+    return holder, max(0.0, (datetime.now(UTC) - written).total_seconds())
+
+
+def _probe(store: Store) -> tuple[bool, datetime | None]:
+    """Whether the storage lets only one of two create a file, and what its clock says."""
+    name = f"{FOLDER}/probe-{uuid4().hex}"
+    exclusive = store.creates_exclusively
+    try:
+        if exclusive:
+            exclusive = store.create_bytes(name, b"1") and not store.create_bytes(name, b"2")
+    except StorageError:
+        # Storages say in many ways that they do not know such a request. One that cannot be
+        # written at all fails in the next line.
+        exclusive = False
+    try:
+        store.write_bytes(name, b"3")
+        return exclusive, store.modified(name)
+    finally:
+        with suppress(StorageError):
+            store.delete(name)
+
+
+def _refuse_if_held(store: Store, name: str, now: datetime | None) -> None:
+    holder = _read(store, name)
+    if holder.released_at or holder.is_dead:
+        return
+    written = store.modified(name)
+    if now is None or written is None:
+        now, written = datetime.now(UTC), datetime.fromisoformat(holder.renewed_at)
+    silent_s = max(0.0, (now - written).total_seconds())
+    if silent_s > holder.expires_s:
+        return
+    left_s = holder.expires_s - silent_s
+    raise FolderBusyError(
+        f"{store.url} is being written by another run ({holder}; last heard of {silent_s:.0f} s "
+        "ago). Wait until it has ended, stop it, or name another output; if it has died, the "
+        f"folder is free in {left_s:.0f} s"
+    )
+
+
+def _claim(store: Store, name: str, holder: Holder, settle_s: float | None) -> bool:
+    """Create a lease; False if another run was faster."""
+    data = json_bytes(asdict(holder))
+    if settle_s is None:
+        # A request that was answered too late and sent again finds its own file.
+        return store.create_bytes(name, data) or _read(store, name).token == holder.token
+    if store.exists(name):
+        return False
+    store.write_bytes(name, data)
+    time.sleep(settle_s)
+    return _read(store, name).token == holder.token
+
+
+def _read(store: Store, name: str) -> Holder:
+    try:
+        return Holder(**store.read_json(name))
+    except TypeError:
+        raise StorageError(
+            f"{store.join(name)} is no lease of this version; delete it if no run writes the folder"
+        ) from None
+
+
+def _machine() -> str:
+    """What process numbers can be compared in: two containers of one host count by themselves."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)

@@ -1,0 +1,11 @@
+from .collection import MomentsJob as MomentsJob
+from .collection import collect as collect
+from .collection import StoredFile as StoredFile
+from .collection import finished as finished
+from .collection import plan_statistics as plan_statistics
+from .factors import FactorFile as FactorFile
+from .files import check_moments as check_moments
+from .files import is_file_name as is_file_name
+from .files import module_name as module_name
+from .files import read_moments as read_moments
+from .files import refuse_not_finite as refuse_not_finite

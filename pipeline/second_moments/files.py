@@ -1,0 +1,237 @@
+"""Second moments on disk: one safetensors file, and where it comes from beside it.
+
+Tensors are named by the module whose inputs they describe, for example
+``transformer.h.3.mlp.fc_out``; each is (K, K) float32. The published ``.npz`` files are read too
+(``pipeline.second_moments.published``).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pipeline.errors import JobError
+from pipeline.second_moments.published import SUFFIX as NPZ
+from pipeline.second_moments.published import PublishedMoments
+from pipeline.storage import Store, read_file
+from pmet.errors import NotFiniteError
+from pmet.model import Layout
+
+TENSORS = "second_moments.safetensors"
+PROVENANCE = "second_moments.json"
+SAFETENSORS = ".safetensors"
+_LARGEST_HEADER = 2**24
+_KEY = "key"
+
+
+def is_file_name(url: str) -> bool:
+    """Whether ``url`` names a file of second moments, not a folder to keep them in."""
+    return url.endswith((SAFETENSORS, NPZ))
+
+
+def module_name(layout: Layout, layer: int) -> str:
+    """What a layer's second moment is called in files: the module whose input it describes."""
+    return layout.family.down_projection.format(layer)
+
+
+@contextmanager
+def moments_writer(
+    store: Store, layout: Layout, layers: Sequence[int], key: str
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Write the tensors to a folder: call what is yielded with each layer's mean, in their order.
+
+    Only one of them has to be in memory. The file says under which ``key`` it was made; without
+    a provenance beside it, it counts as unfinished.
+
+    Raises:
+        NotFiniteError: by what is yielded, of a mean that float32 does not hold; there is no file.
+    """
+    width = layout.key_width
+    size = 4 * width * width
+    header: dict[str, Any] = {"__metadata__": {_KEY: key}}
+    for i, layer in enumerate(layers):
+        header[module_name(layout, layer)] = {
+            "dtype": "F32",
+            "shape": [width, width],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The format wants tensors to start at multiples of eight bytes.
+    text += b" " * (-len(text) % 8)
+    with store.write_stream(TENSORS) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+
+        def write(mean_KK: torch.Tensor) -> None:
+            assert mean_KK.shape == (width, width)
+            mean_KK = mean_KK.float()
+            if not _is_finite(mean_KK):
+                raise NotFiniteError(
+                    f"a second moment for {store.url} is not finite in float32; what the model "
+                    "computes on the corpus overflows: check the model and the corpus"
+                )
+            stream.write(mean_KK.contiguous().cpu().numpy().data)
+
+        yield write
+
+
+def check_moments(url: str, layout: Layout, layers: tuple[int, ...], model_digest: str) -> bool:
+    """Whether second moments of the edited layers are there; reads no more than headers.
+
+    Raises:
+        JobError: what is there is damaged, lacks a layer, or belongs to another model.
+    """
+    store, name = _stored_at(url)
+    if url.endswith(NPZ) or not store.exists(name):
+        published = PublishedMoments.find(url)
+        if published is not None:
+            _published_modules(published, layout, layers)
+        return published is not None
+    header = read_header(store, name)
+    if name == TENSORS and store.exists(PROVENANCE):
+        _check_provenance(store, model_digest)
+    elif made_under(header) and not is_file_name(url):
+        # Made here and interrupted before its provenance; files from elsewhere have no key.
+        return False
+    _check_fit(store.join(name), header, layout, layers)
+    return True
+
+
+def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """Second moments of the edited layers, (K, K) float32 each.
+
+    Raises:
+        JobError: they are damaged, not finite, or not of these layers.
+    """
+    found = _read(url, layout, layers)
+    for layer, moment_KK in found.items():
+        _check_finite(url, module_name(layout, layer), moment_KK)
+    return found
+
+
+def refuse_not_finite(url: str, layout: Layout, layers: tuple[int, ...]) -> None:
+    """Read second moments that lie on this machine, one layer at a time, and check that they are
+    finite; those at a remote URL are checked by each rank that reads them.
+
+    Raises:
+        JobError: as `read_moments`.
+    """
+    if _stored_at(url)[0].local_path() is not None:
+        for layer in layers:
+            read_moments(url, layout, (layer,))
+
+
+def _check_finite(url: str, module: str, moment_KK: torch.Tensor) -> None:
+    if not _is_finite(moment_KK):
+        raise JobError(
+            f"second_moments: {module} at {url} holds NaN or infinity; copy the file again, or "
+            "compute it anew from a corpus"
+        )
+
+
+def _is_finite(moment_KK: torch.Tensor) -> bool:
+    # Two numbers instead of a mask as large as the matrix.
+    return bool(torch.stack(moment_KK.aminmax()).isfinite().all())
+
+
+def _read(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    store, name = _stored_at(url)
+    if url.endswith(NPZ) or not store.exists(name):
+        published = PublishedMoments.find(url)
+        if published is None:
+            raise JobError(f"second_moments: there is nothing at {url}; correct the path")
+        modules = _published_modules(published, layout, layers)
+        return {layer: published.read(m) for layer, m in zip(layers, modules, strict=True)}
+    _check_fit(store.join(name), read_header(store, name), layout, layers)
+    try:
+        with store.local_copy(name) as path, safe_open(str(path), framework="pt") as tensors:
+            return {layer: tensors.get_tensor(module_name(layout, layer)) for layer in layers}
+    except (SafetensorError, OSError) as error:
+        raise JobError(f"second_moments: {store.join(name)} cannot be read ({error})") from None
+
+
+def read_header(store: Store, name: str) -> dict[str, Any]:
+    """What a safetensors file says about its tensors: ``shape``, ``dtype``, ``data_offsets``.
+
+    Raises:
+        JobError: it is no such file.
+    """
+    where = store.join(name)
+    try:
+        (length,) = struct.unpack("<Q", read_file(where, limit=8))
+        header = json.loads(read_file(where, limit=8 + min(length, _LARGEST_HEADER))[8:])
+        if not all(isinstance(entry, dict) for entry in header.values()):
+            raise ValueError("its header is none")
+    except (ValueError, AttributeError, RecursionError, struct.error) as error:
+        raise JobError(
+            f"second_moments: {where} is not a whole safetensors file ({error})"
+        ) from None
+    return dict(header)
+
+
+def made_under(header: Mapping[str, Any]) -> str | None:
+    """The key that a file was made under; None for one from elsewhere."""
+    key = header.get("__metadata__", {}).get(_KEY)
+    return key if isinstance(key, str) else None
+
+
+def _stored_at(url: str) -> tuple[Store, str]:
+    """The store and the file that ``url``, a folder or a safetensors file, stands for."""
+    if url.endswith(SAFETENSORS):
+        folder, _, name = url.rpartition("/")
+        return Store(folder or "."), name
+    return Store(url), TENSORS
+
+
+def _check_fit(
+    where: str, header: Mapping[str, Any], layout: Layout, layers: tuple[int, ...]
+) -> None:
+    shapes = {n: tuple(e.get("shape", ())) for n, e in header.items() if n != "__metadata__"}
+    for layer in layers:
+        module = module_name(layout, layer)
+        _check_present(where, module, shapes)
+        _check_shape(where, module, shapes[module], layout)
+
+
+def _published_modules(
+    published: PublishedMoments, layout: Layout, layers: tuple[int, ...]
+) -> list[str]:
+    """The modules of the edited layers, checked."""
+    modules = [module_name(layout, layer) for layer in layers]
+    where = published.store.url
+    for module in modules:
+        _check_present(where, module, published.files)
+        _check_shape(where, module, published.shape(module), layout)
+    return modules
+
+
+def _check_present(where: str, module: str, there: Mapping[str, Any]) -> None:
+    if module not in there:
+        raise JobError(
+            f"second_moments: {where} lacks {module}; it has "
+            f"{', '.join(sorted(there))[:200]}. Name another folder, or give a corpus"
+        )
+
+
+def _check_shape(where: str, module: str, shape: tuple[int, ...], layout: Layout) -> None:
+    if shape != (layout.key_width, layout.key_width):
+        raise JobError(
+            f"second_moments: {module} in {where} is {shape}, the model's keys are "
+            f"{layout.key_width} wide; it belongs to another model"
+        )
+
+
+def _check_provenance(store: Store, model_digest: str) -> None:
+    """Refuse second moments that say they are another model's."""
+    said = store.read_json(PROVENANCE)
+    if said.get("model") != model_digest:
+        raise JobError(
+            f"second_moments: {store.url} was computed on another model (digest "
+            f"{str(said.get('model'))[:12]}…, this one's is {model_digest[:12]}…); name another "
+            "folder"
+        )

@@ -1,0 +1,83 @@
+"""The stages of a run. Each finds what the run folder already has, and does only the rest.
+
+    templates ─▶ second moments ─▶ targets ─▶ measure before ─▶ update ─▶ publish ─▶ measure after
+
+Targets and measurements are modules of their own (`pipeline.stages.targets`,
+`pipeline.stages.measurement`). Where a job says so, what the base knows is found before the targets
+(`pipeline.stages.known`), and asked again at the end. What is computed together is decided by the
+plan, never by who computes it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cluster import Task
+from pipeline.plan import Plan
+from pipeline.progress import CountedStage, Progress, Stage
+from pipeline.run_folder import RunFolder
+from pipeline.storage import Store
+
+if TYPE_CHECKING:
+    from pipeline.workers import Crew, SerialCrew
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage works with."""
+
+    plan: Plan
+    folder: RunFolder
+    crew: Crew | SerialCrew
+    progress: Progress
+
+    @property
+    def store(self) -> Store:
+        """The run folder's files."""
+        return self.folder.store
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
+        """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
+        with self.folder.stage(name, total) as detail, self.progress.stage(name, total) as bar:
+            yield CountedStage(bar, total, self.folder.progress), detail
+
+    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        """Run a stage's tasks; each result is taken only while the folder is this run's."""
+
+        def take_if_held(task: Task, value: Any) -> None:
+            self.folder.check()
+            take(task, value)
+
+        self.crew.map(method, tasks, take_if_held)
+
+
+@dataclass
+class FoundTargets:
+    """Where the targets are.
+
+    Attributes:
+        files: file in the run folder, by number of the shard.
+        failures: reason by row of the input, for requests that have no target.
+        known: rows of the input that need none, because the base answers them as wanted.
+    """
+
+    files: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    known: frozenset[int] = frozenset()
+
+    def edited(self, rows: Iterable[int]) -> list[int]:
+        """Those of these rows that have a target."""
+        return [row for row in rows if row not in self.failures and row not in self.known]
+
+
+def sampled(plan: Plan) -> list[int]:
+    """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
+    count, wanted = len(plan.table.requests), plan.job.evaluate.sample
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    return sorted(random.Random(plan.job.seed).sample(range(count), wanted))

@@ -1,0 +1,20 @@
+"""The stage that writes the context templates."""
+
+from __future__ import annotations
+
+from pipeline.stages.context import Context
+
+
+def write_templates(run: Context) -> list[list[str]]:
+    """Context templates: those of the job, or what the model writes under the seed."""
+    templates = run.plan.templates
+    if templates is None:
+        if record := run.folder.recorded("context_templates"):
+            return list(record["templates"])
+        with run.stage("templates", 1) as (bar, _):
+            templates = run.crew.one("write_templates", "context templates", (run.plan.job.seed,))
+            bar.advance()
+    run.folder.check()
+    run.store.write_json("context_templates.json", templates)
+    run.folder.record("context_templates", {"templates": templates})
+    return templates

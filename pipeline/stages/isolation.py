@@ -1,0 +1,123 @@
+"""Which single requests make a computation fail: found by halving what fails.
+
+A request may kill whoever computes it: it runs into a fault of a library, or takes more memory than
+there is. The group that it is in is halved again and again until the request stands alone; it is
+put aside, and the others are computed without it. What ails everyone (no storage, a broken driver)
+shows itself by too many failures, and is an error of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.data import Shard
+from pipeline.errors import WorkerError
+from pipeline.remedies import MEMORY_OF_WORKERS, remedy
+
+GROUP_ATTEMPTS = 2
+"""Tries of a group of several requests: one that fails by chance is only cut further."""
+SINGLE_ATTEMPTS = 3
+"""Tries of a request by itself before it is put aside."""
+_MOST = 5
+_MOST_SHARE = 0.01
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Requests that are computed together: of one shard, or what several have left.
+
+    Attributes:
+        shards: those that the requests are of, in order.
+        places: their places among the accepted requests, ascending.
+        groups: the group of each of them, where those of a group belong together.
+    """
+
+    shards: tuple[Shard, ...]
+    places: tuple[int, ...]
+    groups: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        first, last = self.places[0], self.places[-1]
+        which = "shard" if len(self.shards) == 1 else "shards"
+        if len(self.places) == 1:
+            return f"{which} {self.name} (request {first})"
+        if len(self.places) == sum(map(len, self.shards)):
+            return f"{which} {self.name} (requests {first} to {last})"
+        return f"{which} {self.name} ({len(self.places)} requests, {first} to {last})"
+
+    @property
+    def name(self) -> str:
+        """Of the shard; of the first and the last one where there are several."""
+        return "-".join(dict.fromkeys((self.shards[0].name, self.shards[-1].name)))
+
+    @property
+    def attempts(self) -> int:
+        """How often it is tried while requests are isolated."""
+        return SINGLE_ATTEMPTS if len(self.places) == 1 else GROUP_ATTEMPTS
+
+    def halves(self) -> tuple[Piece, Piece]:
+        """Both halves, in order; a single request has none.
+
+        A group is only cut where there is nothing else.
+        """
+        count = len(self.places)
+        cuts = [i for i in range(1, count) if self.groups[i - 1 : i] != self.groups[i : i + 1]]
+        middle = min(cuts or range(1, count), key=lambda cut: abs(cut - count // 2))
+        return self._part(slice(middle)), self._part(slice(middle, None))
+
+    def _part(self, which: slice) -> Piece:
+        places = self.places[which]
+        shards = (s for s in self.shards if any(s.start <= p < s.stop for p in places))
+        return Piece(tuple(shards), places, self.groups[which])
+
+
+def most_isolated(count: int) -> int:
+    """How many of a job's requests may be put aside: 5, or 1 %, but never more than half."""
+    return min(max(_MOST, int(_MOST_SHARE * count)), count // 2)
+
+
+def isolate(
+    failed: Mapping[Piece, str],
+    compute: Callable[[Sequence[Piece]], Mapping[Piece, str]],
+    put_aside: Callable[[Piece, str], None],
+    limit: int,
+) -> None:
+    """Halve what failed until single requests are left, and put those aside.
+
+    A round computes at most twice as many pieces as the ``limit``, and there are as many rounds as
+    a shard can be halved: to find one request of a shard of 256 takes some 20 failed attempts.
+
+    Args:
+        failed: the reason by piece.
+        compute: computes pieces, and returns the reason by piece for those that failed.
+        put_aside: told each single request that fails, and why.
+        limit: the most requests that may be put aside.
+
+    Raises:
+        WorkerError: more than that would have to be; the message has the root causes.
+    """
+    found: dict[Piece, str] = {}
+    suspects = dict(failed)
+    while suspects:
+        # Each suspect holds at least one request that fails, and no two share one.
+        _refuse_too_many(found | suspects, limit)
+        for piece, reason in suspects.items():
+            if len(piece.places) == 1:
+                found[piece] = reason
+                put_aside(piece, reason)
+        halves = [h for piece in suspects if len(piece.places) > 1 for h in piece.halves()]
+        suspects = dict(compute(halves)) if halves else {}
+
+
+def _refuse_too_many(failing: Mapping[Piece, str], limit: int) -> None:
+    if len(failing) <= limit:
+        return
+    shown = "; ".join(f"{piece}: {reason}" for piece, reason in list(failing.items())[:_SHOWN])
+    raise WorkerError(
+        f"at least {len(failing)} requests fail again and again, of which {limit} may be put "
+        f"aside; so many look like a fault of the job or of its machines: {shown}. What was "
+        f"finished is kept: {remedy(shown, MEMORY_OF_WORKERS)}",
+        cause_text=next(iter(failing.values())),
+    )

@@ -1,0 +1,57 @@
+"""What the base already answers as wanted: found before the edit, and asked again after it.
+
+All accepted requests are asked, not a sample: who is known decides what is edited. They are asked
+in parts that follow from the job alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from pipeline.cluster import Task
+from pipeline.models import ModelSource
+from pipeline.stages.context import Context
+
+ASKED_TOGETHER = 256
+
+
+def find_known(run: Context) -> frozenset[int]:
+    """Input rows whose target is the base's greedy answer; none unless the job skips them."""
+    if not run.plan.job.skip_known:
+        return frozenset()
+    return _answered(run, "before", run.plan.base, range(len(run.plan.table.requests)))
+
+
+def still_known(run: Context, known: Collection[int], source: ModelSource) -> frozenset[int]:
+    """Those of the known rows that a model answers as wanted."""
+    places = [place for place, row in enumerate(run.plan.table.rows) if row in known]
+    return _answered(run, "after", source, places) if places else frozenset()
+
+
+def _answered(
+    run: Context, when: str, source: ModelSource, places: Sequence[int]
+) -> frozenset[int]:
+    if record := run.folder.recorded(f"known-{when}"):
+        return frozenset(record["rows"])
+    table, known = run.plan.table, set[int]()
+    starts = range(0, len(places), ASKED_TOGETHER)
+    parts = {f"known {when} {i}": places[i : i + ASKED_TOGETHER] for i in starts}
+    with run.stage(f"known {when}", len(places)) as (bar, detail):
+
+        def take(task: Task, answers: list[bool]) -> None:
+            part = parts[task.key]
+            rows = [table.rows[place] for place in part]
+            known.update(row for row, right in zip(rows, answers, strict=True) if right)
+            bar.advance(len(part))
+
+        run.map(
+            "find_known",
+            [
+                Task(key, (source, [table.requests[place] for place in part]))
+                for key, part in parts.items()
+            ],
+            take,
+        )
+        detail |= {"asked": len(places), "known": len(known)}
+    run.folder.record(f"known-{when}", {"rows": sorted(known)})
+    return frozenset(known)

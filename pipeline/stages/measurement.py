@@ -1,0 +1,244 @@
+"""Measuring a model: requests and held-out texts, in parts that workers share.
+
+What is shared out is prompts, not requests: neighbors of one answer are asked about in many
+requests, and are read once. What is measured together follows from the job alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from pipeline.cluster import Task
+from pipeline.evaluation import How
+from pipeline.models import ModelSource
+from pipeline.plan import Plan
+from pipeline.stages.context import Context, sampled
+from pipeline.stages.measurement_store import FORMAT, MeasurementStore, request_key, texts_key
+from pipeline.storage import digest_of
+from pipeline.workers import Asked, Measured
+from pmet.evaluation import (
+    Continuation,
+    Score,
+    TextScore,
+    add_consistency,
+    add_texts,
+    beginnings,
+    continuations_of,
+    figures_of,
+    total,
+)
+from pmet.request import EditRequest
+
+LARGEST_PART = 512
+"""Prompts that are sent to a worker together."""
+BLOCK = 8192
+"""Requests that are in memory at a time."""
+TEXTS_TOGETHER = 32
+_LARGEST_EXPONENT = 700.0
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model was found to say.
+
+    Attributes:
+        rows: figures, greedy answer and written text by input row, for the measured requests.
+        texts: scores of held-out texts; empty without a corpus.
+    """
+
+    rows: dict[int, dict[str, Any]]
+    texts: list[TextScore]
+
+    @property
+    def perplexity(self) -> float | None:
+        """On the held-out texts; None without any. A ruined model's may be NaN or infinite."""
+        count = sum(len(text.greedy) for text in self.texts)
+        if not count:
+            return None
+        mean = total([text.nll for text in self.texts]) / count
+        return math.inf if mean >= _LARGEST_EXPONENT else math.exp(mean)
+
+    def agreed(self, other: Measurement) -> tuple[list[int], list[int]]:
+        """By held-out text, at how many places two models have the same likeliest token, and at how
+        many they were asked.
+        """
+        agreed = [text.agreed(theirs) for text, theirs in zip(self.texts, other.texts, strict=True)]
+        return agreed, [len(text.greedy) for text in self.texts]
+
+
+def measure(run: Context, name: str, source: ModelSource) -> Measurement:
+    """Score the sampled requests on a model, and held-out texts where there is a corpus."""
+    plan = run.plan
+    how, asked = How.of(plan.job.evaluate, plan.job.seed), _asked(plan)
+    record = run.folder.recorded(f"measured-{name}")
+    if record is not None and record.get("asked") == asked:
+        texts = [TextScore(**text) for text in record["texts"]]
+        return Measurement({int(r): v for r, v in record["rows"].items()}, texts)
+    table, chosen = plan.table, sampled(plan)
+    # The base says the same every time.
+    kept = MeasurementStore.of(plan) if source == plan.base else None
+    keys = {} if kept is None else {i: request_key(table.requests[i], how) for i in chosen}
+    of_texts = texts_key(plan)
+    said = {} if kept is None else kept.read({*keys.values(), of_texts})
+    rows = {table.rows[i]: said[keys[i]] for i in keys if keys[i] in said}
+    todo = [i for i in chosen if table.rows[i] not in rows]
+    with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
+        if kept is not None:
+            detail["stored"] = len(rows)
+        bar.skip(len(rows))
+        for i, figures in _measure_requests(run, name, (source, how), todo, bar.advance):
+            rows[table.rows[i]] = figures
+        stored = said.get(of_texts)
+        if stored is None:
+            texts = _score_texts(run, name, source)
+        else:
+            texts = [TextScore(**text) for text in stored]
+    if kept is not None:
+        new = {keys[i]: rows[table.rows[i]] for i in todo}
+        kept.write(new if stored else new | {of_texts: [asdict(text) for text in texts]})
+    if how.writing_seed is not None:
+        places = dict(zip(table.rows, range(len(table.rows)), strict=True))
+        add_consistency((rows[r], table.requests[places[r]].reference_texts) for r in sorted(rows))
+    value = {"rows": rows, "texts": [asdict(text) for text in texts], "asked": asked}
+    run.folder.record(f"measured-{name}", value)
+    return Measurement(rows, texts)
+
+
+def _asked(plan: Plan) -> str:
+    """Digest of what a job wants measured; where it has changed, what was measured is stale."""
+    evaluate = plan.job.evaluate.model_dump(include={"sample", "perplexity_texts"})
+    how = How.of(plan.job.evaluate, plan.job.seed)
+    return digest_of([FORMAT, evaluate, asdict(how)])
+
+
+def _measure_requests(
+    run: Context,
+    name: str,
+    model: tuple[ModelSource, How],
+    places: Sequence[int],
+    on_progress: Callable[[int], None],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The place of each request, with its figures and what the model said."""
+    for start in range(0, len(places), BLOCK):
+        block = places[start : start + BLOCK]
+        requests = [run.plan.table.requests[i] for i in block]
+        answers = Answers(parts_of(requests, writing=model[1].writing_seed is not None))
+        tasks = [
+            Task(f"measure {name} {start} {number}", (*model, part))
+            for number, part in enumerate(answers.parts)
+        ]
+        taking = _Taking(answers, {task.key: i for i, task in enumerate(tasks)}, len(block))
+        run.crew.map("measure", tasks, partial(taking, on_progress))
+        yield from zip(block, answers.rows(requests), strict=True)
+
+
+class _Taking:
+    """Takes in the answers to tasks, and tells of how many requests that is the share."""
+
+    def __init__(self, answers: Answers, numbers: Mapping[str, int], requests: int) -> None:
+        self._answers, self._numbers, self._requests = answers, numbers, requests
+        self._told = 0
+
+    def __call__(self, on_progress: Callable[[int], None], task: Task, measured: Measured) -> None:
+        self._answers.take(self._numbers[task.key], measured)
+        done = self._requests * self._answers.taken // len(self._answers.parts)
+        on_progress(done - self._told)
+        self._told = done
+
+
+class Answers:
+    """What a model said to the parts of an evaluation, put together.
+
+    Args:
+        parts: what it was asked.
+
+    Attributes:
+        parts: the same.
+        taken: how many of them are answered.
+    """
+
+    def __init__(self, parts: Sequence[Asked]) -> None:
+        self.parts, self.taken = parts, 0
+        self._scored: dict[Continuation, Score] = {}
+        self._said: dict[str, str] = {}
+        self._written: dict[str, str] = {}
+
+    def take(self, number: int, measured: Measured) -> None:
+        """Take in what was said to a part."""
+        part = self.parts[number]
+        self.taken += 1
+        for (prompt, targets), scores in zip(part.prompts, measured.scores, strict=True):
+            for target, score in zip(targets, scores, strict=True):
+                self._scored[prompt, target] = score
+        self._said |= zip(part.answered, measured.answers, strict=True)
+        self._written |= zip(part.written, measured.texts, strict=True)
+
+    def figures(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+        """The figures of each request that are fractions of its prompts."""
+        return [figures_of(request, self._scored) for request in requests]
+
+    def rows(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+        """The figures, greedy answer and written text of each request."""
+        rows = self.figures(requests)
+        for row, request in zip(rows, requests, strict=True):
+            row["answer"] = self._said[request.text]
+        if self._written:
+            add_texts(rows, requests, self._written)
+        return rows
+
+
+def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[Asked]:
+    """What requests ask, in parts of about one size; what several of them ask is there once.
+
+    Prompts that begin alike are in one part. The number of parts is a power of two, which most
+    numbers of workers share out well.
+
+    Args:
+        requests: the requests.
+        writing: whether text is to be written.
+    """
+    targets: dict[str, dict[str, None]] = defaultdict(dict)
+    for request in requests:
+        for prompt, target in continuations_of(request):
+            targets[prompt][target] = None
+    prompts = [(prompt, list(targets[prompt])) for prompt in sorted(targets)]
+    answered = sorted({request.text for request in requests})
+    written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
+    number = 1
+    while number * LARGEST_PART < len(prompts):
+        number *= 2
+    cut = (_cut(list_, number) for list_ in (prompts, answered, written))
+    return [Asked(*part) for part in zip(*cut, strict=True)]
+
+
+def _cut(items: list[_Item], number: int) -> list[list[_Item]]:
+    """Items in ``number`` runs of about one length."""
+    edges = [len(items) * i // number for i in range(number + 1)]
+    return [items[start:stop] for start, stop in pairwise(edges)]
+
+
+def _score_texts(run: Context, name: str, source: ModelSource) -> list[TextScore]:
+    if run.plan.corpus is None:
+        return []
+    sample = held_out(run.plan.corpus.texts, run.plan.job.evaluate.perplexity_texts)
+    parts = {
+        f"texts {name} {i}": sample[i : i + TEXTS_TOGETHER]
+        for i in range(0, len(sample), TEXTS_TOGETHER)
+    }
+    found: dict[str, list[TextScore]] = {}
+    tasks = [Task(key, (source, texts)) for key, texts in parts.items()]
+    run.crew.map("score_texts", tasks, lambda task, scores: found.update({task.key: scores}))
+    return [score for key in parts for score in found[key]]
+
+
+def held_out(texts: Sequence[str], count: int) -> list[str]:
+    """``count`` texts from the whole length of a corpus, or all it has."""
+    return list(texts[:: max(1, len(texts) // count)][:count])

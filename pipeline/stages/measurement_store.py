@@ -1,0 +1,92 @@
+"""What the base says, measured once and kept for later runs.
+
+A run measures the base on the prompts of its requests before it edits them. Night after night most
+of these prompts are the same, and so is the base. A measurement is kept under the digest of the
+model, the dtype, all prompts of the request and how they are asked; the scores of held-out texts
+under that of the corpus. Both are kept in segments (`pipeline.storage.segments`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.evaluation import How
+from pipeline.plan import Plan
+from pipeline.storage import Segments, Store, digest_of, json_text
+from pmet.request import EditRequest
+
+FORMAT = 2
+_KEY, _VALUE = "key", "value"
+# Consistency is worked out anew: it depends on the reference texts of all requests.
+_NOT_ASKED = ("case_id", "reference_texts")
+
+
+@dataclass(frozen=True)
+class MeasurementStore:
+    """The store, for one base model.
+
+    Attributes:
+        store: its folder.
+        segments: those of the model.
+    """
+
+    store: Store
+    segments: Segments
+
+    @classmethod
+    def of(cls, plan: Plan) -> MeasurementStore | None:
+        """The store that a job names; None where it names none."""
+        url = plan.job.evaluate.store
+        if url is None:
+            return None
+        context = {
+            "format": FORMAT,
+            "model": plan.digests["model"],
+            # On a CPU always float32; on a GPU as stored.
+            "on_gpu": plan.base.on_gpu,
+        }
+        store = Store(url)
+        return cls(store, Segments(store, "evaluate.store", context))
+
+    def read(self, keys: Collection[str]) -> dict[str, Any]:
+        """What is kept under some keys, for those of which something is.
+
+        Raises:
+            StorageError: the store cannot be read, or a segment of it is damaged.
+        """
+        names = self.segments.names()
+        if not (names and keys):
+            return {}
+        wanted = pa.array(sorted(keys), pa.string())
+        with self.segments.reading(names):
+            dataset = self.store.dataset(names)
+            table = dataset.to_table([_KEY, _VALUE], filter=pc.field(_KEY).isin(wanted))
+        columns = (table.column(name).to_pylist() for name in (_KEY, _VALUE))
+        return {key: json_text.loads(value) for key, value in zip(*columns, strict=True)}
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Keep values, which JSON has to hold, under their keys.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        if values:
+            texts = [json_text.dumps(value) for value in values.values()]
+            columns = {_KEY: pa.array(values, pa.string()), _VALUE: pa.array(texts, pa.string())}
+            self.segments.write(pa.table(columns))
+
+
+def request_key(request: EditRequest, how: How) -> str:
+    """Digest of all that is measured on a request, and of how."""
+    asked = {k: v for k, v in asdict(request).items() if k not in _NOT_ASKED}
+    return digest_of([asked, asdict(how)])
+
+
+def texts_key(plan: Plan) -> str:
+    """Digest of the texts that perplexity and agreement are measured on."""
+    return digest_of(["texts", plan.digests["corpus"], plan.job.evaluate.perplexity_texts])

@@ -1,0 +1,56 @@
+"""The stage that publishes the edited checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.models import Checkpoint, ModelSource, digest_of_files, model_on_node, publish
+from pipeline.run_folder import CARD, MODEL, PUBLISHED
+from pipeline.stages.context import Context
+from pipeline.zero import LayerReport
+from pmet.delta import Edit, checked
+
+
+def publish_model(run: Context, reports: list[LayerReport]) -> None:
+    """Write the edited checkpoint to ``model/``: the base's files with the edited tensors.
+
+    Without reports these are the base's files as they are.
+    """
+    plan = run.plan
+    if run.folder.recorded(PUBLISHED):
+        return
+    layers = plan.hparams.layers if reports else ()
+    by_tensor = {
+        plan.stored[layer].name: report for layer, report in zip(layers, reports, strict=True)
+    }
+
+    def edited(name: str, base: torch.Tensor) -> torch.Tensor:
+        report = by_tensor[name]
+        with run.store.local_copy(report.file) as path:
+            return checked(name, base, Edit.load(path).deltas[report.parameter])
+
+    run.folder.forget("measured-after", "known-after")
+    digests: dict[str, str] = {}
+    base = plan.checkpoint
+    if not base.folder.is_dir():
+        # Days have passed since it was opened: another run has made room on this disk.
+        base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
+    run.folder.clear_model(base.files())
+    with run.stage("publish", len(base.files())) as (bar, _):
+
+        def on_file(name: str) -> None:
+            run.folder.check()
+            if name != CARD:
+                digests[f"{MODEL}/{name}"] = run.store.sha256(f"{MODEL}/{name}")
+            bar.advance()
+
+        publish(base, by_tensor, edited, run.store, MODEL, on_file=on_file)
+    run.folder.record(PUBLISHED, {"files": digests})
+
+
+def published_model(run: Context) -> ModelSource:
+    """The edited checkpoint, for the workers."""
+    record = run.folder.recorded(PUBLISHED)
+    assert record is not None, "it has been published"
+    files = {n.removeprefix(f"{MODEL}/"): digest for n, digest in record["files"].items()}
+    return ModelSource(run.store.join(MODEL), run.plan.base.on_gpu, digest=digest_of_files(files))

@@ -1,0 +1,334 @@
+"""The stage that finds the targets: shards to workers, files and records to the run folder.
+
+A shard whose worker fails again and again is taken apart until the requests that cause it are
+found (`pipeline.stages.isolation`); its file then holds the others'. Where the job names a store of
+targets, only what it has not is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cluster import Task
+from pipeline.data import Shard, read_targets, targets_table
+from pipeline.errors import NoEditError, StorageError
+from pipeline.progress import Stage
+from pipeline.stages.context import Context, FoundTargets
+from pipeline.stages.isolation import Piece, isolate, most_isolated
+from pipeline.stages.target_store import TargetStore
+from pipeline.stages.update import expect_update
+from pipeline.workers import TargetSummary
+
+FOLDER = "targets"
+_REASONS_NAMED = 3
+WORTH_A_WORKER = 16
+"""Requests: fewer are optimised sooner than another worker is started."""
+
+
+def find_targets(
+    run: Context, templates: list[list[str]], known: frozenset[int] = frozenset()
+) -> FoundTargets:
+    """Targets of all requests, a file a shard; what the run folder has is not computed again.
+
+    Args:
+        run: the run.
+        templates: context templates.
+        known: rows of the input that need no target. They are left out of their shards, which
+            stay cut as they are: what a shard holds follows from the job and its model alone.
+
+    Raises:
+        WorkerError: no worker can start, or more requests fail than may be put aside.
+    """
+    plan = run.plan
+    found, todo, isolated = FoundTargets(known=known), [], 0
+    for shard in plan.target_shards:
+        if record := run.folder.recorded(_record(shard)):
+            _note(found, shard, record)
+            isolated += len(record["isolated"])
+        else:
+            todo.append(shard)
+    with run.stage("targets", len(plan.table.requests)) as (bar, detail):
+        bar.skip(len(plan.table.requests) - sum(map(len, todo)))
+        detail |= {
+            "shards": len(todo),
+            "finished": 0,
+            "reused": len(plan.target_shards) - len(todo),
+        }
+        detail["shared_keys"] = plan.sharing
+        detail |= {"finished": 0, "early": 0, "found": 0, "isolated": isolated}
+        if todo:
+            _Search(run, templates, found, bar, detail).complete(todo)
+    return found
+
+
+def refuse_without_edits(run: Context, found: FoundTargets) -> NoReturn:
+    """End a run in which no request has a target: it would publish the base as it is.
+
+    Records of the targets are dropped: the same run computes them again, once the cause is gone.
+
+    Raises:
+        NoEditError: always, with the most frequent reasons.
+    """
+    wanted = [row for row in run.plan.table.rows if row not in found.known]
+    run.folder.forget(*(_record(shard) for shard in run.plan.target_shards))
+    reasons = Counter(found.failures[row] for row in wanted).most_common(_REASONS_NAMED)
+    named = "; ".join(f"{reason} ({count:,} of {len(wanted):,})" for reason, count in reasons)
+    raise NoEditError(
+        f"no fact was edited: none of {len(wanted):,} requests has a target, and nothing was "
+        f"published. The most frequent reasons: {named}. Check the model, and v_lr and "
+        "clamp_norm_factor in the hyper-parameters; the same command computes the targets again"
+    )
+
+
+@dataclass
+class _Work:
+    """A shard that is not finished: what there is of it, and what is still to come."""
+
+    shard: Shard
+    missing: set[int]
+    stored: int = 0
+    parts: list[TargetSummary] = field(default_factory=list)
+    isolated: dict[int, str] = field(default_factory=dict)
+
+
+class _Search:
+    """Computes the shards that are to be done, and commits each when it is complete."""
+
+    def __init__(
+        self,
+        run: Context,
+        templates: list[list[str]],
+        found: FoundTargets,
+        bar: Stage,
+        detail: dict[str, Any],
+    ) -> None:
+        self._run, self._templates, self._found = run, templates, found
+        self._bar, self._detail = bar, detail
+        self._works: dict[int, _Work] = {}
+        self._kept = TargetStore.of(run.plan, templates)
+        self._start = time.monotonic()
+
+    def complete(self, shards: Sequence[Shard]) -> None:
+        """Find the targets of these shards."""
+        self._works = {s.index: _Work(s, set(range(s.start, s.stop))) for s in shards}
+        self._leave_out_known()
+        if self._kept is not None:
+            self._take_stored(self._kept)
+        pieces = self._pieces()
+        failed = self._compute(pieces) if pieces else {}
+        if failed:
+            _refuse_if_storage_fails(failed)
+            # Workers that nothing has happened to yet.
+            self._run.crew.release()
+            wanted = len(self._run.plan.table.requests) - len(self._found.known)
+            limit = most_isolated(wanted) - self._detail["isolated"]
+            isolate(failed, self._isolating, self._put_aside, limit)
+
+    def _leave_out_known(self) -> None:
+        rows = self._run.plan.table.rows
+        for work in list(self._works.values()):
+            self._settle(work, [p for p in work.missing if rows[p] in self._found.known])
+
+    def _pieces(self) -> list[Piece]:
+        """What is to be computed: shards, and together what several shards have left.
+
+        In a night that changes one fact in a hundred, no shard lacks more than a few targets, and
+        what makes a batch fast is its size.
+        """
+        works = list(self._works.values())
+        most = min(WORTH_A_WORKER, max((len(work.shard) for work in works), default=0))
+        pieces: list[list[_Work]] = []
+        room = 0
+        for work in works:
+            few = len(work.missing) < len(work.shard)
+            if few and len(work.missing) <= room:
+                pieces[-1].append(work)
+                room -= len(work.missing)
+            else:
+                pieces.append([work])
+                room = most - len(work.missing) if few else 0
+        return [self._piece(together) for together in pieces]
+
+    def _piece(self, works: Sequence[_Work]) -> Piece:
+        places = tuple(place for work in works for place in sorted(work.missing))
+        return Piece(tuple(work.shard for work in works), places, self._groups(places))
+
+    def _groups(self, places: Sequence[int]) -> tuple[int, ...]:
+        together = self._run.plan.together
+        return tuple(together[place] for place in places)
+
+    def _take_stored(self, kept: TargetStore) -> None:
+        """Take the targets that earlier runs have found; what is left is to be computed."""
+        self._detail["stored"] = 0
+        table, works = self._run.plan.table, list(self._works.values())
+        keys: dict[int, str] = {}
+        for work in works:
+            places = sorted(work.missing)
+            requests = [table.requests[place] for place in places]
+            keys |= zip(places, kept.keys(requests, self._groups(places)), strict=True)
+        together = self._run.plan.together
+        with kept.lookup(list(keys.values())) as stored:
+            for work in works:
+                # A group is computed whole, or not at all.
+                lacking = {together[p] for p in work.missing if keys[p] not in stored}
+                there = [place for place in sorted(work.missing) if together[place] not in lacking]
+                if there:
+                    rows = [table.rows[place] for place in there]
+                    arrays = stored.arrays([keys[place] for place in there], rows)
+                    self._take_part(work, targets_table(*arrays))
+                    work.stored = len(there)
+                    self._detail["stored"] += len(there)
+                    self._settle(work, there)
+
+    def _take_part(
+        self, work: _Work, table: pa.Table, failures: Mapping[int, str] | None = None
+    ) -> None:
+        file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
+        store = self._run.store
+        store.write_table(file, table)
+        digest = store.sha256(file)
+        work.parts.append(TargetSummary(file, digest, dict(failures or {}), 0, len(table)))
+
+    def _isolating(self, pieces: Sequence[Piece]) -> dict[Piece, str]:
+        return self._compute(pieces, isolating=True)
+
+    def _compute(self, pieces: Sequence[Piece], *, isolating: bool = False) -> dict[Piece, str]:
+        """Compute pieces; returns the reason by piece for those given up."""
+        by_key = {str(piece): piece for piece in pieces}
+        tasks = [
+            Task(key, self._arguments(piece), piece.attempts if isolating else None)
+            for key, piece in by_key.items()
+        ]
+        wanted = sum(len(piece.places) for piece in pieces)
+        if wanted <= WORTH_A_WORKER and not isolating:
+            self._expect_update()
+        failed = self._run.crew.try_all(
+            "find_targets",
+            tasks,
+            lambda task, summary: self._take(by_key[task.key], summary),
+            workers=len(tasks) if isolating else -(-wanted // WORTH_A_WORKER),
+            on_drained=None if isolating else self._expect_update,
+        )
+        return {by_key[f.task.key]: f.reason for f in failed}
+
+    def _expect_update(self) -> None:
+        expect_update(self._run, self._templates)
+
+    def _arguments(self, piece: Piece) -> tuple[Any, ...]:
+        plan = self._run.plan
+        return (
+            plan.target_source,
+            [plan.table.requests[place] for place in piece.places],
+            [plan.table.rows[place] for place in piece.places],
+            plan.hparams,
+            self._templates,
+            plan.job.targets.shared_keys,
+            plan.batch_size,
+            min(1.0, plan.job.targets.gpus_per_worker or 1.0),
+            self._run.store,
+            f"{FOLDER}/{piece.name}",
+        )
+
+    def _take(self, piece: Piece, summary: TargetSummary) -> None:
+        if self._kept is not None:
+            requests = [self._run.plan.table.requests[place] for place in piece.places]
+            found = read_targets(self._run.store.read_table(summary.file))
+            self._kept.write(requests, found, piece.groups)
+        self._detail["early"] += summary.early
+        self._detail["found"] += summary.count
+        rate = self._detail["found"] / (time.monotonic() - self._start)
+        self._bar.note(f"{rate:.3g} targets/s, {self._detail['early']} stopped early")
+        if len(piece.shards) == 1:
+            work = self._works[piece.shards[0].index]
+            work.parts.append(summary)
+            self._settle(work, piece.places)
+        else:
+            self._share_out(piece, summary)
+
+    def _share_out(self, piece: Piece, summary: TargetSummary) -> None:
+        """Give each shard its own of what was computed for several."""
+        table, rows = self._run.store.read_table(summary.file), self._run.plan.table.rows
+        for shard in piece.shards:
+            work = self._works[shard.index]
+            places = [place for place in piece.places if shard.start <= place < shard.stop]
+            own = {rows[place] for place in places}
+            failures = {row: why for row, why in summary.failures.items() if row in own}
+            there = pc.is_in(table.column("row"), pa.array(own, table.column("row").type))
+            self._take_part(work, table.filter(there), failures)
+            self._settle(work, places)
+
+    def _put_aside(self, piece: Piece, reason: str) -> None:
+        (shard,), (place,) = piece.shards, piece.places
+        work = self._works[shard.index]
+        row = self._run.plan.table.rows[place]
+        text = f"whoever computes it fails, also by itself ({reason})"
+        work.isolated[row] = text
+        self._detail["isolated"] += 1
+        self._run.folder.event("isolated", f"row {row}: {text}")
+        self._run.progress.event(f"row {row} is put aside: {text}")
+        self._settle(work, piece.places)
+
+    def _settle(self, work: _Work, places: Sequence[int]) -> None:
+        self._bar.advance(len(places))
+        work.missing -= set(places)
+        if not work.missing:
+            self._commit(self._works.pop(work.shard.index))
+
+    def _commit(self, work: _Work) -> None:
+        failures = {row: why for part in work.parts for row, why in part.failures.items()}
+        if len(work.parts) != 1:
+            merged = self._merged(work)
+            work.parts.clear()
+            self._take_part(work, merged)
+        (whole,) = work.parts
+        record = {
+            "file": whole.file,
+            "sha256": whole.sha256,
+            "rows": whole.count,
+            "stored": work.stored,
+            "failures": {str(row): why for row, why in (failures | work.isolated).items()},
+            "isolated": sorted(work.isolated),
+        }
+        self._run.folder.record(_record(work.shard), record)
+        self._detail["finished"] += 1
+        self._bar.shard(work.shard.name)
+        _note(self._found, work.shard, record)
+
+    def _merged(self, work: _Work) -> pa.Table:
+        """The targets of a shard that came in parts, in the order of its requests."""
+        width = self._run.plan.layout.value_width
+        tables = [self._run.store.read_table(part.file) for part in work.parts]
+        tables.append(targets_table([], np.empty((0, width), np.float32), [], []))
+        table = pa.concat_tables(tables)
+        shard = work.shard
+        order = {
+            row: i for i, row in enumerate(self._run.plan.table.rows[shard.start : shard.stop])
+        }
+        rows = table.column("row").to_pylist()
+        places = sorted(range(len(rows)), key=lambda i: order[rows[i]])
+        return table.take(pa.array(places, pa.int64()))
+
+
+def _refuse_if_storage_fails(failed: Mapping[Piece, str]) -> None:
+    """A storage that fails three times is no fault of a request: there is nobody to look for."""
+    for piece, reason in failed.items():
+        if reason.startswith(f"{StorageError.__name__}: "):
+            raise StorageError(f"{piece} cannot be finished: {reason}")
+
+
+def _record(shard: Shard) -> str:
+    return f"targets-{shard.name}"
+
+
+def _note(found: FoundTargets, shard: Shard, record: dict[str, Any]) -> None:
+    found.files[shard.index] = record["file"]
+    found.failures |= {int(row): reason for row, reason in record["failures"].items()}

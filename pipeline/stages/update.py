@@ -1,0 +1,156 @@
+"""The stage that edits the layers: one batched update on partitioned weights, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from pipeline.data import Shard
+from pipeline.errors import NoRoomError, WorkerError
+from pipeline.plan import Plan
+from pipeline.progress import Stage
+from pipeline.remedies import MEMORY_OF_RANKS, remedy
+from pipeline.run_folder import PUBLISHED
+from pipeline.stages.context import Context, FoundTargets
+from pipeline.stages.second_moments import moments_url
+from pipeline.zero import LayerReport, UpdateJob, UpdateRank, UpdateShard
+
+UPDATE_ATTEMPTS = 3
+SHARDS_SENT = 8
+
+
+def check_ranks(run: Context) -> None:
+    """Wait for the nodes that the update needs, if there is one to come.
+
+    Raises:
+        NoRoomError: the cluster was not large enough in time; nothing has been computed.
+    """
+    if not all(run.folder.recorded(f"layer-{layer}") for layer in run.plan.hparams.layers):
+        run.crew.check_ranks()
+
+
+def update_layers(
+    run: Context, templates: list[list[str]], found: FoundTargets
+) -> list[LayerReport]:
+    """Edit all layers in one batched update on partitioned weights; replace a group that is lost.
+
+    Returns:
+        A report a layer; none if no request is left to edit.
+    """
+    if not found.edited(run.plan.table.rows):
+        return []
+    layers = run.plan.hparams.layers
+    done: list[LayerReport] = []
+    while len(done) < len(layers):
+        record = run.folder.recorded(f"layer-{layers[len(done)]}")
+        names = [field.name for field in dataclasses.fields(LayerReport)]
+        # What was not checked to be finite when it was recorded is computed again.
+        if record is None or not record.keys() >= set(names):
+            break
+        done.append(LayerReport(**{name: record[name] for name in names}))
+    if len(done) < len(layers):
+        later = [f"layer-{layer}" for layer in layers[len(done) :]]
+        run.folder.forget(*later, PUBLISHED, "measured-after", "known-after")
+        with run.stage("update", len(layers)) as (bar, detail):
+            bar.skip(len(done))
+            detail |= {"ranks": run.crew.ranks, "reused": len(done)}
+            _edit_layers_with_retries(run, templates, found, done, bar)
+    run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
+    run.folder.write()
+    return done
+
+
+def expect_update(run: Context, templates: list[list[str]]) -> None:
+    """Let the ranks of the update start while the workers end their work, if there is room."""
+    run.crew.expect_ranks(UpdateRank, (_update_job(run, templates),))
+
+
+def _edit_layers_with_retries(
+    run: Context,
+    templates: list[list[str]],
+    found: FoundTargets,
+    done: list[LayerReport],
+    bar: Stage,
+) -> None:
+    for attempt in range(1, UPDATE_ATTEMPTS + 1):
+        try:
+            _edit_layers(run, templates, found, done, bar)
+        except NoRoomError:
+            raise
+        except WorkerError as error:
+            if attempt == UPDATE_ATTEMPTS:
+                raise WorkerError(
+                    f"the update failed {attempt} times; the last time {error}. What was finished "
+                    f"is kept: {remedy(str(error), MEMORY_OF_RANKS)}",
+                    cause_text=error.cause_text,
+                ) from error
+            run.folder.event("retry", f"update group, attempt {attempt}: {error}")
+            run.progress.event(f"the update group is started again: {error}")
+        else:
+            return
+
+
+def _edit_layers(
+    run: Context,
+    templates: list[list[str]],
+    found: FoundTargets,
+    done: list[LayerReport],
+    bar: Stage,
+) -> None:
+    """Update the layers that are not done yet, with a new group of ranks."""
+    plan, ranks = run.plan, run.crew.ranks
+    with run.crew.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
+        # In pieces: the requests of a large job are never all in one message.
+        for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
+            piece = plan.update_shards[start : start + ranks * SHARDS_SENT]
+            shards = [_update_shard(plan, shard, found) for shard in piece]
+            shards = [shard for shard in shards if shard.requests]
+            group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
+        for index, report in enumerate(done):
+            group.call_all("redo_layer", index, report.file)
+        for index, layer in enumerate(plan.hparams.layers[len(done) :], start=len(done)):
+            report = group.call_all("edit_layer", index)[0]
+            run.folder.record(f"layer-{layer}", dataclasses.asdict(report))
+            done.append(report)
+            bar.advance()
+
+
+def _update_job(run: Context, templates: list[list[str]]) -> UpdateJob:
+    plan = run.plan
+    return UpdateJob(
+        model=plan.base.folder,
+        model_digest=plan.base.digest,
+        hparams=plan.hparams,
+        templates=templates,
+        second_moments=moments_url(run),
+        run=run.store,
+        device="cuda" if plan.job.update.gpus_per_rank else "cpu",
+        dtype=_rank_dtype(plan),
+        stored={layer: tensor.dtype for layer, tensor in plan.stored.items()},
+        offload=plan.job.update.offload,
+    )
+
+
+def _rank_dtype(plan: Plan) -> torch.dtype:
+    """As stored on a GPU; float32 on a CPU, where 16-bit arithmetic is slow and coarse."""
+    if not plan.job.update.gpus_per_rank:
+        return torch.float32
+    return plan.stored[plan.hparams.target_layer].dtype
+
+
+def _update_shard(plan: Plan, shard: Shard, found: FoundTargets) -> UpdateShard:
+    table = plan.table
+    edited = set(found.edited(table.rows[shard.start : shard.stop]))
+    kept = [i for i in range(shard.start, shard.stop) if table.rows[i] in edited]
+    overlapping = [
+        other
+        for other in plan.target_shards
+        if other.start < shard.stop and other.stop > shard.start
+    ]
+    return UpdateShard(
+        name=shard.name,
+        requests=[table.requests[i] for i in kept],
+        rows=[table.rows[i] for i in kept],
+        files=[found.files[other.index] for other in overlapping],
+    )

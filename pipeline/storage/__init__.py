@@ -1,0 +1,5 @@
+"""Files, local and remote: stores on fsspec, retries, Parquet in pieces, checks on output paths."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

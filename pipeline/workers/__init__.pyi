@@ -1,0 +1,11 @@
+from .ray_executor import Crew as Crew
+from .serial_executor import SerialCrew as SerialCrew
+from .sizes import WORTH_A_GPU as WORTH_A_GPU
+from .sizes import local_sizes as local_sizes
+from .sizes import stored_bytes as stored_bytes
+from .sizes import worth as worth
+from .worker import Asked as Asked
+from .worker import Measured as Measured
+from .worker import Replica as Replica
+from .worker import TargetSummary as TargetSummary
+from .worker import ask as ask

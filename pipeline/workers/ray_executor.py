@@ -1,0 +1,235 @@
+"""Who computes: the Ray session of a run, how many workers and ranks it has, and its pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.cluster import (
+    EventKind,
+    FailedTask,
+    RankGroup,
+    Task,
+    WorkerPool,
+    cpus_free,
+    default_workers,
+    deferred,
+    ranks_of,
+    ray_session,
+    room_for_workers,
+    run_all,
+    wait_for_nodes,
+    workers_of,
+)
+from pipeline.plan import Plan
+from pipeline.workers.sizes import WORTH_A_GPU, local_sizes, worth
+from pipeline.workers.worker import Replica
+
+
+class Crew:
+    """The workers and ranks of one run; use it as a context manager.
+
+    Ray and the pool are started when they are first needed: a run that finds all its work done
+    starts nothing. The pool is released when others need its GPUs. Ranks take a while to start:
+    where they have CPUs of their own, they do so while the workers are at their last shards.
+
+    Args:
+        plan: the run's plan.
+        address: Ray cluster to run on; one is started on this machine if None.
+        on_event: told about retries and deaths.
+
+    Attributes:
+        threads: threads of each worker and rank.
+    """
+
+    def __init__(
+        self, plan: Plan, address: str | None, on_event: Callable[[EventKind, str], None]
+    ) -> None:
+        self._plan, self._address, self._on_event = plan, address, on_event
+        self._stack = ExitStack()
+        self._pool: WorkerPool | None = None
+        self._early: RankGroup | None = None
+        self._size: tuple[int, int] | None = None
+        # Whether there are to be as many workers as the cluster holds, also when it grows.
+        self._elastic = False
+        self._leaving: Future[None] | None = None
+        self.threads = local_sizes(plan)[2]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with deferred():
+            if self._leaving is None:
+                self._leave()
+            else:
+                self._leaving.result()
+
+    def dismiss(self) -> None:
+        """End workers and ranks, and leave the cluster, while the caller goes on with other things.
+
+        Nobody can be asked to do anything afterwards; the end of the ``with`` block waits for it.
+        """
+        assert self._leaving is None, "the crew has been dismissed"
+        thread = ThreadPoolExecutor(1, "dismissal")
+        self._leaving = thread.submit(self._leave)
+        thread.shutdown(wait=False)
+
+    def _leave(self) -> None:
+        self._dismiss_ranks()
+        self.release()
+        self._stack.close()
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the update group."""
+        return self._sized()[1]
+
+    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        """Run a stage's tasks on the workers; ``take`` gets each result in this process.
+
+        Raises:
+            WorkerError: a task was given up; the message has its root cause.
+        """
+        run_all(self._started_pool(), method, tasks, take)
+
+    def try_all(
+        self,
+        method: str,
+        tasks: Sequence[Task],
+        take: Callable[[Task, Any], None],
+        *,
+        workers: int | None = None,
+        on_drained: Callable[[], None] | None = None,
+    ) -> list[FailedTask]:
+        """The same, but for what was given up, which is returned; see `Pool.run`."""
+        pool = self._started_pool()
+        return pool.run(method, tasks, take, workers=workers, on_drained=on_drained)
+
+    def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
+        """Run a single task and return its result."""
+        results: list[Any] = []
+        self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
+        return results[0]
+
+    def check_ranks(self) -> None:
+        """Wait for the nodes that the ranks need, before anything else is computed.
+
+        Raises:
+            NoRoomError: the cluster was not large enough in time.
+        """
+        ranks = self._sized()[1]
+        wait_for_nodes(replace(ranks_of(self._plan.job), count=ranks), self._say_waiting)
+
+    def _say_waiting(self, text: str) -> None:
+        self._on_event("waiting", text)
+
+    def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
+        """Start the ranks now if nobody else wants their place; ``take_ranks`` waits for them."""
+        if self._early is not None or self._plan.job.update.gpus_per_rank:
+            return
+        # Workers that have not come yet go first: ranks in their place would wait for them.
+        awaited = self._started_pool().absent * self.threads
+        if cpus_free() >= self.ranks + awaited:
+            self._early = self._new_ranks(factory, init_args, wait=False)
+
+    def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> RankGroup:
+        """The ranks, to be closed by the caller: those that are expected, or new ones.
+
+        Workers end where the ranks need what they hold: GPUs, or the last free CPUs. A cluster
+        that has lost a machine may have room for either, though it had room for both.
+
+        Raises:
+            InputError, NumericalError, WorkerError: as `RankGroup`.
+        """
+        if self._early is not None:
+            group, self._early = self._early, None
+            return group
+        update = self._plan.job.update
+        if self._pool is not None and (update.gpus_per_rank or cpus_free() < self.ranks):
+            self.release()
+        return self._new_ranks(factory, init_args, wait=True)
+
+    def _new_ranks(self, factory: type, init_args: tuple[Any, ...], *, wait: bool) -> RankGroup:
+        return RankGroup(
+            factory,
+            ranks=self.ranks,
+            init_args=init_args,
+            num_gpus=self._plan.job.update.gpus_per_rank,
+            threads=self.threads,
+            on_event=self._on_event,
+            wait=wait,
+        )
+
+    def _dismiss_ranks(self) -> None:
+        if self._early is not None:
+            self._early.close()
+            self._early = None
+
+    def _on_pool_event(self, kind: EventKind, text: str) -> None:
+        if kind in ("death", "start-failure"):
+            # Whoever takes the place of the lost worker may need theirs.
+            self._dismiss_ranks()
+        self._on_event(kind, text)
+
+    def release(self) -> None:
+        """End the workers; the next stage that needs them starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _sized(self) -> tuple[int, int]:
+        """Numbers of workers and ranks; joins the cluster, which ``auto`` asks for its size."""
+        if self._size is None:
+            targets, update = self._plan.job.targets, self._plan.job.update
+            workers, ranks, _ = local_sizes(self._plan)
+            # Logical CPUs of a cluster started here: room for all that was asked for, so that a
+            # small machine runs what a large one would, and ranks need not wait for workers.
+            session = ray_session(
+                self._address,
+                num_cpus=workers * self.threads + ranks,
+                say=partial(self._on_event, "note"),
+            )
+            own = self._stack.enter_context(session)
+            self._elastic = targets.workers == "auto" and (not own or targets.gpus_per_worker > 0)
+            wanted = workers_of(self._plan.job)
+            if wanted.count and not room_for_workers(wanted.gpus, cpus_per_worker=wanted.cpus):
+                wait_for_nodes(wanted, self._say_waiting)
+            if self._elastic:
+                workers = default_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
+            if update.ranks == "auto" and update.gpus_per_rank:
+                ranks = min(default_workers(1), worth(self._plan, WORTH_A_GPU))
+            self._size = (workers, ranks)
+        return self._size
+
+    def _room(self) -> int:
+        """Workers that the cluster holds by now."""
+        targets = self._plan.job.targets
+        found = room_for_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
+        return min(found, len(self._plan.target_shards))
+
+    def _started_pool(self) -> WorkerPool:
+        if self._pool is None:
+            count = min(self._sized()[0], len(self._plan.target_shards))
+            self._pool = WorkerPool(
+                Replica,
+                count=count,
+                grown=self._room if self._elastic else None,
+                init_args=(self._plan.base,),
+                num_cpus=self.threads,
+                num_gpus=self._plan.job.targets.gpus_per_worker,
+                threads=self.threads,
+                task_timeout_s=self._plan.job.targets.timeout,
+                on_event=self._on_pool_event,
+            )
+        return self._pool

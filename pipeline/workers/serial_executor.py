@@ -1,0 +1,170 @@
+"""A run's workers and ranks without Ray: one replica and one rank, in this process, in turn.
+
+The stages, their retries and the isolation of rows are those of `pipeline.workers.ray_executor`.
+What only another process can offer is missing: a task that never ends or kills its process ends the
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.cluster import (
+    FailedTask,
+    OnEvent,
+    OnResult,
+    SerialPool,
+    Task,
+    cause_here,
+    full_text,
+    limit_threads,
+    run_all,
+)
+from pipeline.errors import WorkerError
+from pipeline.plan import Plan
+from pipeline.workers.sizes import local_sizes
+from pipeline.workers.worker import Replica
+from pmet.errors import InputError, NumericalError
+
+
+class SerialCrew:
+    """Computes all stages of one run in this process; use it as a context manager.
+
+    Inside the ``with`` block torch computes with as many threads as a worker has, so that results
+    are the same to the bit. The replica and the rank are never in memory together.
+
+    Args:
+        plan: the run's plan.
+        on_event: called with what went wrong: retries and failures.
+    """
+
+    ranks = 1
+
+    def __init__(self, plan: Plan, on_event: OnEvent) -> None:
+        self._plan, self._on_event = plan, on_event
+        self._pool: SerialPool | None = None
+        self._threads_before: int | None = None
+
+    def __enter__(self) -> Self:
+        self._threads_before = limit_threads(local_sizes(self._plan)[2])
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Let the model go and give torch its threads back; a second call does nothing."""
+        self.release()
+        limit_threads(self._threads_before)
+        self._threads_before = None
+
+    def release(self) -> None:
+        """Let the model go; the next stage that needs it opens it again."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def map(self, method: str, tasks: Sequence[Task], take: OnResult) -> None:
+        """Run a stage's tasks one after the other; see `pipeline.workers.ray_executor.Crew.map`."""
+        run_all(self._started_pool(), method, tasks, take)
+
+    def try_all(
+        self,
+        method: str,
+        tasks: Sequence[Task],
+        take: OnResult,
+        *,
+        workers: int | None = None,
+        on_drained: Callable[[], None] | None = None,
+    ) -> list[FailedTask]:
+        """Run a stage's tasks and return those given up; see `pipeline.cluster.pool.Pool.run`."""
+        pool = self._started_pool()
+        return pool.run(method, tasks, take, workers=workers, on_drained=on_drained)
+
+    def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
+        """Run a single task and return its result."""
+        results: list[Any] = []
+        self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
+        return results[0]
+
+    def check_ranks(self) -> None:
+        """Do nothing: the rank needs no node of a cluster."""
+
+    def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
+        """Do nothing: the rank cannot start while this process computes targets."""
+
+    def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> SerialRank:
+        """The one rank, to be closed by the caller; the replica is let go first.
+
+        Raises:
+            InputError, NumericalError, WorkerError: as `SerialRank`.
+        """
+        self.release()
+        return SerialRank(factory, init_args)
+
+    def _started_pool(self) -> SerialPool:
+        if self._pool is None:
+            self._pool = SerialPool(Replica, init_args=(self._plan.base,), on_event=self._on_event)
+        return self._pool
+
+
+class SerialRank:
+    """A group of one rank in this process, with the calls and errors of `RankGroup`.
+
+    Args:
+        factory: class of what the rank holds; called as ``factory(None, *init_args)``.
+        init_args: further arguments of the factory.
+
+    Raises:
+        InputError, NumericalError: raised by the factory.
+        WorkerError: the factory failed otherwise.
+    """
+
+    def __init__(self, factory: type, init_args: tuple[Any, ...]) -> None:
+        self._held: Any = self._run("start", lambda: factory(None, *init_args))
+
+    def call_all(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of the rank; see `call_each`."""
+        return self.call_each(method, [args])
+
+    def call_each(self, method: str, args_by_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of the rank with the only tuple of arguments.
+
+        Raises:
+            InputError, NumericalError: as raised by the method.
+            WorkerError: the method failed otherwise.
+        """
+        (args,) = args_by_rank
+        return [self._run(method, lambda: getattr(self._held, method)(*args))]
+
+    def close(self) -> None:
+        """Let the rank and its model go."""
+        self._held = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, doing: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (InputError, NumericalError):
+            raise
+        except Exception as error:
+            raise WorkerError(
+                f"the update failed in {doing}: {cause_here(error)}", cause_text=full_text(error)
+            ) from error

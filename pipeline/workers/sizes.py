@@ -1,0 +1,41 @@
+"""How many workers and ranks a job has, and how many fit; no cluster is asked."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+WORTH_A_GPU = 2 << 30
+"""Stored bytes of weights that are worth a rank on a GPU."""
+_WORTH_A_RANK = 128 << 20  # the same on CPUs
+_MOST_CPU_RANKS = 4
+
+
+def local_sizes(plan: Plan) -> tuple[int, int, int]:
+    """Workers, ranks, and threads of each, of a run on this machine's CPUs."""
+    targets, update, cores = plan.job.targets, plan.job.update, os.cpu_count() or 1
+    # One thread unless told otherwise: the number of threads decides how sums are split, and a
+    # default that follows the machine would let the machine decide the last bits.
+    threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
+    if targets.workers == 0:
+        return 1, 1, threads
+    workers = max(1, cores // threads) if targets.workers == "auto" else targets.workers
+    most = min(cores, _MOST_CPU_RANKS)
+    ranks = min(most, worth(plan, _WORTH_A_RANK)) if update.ranks == "auto" else update.ranks
+    return workers, ranks, threads
+
+
+def worth(plan: Plan, each: int) -> int:
+    """Ranks that a model is worth if each has so many bytes of the stored weights.
+
+    A rank takes seconds to start, and all of them talk to each other at every layer.
+    """
+    return -(-stored_bytes(plan) // each)
+
+
+def stored_bytes(plan: Plan) -> int:
+    """Of the model's weights, as the checkpoint has them."""
+    return sum(tensor.size for tensor in plan.checkpoint.tensors.values())

@@ -1,0 +1,206 @@
+"""A worker: one replica of a model, and the stages that need it.
+
+Each method is a stage's work on one shard: what comes in is decided by the job, what goes out does
+not depend on who computes it. It runs in a Ray actor or in this process alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors.torch import save
+
+from pipeline.cluster import tell_gpu_memory
+from pipeline.data import targets_table
+from pipeline.evaluation import How
+from pipeline.models import ModelSource
+from pipeline.second_moments import StoredFile
+from pipeline.storage import Store
+from pmet.errors import NotFiniteError
+from pmet.evaluation import (
+    Prompts,
+    Score,
+    TextScore,
+    answers,
+    metrics,
+    score_continuations,
+    write_on,
+)
+from pmet.hparams import PMETHyperParams
+from pmet.model import ContextTemplates, contexts, resolve
+from pmet.request import EditRequest, SharedKeys
+from pmet.targets import compute_targets, room_beside
+from pmet.update import second_moments
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    """What became of a shard of targets; the targets themselves are in its file.
+
+    Attributes:
+        file: in the run folder.
+        sha256: of the file.
+        failures: reason by row of the input, for requests that have no target.
+        early: requests that stopped before the last evaluation.
+        count: requests in the shard.
+    """
+
+    file: str
+    sha256: str
+    failures: dict[int, str]
+    early: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A part of an evaluation.
+
+    Attributes:
+        prompts: each prompt with the targets that are to be scored after it.
+        answered: texts whose greedy answers are wanted.
+        written: texts that the model is to go on from.
+    """
+
+    prompts: list[tuple[str, list[str]]]
+    answered: list[str]
+    written: list[str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model says to a part of an evaluation, in the same order."""
+
+    scores: list[list[Score]]
+    answers: list[str]
+    texts: list[str]
+
+
+def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
+    """Ask an open model a part of an evaluation."""
+    prompts = Prompts(tokenizer, how.chat_template)
+    pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
+    scored = score_continuations(model, prompts, pairs)
+    seed = how.writing_seed
+    return Measured(
+        [[scored[prompt, t] for t in targets] for prompt, targets in asked.prompts],
+        answers(model, tokenizer, asked.answered, chat_template=how.chat_template),
+        [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
+    )
+
+
+class Replica:
+    """Holds one model at a time, and computes shards with it."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._source: ModelSource | None = None
+        self._use(source)
+
+    def _use(self, source: ModelSource) -> None:
+        if source != self._source:
+            self._model = self._tokenizer = None
+            self._model, self._tokenizer = source.open()
+            self._source = source
+
+    def write_templates(self, seed: int) -> list[list[str]]:
+        """Let the model write its context templates."""
+        return contexts.generate(self._model, self._tokenizer, seed=seed)
+
+    def sum_second_moments(
+        self,
+        source: ModelSource,
+        sequences: Sequence[Sequence[int]],
+        hparams: PMETHyperParams,
+        output: Store,
+        name: str,
+    ) -> list[StoredFile]:
+        """Sum k kᵀ over a part of a corpus; each layer's sum becomes a file of ``output``.
+
+        Returns:
+            The files in the order of the layers; their names begin with ``name``, and no other
+            attempt at the part uses them.
+        """
+        self._use(source)
+        moments = second_moments.measure_tokens(self._model, sequences, hparams)
+        attempt, files = uuid4().hex, []
+        for layer, total_KK in moments.sums.items():
+            if not torch.stack(total_KK.aminmax()).isfinite().all():
+                raise NotFiniteError(
+                    f"the second moment of layer {layer} is not finite over {name}: keys of the "
+                    "model overflow there"
+                )
+            file = f"{name}-{layer}-{attempt}.safetensors"
+            output.write_bytes(file, save({"sum": total_KK.cpu()}))
+            files.append(StoredFile(file, output.sha256(file)))
+        return files
+
+    def find_targets(
+        self,
+        source: ModelSource,
+        requests: Sequence[EditRequest],
+        rows: Sequence[int],
+        hparams: PMETHyperParams,
+        templates: ContextTemplates,
+        shared_keys: SharedKeys,
+        batch_size: int | None,
+        share: float,
+        output: Store,
+        name: str,
+    ) -> TargetSummary:
+        """Optimise the targets of a shard and write them to a file of ``output``.
+
+        Its name begins with ``name``, and no other attempt at the shard uses it.
+        Without a ``batch_size`` it follows from the worker's ``share`` of the free memory.
+        """
+        self._use(source)
+        layout = resolve(self._model, hparams)
+        found = compute_targets(
+            self._model,
+            self._tokenizer,
+            requests,
+            hparams,
+            context_templates=templates,
+            shared_keys=shared_keys,
+            batch_size=batch_size,
+            memory=int(room_beside(self._model, layout, hparams.target_layer) * share),
+        )
+        first = found.first_losses
+        table = targets_table(
+            list(rows),
+            found.values.numpy(),
+            found.steps.numpy(),
+            found.losses.numpy(),
+            None if first is None else first.numpy(),
+        )
+        file = f"{name}-{uuid4().hex}.parquet"
+        output.write_table(file, table)
+        if source.on_gpu:
+            tell_gpu_memory("targets")
+        return TargetSummary(
+            file=file,
+            sha256=output.sha256(file),
+            failures={rows[i]: reason for i, reason in found.failures.items()},
+            early=int((found.steps < hparams.v_num_grad_steps).sum()),
+            count=len(found),
+        )
+
+    def measure(self, source: ModelSource, how: How, asked: Asked) -> Measured:
+        """Ask a model a part of an evaluation; it is opened if it is another one."""
+        self._use(source)
+        return ask(self._model, self._tokenizer, how, asked)
+
+    def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
+        """Tell which requests of a shard a model already answers with their target."""
+        self._use(source)
+        return metrics.knows(self._model, self._tokenizer, requests)
+
+    def score_texts(self, source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
+        """Score ordinary texts on a model: −log p, and the likeliest token at every place."""
+        self._use(source)
+        return metrics.score_texts(self._model, self._tokenizer, texts)

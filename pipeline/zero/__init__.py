@@ -1,0 +1,5 @@
+"""Weights that DeepSpeed ZeRO-3 partitions: slices, loading, collectives, and a rank's update."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+from .rank import LayerReport as LayerReport
+from .rank import UpdateJob as UpdateJob
+from .rank import UpdateRank as UpdateRank
+from .rank import UpdateShard as UpdateShard
+from .slices import deepspeed as deepspeed

@@ -1,0 +1,135 @@
+"""Opening a checkpoint with its weights partitioned by DeepSpeed ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.errors import ModelError
+from pipeline.models import NO_CODE, Checkpoint, StoredTensor, check_values, skeleton_with_buffers
+from pipeline.zero.collectives import share_of_rows
+from pipeline.zero.slices import deepspeed, own_values, owned_slice
+
+Offload = Literal["none", "cpu"]
+
+_PIECE = 1 << 22  # elements that are read at a time
+
+
+def load_partitioned(
+    model_path: str, *, dtype: torch.dtype, offload: Offload = "none"
+) -> tuple[torch.nn.Module, Any]:
+    """Open a checkpoint with its weights spread over all ranks.
+
+    Each rank reads its slices from the files, and nothing else of them. Where the files hold
+    weights in another form than the model (experts that are fused while loading, say), transformers
+    opens them: rank 0 then reads whole files.
+
+    Args:
+        model_path: folder of a Hugging Face causal language model.
+        dtype: of the weights: float32, bfloat16 or float16.
+        offload: where slices wait: ``none`` for the device, ``cpu`` for main memory.
+
+    Returns:
+        The module, in evaluation mode, and DeepSpeed's engine around it.
+
+    Raises:
+        ModelError: the checkpoint cannot be opened, or what this rank reads of it is not finite.
+        ValueError: a dtype or an offload that is not supported.
+    """
+    config = zero_config(dtype, offload)
+    checkpoint = Checkpoint.open(model_path)
+    module, places = skeleton_with_buffers(checkpoint, dtype)
+    if all(places.values()):
+        _read_slices(module, places, checkpoint, deepspeed().zero.Init(config_dict_or_path=config))
+        return module, deepspeed().initialize(model=module, config=config)[0]
+    return _load_with_transformers(model_path, dtype, config)
+
+
+def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]:
+    """DeepSpeed's configuration for holding weights and running them forward.
+
+    Raises:
+        ValueError: a dtype or an offload that is not supported.
+    """
+    if offload not in ("none", "cpu"):
+        raise ValueError(f"offload {offload!r} is not supported; use 'none' or 'cpu'")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{dtype} weights are not supported; use float32, bfloat16 or float16")
+    # DeepSpeed's own linear function saves memory in training only, and rounds differently from
+    # torch's: without it a partitioned model computes the same bits as a whole one.
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "memory_efficient_linear": False,
+        # A pass uses a weight once. By default modules stay gathered while some would be needed
+        # again soon, up to a thousand million parameters on every rank.
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    if offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        # Without these the weights silently become float32, whatever the loader is told.
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+
+
+def _read_slices(
+    module: nn.Module,
+    places: Mapping[nn.Parameter, StoredTensor | None],
+    checkpoint: Checkpoint,
+    zero: Any,
+) -> None:
+    """Partition the parameters of a skeleton; each rank reads what it keeps."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter, stored in places.items():
+        assert stored is not None
+        # On the CPU memory is taken only where something is written, which is this rank's slice.
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=zero.local_device)
+        share = share_of_rows(whole.numel(), rank, ranks)
+        own = whole.view(-1)[share]
+        for piece in range(0, len(own), _PIECE):
+            values = torch.empty(min(_PIECE, len(own) - piece), dtype=own.dtype)
+            checkpoint.read_elements(stored, share.start + piece, values)
+            check_values(str(checkpoint.folder), stored.name, values)
+            own[piece : piece + len(values)] = values
+        made[parameter] = partitioned = nn.Parameter(whole)
+        zero._convert_to_deepspeed_param(partitioned)
+        partitioned.partition()  # type: ignore[attr-defined]
+        assert owned_slice(partitioned) == (share.start, share.stop), (
+            "DeepSpeed cuts parameters into other slices than these"
+        )
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(owner, name, made[parameter])
+
+
+def _load_with_transformers(
+    model_path: str, dtype: torch.dtype, config: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """As `load_partitioned`, of files that rank 0 reads whole."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers keeps a weak reference: as long as this one lives, what it opens is partitioned.
+    switch = HfDeepSpeedConfig(config)
+    try:
+        # Safetensors only, as everywhere: pickle can run code.
+        module = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
+        ).eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot open the model at {model_path}: {error}") from error
+    finally:
+        del switch
+    engine = deepspeed().initialize(model=module, config=config)[0]
+    for name, parameter in module.named_parameters():
+        check_values(model_path, name, own_values(engine, parameter))
+    return module, engine

@@ -1,0 +1,394 @@
+"""The update on partitioned weights: what each rank of the group does, layer by layer.
+
+Every rank holds its slice of all weights and reads the keys and residuals of its own shards. The
+sums are added over ranks; each rank solves for its rows of Δ, which do not depend on each other.
+Then one rank after the other hands its rows round, each adds what falls into its slice of the
+weight, and rank 0 writes them to the file that the run keeps. So no rank ever holds more than its
+partition, the sums, and the weight that a forward pass gathers.
+
+Shape letters: E requests, K key width, V value width, R rows of one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+import torch
+from torch import nn
+
+from pipeline.cluster import tell_gpu_memory
+from pipeline.data import read_targets
+from pipeline.models import check_loaded, model_on_node, open_causal_lm, open_tokenizer
+from pipeline.second_moments import FactorFile, module_name, read_moments
+from pipeline.storage import Store
+from pipeline.zero import slices
+from pipeline.zero.collectives import (
+    add_up,
+    added,
+    all_rows,
+    in_lockstep,
+    largest,
+    reduced_to_rows,
+    rows_in_turn,
+    share_of_rows,
+)
+from pipeline.zero.loading import Offload, load_partitioned
+from pmet.delta import EditWriter, check_fits, delta_rows
+from pmet.errors import NotFiniteError
+from pmet.hparams import PMETHyperParams
+from pmet.model import ContextTemplates, resolve
+from pmet.request import EditRequest
+from pmet.update import (
+    Factor,
+    Form,
+    KeyReader,
+    KeyResidualRows,
+    KeyResidualSums,
+    LookupFile,
+    LookupTokenizer,
+    cheaper_form,
+    factor,
+    moment_factor,
+    normal_matrix,
+    solve_rows,
+    solve_rows_by_requests,
+    square_root_spread,
+    whitened,
+)
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Rendezvous
+
+REDONE_ELEMENTS = 1 << 22
+"""Elements of a saved Δ that are read at a time where a finished layer is applied again."""
+
+
+@dataclass(frozen=True)
+class UpdateShard:
+    """Requests whose sums are added up together, and their targets' rows.
+
+    Attributes:
+        name: of the shard.
+        requests: those that have a target.
+        rows: their rows in the input.
+        files: target files that hold the targets, in the run folder.
+    """
+
+    name: str
+    requests: Sequence[EditRequest]
+    rows: Sequence[int]
+    files: Sequence[str]
+
+
+@dataclass(frozen=True)
+class UpdateJob:
+    """What every rank is told.
+
+    Attributes:
+        model: a folder that all nodes have, a URL or a hub id.
+        hparams: the method's hyper-parameters.
+        templates: context templates.
+        second_moments: where they are.
+        run: the run folder.
+        device: ``cpu`` or ``cuda``.
+        dtype: of the weights.
+        stored: dtype of each edited layer's weight in the checkpoint, by number of the layer.
+        offload: where partitioned weights wait: ``none`` (on the device) or ``cpu``.
+        model_digest: what a copy of the model has to have; None: whatever it has.
+    """
+
+    model: str
+    hparams: PMETHyperParams
+    templates: ContextTemplates
+    second_moments: str
+    run: Store
+    device: slices.Device
+    dtype: torch.dtype
+    stored: Mapping[int, torch.dtype]
+    offload: Offload
+    model_digest: str | None = None
+
+
+def _opened(folder: str, job: UpdateJob, *, partitioned: bool) -> tuple[nn.Module, Any]:
+    """The model, and DeepSpeed's engine around it where it is partitioned."""
+    if partitioned:
+        return load_partitioned(folder, dtype=job.dtype, offload=job.offload)
+    model = open_causal_lm(folder, dtype=job.dtype)
+    check_loaded(folder, model)
+    return model, None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What the update did to one weight.
+
+    Attributes:
+        parameter: its name.
+        file: saved edit of this layer, in the run folder.
+        sha256: of that file.
+        delta_norm: Frobenius norm of Δ.
+        weight_norm: Frobenius norm of the weight before.
+        requests: how many it holds.
+        form: of the solve: ``keys`` or ``requests`` (see `pmet.update.solver`).
+        jitter: share of its mean diagonal element that the factored matrix took; 0 as a rule.
+        rounding: ‖what the checkpoint's dtype rounds off‖ / ‖Δ‖.
+        largest: the largest |W + Δ|.
+        dtype: of the weight in the checkpoint.
+    """
+
+    parameter: str
+    file: str
+    sha256: str
+    delta_norm: float
+    weight_norm: float
+    requests: int
+    form: Form
+    jitter: float
+    rounding: float
+    largest: float
+    dtype: str
+
+
+class _Solved(NamedTuple):
+    """This rank's rows of Δ, and how they were found."""
+
+    delta_RK: torch.Tensor
+    requests: int
+    form: Form
+    jitter: float
+
+
+class _TakenShard(NamedTuple):
+    """What a rank keeps of a shard beside its tokens: where its targets are."""
+
+    name: str
+    rows: array[int]
+    files: tuple[str, ...]
+
+
+class UpdateRank:
+    """One rank of the update group.
+
+    Args:
+        meeting: where the ranks meet; None: this process is the only one, and holds the whole model
+            without DeepSpeed.
+        job: what to do.
+    """
+
+    def __init__(self, meeting: Rendezvous | None, job: UpdateJob) -> None:
+        self._rank, self._ranks = meeting[:2] if meeting else (0, 1)
+        self._job, self._device = job, torch.device(job.device)
+        if meeting:
+            slices.init_rank(*meeting, device=job.device)
+        folder = str(model_on_node(job.model, job.model_digest))
+        self._tokenizer = open_tokenizer(folder)
+        self._model, self._engine = _opened(folder, job, partitioned=meeting is not None)
+        self._layout = resolve(self._model, job.hparams)
+        self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
+        self._batches = LookupFile()
+        self._shards: list[_TakenShard] = []
+        self._reader = KeyReader(
+            self._model,
+            self._layout,
+            job.hparams.layers,
+            self._tokenizing.shared,
+            self._batches,
+            self._device,
+            whole_passes=True,
+        )
+
+    def take_shards(self, shards: Sequence[UpdateShard]) -> int:
+        """Take in the requests of this rank's shards; returns how many they hold.
+
+        Only their tokens are kept; the targets are read again in every pass. May be called more
+        than once, for lists too long to be sent in one piece. The shards of a piece are read
+        together: weights are gathered for every batch, so small shards in batches of their own
+        would gather them more often.
+        """
+        requests = [request for shard in shards for request in shard.requests]
+        for batch in self._tokenizing.batches(requests):
+            self._batches.append(batch)
+        self._shards += [
+            _TakenShard(shard.name, array("q", shard.rows), tuple(shard.files)) for shard in shards
+        ]
+        return len(requests)
+
+    def edit_layer(self, index: int) -> LayerReport | None:
+        """Update the ``index``-th edited layer; rank 0 saves it and reports.
+
+        Raises:
+            NumericalError: the solve failed, or the checkpoint's dtype cannot hold the edited
+                weight; all ranks raise it alike, and nothing is saved.
+        """
+        hparams, layout = self._job.hparams, self._layout
+        layer = hparams.layers[index]
+        second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
+        solved = self._solved(index, layer, second_moment_KK)
+        del second_moment_KK
+        name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
+        # No other attempt uses the name: what counts is what the layer's record names.
+        file = f"delta/{name}-{uuid4().hex}.safetensors"
+        with ExitStack() as stack:
+            writer = stack.enter_context(self._writer(file, name, parameter))
+            for values in rows_in_turn(slices.own_values(self._engine, parameter)):
+                if writer:
+                    writer.add_original(values)
+            squares = self._change(parameter, solved.delta_RK, writer, self._stored(layer))
+            norm, before = math.sqrt(squares.delta), math.sqrt(squares.before)
+            share = norm / before if before else math.inf
+            for dtype in (self._stored(layer), parameter.dtype):
+                check_fits(name, squares.largest, share, dtype, layer=layer)
+        tell_gpu_memory("update")
+        if not writer:
+            return None
+        return LayerReport(
+            parameter=name,
+            file=file,
+            sha256=self._job.run.sha256(file),
+            delta_norm=norm,
+            weight_norm=before,
+            requests=solved.requests,
+            form=solved.form,
+            jitter=solved.jitter,
+            rounding=math.sqrt(squares.lost) / norm if norm else 0.0,
+            largest=squares.largest,
+            dtype=str(self._stored(layer)).removeprefix("torch."),
+        )
+
+    def redo_layer(self, index: int, file: str) -> None:
+        """Apply a layer that an earlier group has finished and saved."""
+        layer = self._job.hparams.layers[index]
+        name, parameter = self._layout.weight_name(layer), self._layout.weight(self._model, layer)
+        width = slices.full_shape(parameter)[1]
+        start, stop = slices.owned_slice(parameter)
+        rows = range(start // width, -(-stop // width))
+        with self._job.run.local_copy(file) as path:
+            top = rows.start
+            for delta in delta_rows(path, name, rows, at_once=max(1, REDONE_ELEMENTS // width)):
+                slices.add_block(self._engine, parameter, delta, top)
+                top += len(delta)
+
+    def _stored(self, layer: int) -> torch.dtype:
+        """The dtype that the layer's weight is published in."""
+        return self._job.stored[layer]
+
+    def _change(
+        self,
+        parameter: nn.Parameter,
+        own_RK: torch.Tensor,
+        writer: EditWriter | None,
+        stored: torch.dtype,
+    ) -> slices.Squares:
+        """Add Δ, of which each rank has some rows, to the weight; sums over all its elements."""
+        first, sums, most = 0, [0.0, 0.0, 0.0], 0.0
+        for delta_RK in rows_in_turn(own_RK):
+            block = self._layout.orient(delta_RK)
+            top, left = (0, first) if self._layout.transposed else (first, 0)
+            *here, here_most = slices.add_block(
+                self._engine, parameter, block, top, left, stored=stored
+            )
+            sums = [total + more for total, more in zip(sums, here, strict=True)]
+            # max() passes over NaN.
+            most = here_most if math.isnan(here_most) else max(most, here_most)
+            if writer:
+                writer.put_delta(block, top, left)
+            first += len(delta_RK)
+        delta, before, lost = map(added, sums)
+        return slices.Squares(delta, before, lost, largest(most))
+
+    @contextmanager
+    def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:
+        """Where rank 0 writes a layer's edit, which the run folder has when the block ends well."""
+        if self._rank:
+            yield None
+            return
+        with self._job.run.local_target(file) as path:
+            shape = slices.full_shape(parameter)
+            with EditWriter(path, name, shape, parameter.dtype) as writer:
+                yield writer
+
+    def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> _Solved:
+        """This rank's rows of Δ, in the form that takes fewer operations."""
+        layout = self._layout
+        widths = (layout.key_width, layout.value_width)
+        count = int(added(sum(self._batches.counts)))
+        if cheaper_form(count, *widths, factored=True) == "keys":
+            return self._solved_by_keys(index, second_moment_KK, count)
+        module = module_name(layout, layer)
+        kept = FactorFile(self._job.second_moments, module, second_moment_KK)
+        # One rank looks for the factor, so that all choose alike.
+        factored = bool(added(self._rank == 0 and kept.exists()))
+        if cheaper_form(count, *widths, factored=factored) == "keys":
+            return self._solved_by_keys(index, second_moment_KK, count)
+        moment = kept.read() if factored else moment_factor(second_moment_KK.to(self._device))
+        if self._rank == 0 and not factored:
+            kept.keep(moment)
+        return self._solved_by_requests(index, moment, count)
+
+    def _solved_by_keys(self, index: int, second_moment_KK: torch.Tensor, count: int) -> _Solved:
+        layout, hparams = self._layout, self._job.hparams
+        sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
+        self._collect(index, sums)
+        gram_KK, cross_RK = sums.gram_KK, reduced_to_rows(sums.cross_VK)
+        del sums
+        add_up(gram_KK)
+        found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
+        del gram_KK
+        cross_RK *= square_root_spread(index, len(hparams.layers))
+        return _Solved(solve_rows(found.lower, cross_RK), count, "keys", found.jitter)
+
+    def _solved_by_requests(self, index: int, moment: Factor, count: int) -> _Solved:
+        layout, hparams = self._layout, self._job.hparams
+        rows = KeyResidualRows.room(
+            sum(self._batches.counts), layout.key_width, layout.value_width, self._device
+        )
+        self._collect(index, rows)
+        lower_KK = moment.lower.to(self._device)
+        # Each rank whitens its own keys; the E×E matrix wants all of them.
+        whitened_EK = all_rows(whitened(rows.keys_EK, lower_KK))
+        own = share_of_rows(layout.value_width, self._rank, self._ranks)
+        share = square_root_spread(index, len(hparams.layers))
+        residuals_ER = share * all_rows(rows.residuals_EV)[:, own]
+        delta_RK, jitter = solve_rows_by_requests(
+            whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
+        )
+        return _Solved(delta_RK, count, "requests", max(jitter, moment.jitter))
+
+    def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows) -> None:
+        """Read keys and residuals of this rank's requests, with the other ranks."""
+        reader, targets = self._reader, self._targets_by_batch()
+        with reader.reading(index):
+            # Ranks gather weights together: a forward pass that one of them left out would hang
+            # the others, so one that has no batch left runs along.
+            for number, counts in in_lockstep(range(len(self._batches)), -1):
+                if not counts:
+                    reader.run_along()
+                    continue
+                keys_EK, values_EV = reader.read(number)
+                into.add(keys_EK, next(targets).to(self._device) - values_EV)
+
+    def _targets_by_batch(self) -> Iterator[torch.Tensor]:
+        """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
+        shards = iter(self._shards)
+        targets_EV = torch.zeros(0, self._layout.value_width, dtype=torch.float64)
+        for count in self._batches.counts:
+            while len(targets_EV) < count:
+                targets_EV = torch.cat([targets_EV, self._targets(next(shards))])
+            yield targets_EV[:count]
+            targets_EV = targets_EV[count:]
+
+    def _targets(self, shard: _TakenShard) -> torch.Tensor:
+        by_row: dict[int, torch.Tensor] = {}
+        for file in shard.files:
+            arrays = read_targets(self._job.run.read_table(file))
+            by_row |= dict(zip(arrays.rows.tolist(), torch.tensor(arrays.values), strict=True))
+        values_EV = torch.stack([by_row[row] for row in shard.rows]).double()
+        if not torch.isfinite(values_EV).all():
+            raise NotFiniteError(f"targets of shard {shard.name} hold NaN or infinity")
+        return values_EV

@@ -1,0 +1,338 @@
+"""Weights partitioned by DeepSpeed ZeRO-3: nothing but this and `pipeline.zero.loading` knows how.
+
+Each rank keeps an equal slice of every parameter, flattened in row-major order; modules gather
+their parameters when they run and let them go afterwards. That has three consequences for callers:
+
+* every rank must run the same modules the same number of times (`pipeline.zero.collectives`), with
+  hooks that never raise: a forward that stops half way leaves weights gathered;
+* a weight is changed by writing each rank's own slice (`add_block`), and only while it is not
+  gathered, because a gathered weight is dropped without being written back;
+* shapes are asked of `full_shape`: a partitioned parameter is itself empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.errors import WorkerError
+
+Device = Literal["cpu", "cuda"]
+
+_PIECE = 1 << 22  # elements of a weight that are changed at a time, in float64
+_BACKENDS: dict[str, str] = {"cpu": "gloo", "cuda": "nccl"}
+_held: set[int] = set()
+
+
+class WeightSlice(NamedTuple):
+    """Elements ``start`` to ``stop - 1`` of a flattened parameter; none on a rank past its end."""
+
+    start: int
+    stop: int
+
+
+def init_rank(
+    rank: int,
+    world_size: int,
+    master_addr: str,
+    master_port: int,
+    *,
+    device: Device,
+    timeout_s: float = 1800.0,
+) -> None:
+    """Join the process group. Call it first: DeepSpeed reads the environment on import.
+
+    Args:
+        rank: this process, 0 to ``world_size - 1``.
+        world_size: number of ranks.
+        master_addr: address where the ranks meet.
+        master_port: port where they meet.
+        device: ``cpu`` (gloo) or ``cuda`` (NCCL, on the one GPU that this process sees).
+        timeout_s: seconds that a collective operation may wait for the other ranks.
+
+    Raises:
+        WorkerError: DeepSpeed was imported before and has chosen another kind of device.
+    """
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        # Each process sees only its own GPU, as number 0.
+        LOCAL_RANK="0",
+        MASTER_ADDR=master_addr,
+        MASTER_PORT=str(master_port),
+        DS_ACCELERATOR=device,
+    )
+    if device == "cpu":
+        interface = _interface_towards(master_addr, master_port)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    library = deepspeed()
+    chosen = library.accelerator.get_accelerator().device_name()
+    if chosen != device:
+        raise WorkerError(
+            f"DeepSpeed computes on {chosen!r} in this process, not on {device!r}; "
+            f"set DS_ACCELERATOR={device} before it is imported"
+        )
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    library.init_distributed(
+        _BACKENDS[device],
+        auto_mpi_discovery=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    """Whether ranks share the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter, gathered or not."""
+    shared: Any = parameter
+    return torch.Size(shared.ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
+def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
+    """What this rank keeps of the flattened parameter.
+
+    The slices of all ranks tile the parameter in rank order. All have the same size but the last
+    ones, whose padding is left out here; a parameter that is not partitioned is one slice.
+    """
+    if not is_partitioned(parameter):
+        return WeightSlice(0, parameter.numel())
+    shared: Any = parameter
+    size, total = shared.ds_tensor.numel(), shared.ds_numel
+    rank = dist.get_rank(group=shared.ds_process_group)
+    return WeightSlice(min(rank * size, total), min((rank + 1) * size, total))
+
+
+class Squares(NamedTuple):
+    """Sums of squares over the elements that a rank has changed, in float64.
+
+    Attributes:
+        delta: of the change.
+        before: of the weight before.
+        lost: of what the dtype rounds off that the changed weight will be stored in.
+        largest: the largest |W + Δ| among them, before rounding; NaN where any is NaN.
+    """
+
+    delta: float
+    before: float
+    lost: float
+    largest: float
+
+
+def add_block(
+    engine: Any,
+    parameter: nn.Parameter,
+    block: torch.Tensor,
+    top: int = 0,
+    left: int = 0,
+    *,
+    stored: torch.dtype | None = None,
+) -> Squares:
+    """Add what this rank keeps of a block of a weight change to the weight, in place.
+
+    ``W ← (float64(W) + Δ)``, rounded once to the weight's dtype. Needs no other rank, but the
+    next forward sees a whole change only if every rank has written its part.
+
+    Args:
+        engine: of `load_partitioned`; not looked at for a parameter that is not partitioned.
+        parameter: the weight, a matrix.
+        block: part of the change, or all of it; any floating dtype and device.
+        top: row of the weight that the block's first row belongs to.
+        left: column of the weight that the block's first column belongs to.
+        stored: dtype of the weight in the checkpoint, which may be narrower than here; None: as
+            here.
+
+    Raises:
+        ValueError: the block is not inside the weight.
+        WorkerError: the weight is gathered, so that what is written would be lost.
+    """
+    shape = full_shape(parameter)
+    if block.ndim != 2 or top + len(block) > shape[0] or left + block.shape[1] > shape[1]:
+        raise ValueError(
+            f"a change of shape {tuple(block.shape)} at row {top}, column {left} is not inside the "
+            f"weight of shape {tuple(shape)}"
+        )
+    kept = _writable_slice(engine, parameter)
+    squares = torch.zeros(3, dtype=torch.float64, device=kept.device)
+    largest = torch.zeros((), dtype=torch.float64, device=kept.device)
+    start, stop = owned_slice(parameter)
+    for part in _rectangles(start, stop, shape[1]):
+        rows = range(max(top, part.top), min(top + len(block), part.bottom))
+        columns = range(max(left, part.left), min(left + block.shape[1], part.right))
+        if not rows or not columns:
+            continue
+        held = kept[part.offset : part.offset + part.size].view(-1, part.right - part.left)
+        weight = held[_within(rows, part.top), _within(columns, part.left)]
+        change = block.detach()[_within(rows, top), _within(columns, left)]
+        step = max(1, _PIECE // len(columns))
+        for weights, changes in zip(weight.split(step), change.split(step), strict=True):
+            added = changes.to(kept.device, torch.float64)
+            here, most = _add(weights, added, stored or weights.dtype)
+            squares += here
+            largest = torch.maximum(largest, most)
+    delta, before, lost = squares.tolist()
+    return Squares(delta, before, lost, largest.item())
+
+
+def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """The elements in `owned_slice`, flat; do not write to them.
+
+    Raises:
+        WorkerError: the weight is gathered.
+    """
+    start, stop = owned_slice(parameter)
+    return _writable_slice(engine, parameter)[: stop - start]
+
+
+def _add(
+    weight: torch.Tensor, change: torch.Tensor, stored: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add to a part of a weight; returns the sums of `Squares`, and the largest |W + Δ|."""
+    before = weight.double()
+    after = before + change
+    with torch.no_grad():
+        weight.copy_(after)
+    lost = after.to(stored).double().sub_(before).sub_(change)
+    sums = torch.stack([tensor.square().sum() for tensor in (change, before, lost)])
+    return sums, after.abs_().max()
+
+
+class _Rectangle(NamedTuple):
+    """A part of a matrix that lies in one piece in a slice of it, from ``offset`` on."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+
+def _rectangles(start: int, stop: int, width: int) -> Iterator[_Rectangle]:
+    """What elements ``start`` to ``stop - 1`` of a matrix in row-major order are: the end of a row,
+    whole rows, the beginning of one."""
+    place = start
+    while place < stop:
+        row, column = divmod(place, width)
+        rows = (stop - place) // width if not column else 0
+        right = width if rows else min(width, column + stop - place)
+        part = _Rectangle(row, row + max(rows, 1), column, right, place - start)
+        yield part
+        place += part.size
+
+
+def _within(numbers: range, origin: int) -> slice:
+    return slice(numbers.start - origin, numbers.stop - origin)
+
+
+@contextlib.contextmanager
+def gathered(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """Have a copy of the whole parameter, on every rank; all ranks must enter together.
+
+    Writing to the copy changes nothing. Meant for tests and digests: it costs twice the weight.
+    """
+    if not is_partitioned(parameter):
+        yield parameter.detach().clone()
+        return
+    with deepspeed().zero.GatheredParameters([parameter]):
+        _held.add(id(parameter))
+        try:
+            yield parameter.detach().clone()
+        finally:
+            _held.discard(id(parameter))
+
+
+def run_forward(engine: Any, **inputs: Any) -> Any:
+    """Run the module on this rank's inputs, without gradients; all ranks must do so together.
+
+    Hooks of the module fire as on a model that is not partitioned, and see whole inputs and
+    outputs; they must not raise.
+
+    Args:
+        engine: of `load_partitioned`.
+        inputs: the module's; tensors are moved to its device.
+
+    Returns:
+        What the module returns.
+    """
+    device = _device()
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    # Not through the engine: it expects a step of an optimizer to follow.
+    with torch.no_grad():
+        return engine.module(**moved)
+
+
+def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's flat storage of a parameter, safe to write to.
+
+    Raises:
+        WorkerError: the parameter is gathered.
+    """
+    if not is_partitioned(parameter):
+        return parameter.data.view(-1)
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    shared: Any = parameter
+    if id(parameter) not in _held:
+        # Weights may stay gathered after a forward: small ones, or when modules ran in another
+        # order than before. What is written to the slice of such a weight is never seen. All are
+        # let go only where this one is held: Python's garbage is collected on the way.
+        if shared.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            engine.empty_partition_cache()
+        if shared.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            storage: torch.Tensor = shared.ds_tensor.data
+            return storage
+    raise WorkerError(
+        f"the weight of shape {tuple(full_shape(parameter))} is gathered, and what is written to "
+        "its slice now would be lost; write between forwards, outside of gathered(…)"
+    )
+
+
+def deepspeed() -> Any:
+    """The library, imported late: it reads the environment on import."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        # Otherwise a C++ extension is compiled at the start of every first run: most of a minute,
+        # a compiler needed, and a stale lock file waited for without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _device() -> torch.device:
+    return torch.device(deepspeed().accelerator.get_accelerator().current_device_name())
+
+
+def _interface_towards(address: str, port: int) -> str | None:
+    """The network interface that leads to an address: gloo would guess from the host's name."""
+    import psutil  # type: ignore[import-untyped]
+
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        probe.connect((address, port))
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            return str(name)
+    return None

@@ -1,0 +1,208 @@
+"""How likely given continuations are, and whether they are the greedy ones; many at a time.
+
+What is asked of one prompt shares its pass: of sequences of which one begins with the other only
+the longer is read, since a causal model never looks ahead. So a prompt with any number of one-token
+targets is read once. What different sequences begin with is read once as well
+(`pmet.evaluation.prefix_trees`), and the head runs only at the places that are asked for.
+
+How a batch is put together changes rounding, by some 1e-5 in a log-probability of float32. Where a
+verdict hangs on less than ``NEAR``, the pair is computed once more as `pmet.reference` does, by
+itself: so every verdict is the plain one, as long as rounding stays below half of ``NEAR``.
+
+Shape letters: N places that are read, M tokens of targets, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pmet.evaluation.prefix_trees import MOST, Pack, inputs, packed, reads_trees
+from pmet.evaluation.prompts import Continuation, Prompts, Tokens
+from pmet.model import batches_by_tokens, changed_input, context_length, frozen, tuned_if_short
+from pmet.reference import plain_score
+
+BATCH_TOKENS = 2048
+"""Padded tokens of one forward pass."""
+NEAR = 3e-4
+"""Nats that decide a verdict, below which it is computed by itself."""
+
+
+class Scored(NamedTuple):
+    """What a model makes of a target.
+
+    Attributes:
+        log_prob: mean over its tokens, given the prompt and those before, in nats.
+        greedy: whether each of them is the likeliest one.
+        accuracy: the share of them that are.
+    """
+
+    log_prob: float
+    greedy: bool
+    accuracy: float
+
+
+UNREADABLE = Scored(math.nan, False, 0.0)
+"""What is longer than the model's context."""
+
+
+# A pair, the place of its prompt's last token in its sequence, and its target.
+_Asked = tuple[Continuation, int, Tokens]
+
+
+class _Read(NamedTuple):
+    """What a row says of a pair, and whether its greediness hangs on less than ``NEAR``."""
+
+    score: Scored
+    near: bool
+
+
+@torch.no_grad()
+def score_continuations(
+    model: nn.Module,
+    prompts: Prompts,
+    pairs: Sequence[Continuation],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[Continuation, Scored]:
+    """Score each (prompt, target).
+
+    Args:
+        model: a causal language model; left as it was.
+        prompts: how they are put to it.
+        pairs: prompts and targets; what is there twice is computed once.
+        batch_tokens: padded tokens of one forward pass; a choice of speed.
+        on_progress: told how many pairs have just been scored.
+
+    Raises:
+        RequestError: a target has no tokens.
+    """
+    pairs = list(dict.fromkeys(pairs))
+    limit = context_length(model.config) or math.inf
+    tokens: dict[Continuation, tuple[Tokens, Tokens]] = {}
+    scored: dict[Continuation, Scored] = {}
+    for pair, (prompt, target) in zip(pairs, prompts.continuations(pairs), strict=True):
+        if len(prompt) + len(target) - 1 > limit:
+            scored[pair] = UNREADABLE
+        else:
+            tokens[pair] = (prompt, target)
+    asked = _by_sequence(tokens)
+    longest = max(map(len, asked), default=0)
+    trees = reads_trees(model, longest)
+    packs = packed(asked, MOST if trees else 0)
+    near: set[Continuation] = set()
+    with frozen(model):
+        with tuned_if_short(model, max(longest, MOST)):
+            for batch in batches_by_tokens(packs, batch_tokens, lambda pack: len(pack.ids)):
+                read = _read(model, batch, asked, trees=trees)
+                scored |= {pair: found.score for pair, found in read.items()}
+                near |= {pair for pair, found in read.items() if found.near}
+                if on_progress:
+                    on_progress(len(read))
+        for pair in near.union(_near_each_other(scored)):
+            scored[pair] = Scored(*plain_score(model, *tokens[pair]))
+    return scored
+
+
+def _by_sequence(
+    tokens: Mapping[Continuation, tuple[Tokens, Tokens]],
+) -> dict[Tokens, list[_Asked]]:
+    """What is asked of each sequence; of one that another begins with, of the longest such."""
+    own: dict[Tokens, list[_Asked]] = defaultdict(list)
+    for pair, (prompt, target) in tokens.items():
+        # The last token predicts nothing that is asked for.
+        own[prompt + target[:-1]].append((pair, len(prompt) - 1, target))
+    asked: dict[Tokens, list[_Asked]] = {}
+    longest: Tokens = ()
+    for ids in sorted(own, reverse=True):
+        # In this order what begins with ``ids`` stands right before it.
+        if longest[: len(ids)] != ids:
+            longest = ids
+            asked[longest] = []
+        asked[longest] += own[ids]
+    return asked
+
+
+def _read(
+    model: nn.Module,
+    batch: Sequence[Pack],
+    asked: Mapping[Tokens, Sequence[_Asked]],
+    *,
+    trees: bool,
+) -> dict[Continuation, _Read]:
+    """Run packs through the model, and read all that is asked of their sequences."""
+    device = next(model.parameters()).device
+    number: dict[tuple[int, int], int] = {}
+    places: list[int] = []
+    labels: list[int] = []
+    pairs: list[tuple[Continuation, int]] = []
+    for i, pack in enumerate(batch):
+        for sequence, path in pack.sequences:
+            for pair, start, target in asked[sequence]:
+                for column in path[start : start + len(target)]:
+                    places.append(number.setdefault((i, column), len(number)))
+                labels += target
+                pairs.append((pair, len(target)))
+    rows_N, columns_N = torch.tensor(list(number), device=device).T
+    logits_NV = logits_at(model, inputs(model, batch, trees=trees), rows_N, columns_N)
+    places_M, labels_M = (torch.tensor(x, device=device) for x in (places, labels))
+    top_N2, best_N2 = logits_NV.topk(2)
+    said_M = logits_NV[places_M, labels_M].double()
+    log_probs_M = said_M - logits_NV.logsumexp(-1).double()[places_M]
+    right_M = best_N2[places_M, 0] == labels_M
+    # To the best of the others.
+    gap_M = said_M - torch.where(right_M, top_N2[places_M, 1], top_N2[places_M, 0])
+    columns = (x.tolist() for x in (log_probs_M, right_M, gap_M.abs() < NEAR))
+    log_probs, right, close = columns
+    found: dict[Continuation, _Read] = {}
+    end = 0
+    for pair, count in pairs:
+        start, end = end, end + count
+        hits = sum(right[start:end])
+        score = Scored(math.fsum(log_probs[start:end]) / count, hits == count, hits / count)
+        found[pair] = _Read(score, any(close[start:end]))
+    return found
+
+
+def logits_at(
+    model: nn.Module,
+    given: Mapping[str, torch.Tensor],
+    rows_N: torch.Tensor,
+    columns_N: torch.Tensor,
+) -> torch.Tensor:
+    """Next-token logits at places of a batch, (N, V), at least float32.
+
+    Over a large vocabulary the head is most of the work: it runs at these places only.
+
+    Args:
+        model: a causal language model.
+        given: the batch, as the model takes it.
+        rows_N: rows of the places.
+        columns_N: their columns.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    assert isinstance(head, nn.Module)
+    with changed_input(head, lambda hidden: hidden[rows_N, columns_N][None]):
+        output = model(**given, use_cache=False)
+    logits_NV: torch.Tensor = output.logits[0]
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+
+def _near_each_other(scored: Mapping[Continuation, Scored]) -> Iterable[Continuation]:
+    """Targets of one prompt of which nearly the same is said."""
+    by_prompt = defaultdict(list)
+    for (prompt, target), score in scored.items():
+        if not math.isnan(score.log_prob):
+            by_prompt[prompt].append((score.log_prob, target))
+    for prompt, said in by_prompt.items():
+        said.sort()
+        for (lower, one), (higher, other) in pairwise(said):
+            if higher - lower < NEAR:
+                yield from ((prompt, one), (prompt, other))

@@ -1,0 +1,173 @@
+"""What a model says about edit requests, in the field's metrics.
+
+docs/metrics.md has each figure with its definition and source. In short, of the prompts of a
+request:
+
+- efficacy: on the request's own prompt, the new target against the true one
+- generalization: the same on paraphrase prompts
+- specificity: on neighborhood prompts, the true target against the new one
+- portability: on prompts about what follows from the fact, their own answers
+
+each in the probability form (the wanted target is likelier than the other one, by mean
+log-probability over its tokens), the strict form (``_strict``: it is the greedy answer at every
+one of its tokens) and by tokens (``_accuracy``: the share of them where it is). ``score`` is the
+harmonic mean of the first three. Where it is asked for, fluency and consistency of written text.
+
+A request's figure is the mean over its prompts; a model's is the mean over the prompts of all
+requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmet.evaluation.continuations import BATCH_TOKENS, logits_at, score_continuations
+from pmet.evaluation.figures import summarize
+from pmet.evaluation.generation import write_on
+from pmet.evaluation.prompts import Prompts
+from pmet.evaluation.questions import beginnings, continuations_of, figures_of
+from pmet.evaluation.texts import add_consistency
+from pmet.evaluation.texts import fluency as fluency_of
+from pmet.model import batches_by_tokens, context_length, encode_all, frozen, pad
+from pmet.request import EditRequest
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    *,
+    fluency: bool = False,
+    chat_template: bool = False,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure what a model says about edit requests.
+
+    Args:
+        model: a causal language model; left as it was.
+        tokenizer: its fast tokenizer.
+        requests: requests with what is to be measured on them: probability figures need
+            ``target_true``, the others need paraphrase, neighborhood or portability prompts.
+        fluency: let the model write, and measure fluency and consistency.
+        chat_template: ask every prompt as a user's turn of the tokenizer's chat.
+        seed: of what is drawn while the model writes.
+        batch_tokens: padded tokens of one forward pass; a choice of speed.
+        on_progress: told how many continuations have just been scored.
+
+    Returns:
+        The figures of ``METRICS``, ``fluency``, ``consistency`` and ``score``: fractions in [0, 1]
+        (fluency in bits), or None where no request has what they need; and ``rows``: the same
+        figures for each request, with the number of prompts that they are means over
+        (``efficacy_prompts``, …) and the ``text`` that the model wrote.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    prompts = Prompts(tokenizer, chat_template)
+    scored = score_continuations(
+        model,
+        prompts,
+        [pair for request in requests for pair in continuations_of(request)],
+        batch_tokens=batch_tokens,
+        on_progress=on_progress,
+    )
+    rows = [figures_of(request, scored) for request in requests]
+    if fluency:
+        starts = dict.fromkeys(text for request in requests for text in beginnings(request))
+        written = write_on(model, prompts, list(starts), seed=seed)
+        add_texts(rows, requests, dict(zip(starts, written, strict=True)))
+        add_consistency(zip(rows, (r.reference_texts for r in requests), strict=True))
+    return {**summarize(rows), "rows": rows}
+
+
+def add_texts(
+    rows: Sequence[dict[str, Any]], requests: Sequence[EditRequest], written: Mapping[str, str]
+) -> None:
+    """Give each request's figures the text that the model wrote for it, and its fluency.
+
+    Args:
+        rows: the figures of each request.
+        requests: the requests.
+        written: the text that each beginning became.
+    """
+    for row, request in zip(rows, requests, strict=True):
+        own = [written[text] for text in beginnings(request)]
+        row |= {"fluency": fluency_of(own), "text": "\n".join(own)}
+
+
+def knows(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[bool]:
+    """Whether the greedy answer to each request's own prompt is its new target already.
+
+    This is ``efficacy_strict`` alone, for one short pass a request.
+    """
+    asked = [(request.text, request.target_new) for request in requests]
+    scored = score_continuations(model, Prompts(tokenizer), asked, batch_tokens=batch_tokens)
+    return [scored[pair].greedy for pair in asked]
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a model makes of one text.
+
+    Attributes:
+        nll: sum of −log p over its tokens but the first, in nats.
+        greedy: the likeliest token at each of these places.
+    """
+
+    nll: float
+    greedy: list[int]
+
+    def agreed(self, other: TextScore) -> int:
+        """Places where two models have the same likeliest token."""
+        return sum(a == b for a, b in zip(self.greedy, other.greedy, strict=True))
+
+
+@torch.no_grad()
+def score_texts(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = 512
+) -> list[TextScore]:
+    """Score ordinary text: for perplexity, and for agreement with another model.
+
+    Perplexity is exp of all texts' ``nll`` through the number of their tokens but each first one.
+
+    Args:
+        model: a causal language model; left as it was.
+        tokenizer: its fast tokenizer.
+        texts: the texts.
+        max_tokens: that a text is cut at.
+    """
+    limit = min(max_tokens, context_length(model.config) or max_tokens)
+    sequences = [ids[:limit] for ids in encode_all(tokenizer, texts)]
+    scores = [TextScore(0.0, [])] * len(texts)
+    order = sorted(
+        (i for i, s in enumerate(sequences) if len(s) > 1), key=lambda i: len(sequences[i])
+    )
+    device = next(model.parameters()).device
+    with frozen(model):
+        for batch in batches_by_tokens(order, BATCH_TOKENS, lambda i: len(sequences[i])):
+            ids_BT, mask_BT = pad([sequences[i][:-1] for i in batch], device)
+            rows_N, columns_N = mask_BT.nonzero(as_tuple=True)
+            logits_NV = logits_at(
+                model, {"input_ids": ids_BT, "attention_mask": mask_BT}, rows_N, columns_N
+            )
+            labels_N = torch.tensor([t for i in batch for t in sequences[i][1:]], device=device)
+            said_N = logits_NV.gather(1, labels_N[:, None])[:, 0]
+            nll_N = (logits_NV.logsumexp(-1) - said_N).double()
+            lengths = [len(sequences[i]) - 1 for i in batch]
+            parts = zip(nll_N.split(lengths), logits_NV.argmax(-1).split(lengths), strict=True)
+            for i, (nll_T, best_T) in zip(batch, parts, strict=True):
+                scores[i] = TextScore(nll_T.sum().item(), best_T.tolist())
+    return scores

@@ -1,0 +1,115 @@
+"""Sequences as trees: what several of them begin with is there once.
+
+A pack is a row of a batch that holds a tree of tokens. Each token has the position that it has in
+its sequences, and attends to what stands before it in them, whatever else is in the row. So a
+model computes for it what it would compute in any of these sequences, and padding is next to none.
+
+That needs a model that takes positions and a mask for each pair of tokens: those of ``TREES`` do.
+For another one a pack is a single sequence.
+
+Shape letters: B packs, N tokens of a pack, D longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmet.evaluation.prompts import Tokens
+from pmet.model import pad
+
+TREES = frozenset(
+    {
+        *("gpt2", "gptj", "gpt_neox", "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma"),
+        *("gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "granite", "smollm3"),
+        *("stablelm", "starcoder2"),
+    }
+)
+"""Model types that read trees as they read rows; tests compare each with the plain form."""
+MOST = 64
+"""Tokens of a pack: attention looks at every pair of them."""
+
+
+@dataclass
+class Pack:
+    """A tree of tokens, parents first.
+
+    Attributes:
+        ids: the tokens.
+        paths: of each token, the places of all before it in its sequences, and its own.
+        sequences: each sequence that it holds, with the places of its tokens.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    paths: list[tuple[int, ...]] = field(default_factory=list)
+    sequences: list[tuple[Tokens, tuple[int, ...]]] = field(default_factory=list)
+
+    def shared(self, sequence: Tokens) -> int:
+        """How many tokens a sequence has in common with the last one."""
+        last = self.sequences[-1][0] if self.sequences else ()
+        same = (i for i, (a, b) in enumerate(zip(last, sequence, strict=False)) if a != b)
+        return next(same, min(len(last), len(sequence)))
+
+    def add(self, sequence: Tokens) -> None:
+        """Put a sequence in, behind what it has in common with the last one."""
+        shared = self.shared(sequence)
+        path = self.sequences[-1][1][:shared] if self.sequences else ()
+        for token in sequence[shared:]:
+            path = (*path, len(self.ids))
+            self.ids.append(token)
+            self.paths.append(path)
+        self.sequences.append((sequence, path))
+
+
+def reads_trees(model: nn.Module, longest: int) -> bool:
+    """Whether a model reads trees of sequences of at most ``longest`` tokens."""
+    config: Any = model.config
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    # A mask for each pair takes the place of the model's own, its window among it.
+    return config.model_type in TREES and all(w is None or w >= longest for w in windows)
+
+
+def packed(sequences: Iterable[Tokens], most: int) -> list[Pack]:
+    """All sequences in packs of at most ``most`` tokens, the smallest first.
+
+    A longer sequence is a pack by itself; with ``most`` 0 each one is.
+    """
+    packs: list[Pack] = []
+    for sequence in sorted(sequences):
+        pack = packs[-1] if packs else None
+        if pack is None or len(pack.ids) + len(sequence) - pack.shared(sequence) > most:
+            pack = Pack()
+            packs.append(pack)
+        pack.add(sequence)
+    packs.sort(key=lambda pack: len(pack.ids))
+    return packs
+
+
+def inputs(model: nn.Module, packs: Sequence[Pack], *, trees: bool) -> dict[str, torch.Tensor]:
+    """What the model is given to read packs: side by side, padding on the right."""
+    weight = next(model.parameters())
+    ids_BN, mask_BN = pad([pack.ids for pack in packs], weight.device)
+    if not trees:
+        return {"input_ids": ids_BN, "attention_mask": mask_BN}
+    # Padding sees itself: a row of a mask that hides everything has no softmax.
+    alone = [[(i,) for i in range(len(pack.ids), ids_BN.shape[1])] for pack in packs]
+    paths = [[*pack.paths, *rest] for pack, rest in zip(packs, alone, strict=True)]
+    depth = max(len(path) for rows in paths for path in rows)
+    # The last place again and again, where a path is shorter.
+    index_BND = torch.tensor(
+        [[path + path[-1:] * (depth - len(path)) for path in rows] for rows in paths]
+    )
+    seen_BNN = torch.zeros(*ids_BN.shape, ids_BN.shape[1], dtype=torch.bool)
+    seen_BNN.scatter_(2, index_BND, value=True)
+    mask = torch.zeros(seen_BNN.shape, dtype=weight.dtype)
+    mask.masked_fill_(~seen_BNN, torch.finfo(weight.dtype).min)
+    positions = torch.tensor([[len(path) - 1 for path in rows] for rows in paths])
+    return {
+        "input_ids": ids_BN,
+        "attention_mask": mask[:, None].to(weight.device),
+        "position_ids": positions.to(weight.device),
+    }

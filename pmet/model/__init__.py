@@ -1,0 +1,5 @@
+"""A model seen from outside: its parts, its tokens, forward passes that stop, resume or change."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

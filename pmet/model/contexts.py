@@ -1,0 +1,128 @@
+"""Context templates: what a prompt may stand behind while it is learned.
+
+A list of groups, as published: the bare ``[["{}"], …]`` first, then groups of generated prefixes
+``"… . {}"``. They are made once a run, under a seed, and recorded; sampling them anew in each
+process would give every worker another problem.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmet.errors import ContextTemplateError
+from pmet.model.tokenization import encode
+from pmet.model.tracing import cache_name, frozen
+
+ContextTemplates = Sequence[Sequence[str]]
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""First words of the generated prefixes (MEMIT, section "context templates")."""
+GENERATED_TOKENS = 10
+TOP_K = 5
+
+
+def check(templates: Any) -> list[list[str]]:
+    """Return ``templates`` as lists.
+
+    Raises:
+        ContextTemplateError: not groups of strings with one ``{}`` each, or the first group is not
+            the bare template alone.
+    """
+    if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
+        raise ContextTemplateError('context templates must be groups: [["{}"], ["The … . {}"]]')
+    for group in templates:
+        if not isinstance(group, Sequence) or isinstance(group, str) or not group:
+            raise ContextTemplateError(f"context templates: {group!r} is not a list of templates")
+        for template in group:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ContextTemplateError(
+                    f"context template {template!r} must hold exactly one {{}}, the prompt's place"
+                )
+            if any("\ud800" <= character <= "\udfff" for character in template):
+                raise ContextTemplateError(
+                    f"context template {template!r} holds a lone surrogate; write valid Unicode"
+                )
+    if list(templates[0]) != ["{}"]:
+        raise ContextTemplateError(
+            f'the first group of context templates is {templates[0]!r}; it must be ["{{}}"], '
+            "the bare prompt"
+        )
+    return [list(group) for group in templates]
+
+
+def parse(text: str, *, source: str) -> list[list[str]]:
+    """Read context templates from JSON text; ``source`` names the file in messages.
+
+    Raises:
+        ContextTemplateError: not JSON, or not context templates.
+    """
+    try:
+        return check(json.loads(text))
+    except ContextTemplateError as error:
+        raise ContextTemplateError(f"{source}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ContextTemplateError(f"{source} is not JSON ({error}); fix its syntax") from None
+
+
+def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[str]]:
+    """Let the model write five short prefixes, by top-5 sampling under ``seed``.
+
+    The random state of the caller is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = []
+    for start in STARTS:
+        (text,) = _sample(
+            model, tokenizer, start, 1, GENERATED_TOKENS, generator=generator, top_k=TOP_K
+        )
+        # A template is one line with one {}: braces of the text would be taken for more.
+        prefixes.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
+    return [["{}"], prefixes]
+
+
+def write_texts(
+    model: nn.Module, tokenizer: Any, *, count: int, seed: int = 0, tokens: int = 32
+) -> list[str]:
+    """Let the model write about ``count`` texts of ``tokens`` tokens, by plain sampling."""
+    generator = torch.Generator().manual_seed(seed)
+    each = -(-count // len(STARTS))
+    return [
+        text
+        for start in STARTS
+        for text in _sample(model, tokenizer, start, each, tokens, generator=generator)
+    ]
+
+
+@torch.no_grad()
+def _sample(
+    model: nn.Module,
+    tokenizer: Any,
+    start: str,
+    count: int,
+    tokens: int,
+    *,
+    generator: torch.Generator,
+    top_k: int | None = None,
+) -> list[str]:
+    """Continue ``start`` ``count`` times; special tokens are never drawn."""
+    device = next(model.parameters()).device
+    banned = sorted({int(i) for i in tokenizer.all_special_ids})
+    step = torch.tensor([list(encode(tokenizer, start))] * count, device=device)
+    ids, cache, held = step, None, cache_name(model)
+    with frozen(model):
+        for _ in range(tokens):
+            output = model(input_ids=step, use_cache=True, **{held: cache})
+            cache = getattr(output, held)
+            logits = output.logits[:, -1].float().cpu()
+            logits[:, banned] = -torch.inf
+            allowed = logits.shape[1] - len(banned)
+            top = logits.topk(min(top_k or allowed, allowed))
+            choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+            step = top.indices.gather(1, choice).to(device)
+            ids = torch.cat([ids, step], dim=1)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]

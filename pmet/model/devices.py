@@ -1,0 +1,162 @@
+"""One model on several devices, for a model that is too large for one of them.
+
+The layers are shared out among the devices, in their order; everything else (embeddings, last norm,
+head) is on the first one, the *home*, where tokens go in and logits come out. What a layer is given
+is brought to its device. One device computes after the other: this buys room, not speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pmet.errors import ArchitectureError
+from pmet.model.architecture import Layout
+
+
+def home(model: nn.Module) -> torch.device:
+    """Where a model takes tokens and gives logits: the device of its embeddings."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = embeddings.weight.device
+    return device
+
+
+def share_out(
+    model: nn.Module, devices: Sequence[torch.device], room: Sequence[float] | None = None
+) -> nn.Module:
+    """Put a model onto several devices, for good.
+
+    Nothing else changes: what it computes, and the names of its parameters, stay as they are.
+
+    Args:
+        model: a causal language model.
+        devices: the first one is the model's home.
+        room: what each device has room for, in any unit; the same for all if None.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArchitectureError: it has no list of layers.
+    """
+    layers = _layers(model)
+    inside = {id(parameter) for parameter in layers.parameters()}
+    rest = sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
+    sizes = [sum(map(_bytes, layer.parameters())) for layer in layers]
+    owners = shares(sizes, rest, room or [1.0] * len(devices))
+    movers = [_Mover(device) for device in devices]
+    for layer, owner in zip(layers, owners, strict=True):
+        layer.to(devices[owner])
+        movers[owner].serve(layer)
+    for module in _outside(model, layers):
+        module.to(devices[0])
+        movers[0].serve(module)
+    return model
+
+
+def shares(sizes: Sequence[int], rest: int, room: Sequence[float]) -> list[int]:
+    """Which device has each layer, so that all are filled alike.
+
+    Args:
+        sizes: of the layers, in their order.
+        rest: size of what the first device has besides.
+        room: of each device, in any unit.
+    """
+    # What the first device has anyway may be more than its part: then it gets no layer.
+    first = max(0.0, (rest + sum(sizes)) * room[0] / sum(room) - rest)
+    others = [(sum(sizes) - first) * part / sum(room[1:]) for part in room[1:]]
+    limits = list(accumulate([first, *others]))
+    owners, owner, before = [], 0, 0
+    for size in sizes:
+        # A layer goes where its middle comes to lie.
+        while owner + 1 < len(limits) and before + size / 2 > limits[owner]:
+            owner += 1
+        owners.append(owner)
+        before += size
+    return owners
+
+
+def layers_on(model: nn.Module, layout: Layout, above: int) -> dict[torch.device, float]:
+    """What part of the layers above one is on which device; all of it at home if there is none."""
+    numbers = range(above + 1, layout.depth)
+    devices = [layout.weight(model, i).device for i in numbers] or [home(model)]
+    return {device: devices.count(device) / len(devices) for device in dict.fromkeys(devices)}
+
+
+def chosen(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor, wherever their numbers are."""
+    return tensor.index_select(0, rows.to(tensor.device))
+
+
+class _Mover:
+    """Brings what modules are given to their device.
+
+    All layers are given the same mask and the same positions: what has been brought once is kept
+    for as long as its original is there, and neither is changed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._brought: Any = WeakTensorKeyDictionary()
+
+    def serve(self, module: nn.Module) -> None:
+        """From now on; before any other hook, so that these see what is there already."""
+        module.register_forward_pre_hook(
+            lambda _module, args, kwargs: (self._bring(args), self._bring(kwargs)),
+            prepend=True,
+            with_kwargs=True,
+        )
+
+    def _bring(self, value: Any) -> Any:
+        # Not deeper: a cache holds each layer's own, where that layer has left it.
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._bring, value))
+        if type(value) is dict:
+            return {name: self._bring(item) for name, item in value.items()}
+        return value
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self._device:
+            return tensor
+        if tensor.requires_grad:
+            return tensor.to(self._device)
+        version = tensor._version
+        found, *versions = self._brought.get(tensor, (None,))
+        if found is None or versions != [version, found._version]:
+            found = tensor.to(self._device)
+            self._brought[tensor] = (found, version, found._version)
+        return found
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    config: Any = model.config
+    depth = config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ArchitectureError(
+        f"{type(model).__name__} has no list of {depth} layers, and cannot be shared out among "
+        "several devices; give each worker one GPU"
+    )
+
+
+def _outside(module: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """The largest modules that hold none of the layers."""
+    for child in module.children():
+        if child is layers:
+            continue
+        if any(part is layers for part in child.modules()):
+            yield from _outside(child, layers)
+        else:
+            yield child
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,167 @@
+"""From words to tokens: where the subject ends, and which tokens the target is.
+
+Positions come from the character offsets of the whole text as the model reads it, never from
+pieces tokenised one by one: pieces gain BOS tokens and lose merges across their seams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pmet.errors import InputError, RequestError
+from pmet.request import EditRequest, separator
+
+KL_PROMPT = "{} is a"
+"""Prompt on which the model shall not drift (design of PMET's KL term, from ROME)."""
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt's tokens, and the index of the subject's last one among them."""
+
+    ids: tuple[int, ...]
+    subject_last: int
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens before the subject's last one."""
+        return self.ids[: self.subject_last]
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """The subject's last token and all after it."""
+        return self.ids[self.subject_last :]
+
+
+def tokenize_prompt(tokenizer: Any, request: EditRequest, template: str = "{}") -> TokenizedPrompt:
+    """Tokenize a request's prompt inside a context template.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        request: the edit request.
+        template: text with one ``{}``, the place of the filled-in prompt.
+
+    Raises:
+        InputError: the tokenizer cannot tell character offsets.
+        RequestError: no token covers the subject.
+    """
+    shift = template.index("{}")
+    start, stop = request.subject_span
+    return _tokenize(tokenizer, template.replace("{}", request.text), (shift + start, shift + stop))
+
+
+def tokenize_kl_prompt(tokenizer: Any, request: EditRequest) -> TokenizedPrompt:
+    """Tokenize ``"{subject} is a"``."""
+    return _tokenize(tokenizer, KL_PROMPT.replace("{}", request.subject), (0, len(request.subject)))
+
+
+def tokenize_target(tokenizer: Any, request: EditRequest, target: str) -> tuple[int, ...]:
+    """Tokens of ``target`` as it continues the request's prompt.
+
+    Raises:
+        RequestError: the target has no tokens.
+    """
+    return tokenize_continuation(tokenizer, request.text, target)
+
+
+def tokenize_continuation(tokenizer: Any, text: str, target: str) -> tuple[int, ...]:
+    """Tokens of ``target`` as it continues ``text``; never a BOS token.
+
+    One space stands between them, unless white space ends ``text``. The target's tokens are what
+    the whole text has beyond the prompt's. Only where the tokenizer merges across the seam is the
+    target tokenised by itself.
+    """
+    space = separator(text)
+    whole = encode(tokenizer, f"{text}{space}{target}")
+    return beyond(tokenizer, encode(tokenizer, text), whole, target, space)
+
+
+def beyond(
+    tokenizer: Any,
+    prompt_ids: tuple[int, ...],
+    whole_ids: tuple[int, ...],
+    target: str,
+    space: str = " ",
+) -> tuple[int, ...]:
+    """Tokens of ``target`` in a text, as ``tokenize_continuation`` says, from the text's tokens.
+
+    Raises:
+        RequestError: the target has no tokens.
+    """
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        target_ids = whole_ids[len(prompt_ids) :]
+    else:
+        target_ids = tuple(tokenizer(f"{space}{target}", add_special_tokens=False)["input_ids"])
+    if not target_ids:
+        raise RequestError(f"target {target!r} has no tokens in this vocabulary; reword it")
+    return target_ids
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Tokens of a text as the model reads it: special tokens in front, none at the end."""
+    return _with_offsets(tokenizer, text)[0]
+
+
+def encode_all(
+    tokenizer: Any, texts: Sequence[str], *, special: bool = True
+) -> list[tuple[int, ...]]:
+    """Tokens of many texts, in a quarter of the time that ``encode`` takes for each.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        texts: the texts.
+        special: put special tokens in front; without them a text is taken as it is.
+    """
+    if not texts:
+        return []
+    _refuse_slow(tokenizer)
+    # Sets what an earlier caller may have set otherwise: truncation, padding, special tokens.
+    tokenizer("")
+    # To wrap the result as transformers does takes longer than to tokenize.
+    encoded = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=special)
+    return [tuple(e.ids[: _end(e.special_tokens_mask)] if special else e.ids) for e in encoded]
+
+
+def _tokenize(tokenizer: Any, text: str, subject: tuple[int, int]) -> TokenizedPrompt:
+    ids, offsets = _with_offsets(tokenizer, text)
+    start, stop = subject
+    # The last one: several tokens may share a multi-byte character, and its last byte is wanted.
+    covering = [i for i, (a, b) in enumerate(offsets) if a < b and a < stop and b > start]
+    if not covering:
+        raise RequestError(
+            f"no token covers the subject {text[start:stop]!r}; the tokenizer drops it, reword it"
+        )
+    return TokenizedPrompt(ids, covering[-1])
+
+
+def _with_offsets(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
+    _refuse_slow(tokenizer)
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    end = _end(encoded["special_tokens_mask"])
+    return tuple(encoded["input_ids"][:end]), encoded["offset_mapping"][:end]
+
+
+def _end(special_tokens_mask: Sequence[int]) -> int:
+    """Where a text ends: an EOS that a template appends would end it before the target is said."""
+    end = len(special_tokens_mask)
+    while end and special_tokens_mask[end - 1]:
+        end -= 1
+    return end
+
+
+def _refuse_slow(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets; load the model's fast "
+            "tokenizer (a folder with tokenizer.json)"
+        )
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens that a model's positions allow, if its configuration says so."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,128 @@
+"""A target to be optimised, as the optimisation sees it: tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pmet.errors import RequestError
+from pmet.model import TokenizedPrompt, tokenize_kl_prompt, tokenize_prompt, tokenize_target
+from pmet.request import EditRequest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One request, or several that share their key and so their target.
+
+    Attributes:
+        contexts: each request's prompt in every context, followed by the new answer's tokens but
+            the last.
+        kl: the KL prompt, which requests of one subject have in common.
+        answers: the new answer's tokens, by context.
+        requests: how many requests there are.
+    """
+
+    contexts: tuple[TokenizedPrompt, ...]
+    kl: TokenizedPrompt
+    answers: tuple[tuple[int, ...], ...]
+    requests: int = 1
+
+    @classmethod
+    def of(cls, tokenizer: Any, request: EditRequest, templates: Sequence[str]) -> Problem:
+        """Tokenize a request.
+
+        Raises:
+            RequestError: subject or target have no tokens.
+        """
+        target = tokenize_target(tokenizer, request, request.target_new)
+        prompts = [tokenize_prompt(tokenizer, request, template) for template in templates]
+        kl = tokenize_kl_prompt(tokenizer, request)
+        return cls(
+            contexts=tuple(replace(p, ids=p.ids + target[:-1]) for p in prompts),
+            # The KL term reads the subject's last token, and nothing after it reaches back.
+            kl=replace(kl, ids=kl.ids[: kl.subject_last + 1]),
+            answers=(target,) * len(prompts),
+        )
+
+    @classmethod
+    def joined(cls, problems: Sequence[Problem]) -> Problem:
+        """One target for all that ``problems`` want; they have the same ``key_tokens``."""
+        return cls(
+            contexts=tuple(prompt for problem in problems for prompt in problem.contexts),
+            kl=problems[0].kl,
+            answers=tuple(answer for problem in problems for answer in problem.answers),
+            requests=sum(problem.requests for problem in problems),
+        )
+
+    @property
+    def key_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The bare prompt up to the subject's last token, and the KL prompt.
+
+        Requests that agree in both have one subject with the same text in front, so that no FFN can
+        tell them apart at the subject's last token: their keys are the same.
+        """
+        bare = self.contexts[0]
+        return bare.ids[: bare.subject_last + 1], self.kl.ids
+
+    @property
+    def kl_shared(self) -> bool:
+        """Whether the bare prompt begins with the KL prompt up to the subject's last token."""
+        up_to_subject, kl = self.key_tokens
+        return up_to_subject == kl
+
+    @property
+    def kl_row(self) -> int:
+        """Which of the prompts the KL term reads, at the subject's last token."""
+        return 0 if self.kl_shared else len(self.contexts)
+
+    @property
+    def prompts(self) -> tuple[TokenizedPrompt, ...]:
+        """All that is run: the contexts, then the KL prompt if none of them stands for it."""
+        return self.contexts if self.kl_shared else (*self.contexts, self.kl)
+
+    @property
+    def rows(self) -> list[tuple[TokenizedPrompt, int]]:
+        """Each prompt with the number of its context; the KL prompt's follows the others."""
+        templates = len(self.contexts) // self.requests
+        numbers = [*list(range(templates)) * self.requests, templates]
+        return list(zip(self.prompts, numbers, strict=False))
+
+    @property
+    def read_tokens(self) -> int:
+        """Places where the loss reads the answers."""
+        return sum(map(len, self.answers))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Longest suffix and longest prefix, in tokens."""
+        return (
+            max(len(p.suffix) for p in self.prompts),
+            max(len(p.prefix) for p in self.prompts),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.ids) for p in self.prompts)
+
+    def check_length(self, request: EditRequest, limit: int | None) -> None:
+        """Refuse a request that a model with ``limit`` positions cannot read whole.
+
+        Raises:
+            RequestError: naming the lengths.
+        """
+        longest = self.longest
+        if limit is not None and longest > limit:
+            raise RequestError(
+                f"the prompt about {request.subject[:60]!r} takes {longest} tokens with its "
+                f"context and target, the model reads {limit}; shorten it"
+            )
+
+
+def sharing_a_key(problems: Sequence[Problem]) -> list[list[int]]:
+    """Places of the problems that have the same ``key_tokens``, in the order of their first."""
+    groups: dict[object, list[int]] = {}
+    for place, problem in enumerate(problems):
+        groups.setdefault(problem.key_tokens, []).append(place)
+    return list(groups.values())

@@ -1,0 +1,319 @@
+"""Reading keys and current values, with a pass over all requests for each edited layer.
+
+The current value is the down-projection's output at layer z in the bare context, and both are read
+with all earlier deltas in place. What need not be computed is not:
+
+- nothing above layer z, no token after the subject's last one, and at layer z only the attention's
+  keys and values of the tokens before it;
+- what a template puts in front of every prompt runs once a pass, not once a request;
+- a delta changes nothing below its layer: a pass starts at the layer that was edited last, from
+  the hidden states that the pass before it has left there.
+
+Shape letters: B rows of a batch, T tokens of its longest row, N tokens in all, C contexts, P tokens
+of the longest context, D model width, K key width, V value width, E requests of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmet.model import (
+    Layout,
+    Prefixes,
+    changed_input,
+    chosen,
+    first,
+    form_of,
+    forward,
+    fused,
+    keeping_freed_memory,
+    layer_on_places,
+    pad,
+    places_of_tokens,
+    put,
+    replaced,
+    stopping_after,
+    with_first,
+)
+from pmet.update.keys import Lookups
+from pmet.update.spill import Spill
+
+HIDDEN_BYTES = 8 << 20
+"""Hidden states that are kept in main memory from pass to pass; the others go to a file."""
+
+# Large enough for the activations of short prompts; a partitioned model's weights, which are
+# gathered and let go all the time, are larger where they matter.
+_KEPT_BLOCK = 8 << 20
+_SHARED = -1
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One way up through the layers.
+
+    Attributes:
+        start: the first layer that runs; what is below has not changed since the last pass.
+        layer: the layer whose keys are read.
+        before: hidden states that the last pass has left; None in the first one.
+        after: those that this one leaves for the next; None in the last one.
+    """
+
+    start: int
+    layer: int
+    before: Spill | None
+    after: Spill | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a forward pass runs on.
+
+    Attributes:
+        key: under which their hidden states are kept; None for what nobody wants.
+        ids_BT: tokens.
+        mask_BT: 1 where there is one.
+        ends_B: the place (row · T + column) of each row's last token.
+    """
+
+    key: int | None
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    ends_B: torch.Tensor
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where there is a token, (N,)."""
+        return self.mask_BT.flatten().nonzero()[:, 0]
+
+    def at_ends(self, output: torch.Tensor) -> torch.Tensor:
+        """A module's input or output at each row's last token, (B, ·).
+
+        The module may have seen all places, those that are no padding, or the last tokens alone.
+        """
+        flat = output.reshape(-1, output.shape[-1])
+        if len(flat) == self.mask_BT.numel():
+            return chosen(flat, self.ends_B)
+        if len(flat) == len(self.ends_B):
+            return flat.clone()
+        return chosen(flat, self.mask_BT.sum(1).cumsum(0) - 1)
+
+
+class KeyReader:
+    """Reads keys and current values of many requests, pass by pass.
+
+        for index, layer in enumerate(layers):
+            with reader.reading(index):
+                for batch in range(len(batches)):
+                    keys_EK, values_EV = reader.read(batch)
+            ...  # change the layer's weight
+
+    Args:
+        model: a causal language model in evaluation mode.
+        layout: where its parts are.
+        layers: the edited layers, ascending; the last one is layer z.
+        shared: of the `LookupTokenizer`.
+        batches: of the same.
+        device: where the model takes tokens, and where keys and values are wanted.
+        whole_passes: for a model whose passes must not be ended early (ZeRO-3): what is not needed
+            is passed by.
+        memory: bytes of hidden states that may stay in main memory from pass to pass; the others go
+            to a temporary file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        layers: Sequence[int],
+        shared: Sequence[Sequence[int]],
+        batches: Sequence[Lookups],
+        device: torch.device,
+        *,
+        whole_passes: bool = False,
+        memory: int = HIDDEN_BYTES,
+    ) -> None:
+        self._model, self._layout, self._layers = model, layout, tuple(layers)
+        self._shared, self._batches, self._device = shared, batches, device
+        self._whole_passes, self._memory = whole_passes, memory
+        # How the family's layers return their hidden states.
+        self._form: Any = None
+        self._pass: _Pass | None = None
+        self._prefixes: Prefixes | None = None
+
+    @contextmanager
+    def reading(self, index: int) -> Iterator[None]:
+        """Within: the keys of the ``index``-th layer can be read.
+
+        Passes come in order, with the layer of the one before edited. The first may be any: then it
+        starts at the bottom.
+        """
+        before = self._pass.after if self._pass else None
+        self._pass = _Pass(
+            start=self._layers[index - 1] if before else 0,
+            layer=self._layers[index],
+            before=before,
+            after=Spill(self._memory) if index + 1 < len(self._layers) else None,
+        )
+        with keeping_freed_memory(self._model, _KEPT_BLOCK):
+            self._prefixes = self._run_shared()
+            yield
+        self._prefixes = None
+
+    @torch.no_grad()
+    def read(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``keys_EK`` and ``values_EV`` of a batch, float64, on the device."""
+        lookups = self._batches[batch]
+        ids_BT, mask_BT = pad(lookups.ids, self._device)
+        row_starts_B = torch.arange(len(ids_BT), device=self._device) * ids_BT.shape[1]
+        rows = _Rows(batch, ids_BT, mask_BT, row_starts_B + mask_BT.sum(1) - 1)
+        contexts = torch.tensor(lookups.contexts, device=self._device)
+        assert self._prefixes is not None, "no pass has begun"
+        prefixes = self._prefixes.kept(contexts, room=ids_BT.shape[1])
+        with self._reading(rows) as seen:
+            self._run(rows, prefixes.mask_BP, prefixes.cache())
+        keys_BK, values_BV = (rows_BX.to(self._device) for rows_BX in seen)
+        return lookups.mean_over_contexts(keys_BK), values_BV[:: lookups.every].double()
+
+    @torch.no_grad()
+    def run_along(self) -> None:
+        """Run a single token, for nothing.
+
+        Ranks gather weights together: one that has no batch left must not leave the others alone.
+        """
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+        nothing = self._nothing(1)
+        self._run(_Rows(None, one, one + 1, one[0]), nothing.mask_BP, nothing.cache())
+
+    @torch.no_grad()
+    def _run_shared(self) -> Prefixes:
+        """Keys and values of the contexts' shared tokens, the last one in the last column."""
+        nothing = self._nothing(len(self._shared))
+        if not any(self._shared):
+            return nothing
+        ids_CP, mask_CP = pad(self._shared, self._device, left=True)
+        # Nothing is read of them; layer z wants a place all the same: one where there is a token.
+        longest = max(range(len(self._shared)), key=lambda c: len(self._shared[c]))
+        end = (longest + 1) * ids_CP.shape[1] - 1
+        rows = _Rows(_SHARED, ids_CP, mask_CP, torch.tensor([end], device=self._device))
+        cache = nothing.cache(recording=True, stopping=False)
+        self._run(rows, nothing.mask_BP, cache)
+        padding = (mask_CP == 0)[:, None, :, None]
+
+        # What stands in padding may be no number, and shares of zero would spread it.
+        def cleared(part: torch.Tensor) -> torch.Tensor:
+            return part.masked_fill(padding.to(part.device), 0)
+
+        layers = [
+            (cleared(held.keys), cleared(held.values)) if held.keys is not None else None
+            for held in cache.layers
+        ]
+        return Prefixes(layers, mask_CP)
+
+    def _nothing(self, rows: int) -> Prefixes:
+        mask_BP = torch.zeros(rows, 0, dtype=torch.int64, device=self._device)
+        return Prefixes([None] * self._layout.depth, mask_BP)
+
+    def _run(self, rows: _Rows, mask_BP: torch.Tensor, cache: Any) -> None:
+        """One forward pass from the start layer to z, behind what the cache holds."""
+        now, z = self._now, self._layers[-1]
+        model, layout = self._model, self._layout
+        tokens_N = places_of_tokens(rows.mask_BT)
+        with ExitStack() as stack:
+            for i in range(layout.depth):
+                if now.start <= i <= z:
+                    behind_N = rows.ends_B if i == z else tokens_N
+                    stack.enter_context(layer_on_places(model, layout, i, tokens_N, behind_N))
+                else:
+                    stack.enter_context(replaced(layout.layer(model, i), self._passing))
+            stack.enter_context(self._handed_on(rows))
+            stack.enter_context(fused(model, mask_BP.shape[1] + rows.ids_BT.shape[1]))
+            if self._whole_passes:
+                stack.enter_context(without_head(model, layout))
+            else:
+                stack.enter_context(stopping_after(layout.layer(model, z)))
+            ids = rows.ids_BT if now.before is None else self._stand_in_embeddings(rows.ids_BT)
+            forward(model, ids, torch.cat([mask_BP, rows.mask_BT], 1), cache)
+
+    @contextmanager
+    def _handed_on(self, rows: _Rows) -> Iterator[None]:
+        """The start layer reads what the last pass has left, and the next one is left its own."""
+        now, model, layout = self._now, self._model, self._layout
+        places_N = rows.places
+
+        def start(hidden: torch.Tensor) -> torch.Tensor:
+            if now.before is None:
+                return hidden
+            count = rows.mask_BT.numel()
+            if rows.key is None:
+                return hidden.new_zeros(1, 1, self._layout.value_width)
+            stored_ND = now.before.get(rows.key).to(hidden.device)
+            return put(stored_ND, places_N.to(hidden.device), count).reshape(
+                *rows.mask_BT.shape, -1
+            )
+
+        def leave(hidden: torch.Tensor) -> torch.Tensor:
+            if now.after is not None and rows.key is not None:
+                now.after.put(rows.key, chosen(hidden.flatten(0, 1), places_N))
+            return hidden
+
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._form = form_of(output)
+
+        handle = layout.layer(model, now.start).register_forward_hook(note)
+        try:
+            with (
+                changed_input(layout.layer(model, now.start), start),
+                changed_input(layout.layer(model, now.layer), leave),
+            ):
+                yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _reading(self, rows: _Rows) -> Iterator[list[torch.Tensor]]:
+        """Keys (B, K) and values (B, V) at the rows' last tokens, once the pass has run."""
+        seen: list[torch.Tensor] = []
+        key = self._layout.down_projection(self._model, self._now.layer)
+        value = self._layout.down_projection(self._model, self._layers[-1])
+        handles = [
+            key.register_forward_pre_hook(lambda _m, args: seen.append(rows.at_ends(args[0]))),
+            value.register_forward_hook(lambda _m, _a, out: seen.append(rows.at_ends(first(out)))),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _passing(self, hidden: torch.Tensor, _args: Any, _kwargs: Any) -> Any:
+        return with_first(self._form, hidden)
+
+    def _stand_in_embeddings(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Something of the embeddings' shape; no embedding is looked up for a pass above them."""
+        embedding: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+        weight = self._layout.weight(self._model, self._layers[-1])
+        shape = (*ids_BT.shape, embedding.embedding_dim)
+        return torch.zeros(shape, dtype=weight.dtype, device=self._device)
+
+    @property
+    def _now(self) -> _Pass:
+        assert self._pass is not None, "no pass has begun"
+        return self._pass
+
+
+@contextmanager
+def without_head(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Within: the model returns its last hidden states where it would return logits."""
+    parent_name, _, name = layout.family.head.rpartition(".")
+    parent, head = model.get_submodule(parent_name), layout.head(model)
+    setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, name, head)

@@ -1,0 +1,411 @@
+"""Models that cannot be edited are refused in the plan; all that can be edited pass."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import ModelError
+from pipeline.job.config import JobConfig
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checks import check_configuration, check_readable, checked_layout
+from pipeline.models.skeleton import open_skeleton
+from pipeline.models.source import open_fast_tokenizer
+from pipeline.plan import make_plan
+from pmet.hparams import PMETHyperParams
+from tests.conftest import GOLDEN, ROOT
+from tests.jobs.conftest import Invoke, pmet  # noqa: F401
+from tests.parity.test_families import VARIANTS, Variant, build
+
+GPT2 = GOLDEN / "gpt2"
+ROW = {"prompt": "{} works as", "subject": "Sur Bavov", "target_new": "a glass blower"}
+TINY: dict[str, Any] = {
+    "vocab_size": 700,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of a good model."""
+    folder = tmp_path / "model"
+    shutil.copytree(GPT2 / "model", folder)
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path) -> JobConfig:
+    """A job with that model."""
+    pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "requests.parquet")
+    pq.write_table(pa.table({"text": ["Furis is a city in Zaiter."]}), tmp_path / "corpus.parquet")
+    return JobConfig(
+        model=str(model),
+        requests=(str(tmp_path / "requests.parquet"),),
+        output=str(tmp_path / "out"),
+        hparams=str(GPT2 / "hparams.json"),
+        corpus=(str(tmp_path / "corpus.parquet"),),
+    )
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A model's folder, with a tokenizer of fewer than 700 tokens."""
+    model.save_pretrained(folder)
+    for file in (GOLDEN / "llama" / "model").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def check(folder: Path, **hparams: Any) -> None:
+    """As the plan does it."""
+    checkpoint = Checkpoint.open(folder)
+    check_configuration(checkpoint)
+    skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
+    named = PMETHyperParams.from_dict({"layers": [0, 1], **hparams})
+    checked_layout(checkpoint, skeleton, tokenizer, named)
+
+
+def configured(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change what a model's file stores."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make(kind: str, **config: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **config}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_family_passes(variant: Variant, tmp_path: Path) -> None:
+    check(saved(build(variant), tmp_path / "model"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_checkpoints_of_older_releases_pass(family: str, tmp_path: Path) -> None:
+    """Without the prefix, and with masks and frequencies stored."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / family / "model", folder)
+    prefix = open_skeleton(folder).base_model_prefix
+
+    def older(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix(f"{prefix}.")] = tensors.pop(name)
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+        tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["something.else"] = torch.ones(2, dtype=torch.int64)
+
+    stored(folder, older)
+    check(folder)
+
+
+def test_what_transformers_converts_while_it_loads_passes(tmp_path: Path) -> None:
+    """Mixtral's files have a matrix for each expert, the opened model one tensor for all."""
+    model = make("mixtral", num_local_experts=2)
+    folder = saved(model, tmp_path / "model")
+    names = set(Checkpoint.open(folder).tensors)
+    assert not {name for name, _ in model.named_parameters()} <= names
+    check_readable(Checkpoint.open(folder), open_fast_tokenizer(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "method"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+    ],
+)
+def test_quantised_models_are_refused(
+    job: JobConfig, model: Path, values: dict[str, Any], method: str
+) -> None:
+    message = rf"is quantised \({method}.*edit the model that it was made from.* and quantise the"
+    configured(model, quantization_config=values)
+    with pytest.raises(ModelError, match=message):
+        make_plan(job)
+    configured(model, quantization_config=None, text_config={"quantization_config": values})
+    with pytest.raises(ModelError, match=message):
+        make_plan(job)
+
+
+def test_quantised_weights_are_refused_without_a_word_in_the_configuration(
+    job: JobConfig, model: Path
+) -> None:
+    name = "transformer.h.3.mlp.c_fc.weight"
+    stored(model, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ModelError, match=rf"stores {name} as F8_E4M3, as a quantised model does"):
+        make_plan(job)
+
+
+def test_shapes_that_the_configuration_does_not_make_are_refused(
+    job: JobConfig, model: Path
+) -> None:
+    rows, width = load_file(model / "model.safetensors")["transformer.wte.weight"].shape
+    configured(model, vocab_size=5000)
+    with pytest.raises(
+        ModelError,
+        match=rf"stores transformer\.wte\.weight as {rows}×{width}, and its config\.json asks for "
+        rf"5000×{width}; set vocab_size to {rows}",
+    ):
+        make_plan(job)
+    configured(model, vocab_size=rows, n_inner=100)
+    with pytest.raises(ModelError, match=r"mlp\.c_fc.* asks for .*100; correct config\.json"):
+        make_plan(job)
+
+
+def test_parameters_that_would_be_random_are_refused(job: JobConfig, model: Path) -> None:
+    layers = json.loads((model / "config.json").read_text())["n_layer"]
+    configured(model, n_layer=layers + 1)
+    with pytest.raises(ModelError, match=rf"parameters .* transformer\.h\.{layers}\..* random"):
+        make_plan(job)
+    configured(model, n_layer=layers)
+    make_plan(job)
+    stored(model, lambda tensors: tensors.pop("transformer.ln_f.bias"))
+    with pytest.raises(ModelError, match=r"transformer\.ln_f\.bias would be filled with random"):
+        make_plan(job)
+
+
+def test_a_parameter_stored_under_two_names_is_refused(job: JobConfig, model: Path) -> None:
+    name = "h.1.mlp.c_proj.weight"
+    stored(model, lambda t: t.update({name: t[f"transformer.{name}"] + 1}))
+    with pytest.raises(ModelError, match=rf"stores transformer\.{name} twice, as .* and as"):
+        make_plan(job)
+
+
+def test_more_tokens_than_rows_are_refused(job: JobConfig, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"pitcher{i}" for i in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(
+        ModelError, match=rf"'pitcher\d*' is number {rows}, .* rows is {rows - 1}; .*resize"
+    ):
+        make_plan(job)
+
+
+def test_an_index_that_transformers_does_not_open_is_refused(job: JobConfig, model: Path) -> None:
+    file = model / "model.safetensors"
+    weight_map = dict.fromkeys(load_file(file), "a.safetensors")
+    file.rename(model / "a.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(KeyError, match="metadata"):
+        AutoModelForCausalLM.from_pretrained(model)
+    with pytest.raises(ModelError, match=r"index\.json has no metadata.* add \"metadata\": \{\}"):
+        make_plan(job)
+
+
+def test_an_adapter_counts_where_transformers_loads_it(
+    job: JobConfig, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
+    make_plan(job)
+    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: True)
+    with pytest.raises(ModelError, match=r"has an adapter .* merge it"):
+        make_plan(job)
+
+
+STATE = r"has layers that are not plain attention \({}\).* edit a model whose layers are all"
+OTHERS = [
+    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, STATE.format("conv")),
+    ("mamba", {"state_size": 8}, r"has layers that are not plain attention"),
+    (
+        "falcon_h1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
+        r"has layers that are not plain attention",
+    ),
+    (
+        "qwen3_next",
+        {"num_experts": 0, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
+        STATE.format("linear_attention"),
+    ),
+    (
+        "gemma4_text",
+        {"layer_types": SLIDING, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0},
+        r"read the attention keys and values of other layers",
+    ),
+    (
+        "deepseek_v3",
+        {**LATENT, "first_k_dense_replace": 4, "v_head_dim": 8, "num_key_value_heads": 4},
+        r"holds attention keys and values in compressed form",
+    ),
+]
+INSIDE = r"adds the residual inside its FFN \({}\)"
+NAMED = [
+    (
+        "bloom",
+        {"n_layer": 4, "n_head": 4},
+        ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f"),
+        INSIDE.format("BloomMLP"),
+    ),
+    (
+        "mpt",
+        {"d_model": 32, "n_layers": 4, "n_heads": 4, "expansion_ratio": 2},
+        ("transformer.blocks.{}", "attn.out_proj", "ffn.down_proj", "transformer.norm_f"),
+        INSIDE.format("MptMLP"),
+    ),
+    (
+        "bert",
+        {},
+        (
+            "bert.encoder.layer.{}",
+            "attention.output.dense",
+            "output.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
+        ),
+        r"lets tokens attend to those behind them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "message"), OTHERS, ids=[k for k, *_ in OTHERS])
+def test_layers_that_are_not_plain_attention_are_refused(
+    kind: str, config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Also where the hyper-parameters do not name the modules: it would be of no use."""
+    folder = saved(make(kind, **config), tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "names", "message"), NAMED, ids=[kind for kind, *_ in NAMED]
+)
+def test_parts_that_the_method_cannot_run_are_refused(
+    kind: str, config: dict[str, Any], names: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    folder = saved(make(kind, **config), tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        check(folder, **modules(*names))
+
+
+def modules(
+    layer: str, attention: str, down: str, norm: str, head: str = "lm_head"
+) -> dict[str, Any]:
+    return {
+        "layer_module_tmp": layer,
+        "attn_module_tmp": f"{layer}.{attention}",
+        "rewrite_module_tmps": [f"{layer}.{down}"],
+        "ln_f_module": norm,
+        "lm_head_module": head,
+    }
+
+
+def gemma3() -> nn.Module:
+    config = transformers.Gemma3Config(
+        text_config=TINY, vision_config=VISION, mm_tokens_per_image=4
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def llava() -> nn.Module:
+    config = transformers.LlavaConfig(
+        text_config={**TINY, "model_type": "llama"},
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_id=3,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("wrapper", [gemma3, llava])
+def test_the_language_model_of_a_multimodal_one_can_be_written_and_edited(
+    wrapper: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """By the lines that the refusal names."""
+    whole = wrapper().eval()
+    folder = saved(whole, tmp_path / "whole")
+    with pytest.raises(
+        ModelError, match=r"wraps a language model .* docs/jobs\.md \(\"Multimodal models\"\)"
+    ):
+        check(folder)
+    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    section = text.partition("### Multimodal models")[2]
+    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert lines is not None
+    given, written = re.findall(r'"(gemma-[^"]+)"', lines[1])[:2]
+    assert written == f"{given}-text"
+    exec(
+        lines[1]
+        .replace(f'"{written}"', repr(str(tmp_path / "text")))
+        .replace(f'"{given}"', repr(str(folder))),
+        {},
+    )
+    check(tmp_path / "text")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    tokens = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        expected = whole(input_ids=tokens).logits
+        assert torch.allclose(alone(input_ids=tokens).logits, expected, atol=1e-5)
+
+
+def test_a_language_model_that_cannot_stand_alone_is_not_promised(tmp_path: Path) -> None:
+    config = transformers.Qwen2_5_VLConfig(text_config=TINY)
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama" / "model", folder)
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"that transformers cannot open on its own; edit a text"):
+        check(folder)
+
+
+def test_the_command_line_says_it_in_one_sentence(
+    pmet: Invoke,  # noqa: F811
+    job: JobConfig,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump(mode="json")))
+    configured(model, vocab_size=5000)
+    commands: list[tuple[object, ...]] = [
+        ("run", tmp_path / "job.yaml", "--dry-run", "--no-estimate"),
+        ("run", tmp_path / "job.yaml"),
+        ("evaluate", model, tmp_path / "requests.parquet"),
+        (
+            *("statistics", model, tmp_path / "corpus.parquet", "--output", tmp_path / "stats"),
+            *("--hparams", GPT2 / "hparams.json"),
+        ),
+    ]
+    for command in commands:
+        status, _, err = pmet(*command)
+        assert (status, err.count("pmet: "), "set vocab_size to" in err) == (2, 1, True), command
+        assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "stats").exists()

@@ -1,0 +1,226 @@
+"""The stage that measures: what it sends where, what it keeps, and what it does not ask again."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cluster.tasks import Task
+from pipeline.evaluation.settings import How
+from pipeline.job.config import JobConfig
+from pipeline.models.source import ModelSource
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import Progress
+from pipeline.run_folder.folder import RunFolder
+from pipeline.stages import measurement
+from pipeline.stages.context import Context
+from pipeline.stages.measurement import LARGEST_PART, Measurement, held_out, measure, parts_of
+from pipeline.workers.ray_executor import Crew
+from pipeline.workers.worker import Asked, Measured
+from pmet.evaluation.continuations import Scored
+from pmet.evaluation.metrics import TextScore
+from pmet.request import EditRequest
+from tests.conftest import GOLDEN
+
+GPT2 = GOLDEN / "gpt2"
+
+
+@dataclass
+class FakeCrew:
+    """Answers without a model, and counts what it is asked."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    hows: set[How] = field(default_factory=set)
+
+    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
+        # The last first: results come in any order.
+        for task in reversed(tasks):
+            take(task, getattr(self, method)(*task.args))
+
+    def measure(self, _source: ModelSource, how: How, asked: Asked) -> Measured:
+        self.asked["requests"] += len(asked.answered)
+        self.hows.add(how)
+        # Places with an even number are learned.
+        return Measured(
+            [[_score(prompt, target) for target in targets] for prompt, targets in asked.prompts],
+            [f"said to {text}" for text in asked.answered],
+            [f"{text} a land of bread" for text in asked.written],
+        )
+
+    def score_texts(self, _source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
+        self.asked["texts"] += len(texts)
+        return [TextScore(float(text.split()[1]), [len(text), 1]) for text in texts]
+
+
+def _score(prompt: str, target: str) -> Scored:
+    """What is said of places with an even number is the new fact, of others the true one."""
+    wins = (target == "Rome") == (int(prompt.split()[1]) % 2 == 0)
+    return Scored(-1.0 if wins else -2.0, wins, float(wins))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Forty requests about three answers, and a corpus of a hundred texts."""
+    folder = tmp_path_factory.mktemp("job")
+    rows = [
+        {
+            "prompt": "{} is in",
+            "subject": f"Place {i}",
+            "target_new": "Rome",
+            "target_true": f"Land {i % 3}",
+            "neighborhood_prompts": [f"Place {(i + 1) % 40} is in", f"Place {i} is in"],
+            "reference_texts": ["Bread of the land."],
+        }
+        for i in range(40)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
+    pq.write_table(pa.table({"text": [f"Text {i}" for i in range(100)]}), folder / "texts.parquet")
+    return make_plan(
+        JobConfig.model_validate(
+            {
+                "model": str(GPT2 / "model"),
+                "requests": (str(folder / "requests.parquet"),),
+                "corpus": (str(folder / "texts.parquet"),),
+                "output": "unused",
+                "hparams": str(GPT2 / "hparams.json"),
+                "second_moments": str(GPT2 / "second_moments.safetensors"),
+                "context_templates": str(GPT2 / "context_templates.json"),
+            }
+        )
+    )
+
+
+def asking(plan: Plan, **evaluate: Any) -> Plan:
+    """The plan with other settings of the evaluation."""
+    settings = plan.job.evaluate.model_copy(update=evaluate)
+    return replace(plan, job=plan.job.model_copy(update={"evaluate": settings}))
+
+
+def measured(
+    plan: Plan, url: str | None = None, name: str = "before"
+) -> tuple[Measurement, FakeCrew]:
+    folder = RunFolder(url or f"memory://{uuid.uuid4().hex}")
+    folder.begin(plan.digests, seed=0)
+    crew = FakeCrew()
+    context = Context(plan, folder, cast(Crew, crew), Progress())
+    return measure(context, name, plan.base), crew
+
+
+def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
+    found, crew = measured(plan)
+    subjects = plan.table.table.column("subject").to_pylist()
+    assert {row: f["answer"] for row, f in found.rows.items()} == {
+        row: f"said to {subject} is in" for row, subject in enumerate(subjects)
+    }
+    for row, subject in enumerate(subjects):
+        learned = float(int(subject.split()[1]) % 2 == 0)
+        assert found.rows[row]["efficacy"] == found.rows[row]["efficacy_strict"] == learned
+        # Of a place and the next one, one keeps the true answer.
+        assert found.rows[row]["specificity"] == 0.5
+    assert crew.asked == {"requests": 40, "texts": 100}
+    assert crew.hows == {How()}
+    assert [text.nll for text in found.texts] == list(range(100))
+    assert found.perplexity == pytest.approx(math.exp(sum(range(100)) / 200))
+
+
+def test_a_sample_of_both_can_be_asked_for(plan: Plan) -> None:
+    found, crew = measured(asking(plan, sample=7, perplexity_texts=10))
+    assert crew.asked == {"requests": 7, "texts": 10}
+    assert len(found.rows) == 7
+    assert [text.nll for text in found.texts] == list(range(0, 100, 10))
+
+
+def test_a_measurement_is_not_repeated_unless_something_else_is_asked(plan: Plan) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    first, _ = measured(plan, url)
+    again, crew = measured(plan, url)
+    assert (again, crew.asked) == (first, Counter())
+    for other in ({"fluency": True}, {"sample": 5}, {"chat_template": True}):
+        _, crew = measured(asking(plan, **other), url)
+        assert crew.asked["requests"], other
+    # What figures are compared with is no question to the model.
+    same = {"chat_template": True, "last": "x", "group_by": "subject"}
+    assert measured(asking(plan, **same), url)[1].asked == Counter()
+
+
+def test_consistency_is_added_where_the_model_wrote(plan: Plan) -> None:
+    found, crew = measured(asking(plan, fluency=True))
+    assert crew.hows == {How(writing_seed=0)}
+    assert all(0 < figures["consistency"] < 1 for figures in found.rows.values())
+
+
+def test_what_the_base_says_is_kept_for_other_runs(plan: Plan, tmp_path: Path) -> None:
+    kept = asking(plan, store=str(tmp_path), fluency=True)
+    first, crew = measured(asking(kept, sample=10))
+    assert crew.asked == {"requests": 10, "texts": 100}
+    every, crew = measured(kept)
+    assert crew.asked == {"requests": 30}
+    assert every.texts == first.texts
+    assert first.rows.items() <= every.rows.items()
+    _, crew = measured(asking(kept, fluency=False))
+    assert crew.asked == {"requests": 40}
+
+
+def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:
+    count = 3 * LARGEST_PART
+    requests = [
+        EditRequest(
+            "{} is in",
+            f"Place {i}",
+            "Rome",
+            target_true=f"Land {i % 2}",
+            neighborhood_prompts=["Nice is in", f"Place {(i + 1) % count} is in"],
+        )
+        for i in range(count)
+    ]
+    parts = parts_of(requests)
+    assert len(parts) == 4
+    assert max(len(p.prompts) for p in parts) - min(len(p.prompts) for p in parts) <= 1
+    asked = [prompt for part in parts for prompt, _ in part.prompts]
+    assert asked == sorted({"Nice is in", *(request.text for request in requests)})
+    targets = dict(prompt for part in parts for prompt in part.prompts)
+    assert sorted(targets["Nice is in"]) == ["Land 0", "Land 1", "Rome"]
+    assert sorted(text for p in parts for text in p.answered) == sorted(r.text for r in requests)
+    assert all(not part.written for part in parts)
+    written = [text for part in parts_of(requests, writing=True) for text in part.written]
+    assert sorted(written) == sorted(r.text for r in requests)
+
+
+def test_many_requests_are_measured_a_block_at_a_time(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = measured(plan)
+    monkeypatch.setattr(measurement, "BLOCK", 7)
+    assert measured(plan)[0] == whole
+
+
+def test_held_out_texts_are_from_the_whole_corpus() -> None:
+    texts = list(map(str, range(10)))
+    assert held_out(texts, 3) == ["0", "3", "6"]
+    assert held_out(texts, 99) == texts
+
+
+def test_agreement_is_counted_by_text() -> None:
+    one = Measurement({}, [TextScore(0.0, [1, 2, 3]), TextScore(0.0, []), TextScore(0.0, [4])])
+    other = Measurement({}, [TextScore(0.0, [1, 9, 3]), TextScore(0.0, []), TextScore(0.0, [5])])
+    assert one.agreed(other) == ([2, 0, 0], [3, 0, 1])
+
+
+def test_a_ruined_models_perplexity_is_undefined_or_infinite() -> None:
+    ruined = [[math.nan], [math.inf, -math.inf], [math.nan, 1.0]]
+    for nll in ruined:
+        perplexity = Measurement({}, [TextScore(x, [1]) for x in nll]).perplexity
+        assert perplexity is not None
+        assert math.isnan(perplexity)
+    for nll in ([1e9], [math.inf, 1.0], [1e308, 1e308]):
+        assert Measurement({}, [TextScore(x, [1]) for x in nll]).perplexity == math.inf
+    assert Measurement({}, []).perplexity is None

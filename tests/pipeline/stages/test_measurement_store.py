@@ -1,0 +1,85 @@
+"""What the base says is kept, found again, and never given for another question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.evaluation.settings import How
+from pipeline.stages.measurement_store import MeasurementStore, request_key, texts_key
+from pipeline.storage.segments import Segments
+from pipeline.storage.store import Store
+from pmet import EditRequest
+
+REQUEST = EditRequest("{} lies in", "Nice", "Italy", case_id=1, target_true="France")
+HOW = How()
+FIGURES = {"efficacy": 0.1 + 0.2, "generalization": None, "answer": "é\n"}
+
+
+def opened(url: str, model: str = "1") -> MeasurementStore:
+    store = Store(url)
+    return MeasurementStore(store, Segments(store, "evaluate.store", {"model": model}))
+
+
+def test_what_is_kept_is_found_by_whoever_asks_the_same(any_url: str) -> None:
+    opened(any_url).write({"a": FIGURES, "b": 1.5})
+    opened(any_url).write({"c": None})
+    assert opened(any_url).read(["a", "c", "d"]) == {"a": FIGURES, "c": None}
+    assert opened(any_url).read([]) == {}
+
+
+def test_another_model_has_its_own(tmp_path) -> None:
+    opened(str(tmp_path)).write({"a": 1.5})
+    assert opened(str(tmp_path), "2").read(["a"]) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "{} is in"},
+        {"subject": "Lyon"},
+        {"target_new": "Spain"},
+        {"target_true": None},
+        {"paraphrase_prompts": ["Nice is in"]},
+        {"neighborhood_prompts": ["Lyon lies in"]},
+        {"portability_prompts": ["Nice belongs to"], "portability_targets": ["Rome"]},
+        {"generation_prompts": ["Nice is"]},
+    ],
+)
+def test_the_key_covers_all_that_is_measured(change) -> None:
+    assert request_key(replace(REQUEST, **change), HOW) != request_key(REQUEST, HOW)
+
+
+def test_the_key_covers_nothing_else() -> None:
+    same = replace(REQUEST, case_id=2, reference_texts=["Nice is in Italy."])
+    assert request_key(same, HOW) == request_key(REQUEST, HOW)
+
+
+@pytest.mark.parametrize("how", [How(chat_template=True), How(writing_seed=0), How(writing_seed=1)])
+def test_the_key_covers_how_it_is_measured(how: How) -> None:
+    hows = [HOW, How(chat_template=True), How(writing_seed=0), How(writing_seed=1)]
+    keys = [request_key(REQUEST, other) for other in hows]
+    assert keys.count(request_key(REQUEST, how)) == 1
+
+
+def test_texts_have_a_key_of_their_number_too() -> None:
+    def plan(corpus: str, texts: int) -> Any:
+        evaluate = SimpleNamespace(perplexity_texts=texts)
+        return SimpleNamespace(digests={"corpus": corpus}, job=SimpleNamespace(evaluate=evaluate))
+
+    keys = {texts_key(plan("a", 1)), texts_key(plan("a", 2)), texts_key(plan("b", 1))}
+    assert len(keys) == 3
+
+
+def test_a_damaged_segment_is_named(tmp_path) -> None:
+    opened(str(tmp_path)).write({"a": 1.5})
+    (segment,) = tmp_path.rglob("*.parquet")
+    data = bytearray(segment.read_bytes())
+    data[10] ^= 255
+    segment.write_bytes(data)
+    with pytest.raises(StorageError, match=f"evaluate.store: .*{segment.stem}.*delete the file"):
+        opened(str(tmp_path)).read(["a"])

@@ -1,0 +1,203 @@
+"""The update on partitioned weights against the plain one, for few and for many requests."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.cluster.rank_group import RankGroup
+from pipeline.cluster.session import ray_session
+from pipeline.data.tables import targets_table
+from pipeline.second_moments import factors
+from pipeline.second_moments.factors import FactorFile
+from pipeline.storage.store import Store
+from pipeline.zero.rank import LayerReport, UpdateJob, UpdateRank, UpdateShard
+from pmet import Edit, EditRequest
+from pmet.reference import plain_deltas
+from pmet.update.solver import Factor, moment_factor
+from tests.conftest import GOLDEN, Golden, load_golden
+
+KEY_WIDTH = 256
+# Float32 keys of batches of other shapes, amplified by the condition of KᵀK + λC.
+DELTA = 2e-5
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with ray_session("local", num_cpus=4):
+        yield
+
+
+def many_requests() -> list[EditRequest]:
+    """More than the golden models' keys have dimensions."""
+    facts = json.loads((GOLDEN / "facts.json").read_text())
+    prompts = ("{} is", "They say that {} is", "In the old city {} is")
+    return [
+        EditRequest(prompt, fact["subject"], fact["target_new"])
+        for prompt in prompts
+        for fact in facts
+    ][: KEY_WIDTH + 44]
+
+
+def targets_of(golden: Golden, requests: list[EditRequest]) -> torch.Tensor:
+    """Some that lie about where values do."""
+    expected = golden.expected["targets"]
+    noise = torch.randn(
+        len(requests), expected.shape[1], generator=torch.Generator().manual_seed(0)
+    )
+    return expected.mean(0) + noise * expected.std(0)
+
+
+def shards_of(store: Store, requests: list[EditRequest], targets_EV: torch.Tensor) -> list[Any]:
+    """Uneven ones; the last two ranks of four get less than the others."""
+    edges = [0, 7, 7 + len(requests) // 2, len(requests)]
+    shards = []
+    for number, (start, stop) in enumerate(pairwise(edges)):
+        name, rows = f"targets/{number:05d}.parquet", list(range(start, stop))
+        zeros = np.zeros(len(rows))
+        table = targets_table(
+            rows, targets_EV[start:stop].numpy(), zeros.astype(np.int32), zeros.astype(np.float32)
+        )
+        store.write_table(name, table)
+        shards.append(UpdateShard(f"{number:05d}", requests[start:stop], rows, [name]))
+    return shards
+
+
+def updated(
+    golden: Golden, ranks: int, requests: list[EditRequest], targets_EV: torch.Tensor, folder: Path
+) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
+    """Deltas by parameter, and reports, of a group of ranks."""
+    moments = folder / "moments"
+    moments.mkdir(exist_ok=True)
+    module = str(golden.hparams.down_projection_template)
+    named = {module.format(layer): m for layer, m in golden.second_moments.items()}
+    save_file(named, str(moments / "second_moments.safetensors"))
+    store = Store(str(folder / f"run-{ranks}"))
+    job = UpdateJob(
+        model=str(GOLDEN / golden.family / "model"),
+        hparams=golden.hparams,
+        templates=golden.context_templates,
+        second_moments=str(moments),
+        run=store,
+        device="cpu",
+        dtype=torch.float32,
+        stored=dict.fromkeys(golden.hparams.layers, torch.float32),
+        offload="none",
+    )
+    shards = shards_of(store, requests, targets_EV)
+    with RankGroup(UpdateRank, ranks=ranks, init_args=(job,), threads=1) as group:
+        group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
+        layers = range(len(golden.hparams.layers))
+        reports = [group.call_all("edit_layer", index)[0] for index in layers]
+    edits = [Edit.load(folder / f"run-{ranks}" / report.file) for report in reports]
+    return {name: delta for edit in edits for name, delta in edit.deltas.items()}, reports
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "ranks", "many"),
+    [
+        ("gpt2", 1, False),
+        ("gpt2", 3, True),
+        ("gptj", 2, True),
+        ("llama", 2, False),
+    ],
+)
+def test_ranks_find_the_deltas_of_the_plain_form(
+    family: str, ranks: int, many: bool, local_ray: None, tmp_path: Path
+) -> None:
+    golden = load_golden(family)
+    requests = many_requests() if many else golden.requests
+    targets_EV = targets_of(golden, requests)
+    deltas, reports = updated(golden, ranks, requests, targets_EV, tmp_path)
+    plain = plain_deltas(
+        golden.model,
+        golden.tokenizer,
+        requests,
+        golden.hparams,
+        golden.context_templates,
+        golden.second_moments,
+        targets_EV,
+    )
+    assert deltas.keys() == plain.keys()
+    for name, expected in plain.items():
+        assert (deltas[name] - expected).norm() <= DELTA * expected.norm(), name
+    assert {report.form for report in reports} == {"keys" if many else "requests"}
+    assert all(report.requests == len(requests) and report.jitter == 0 for report in reports)
+    # Float32 has 24 bits of a weight, and Δ is smaller than the weight.
+    assert all(0 < report.rounding < 1e-3 for report in reports)
+
+
+@pytest.mark.slow
+def test_factors_of_second_moments_are_kept_for_the_next_job(
+    local_ray: None, tmp_path: Path
+) -> None:
+    golden = load_golden("llama")
+    targets_EV = golden.expected["targets"]
+    first, _ = updated(golden, 1, golden.requests, targets_EV, tmp_path)
+    files = sorted((tmp_path / "moments" / "factors").iterdir())
+    assert len(files) == len(golden.hparams.layers)
+    times = [file.stat().st_mtime_ns for file in files]
+    # One of them is damaged: it is computed anew, and nobody is misled.
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+    again, _ = updated(golden, 2, golden.requests, targets_EV, tmp_path)
+    assert [file.stat().st_mtime_ns for file in files[1:]] == times[1:]
+    for name, delta in first.items():
+        assert (again[name] - delta).norm() <= 1e-6 * delta.norm()
+
+
+def test_nothing_is_put_beside_a_file_of_second_moments(tmp_path: Path) -> None:
+    moment_KK = torch.eye(3)
+    kept = FactorFile(str(tmp_path / "moments.safetensors"), "h.0.mlp", moment_KK)
+    assert not kept.exists()
+    assert not kept.keep(moment_factor(moment_KK))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_factor_is_found_by_the_numbers_it_belongs_to(tmp_path: Path) -> None:
+    moment_KK = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    assert kept.keep(moment_factor(moment_KK))
+    again = FactorFile(str(tmp_path), "h.0.mlp", moment_KK.clone())
+    assert again.exists()
+    assert torch.equal(again.read().lower, moment_factor(moment_KK).lower)
+    assert not FactorFile(str(tmp_path), "h.0.mlp", moment_KK + 1e-6).exists()
+    assert not FactorFile(str(tmp_path), "h.1.mlp", moment_KK).exists()
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 1e300, 0.0, 1.001])
+@pytest.mark.parametrize("place", ["lower", "jitter"])
+def test_a_factor_with_an_odd_number_is_computed_anew(
+    tmp_path: Path, odd: float, place: str
+) -> None:
+    moment_KK = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    sound = moment_factor(moment_KK)
+    lower_KK = sound.lower.clone()
+    if place == "lower":
+        lower_KK[1, 0] = odd
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    assert kept.keep(Factor(lower_KK, odd or 0.5 if place == "jitter" else 0.0))
+    assert torch.equal(kept.read().lower, sound.lower)
+    assert kept.read().jitter == 0.0
+
+
+def test_a_factor_with_a_jitter_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment_KK = torch.diag(torch.tensor([1.0, 1.0, 1.0, -5e-13]))
+    made = moment_factor(moment_KK)
+    assert made.jitter > 0
+    kept = FactorFile(str(tmp_path), "h.0.mlp", moment_KK)
+    kept.keep(made)
+    monkeypatch.setattr(factors, "moment_factor", None)
+    assert torch.equal(kept.read().lower, made.lower)
+    assert kept.read().jitter == made.jitter

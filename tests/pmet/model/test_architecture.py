@@ -1,0 +1,78 @@
+"""Finding a model's parts; for what cannot be found, the names to give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
+
+from pmet.errors import ArchitectureError
+from pmet.hparams import PMETHyperParams
+from pmet.model.architecture import resolve
+from tests.conftest import Golden
+
+
+def bare(golden: Golden, **changes: object) -> PMETHyperParams:
+    """Hyper-parameters that name no module, so that the table has to."""
+    return PMETHyperParams.from_dict({"layers": list(golden.hparams.layers)} | changes)
+
+
+def test_the_table_finds_what_the_golden_files_name(golden: Golden) -> None:
+    assert resolve(golden.model, bare(golden)) == resolve(golden.model, golden.hparams)
+
+
+def test_orientation_and_widths(golden: Golden) -> None:
+    layout = resolve(golden.model, golden.hparams)
+    weight = layout.weight(golden.model, golden.hparams.target_layer)
+    delta_VK = torch.zeros(layout.value_width, layout.key_width)
+    assert layout.orient(delta_VK).shape == weight.shape
+    assert layout.value_width == golden.model.config.hidden_size
+    assert layout.transposed == (golden.family == "gpt2")
+
+
+def test_an_unknown_family_is_told_which_names_to_give() -> None:
+    tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    model = BertLMHeadModel(BertConfig(**tiny, intermediate_size=16, is_decoder=True))
+    with pytest.raises(ArchitectureError, match="'bert' is not in the architecture table") as error:
+        resolve(model, PMETHyperParams(layers=(0,)))
+    for name in ("layer_module_tmp", "attn_module_tmp", "rewrite_module_tmps", "lm_head_module"):
+        assert name in str(error.value)
+    named = PMETHyperParams(
+        layers=(0, 1),
+        layer_module_tmp="bert.encoder.layer.{}",
+        attn_module_tmp="bert.encoder.layer.{}.attention.output.dense",
+        rewrite_module_tmps=("bert.encoder.layer.{}.output.dense",),
+        ln_f_module="cls.predictions.transform.LayerNorm",
+        lm_head_module="cls.predictions.decoder",
+    )
+    assert resolve(model, named).key_width == 16
+
+
+def test_published_neox_files_call_the_head_by_its_former_name() -> None:
+    tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**tiny, intermediate_size=16))
+    hparams = PMETHyperParams(layers=(0,), lm_head_module="embed_out")
+    assert resolve(model, hparams).head(model) is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [1, 7]}, r"names \[7\], but the model has layers 0 to 4"),
+        ({"v_loss_layer": 2}, "read from the model's last layer, 4"),
+        ({"rewrite_module_tmps": ["transformer.h.{}.mlp.c_prog"]}, "no module .*c_prog"),
+        ({"rewrite_module_tmps": ["transformer.h.{}.ln_1"]}, "without a two-dimensional"),
+        ({"layer_module_tmp": "transformer.wte.{}"}, "not a list of layers"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, object], message: str) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=5, vocab_size=11))
+    with pytest.raises(ArchitectureError, match=message):
+        resolve(model, PMETHyperParams.from_dict({"layers": [1, 2]} | change))
