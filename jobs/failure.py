@@ -97,7 +97,7 @@ def _sentence(error: BaseException, command: str) -> tuple[str, int]:
 def _os_error(error: OSError) -> str:
     said = error.strerror or os.strerror(error.errno or 0)
     file = f": {error.filename}" if error.filename else ""
-    remedy = "free some space there" if error.errno in _FULL else "fix that"
+    remedy = "make room there" if error.errno in _FULL else "fix that"
     return f"{said}{file}; {remedy}, then {_AGAIN}"
 
 

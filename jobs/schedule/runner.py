@@ -203,5 +203,6 @@ class Runner:
 
 def _when(night: Night) -> str:
     more = len(night.covers) - 1
-    missed = f", which also covers {more} missed" if more else ""
+    runs = "run" if more == 1 else "runs"
+    missed = f" (also covers {more} missed {runs})" if more else ""
     return f"{night.due:%Y-%m-%d %H:%M} UTC{missed}"

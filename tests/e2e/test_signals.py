@@ -112,7 +112,7 @@ def test_ctrl_c_three_times_while_targets_are_computed(folder: Path) -> None:
     run = Run(folder)
     run.stop_at("event=shard stage=targets", [signal.SIGINT] * 3)
     status, said, record = run.end()
-    assert (status, said) == (130, ["interrupted; run the same command again to go on from here"])
+    assert (status, said) == (130, ["interrupted; run the same command again to resume"])
     ended = (record["status"], record["error"], record["exit_status"])
     assert ended == ("stopped", STOPPED, 130)
     assert run.left() == []
@@ -125,7 +125,7 @@ def test_the_end_of_the_terminal_while_ray_starts(folder: Path) -> None:
     status, said, record = run.end()
     assert (status, said) == (
         129,
-        ["stopped by SIGHUP; run the same command again to go on from here"],
+        ["stopped by SIGHUP; run the same command again to resume"],
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 129)
     assert run.left() == []
@@ -139,7 +139,7 @@ def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gon
     status, said, record = run.end()
     assert (status, said) == (
         143,
-        ["stopped by SIGTERM; run the same command again to go on from here"],
+        ["stopped by SIGTERM; run the same command again to resume"],
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 143)
     assert run.left() == []

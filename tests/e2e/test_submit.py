@@ -138,7 +138,7 @@ def test_a_job_is_submitted_once_while_it_runs(stopped: dict[str, Any]) -> None:
     first = name_in(stopped["submitted"].stdout)
     assert first.endswith("-1")
     assert stopped["again"].returncode == 0
-    assert f"{first} is running already" in stopped["again"].stdout
+    assert f"{first} is already running" in stopped["again"].stdout
     assert stopped["other"].returncode == 2
     assert "with other settings" in stopped["other"].stderr
 

@@ -186,7 +186,7 @@ def test_who_has_no_token_or_a_wrong_one_is_told(hosts: tuple[Host, Host]) -> No
     head, _ = hosts
     none = head.pmet("list", RAY_AUTH_MODE="disabled")
     assert none.returncode == 1
-    assert "asks for a token, and none was given (HTTP 401): set RAY_AUTH_MODE=token" in none.stderr
+    assert "requires a token, and none was given (HTTP 401): set RAY_AUTH_MODE=token" in none.stderr
     wrong = head.pmet("list", RAY_AUTH_TOKEN=TOKEN[::-1])
     assert wrong.returncode == 1
     assert "does not accept this token (HTTP 403)" in wrong.stderr

@@ -102,7 +102,7 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
     monkeypatch.setattr("pipeline.estimate.prediction.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
     assert status == 0
-    assert re.search(r"in all +2 h 00 min", out)
+    assert re.search(r"total +2 h 00 min", out)
     assert "3.00 GiB × 2" in out
     assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
     assert re.search(r"targets that diverge +25.0 % of the sample", out)

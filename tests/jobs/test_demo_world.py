@@ -104,7 +104,7 @@ def test_fewer_requests_are_the_first_ones(rows):
 
 
 def test_too_many_requests_are_refused_with_the_number_there_is():
-    with pytest.raises(ValueError, match=r"5000 requests are wanted but seed 0 gives 2\d\d"):
+    with pytest.raises(ValueError, match=r"5000 requests were asked for but seed 0 gives 2\d\d"):
         world.requests(count=5000)
 
 

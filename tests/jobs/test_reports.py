@@ -57,7 +57,7 @@ def test_what_is_no_run_is_one_line_and_exit_2(pmet: Invoke, tmp_path: Path) -> 
         assert len(err.splitlines()) == 1
         assert out == ""
     status, _, err = pmet("report", a, "--output", tmp_path)
-    assert (status, "--output goes with two runs" in err) == (2, True)
+    assert (status, "--output needs two runs" in err) == (2, True)
 
 
 def test_text_of_a_run_does_not_control_the_terminal(pmet: Invoke, tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
     [
         ({"--layers": None}, "either --hparams (a preset or a file) or --layers"),
         ({"--hparams": "gpt-j-6b"}, "either --hparams (a preset or a file) or --layers"),
-        ({"--layers": "1;2"}, "--layers: '1;2' is no list of layers; write it as 3,4,5"),
+        ({"--layers": "1;2"}, "--layers: '1;2' is not a list of layers; write it like 3,4,5"),
         ({"--layers": "2,1"}, "ascending"),
-        ({"--layers": "9" * 5000}, "is no list of layers"),
+        ({"--layers": "9" * 5000}, "is not a list of layers"),
         ({"--layers": "99"}, "99"),
         ({"--layers": None, "--hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
         ({"--workers": "many"}, "--workers: 'many' is neither auto nor a whole number"),

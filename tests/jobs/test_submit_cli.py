@@ -50,7 +50,7 @@ def test_a_dry_run_shows_what_would_travel(pmet: Invoke, job: Path) -> None:
 def test_a_path_of_this_machine_is_bad_input(pmet: Invoke, job: Path) -> None:
     status, _, err = pmet("submit", job, "--set", "output=runs/tonight")
     assert status == 2
-    assert "output: runs/tonight means another place on every machine" in err
+    assert "output: runs/tonight is relative, so it differs between machines" in err
 
 
 def test_a_cluster_that_does_not_answer_is_told(pmet: Invoke, job: Path) -> None:

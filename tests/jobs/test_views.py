@@ -8,19 +8,19 @@ from jobs.views import gate_text
 @pytest.mark.parametrize(
     ("metric", "threshold", "value", "said"),
     [
-        ("efficacy", 0.9, 0.875, "efficacy is 87.5 %, the gate asks for at least 90.0 %"),
-        ("fluency", 5.5, 5.25, "fluency is 5.25 bits, the gate asks for at least 5.50 bits"),
+        ("efficacy", 0.9, 0.875, "efficacy is 87.5 %, the gate requires at least 90.0 %"),
+        ("fluency", 5.5, 5.25, "fluency is 5.25 bits, the gate requires at least 5.50 bits"),
         (
             "specificity_drop",
             0.02,
             0.05,
-            "specificity is 5.0 points below, the gate asks for at most 2.0 points below the base",
+            "specificity is 5.0 points below, the gate requires at most 2.0 points below the base",
         ),
         (
             "perplexity_increase",
             0.02,
             0.05,
-            "perplexity is +5.0 %, the gate asks for at most 2.0 % over the base",
+            "perplexity is +5.0 %, the gate requires at most 2.0 % over the base",
         ),
     ],
 )

@@ -191,7 +191,7 @@ def test_where_nothing_can_be_converted_the_output_stays(convert, tmp_path):
     )
     assert pq.read_table(found.output).to_pylist() == before
     assert len(pq.read_table(found.rejected_output)) == 1
-    with pytest.raises(FactDumpError, match="no rows there"):
+    with pytest.raises(FactDumpError, match="there are no rows"):
         convert([])
 
 
@@ -208,7 +208,7 @@ def test_inputs_are_never_overwritten(dump):
     source = dump([fact()])
     with pytest.raises(OutputError, match="is one of the files that are read"):
         convert_dump(source, TEMPLATES, source.files[0].url, as_of=NOW)
-    with pytest.raises(FactDumpError, match="names no file"):
+    with pytest.raises(FactDumpError, match="has no file name"):
         convert_dump(source, TEMPLATES, "out/", as_of=NOW)
 
 

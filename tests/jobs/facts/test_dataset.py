@@ -236,7 +236,7 @@ def test_the_hubs_parquet_of_counterfact_is_the_same_as_its_json(convert, tmp_pa
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(records), folder / "train-00000-of-00001.parquet")
     assert is_dataset(expand_with_columns(str(folder.parent), deep=True))
-    with pytest.raises(FactDumpError, match=r"would be read as a part of .* the next time"):
+    with pytest.raises(FactDumpError, match=r"would be read as part of .* next time"):
         convert_dataset(str(folder.parent), str(folder / "requests.parquet"))
     found = convert_dataset(str(folder.parent), str(tmp_path / "o.parquet"))
     _, requests, _ = convert(records)
@@ -503,16 +503,16 @@ def test_a_given_format_is_taken_at_its_word(convert):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no records there"),
-        ("[]", "no records there"),
-        ("[1, 2", "neither Parquet nor JSON nor JSON Lines"),
+        ("", "there are no records"),
+        ("[]", "there are no records"),
+        ("[1, 2", "not Parquet, JSON or JSON Lines"),
         ('{"a": 1}\n{', "line 2: "),
-        ('[{"a": 1, "b": 2}]', "its records (a, b) are of no known format; name one with --format"),
+        ('[{"a": 1, "b": 2}]', "its records (a, b) match no known format; set one with --format"),
         (
             '{"subject": "a", "relation": "b", "object": "c"}',
-            "is a fact dump that is not Parquet; wr",
+            "is a fact dump that is not Parquet; conv",
         ),
-        ("[[1]]", "its records (list) are of no known format"),
+        ("[[1]]", "its records (list) match no known format"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )

@@ -97,10 +97,12 @@ def test_only_what_is_kept_can_be_gone_back_to(any_url: str) -> None:
     promoted(home, 1, 2, 3)
     assert home.prune(2) == [1]
     for number in (1, 7):
-        with pytest.raises(RunFolderError, match=f"no model of version {number} at .*are 2, 3"):
+        with pytest.raises(
+            RunFolderError, match=f"no model of version {number}; kept versions: 2, 3"
+        ):
             home.rollback(number)
     home.store.delete(path(2, "model"))
-    with pytest.raises(RunFolderError, match="no version to go back to from version 3"):
+    with pytest.raises(RunFolderError, match="no version before version 3 to roll back to"):
         home.rollback()
 
 
@@ -149,7 +151,7 @@ def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
     with pytest.raises(FactDumpError, match="no fact 'nice', 'mayor'; there is 'Nice', 'mayor'"):
         home.refuse_unknown("nice", "mayor", "retract")
     home.retract("Nice", "mayor", "retract")
-    with pytest.raises(FactDumpError, match="retract was said at"):
+    with pytest.raises(FactDumpError, match="retract was already recorded at"):
         home.refuse_unknown("Nice", "mayor", "retract")
     home.refuse_unknown("Nice", "mayor", "restore")
 
@@ -164,7 +166,9 @@ def test_a_retraction_with_an_odd_number_is_refused_by_name(tmp_path, field, odd
     home.retract("Nice", "mayor", "retract", "asked for")
     (name,) = home.store.list("retractions")
     home.store.write_json(name, home.store.read_json(name) | {field: odd})
-    with pytest.raises(RunFolderError, match=rf"{name} is not a retraction .*\({field}: "):
+    with pytest.raises(
+        RunFolderError, match=rf"{name} is not a valid retraction record .*\({field}: "
+    ):
         home.retractions()
 
 
@@ -175,12 +179,14 @@ def test_a_promotion_with_an_odd_number_is_refused_by_name(tmp_path, field, odd)
     promoted(home, 1)
     (name,) = home.store.list("promotions")
     home.store.write_json(name, home.store.read_json(name) | {field: odd})
-    with pytest.raises(RunFolderError, match=rf"{name} is not a promotion .*\({field}: "):
+    with pytest.raises(
+        RunFolderError, match=rf"{name} is not a valid promotion record .*\({field}: "
+    ):
         home.current()
 
 
 def test_another_folder_is_no_home(tmp_path) -> None:
-    with pytest.raises(RunFolderError, match="is no home of versions"):
+    with pytest.raises(RunFolderError, match="is not a home folder"):
         Home.open(str(tmp_path))
 
 

@@ -102,7 +102,7 @@ def test_a_fact_that_is_not_learned_is_left_out_after_some_nights() -> None:
         assert ledger.entries[NICE].misses == nights
         assert [change.subject for change in left_out] == (["Nice"] if nights == 3 else [])
     assert ledger.entries[NICE].state == "quarantined"
-    assert ledger.entries[NICE].reason == "told and not learned in 3 nights"
+    assert ledger.entries[NICE].reason == "edited 3 times in a row but not learned"
     assert ledger.live() == {lyon}
 
 

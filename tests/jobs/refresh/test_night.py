@@ -82,7 +82,7 @@ def test_a_home_may_not_overlap_with_what_nights_read(begin: Any, tmp_path: Path
 def test_a_folder_of_the_users_is_no_home(begin: Any, tmp_path: Path) -> None:
     (tmp_path / "home" / "versions").mkdir(parents=True)
     (tmp_path / "home" / "versions" / "mine.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"home: .* holds versions and is no home"):
+    with pytest.raises(RunFolderError, match=r"home: .* holds versions and is not a home"):
         begin(config_of(tmp_path))
     assert [path.name for path in (tmp_path / "home").rglob("*")] == ["versions", "mine.txt"]
 

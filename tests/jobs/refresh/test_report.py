@@ -87,8 +87,8 @@ def test_it_says_what_a_person_asks_first(report) -> None:
         [Change("changed", "mayor", "Lyon", "Bob", "Ann")],
     )
     for words in (
-        "Promoted The refresh file asks for no gates.",
-        "facts told 7",
+        "Promoted The refresh file sets no gates.",
+        "facts edited 7",
         "not learned 1",
         "quarantined 1",
         "time 10 min 00 s cost 6.00",
@@ -112,7 +112,7 @@ def test_a_version_that_is_held_back_says_by_what(report) -> None:
     ]
     metrics = {"before": {}, "after": AFTER, "gates": gates, "counts": {"edited": 7}}
     page = report([entry("Nice")], status="held", metrics=metrics)
-    assert "Held back By: efficacy. Version 1 stays in use." in page.text
+    assert "Held back Gates not passed: efficacy. Version 1 stays in use." in page.text
     assert "at least 95.0 % at most 1.0 points below the last run" in page.text
 
 

@@ -97,7 +97,7 @@ def test_a_refresh_file_at_a_url_is_read_there() -> None:
     found = objects("s3://bucket/refresh.yaml")
     assert found["RayJob"]["spec"]["entrypoint"] == "pmet refresh s3://bucket/refresh.yaml"
     assert "refresh.yaml" not in found["ConfigMap"]["data"]
-    with pytest.raises(ScheduleError, match="a shell would read; rename"):
+    with pytest.raises(ScheduleError, match="a shell would interpret; rename"):
         objects("s3://bucket/$(evil).yaml")
     with pytest.raises(StorageError, match="cannot read /nowhere/refresh"):
         objects("/nowhere/refresh.yaml")
@@ -128,7 +128,7 @@ def test_what_kubernetes_cannot_say_is_refused(cron: str) -> None:
     [
         ({"image": "a b"}, "--image: 'a b' is not an image"),
         ({"image": "x\nkind: Evil"}, "--image"),
-        ({"namespace": "Nightly"}, "--namespace: 'Nightly' is not a namespace"),
+        ({"namespace": "Nightly"}, "--namespace: 'Nightly' is not a valid namespace"),
         ({"ray_version": "latest"}, "--ray-version"),
         ({"memory": "16 GB"}, "--memory"),
         ({"kubectl_image": "$(x)"}, "--kubectl-image"),

@@ -128,4 +128,4 @@ def test_a_night_is_pmet_whatever_lies_in_the_folder(tmp_path: Path) -> None:
     asked = [*command[:-2], "schedule", "--help"]
     answer = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, shlex.join(asked) + answer.stderr
-    assert "Nightly refreshes" in answer.stdout
+    assert "Run refreshes on a schedule" in answer.stdout

@@ -50,8 +50,8 @@ def test_it_waits_for_each_night_and_runs_it_once(
         assert stream.read() == b"one\ntwo\n"
     assert book.running("facts") is None
     assert said[:2] == [
-        "facts: the night due 2026-11-21 02:00 UTC begins",
-        "facts: the night due 2026-11-21 02:00 UTC: done",
+        "facts: the run due 2026-11-21 02:00 UTC starts",
+        "facts: the run due 2026-11-21 02:00 UTC: done",
     ]
     assert clock.waits <= 3 * 24 + 10
 
@@ -62,7 +62,7 @@ def test_three_missed_nights_are_one(book: Book, nights: Nights, make_runner: Ma
     assert runner.run_due() == 0
     (only,) = log(book)
     assert only.covers == (at("21 02:00"), at("22 02:00"), at("23 02:00"))
-    assert "stands for 2 more" in said[0]
+    assert "also covers 2 missed runs" in said[0]
     assert runner.run_due() == 0
     assert len(nights.begun) == 1
 
@@ -188,7 +188,7 @@ def test_a_night_of_another_runner_is_waited_for_without_hurry(
     assert nights.begun == []
     assert clock.waits <= 21
     assert len(said) == 1
-    assert "not run here, another runner has it" in said[0]
+    assert "not run here because another runner holds it" in said[0]
 
 
 def test_a_night_whose_runner_died_is_done_anew_and_both_are_in_the_log(
@@ -328,7 +328,7 @@ def test_output_that_cannot_be_stored_costs_only_the_output(
     assert Runner(book, clock=clock, say=said.append, command=lambda s: [s.name]).run_due() == 0
     (only,) = log(book)
     assert (only.outcome, only.log, only.output) == ("done", None, ("one", "two"))
-    assert "its output is lost" in said[1]
+    assert "the output of the run is lost" in said[1]
 
 
 def test_a_real_night_under_a_real_clock(tmp_path: Path) -> None:

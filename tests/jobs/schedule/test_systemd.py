@@ -89,7 +89,7 @@ def test_the_service_runs_what_is_due_of_this_schedule(tmp_path: Path) -> None:
 
 
 def test_nothing_can_be_smuggled_into_a_unit() -> None:
-    with pytest.raises(ScheduleError, match="cannot stand in a unit file"):
+    with pytest.raises(ScheduleError, match="cannot be written into a unit file"):
         units(schedule(), "s3://bucket/x\nExecStartPre=/bin/evil")
     service = units(schedule(), 's3://b/$HOME%h" "\\')["pmet-facts.service"]
     assert '"s3://b/$$HOME%%h\\" \\"\\\\" "facts"' in service

@@ -47,7 +47,9 @@ def test_a_job_of_urls_travels_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_a_path_that_means_something_here_only_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(JobError, match=rf"^{key}.*means another place on every machine; give a "):
+    with pytest.raises(
+        JobError, match=rf"^{key}.*is relative, so it differs between machines; give a "
+    ):
         pack(job(**{key: value}))
 
 

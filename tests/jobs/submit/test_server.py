@@ -47,7 +47,7 @@ def unused() -> str:
 @pytest.mark.parametrize(
     ("status", "text", "said"),
     [
-        (401, "Unauthorized: Missing authentication token", "asks for a token, and none was given"),
+        (401, "Unauthorized: Missing authentication token", "requires a token, and none was given"),
         (403, "Forbidden: Invalid authentication token", "does not accept this token"),
     ],
 )

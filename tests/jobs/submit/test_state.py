@@ -81,5 +81,7 @@ def test_progress_is_written_now_and_then_only(folder: RunFolder) -> None:
 
 def test_a_file_that_is_no_status_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).write_json("run.json", [1])
-    with pytest.raises(StorageError, match="is no status of a run; is this a run folder"):
+    with pytest.raises(
+        StorageError, match="is not the status of a run; check that this is a run folder"
+    ):
         read_state(str(tmp_path))

@@ -115,7 +115,7 @@ def test_another_job_is_not_taken_for_the_one_that_runs(parcel: Parcel) -> None:
     server = Server()
     send(parcel, server)
     other = pack(parcel.job.model_copy(update={"seed": 1}))
-    with pytest.raises(JobError, match="with other settings; wait for its end, stop it, or name"):
+    with pytest.raises(JobError, match="with other settings; wait until it ends, stop it, or name"):
         send(other, server)
     with pytest.raises(JobError, match=r"stop that first .*--fresh"):
         send(parcel, server, fresh=True)
@@ -181,7 +181,7 @@ def test_waiting_survives_a_cluster_that_is_out_of_reach_for_a_while(parcel: Par
 
 
 def test_a_name_that_the_cluster_has_forgotten_is_told(parcel: Parcel) -> None:
-    with pytest.raises(ClusterError, match=r"knows no pmet-x; .*pmet status RUN"):
+    with pytest.raises(ClusterError, match=r"has no record of pmet-x; .*pmet status RUN"):
         find(Server(), "pmet-x")  # type: ignore[arg-type]
 
 
