@@ -514,7 +514,7 @@ def test_workers_import_what_only_the_driver_has_on_its_path(tmp_path):
         "    def hello(self):\n"
         "        return 'hello from ' + __name__\n"
     )
-    checkout = str(Path(__file__).resolve().parents[2])
+    checkout = str(Path(__file__).resolve().parents[3])
     (tmp_path / "elsewhere").mkdir()
     driver = tmp_path / "elsewhere" / "driver.py"
     driver.write_text(STRAY_DRIVER.format(paths=[str(tmp_path / "code"), checkout]))
@@ -551,7 +551,7 @@ def test_a_cluster_that_does_not_answer():
         port = free.getsockname()[1]
     done = subprocess.run(
         [sys.executable, "-c", UNREACHABLE.format(port=port)],
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=Path(__file__).resolve().parents[3],
         capture_output=True,
         text=True,
         timeout=120,

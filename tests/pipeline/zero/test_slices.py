@@ -30,7 +30,7 @@ from pipeline.zero.slices import (
 )
 from pmet.errors import PMETError
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 DOWN_PROJECTIONS = {
     "gpt2": "transformer.h.2.mlp.c_proj",
     "gptj": "transformer.h.2.mlp.fc_out",

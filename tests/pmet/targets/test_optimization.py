@@ -17,7 +17,7 @@ from pmet.reference import plain_targets
 from pmet.targets import optimization, suffix
 from tests.conftest import Golden, load_golden
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
