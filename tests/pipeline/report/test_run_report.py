@@ -313,7 +313,7 @@ def test_what_a_run_warned_of_stands_below_the_verdict(store):
     change(store, "run.json", events=events)
     html = report(store)
     assert html.index('id="warnings"') < html.index('class="tiles"')
-    for text in (warnings[0], warnings[7], "1 more are among the events"):
+    for text in (warnings[0], warnings[7], "1 more are listed under the events"):
         assert text in Page(html).text
     assert "the edit outweighs <the model>" not in html
 
@@ -537,7 +537,7 @@ def test_the_last_run_stands_beside(store):
     change(store, "metrics.json", last={"run": "s3://b/runs/1", "after": {"efficacy": 0.95}})
     text = Page(report(store)).text
     assert "efficacy 10.0 % 90.0 % +80.0 points 95.0 % −5.0 points" in text
-    assert "The last run: s3://b/runs/1" in text
+    assert "Last run: s3://b/runs/1" in text
 
 
 def group(name, efficacy, **more):
@@ -574,7 +574,7 @@ def test_of_many_relations_the_weakest_are_drawn(store):
     chart = re.search(r'aria-label="Figures by group".*?</svg>', html, re.DOTALL).group()
     assert ">relation 390<" in chart
     assert len(re.findall(">relation \\d+<", chart)) == 24
-    assert "Drawn are the 24 of 400 with the lowest figures." in Page(html).text
+    assert "The chart shows the 24 of 400 groups with the lowest figures." in Page(html).text
     assert "200 more are not shown." in Page(html).text
 
 
@@ -588,7 +588,7 @@ def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
     html = report(store)
     text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets How")[0]
     assert (
-        "Of 29 requests with measured neighbors, 2 have fewer right than before, and 1 more."
+        "Of 29 requests with measured neighbors, 2 have fewer neighbors right than before, and 1 have more."
         in text
     )
     assert re.findall(r"Land (\d+) is → City", text) == ["8", "3"]
