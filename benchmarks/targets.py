@@ -34,7 +34,7 @@ _mine: dict[str, Any] = {}
 
 
 def main() -> None:
-    """Time both forms; report how much their targets differ and how close they come to the limit."""
+    """Time both forms; report the difference of their targets and the distance to the limit."""
     options = _options()
     given = problem(options)
     shards = _shards(given, options)

@@ -586,9 +586,10 @@ def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
         "results.parquet", results_of(30, before_specificity=before, after_specificity=after)
     )
     html = report(store)
-    text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets How")[0]
+    text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets Number")[0]
     assert (
-        "Of 29 requests with measured neighbors, 2 have fewer neighbors right than before, and 1 have more."
+        "Of 29 requests with measured neighbors, 2 have fewer neighbors right than before, and 1 "
+        "have more."
         in text
     )
     assert re.findall(r"Land (\d+) is → City", text) == ["8", "3"]
