@@ -326,7 +326,7 @@ def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
     kept[9] = kept[12] = 0.0
     store.write_table("results.parquet", results_of(30, status=status, after_efficacy_strict=kept))
     text = Page(report(store)).text
-    assert "known already 3" in text
+    assert "already known 3" in text
     assert "The edited model still gives 66.7 % of them." in text
     lost = text.split("Known before, lost by the edit")[1].split("Weakest requests")[0]
     assert re.findall(r"The capital of Land (\d+) is", lost) == ["9"]
@@ -334,7 +334,7 @@ def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
 
 
 def test_a_job_that_skips_nothing_speaks_of_nothing_known(store):
-    assert "known already" not in Page(report(store)).text
+    assert "already known" not in Page(report(store)).text
 
 
 def test_gates_show_what_was_demanded_and_reached(store):
