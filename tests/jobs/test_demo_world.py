@@ -1,4 +1,4 @@
-"""The demo world: its facts, its edit requests, and what the bundled model knows."""
+"""The demo world: its facts, its edit requests, and the bundled model's knowledge."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_the_model_knows_the_facts_in_the_main_phrasing(model, tokenizer):
 
 
 def test_the_model_knows_the_facts_in_every_other_phrasing(model, tokenizer):
-    # A third of them is enough to tell.
+    # A third of them is a large enough sample.
     pairs = [(prompt, fact.object) for fact in world.facts()[::3] for prompt in fact.prompts()[1:]]
     assert train.greedy_accuracy(model, tokenizer, pairs) >= 0.98
 
@@ -239,7 +239,7 @@ def test_the_model_reads_facts_at_the_subjects_last_token(model, tokenizer):
         )
         return exchanging.loss().item()
 
-    # Behind layer z the state of another subject brings that subject's fact along; behind the last
+    # After layer z the state of another subject carries that subject's fact along; after the last
     # layer it comes too late to be read.
     assert loss(train.Recipe().target_layer) < 0.2
     assert loss(model.config.n_layer - 1) > 1

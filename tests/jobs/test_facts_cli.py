@@ -1,4 +1,4 @@
-"""``pmet facts`` as it is typed."""
+"""``pmet facts`` on the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parquet(rows: list[tuple[str, ...]], names: tuple[str, ...] = ()) -> bytes:
 
 @pytest.fixture
 def facts(pmet: Invoke) -> Invoke:
-    """Run ``pmet facts``; returns exit status, output and error output."""
+    """Run ``pmet facts``; return exit status, output and error output."""
     return partial(pmet, "facts")
 
 
@@ -58,7 +58,7 @@ def test_help_says_what_there_is(facts: Invoke, pmet: Invoke) -> None:
 
 
 def through(facts: Invoke, store: Store) -> None:
-    """A night: check, compare, convert, and read the requests as a run does."""
+    """Check, compare and convert a dump, and read the requests as a run does."""
     for name, rows in (("old.parquet", OLD), ("tonight/r=1/new.parquet", NEW)):
         store.write_bytes(name, parquet(rows))
     store.write_bytes("t.yaml", TEMPLATES.encode())
@@ -252,7 +252,7 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 def test_more_files_than_two_are_refused_before_one_is_overwritten(
     facts: Invoke, folder: Path
 ) -> None:
-    """As where the shell has written out a glob."""
+    """As if the shell had expanded a glob."""
     assert facts("convert", *sorted(folder.glob("*.parquet")), folder / "x", "y")[0] == 2
 
 
@@ -298,7 +298,7 @@ def test_parquet_is_a_data_set_only_where_it_is_no_dump(facts: Invoke, tmp_path:
 def test_files_of_the_users_are_not_replaced(facts: Invoke, folder: Path) -> None:
     convert = ("convert", folder / "new.parquet")
     templates = ("--templates", folder / "t.yaml")
-    # Its own output is written anew.
+    # Its own output may be overwritten.
     for _ in range(2):
         assert facts(*convert, folder / "requests.parquet", *templates)[0] == 0
         assert (

@@ -1,4 +1,4 @@
-"""``pmet refresh``, ``rollback``, ``versions``, and the facts of a home, as they are typed."""
+"""``pmet refresh``, ``rollback``, ``versions`` and the fact commands of a home."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def home(tmp_path: Path) -> Home:
 
 def refresh_home(folder: Path) -> Home:
     home = Home(str(folder))
-    # As every night leaves it.
+    # As every refresh leaves it.
     Lease.acquire(home.store).release()
     for version in (1, 2):
         model = path(version, "model")

@@ -93,5 +93,5 @@ def test_a_page_that_is_the_users_is_not_replaced(pmet: Invoke, tmp_path: Path) 
     assert status == 2
     assert "mine.html is there already and was not written by this command" in err
     assert mine.read_text() == "<title>Mine</title>"
-    # A comparison is written anew.
+    # A comparison may be overwritten.
     assert [pmet("report", a, b, "--output", tmp_path / "x.html")[0] for _ in range(2)] == [0, 0]

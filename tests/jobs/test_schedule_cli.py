@@ -1,4 +1,4 @@
-"""``pmet schedule`` as it is typed."""
+"""``pmet schedule`` on the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def schedules(pmet: Invoke, folder: Path) -> Invoke:
-    """Run ``pmet schedule``; returns exit status, output and error output."""
+    """Run ``pmet schedule``; return exit status, output and error output."""
     return partial(pmet, "schedule")
 
 
@@ -128,7 +128,7 @@ def test_units_and_objects_are_written_for_what_is_in_the_store(
 
 def test_run_once_has_the_exit_status_of_the_night(schedules: Invoke, folder: Path) -> None:
     book = Book(str(folder / "store"))
-    # Fails in the night itself: there is no such folder to run in.
+    # The run itself fails, because its working folder does not exist.
     book.add(schedule(retries=0, directory=str(folder / "gone")))
     status, _, err = schedules("run", "--once")
     assert status == 1

@@ -1,4 +1,4 @@
-"""``pmet submit`` and the commands beside it, as far as no cluster is needed."""
+"""``pmet submit`` and the related commands, as far as they need no cluster."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_folder_alone_tells_how_a_run_ended(pmet: Invoke, tmp_path: Path) ->
     assert (status, err) == (0, "")
     for said in ("failed, attempt 1", "the storage is full", "exit status", "shard 3 [of 7]"):
         assert said in out
-    # Also where the cluster that it ran on is gone.
+    # Even if the cluster that it ran on is gone.
     status, out, err = pmet("status", tmp_path / "out", "--address", "http://127.0.0.1:1", "--json")
     assert status == 0
     assert "no job server answers" in err

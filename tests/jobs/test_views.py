@@ -1,4 +1,4 @@
-"""What the terminal says of a run."""
+"""Terminal output about a run."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is told while a run goes on."""
+"""Progress reports of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def lines() -> list[str]:
 
 
 def of(line: str, *keys: str) -> list[str | None]:
-    """Values of keys in a line of logfmt."""
+    """Return the keys and values of a logfmt line."""
     found = (re.search(rf'(?:^| ){key}=("(?:[^"\\]|\\.)*"|\S*)', line) for key in keys)
     return [match[1] if match else None for match in found]
 

@@ -1,4 +1,4 @@
-"""Advice follows from the reason."""
+"""Remedies for each reason."""
 
 import pytest
 

@@ -13,7 +13,7 @@ LATE = timezone(timedelta(hours=-5))
 
 
 def judged(dump, content, **options):
-    """Kinds of all rows, and the facts that are fine."""
+    """Return the kinds of all rows, and the facts without a problem."""
     found = list(judge(dump(content), as_of=NOW, **options))
     codes = np.concatenate([batch.codes for batch in found])
     kinds = [None if code == FINE else PROBLEMS[code].kind for code in codes]
@@ -114,7 +114,7 @@ def test_what_is_no_time_is_set_aside(dump, name, value):
     [
         (NOW, False),
         (NOW + timedelta(microseconds=1), True),
-        (date(2026, 11, 23), True),  # to its last moment
+        (date(2026, 11, 23), True),  # until its last moment
         (date(2026, 11, 22), False),
         ("2026-11-23", True),
         ("9999-12-31", True),

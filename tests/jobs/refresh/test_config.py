@@ -1,4 +1,4 @@
-"""Refresh files: what is read, and what is refused."""
+"""Refresh files: what is accepted, and what is refused."""
 
 from __future__ import annotations
 

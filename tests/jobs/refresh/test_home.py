@@ -1,4 +1,4 @@
-"""Which version is in use, who may move it, and what is kept to go back to."""
+"""The home: which version is in use, what may move CURRENT, and which versions are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.errors import FactDumpError, RunFolderError
 
 
 def version(home: Home, number: int, status: str = "promoted") -> str:
-    """A version with a model of one file; returns where its model is."""
+    """Create a version with a model of one file; return the model's location."""
     model = path(number, "model")
     home.store.write_bytes(f"{model}/config.json", b"{}")
     published = {"files": {"model/config.json": ""}}
@@ -23,14 +23,14 @@ def version(home: Home, number: int, status: str = "promoted") -> str:
 
 
 def promoted(home: Home, *numbers: int) -> None:
-    """Versions that were put to use one after the other."""
+    """Promote versions one after the other."""
     for expected, number in enumerate(numbers):
         version(home, number)
         home.promote(number, expected=expected, by="refresh")
 
 
 def in_use(home: Home) -> int:
-    """What the file for people and programs says."""
+    """Return the version that the file CURRENT names."""
     return int(json.loads(home.store.read_bytes(CURRENT))["version"])
 
 

@@ -1,4 +1,4 @@
-"""The page of a night: what it says, and that text from a dump stays text."""
+"""The report of a refresh: its content, and that text from a dump stays text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    """Write the report of a second night; returns its page."""
+    """Write the report of a second refresh; return its page."""
     config = RefreshConfig(
         model="gpt2",
         facts=("x",),
@@ -100,7 +100,7 @@ def test_it_says_what_a_person_asks_first(report) -> None:
         "mayor Arles – asked for",
     ):
         assert words in page.text
-    # The scores of both nights.
+    # The scores of both versions.
     assert "svg" in page.tags
 
 

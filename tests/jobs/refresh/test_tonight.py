@@ -1,4 +1,4 @@
-"""What a dump wants told, whatever its order and its other columns."""
+"""The requests of a dump, whatever its order and its other columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATES = {
 
 @pytest.fixture
 def tonight(tmp_path: Path):
-    """Read rows as tonight's dump, beside a baseline."""
+    """Read rows as the current dump, with a baseline."""
 
     def read(rows: list[dict[str, Any]], baseline: list[dict[str, Any]] | None = None):
         (tmp_path / "templates.yaml").write_text(yaml.safe_dump(TEMPLATES))

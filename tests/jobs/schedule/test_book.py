@@ -1,4 +1,4 @@
-"""The store: what is kept, what is refused, and what stays."""
+"""The store: what is stored, what is refused, and what is left alone."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ BERLIN = ZoneInfo("Europe/Berlin")
 
 
 def berlin(cron: str, start: datetime, days: int) -> list[str]:
-    """Due times from a local midnight on, as a clock on the wall in Berlin shows them."""
+    """Return due times from a local midnight on, in Berlin's wall-clock time."""
     times, now = [], start.replace(tzinfo=BERLIN).astimezone(UTC) - timedelta(seconds=1)
     end = (start + timedelta(days=days)).replace(tzinfo=BERLIN)
     while (now := next_time(cron, "Europe/Berlin", now)) < end:
@@ -52,7 +52,7 @@ def test_a_time_that_comes_twice_counts_once() -> None:
         "25 02:30 CEST",
         "26 02:30 CET",
     ]
-    # Asked in the hour that comes a second time, the answer is never in the past.
+    # During the repeated hour the next time is never in the past.
     for minutes in range(0, 121, 10):
         now = datetime(2026, 10, 25, 0, 30, tzinfo=UTC) + timedelta(minutes=minutes)
         assert next_time("30 2 * * *", "Europe/Berlin", now) > now + timedelta(hours=20)
@@ -74,7 +74,7 @@ def test_clocks_that_change_by_half_an_hour() -> None:
 
 
 def test_a_day_that_a_country_left_out() -> None:
-    # Samoa has had no 30 December 2011.
+    # Samoa skipped 30 December 2011.
     due = next_time("0 2 30 12 *", "Pacific/Apia", datetime(2011, 12, 29, tzinfo=UTC))
     assert due == datetime(2011, 12, 30, 10, tzinfo=UTC)
     assert due.astimezone(ZoneInfo("Pacific/Apia")).strftime("%d %H:%M") == "31 00:00"

@@ -1,4 +1,4 @@
-"""What is done next, from a schedule and its log."""
+"""The next run of a schedule, derived from the schedule and its log."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_where_nothing_is_made_up_a_late_night_is_left_out() -> None:
     assert late is not None
     assert soon is not None
     assert (late.is_late, soon.is_late) == (True, False)
-    # A retry is late by what it waited for, not by what the night took.
+    # A retry's lateness counts its wait, not the duration of the run.
     failed = night(at("21 02:00"), outcome="failed", finished=at("21 08:00"))
     retry = next_task(strict, [failed], at("21 08:10"))
     assert retry is not None

@@ -1,4 +1,4 @@
-"""The runner: which nights it runs, when, and what the log says of them."""
+"""The runner: what it runs, when, and what it logs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def log(book: Book, name: str = "facts") -> list[Night]:
 
 @pytest.fixture
 def rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Days pass with fewer looks at the store."""
+    """Poll the store less often, so that days pass quickly."""
     monkeypatch.setattr(runner_module, "POLL", timedelta(hours=1))
 
 
@@ -155,7 +155,7 @@ def test_of_many_runners_one_runs_the_night(book: Book, nights: Nights, make_run
         nonlocal inside, most
         with lock:
             inside, most = inside + 1, max(most, inside + 1)
-        # The others try while this night runs.
+        # The others try while this one runs.
         threading.Event().wait(0.3)
         with lock:
             inside -= 1

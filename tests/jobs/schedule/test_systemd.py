@@ -1,4 +1,4 @@
-"""Units of systemd: what they say, and that systemd understands it."""
+"""systemd units: their content, and that systemd accepts it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def analyze(*arguments: str) -> str:
         ("30 2 * * *", ["*-*-* 02:30:00 Europe/Berlin"]),
         ("0 2 * * 0", ["Sun *-*-* 02:00:00 Europe/Berlin"]),
         ("*/30 1,2 * 6 *", ["*-06-* 01,02:00,30:00 Europe/Berlin"]),
-        # Both days given: cron takes either, systemd would ask for both.
+        # If both days are given, cron matches either, while systemd would require both.
         (
             "0 2 1 * MON",
             ["*-*-01 02:00:00 Europe/Berlin", "Mon *-*-* 02:00:00 Europe/Berlin"],

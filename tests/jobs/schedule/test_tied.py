@@ -1,4 +1,4 @@
-"""A program that does not outlive its parent."""
+"""Programs that do not outlive their parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels to a cluster, and what is refused because only this machine has it."""
+"""Packing a job: what is uploaded, and what is refused because only this machine has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said where a cluster's job server does not do as it should."""
+"""Error messages about a cluster's job server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.errors import ClusterError
 
 @contextmanager
 def answering(status: int, text: str) -> Iterator[str]:
-    """A server that gives the same answer to everything; its address."""
+    """Start a server that gives the same answer to every request; return its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

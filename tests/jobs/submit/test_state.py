@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, with no cluster to ask."""
+"""The state of a run according to its folder, without a cluster."""
 
 from __future__ import annotations
 

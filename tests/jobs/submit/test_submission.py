@@ -1,4 +1,4 @@
-"""Submissions: their names, one at a time for each run folder, and what their ends mean."""
+"""Submissions: their names, one at a time per run folder, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.jobs.submit.test_parcel import job
 
 @dataclass
 class Server:
-    """A cluster's job server that keeps what it is given."""
+    """A fake job server that stores what is submitted."""
 
     address: str = "http://head:8265"
     kept: list[Any] = field(default_factory=list)

@@ -25,7 +25,7 @@ def table_of(rows, **types):
 
 
 def accepted(found):
-    """The input columns of the accepted requests, in their order."""
+    """Return the input columns of the accepted requests, in order."""
     return found.table.take(pa.array(found.rows, pa.int64()))
 
 
@@ -275,7 +275,7 @@ def test_null_and_empty_texts_are_left_out_and_the_request_is_edited(read):
         f"null or empty texts left out of requests: 6 in 1 rows (row 0: {', '.join(left_out)}); "
         "the requests are edited"
     ]
-    # What was given stays as it was.
+    # The input stays as it was.
     assert found.table.column("paraphrase_prompts").to_pylist() == [["a", None, " "], None]
 
 

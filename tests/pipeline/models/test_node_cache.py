@@ -1,4 +1,4 @@
-"""A model is fetched once a node, and is the one that the run began with."""
+"""A model is fetched once per node, and must be the one that the run started with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def remote(s3_url: str) -> str:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are fetched."""
+    """Records the files that are fetched."""
     names: list[str] = []
     fetch = pipeline.models.fetching.fetch
 
@@ -76,7 +76,7 @@ def test_a_copy_is_read_and_checked_once(
 
 
 def _age(folder: Path) -> None:
-    """Let a cache look as if nobody had asked for anything in a long time."""
+    """Make a cache look as if nothing in it had been used for a long time."""
     long_ago = time.time() - KEPT_S - 60
     for entry in folder.iterdir():
         os.utime(entry, (long_ago, long_ago))
@@ -92,7 +92,7 @@ def test_copies_that_nobody_asks_for_go_when_another_is_fetched(
     first = model_on_node(remote, digest, tmp_path)
     (tmp_path / f"{'0' * 32}.{'1' * 32}.tmp").mkdir()
     _age(tmp_path)
-    # What is asked for again is not old.
+    # A copy that is used again is not old.
     os.utime(first)
     second = model_on_node(other, digest, tmp_path)
     assert {entry for entry in tmp_path.iterdir() if entry.is_dir()} == {first, second}

@@ -29,7 +29,7 @@ def metadata(card):
 
 
 def outside_of_fences(card):
-    """The lines that Markdown does not take for code."""
+    """Return the lines that Markdown does not treat as code."""
     outside, fence = [], None
     for line in card.splitlines():
         mark = re.match("`{3,}", line)

@@ -86,7 +86,7 @@ def test_requests_that_one_run_has_not_measured_have_no_verdict(tmp_path: Path) 
     nothing = results_of(4, after_efficacy=[None, 1.0, None, None],
                          after_efficacy_strict=[None, 1.0, 0.0, None])  # fmt: skip
     found = compared(tmp_path, results_of(4), nothing).verdicts
-    # The third is compared in the strict form, which both runs have.
+    # The third request is compared in the strict form, which both runs have.
     assert (found.both, rows_of(found.lost)) == (2, [(2, 2)])
 
 

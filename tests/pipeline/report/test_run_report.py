@@ -21,7 +21,7 @@ CHARTS = ("score", "group", "neighborhood", "layer")
 
 @pytest.fixture(autouse=True)
 def drawn_once(monkeypatch):
-    """Drawing is nine tenths of the time; what has been drawn from the same figures is kept."""
+    """Cache charts of the same figures: drawing takes nine tenths of the time."""
 
     def kept(draw):
         def drawn(*args, **settings):
@@ -226,7 +226,7 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     )
     texts = ("prompt", "subject", "target_new", "before_answer", "after_answer")
     evil = {name: [EVIL + "{}" * (name == "prompt")] * 30 for name in texts}
-    # Of what is not shown, neither the name nor the text may get in.
+    # Rows that are not shown must not appear at all.
     evil |= {name: [EVIL] * 30 for name in ("case_id", "relation", EVIL, "../../x")}
     store.write_table("results.parquet", results_of(30, **evil))
     store.write_table(
@@ -432,7 +432,7 @@ UNSEEN = ("unseen", "surrogate")
 
 
 def hostile_run(store, text):
-    """A run with this text wherever text can come from."""
+    """A run with this text in every field that can contain text."""
     run = store.read_json("run.json")
     storable = text.encode(errors="backslashreplace").decode()
     groups = [
@@ -589,8 +589,7 @@ def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
     text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets Number")[0]
     assert (
         "Of 29 requests with measured neighbors, 2 have fewer neighbors right than before, and 1 "
-        "have more."
-        in text
+        "have more." in text
     )
     assert re.findall(r"Land (\d+) is → City", text) == ["8", "3"]
     assert "100 % 20 %" in text

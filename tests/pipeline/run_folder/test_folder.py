@@ -1,4 +1,4 @@
-"""The run folder: what counts as finished, and whose work it is."""
+"""The run folder: what counts as finished, and which job it belongs to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_earlier_attempts_took_is_kept(url: str) -> None:
         pass
     for kind in ("death", "retry", "death"):
         first.event(kind, "it happened")
-    # It is killed; the second fails, the third finds all done.
+    # The first attempt is killed, the second fails, the third finds everything done.
     second = begun(url)
     second.finish("failed", "no room")
     third = begun(url)

@@ -1,4 +1,4 @@
-"""Requests that make a computation fail are found, and nothing else is put aside."""
+"""Requests that make a computation fail are isolated, and no others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.stages.isolation import Piece, isolate, most_isolated
 
 
 class Machine:
-    """Computes pieces, and fails on those that hold one of the poisonous requests."""
+    """Computes pieces, and fails on those that contain a poisonous request."""
 
     def __init__(self, poison: set[int]) -> None:
         self.poison = poison

@@ -1,4 +1,4 @@
-"""What the base already answers: who is asked, what is recorded, and who is asked again."""
+"""Known requests: which are asked, what is recorded, and which are asked again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 
 BASE, EDITED = ModelSource("base", False), ModelSource("edited", False)
-# Accepted requests are in an order of their own, and some rows were rejected.
+# Accepted requests are reordered, and some rows were rejected.
 ROWS = [9, 2, 4, 7, 0, 5, 8]
 KNOWN = {"base": {2, 5, 7, 8}, "edited": {2, 7, 9}}
 
 
 class Team:
-    """An executor whose models know the rows of ``KNOWN``; answers come in disorder."""
+    """An executor whose models know the rows of ``KNOWN``; answers arrive out of order."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[int]]] = []

@@ -1,4 +1,4 @@
-"""What the base says is kept, found again, and never given for another question."""
+"""The base's answers are stored, found again, and never returned for another question."""
 
 from __future__ import annotations
 

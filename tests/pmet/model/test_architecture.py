@@ -1,4 +1,4 @@
-"""Finding a model's parts; for what cannot be found, the names to give."""
+"""Finding a model's parts, and the error that asks for the names of those not found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import Golden
 
 
 def bare(golden: Golden, **changes: object) -> PMETHyperParams:
-    """Hyper-parameters that name no module, so that the table has to."""
+    """Hyper-parameters that name no modules, so that the table must."""
     return PMETHyperParams.from_dict({"layers": list(golden.hparams.layers)} | changes)
 
 
