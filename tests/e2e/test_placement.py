@@ -118,7 +118,7 @@ def test_a_worker_with_several_gpus_has_them_on_one_node(seen: Callable[..., lis
     assert {(sight.kind, frozenset(sight.gpus)) for sight in found} == {("fast", frozenset("01"))}
 
 
-def test_ranks_that_the_nodes_cannot_hold_are_told_before_targets_are_computed(
+def test_ranks_that_the_nodes_cannot_hold_are_reported_before_targets_are_computed(
     cluster: Cluster, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.cluster.nodes.START_TIMEOUT_S", 1.5)

@@ -184,7 +184,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
     assert set(again.folder.list("delta", unfinished=True)) == named
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(
     run: Runner, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run()

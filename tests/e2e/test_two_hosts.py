@@ -183,7 +183,7 @@ fsspec.filesystem("s3").get("pmet/runs/1", sys.argv[1], recursive=True)
 
 
 @pytest.mark.slow
-def test_who_has_no_token_or_a_wrong_one_is_told(hosts: tuple[Host, Host]) -> None:
+def test_a_missing_or_wrong_token_is_explained(hosts: tuple[Host, Host]) -> None:
     head, _ = hosts
     none = head.pmet("list", RAY_AUTH_MODE="disabled")
     assert none.returncode == 1

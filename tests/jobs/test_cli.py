@@ -86,7 +86,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
+def test_a_dry_run_estimates_time_memory_and_the_effect_of_more_workers(
     pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Estimate(

@@ -38,7 +38,7 @@ def test_about_a_thousand_facts():
     assert 1000 <= len(world.facts()) <= 1500
 
 
-def test_no_fact_is_told_twice():
+def test_no_fact_is_stated_twice():
     told = Counter((fact.relation.name, fact.subject) for fact in world.facts())
     assert [key for key, count in told.items() if count > 1] == []
 

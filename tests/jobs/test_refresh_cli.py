@@ -182,7 +182,7 @@ def test_a_night_on_gpus_that_are_not_there_is_refused(
     ("error", "status", "ended"),
     [(KeyboardInterrupt(), "stopped", 130), (RuntimeError("a bug"), "failed", 1)],
 )
-def test_a_night_that_is_cut_short_says_so(
+def test_an_interrupted_refresh_is_recorded(
     pmet: Invoke,
     refresh_file: Path,
     tmp_path: Path,

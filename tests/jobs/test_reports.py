@@ -40,7 +40,7 @@ def test_two_runs_are_compared_on_the_terminal_and_on_a_page(pmet: Invoke, tmp_p
     assert not (a / "compare.html").exists()
 
 
-def test_the_comparison_goes_where_it_is_told(pmet: Invoke, tmp_path: Path) -> None:
+def test_the_comparison_is_written_to_the_given_place(pmet: Invoke, tmp_path: Path) -> None:
     a, b = two_runs(tmp_path)
     for given, written in (("x/mine.html", "x/mine.html"), ("folder", "folder/compare.html")):
         assert pmet("report", a, b, "--output", tmp_path / given)[0] == 0

@@ -103,7 +103,7 @@ def test_the_store_may_be_anywhere(schedules: Invoke, folder: Path) -> None:
         (["facts", "refresh.yaml", "--catch-up", "twice"], "neither once nor never"),
     ],
 )
-def test_bad_input_is_told_and_changes_nothing(
+def test_bad_input_is_reported_and_changes_nothing(
     schedules: Invoke, folder: Path, arguments: list[str], message: str
 ) -> None:
     status, out, err = schedules("add", *arguments)

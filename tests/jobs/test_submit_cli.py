@@ -53,14 +53,14 @@ def test_a_path_of_this_machine_is_bad_input(pmet: Invoke, job: Path) -> None:
     assert "output: runs/tonight is relative, so it differs between machines" in err
 
 
-def test_a_cluster_that_does_not_answer_is_told(pmet: Invoke, job: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_an_error(pmet: Invoke, job: Path) -> None:
     status, _, err = pmet("submit", job, "--address", "http://127.0.0.1:1")
     assert status == 1
     assert "no job server answers at http://127.0.0.1:1" in err
     assert "Traceback" not in err
 
 
-def test_the_folder_alone_tells_how_a_run_ended(pmet: Invoke, tmp_path: Path) -> None:
+def test_the_folder_alone_shows_how_a_run_ended(pmet: Invoke, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "out"))
     folder.begin({}, seed=0)
     folder.event("retry", "shard 3 [of 7]: it died")

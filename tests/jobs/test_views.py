@@ -24,6 +24,8 @@ from jobs.views import gate_text
         ),
     ],
 )
-def test_a_gate_is_told_in_words(metric: str, threshold: float, value: float, said: str) -> None:
+def test_a_gate_is_described_in_words(
+    metric: str, threshold: float, value: float, said: str
+) -> None:
     gate = {"metric": metric, "threshold": threshold, "value": value, "passed": False}
     assert gate_text(gate) == said

@@ -39,7 +39,7 @@ def test_every_line_names_run_and_attempt(lines: list[str]) -> None:
     assert r"it said\n\"no\"" in last[3]
 
 
-def test_a_stage_that_goes_on_is_told_now_and_then(lines: list[str]) -> None:
+def test_a_running_stage_is_reported_from_time_to_time(lines: list[str]) -> None:
     with LineProgress(lines.append, every_s=60).stage("targets", 1000) as stage:
         for _ in range(1000):
             stage.advance()

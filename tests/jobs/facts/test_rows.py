@@ -47,7 +47,7 @@ def test_white_space_around_text_does_not_count(dump):
     "column",
     [pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array([["a"], ["b"]]), pa.array([True, False])],
 )
-def test_a_column_of_another_type_is_told_from_a_null_one(dump, column):
+def test_a_column_of_another_type_is_distinguished_from_a_null_one(dump, column):
     content = pa.table({"subject": ["a", "b"], "relation": ["r", "r"], "object": column})
     assert judged(dump, content)[0] == ["object of a wrong type"] * 2
     nothing = content.set_column(2, "object", pa.nulls(2))

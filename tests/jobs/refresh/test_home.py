@@ -34,7 +34,7 @@ def in_use(home: Home) -> int:
     return int(json.loads(home.store.read_bytes(CURRENT))["version"])
 
 
-def test_a_promotion_is_seen_by_whoever_opens_the_home(any_url: str) -> None:
+def test_a_promotion_is_visible_to_every_reader_of_the_home(any_url: str) -> None:
     home = Home(any_url)
     assert home.current() is None
     promoted(home, 1, 2)
@@ -63,7 +63,7 @@ def test_of_many_who_follow_the_same_promotion_one_succeeds(any_url: str) -> Non
     assert won == [in_use(home)]
 
 
-def test_who_comes_too_late_is_told_what_is_in_use(any_url: str) -> None:
+def test_a_process_that_promotes_too_late_learns_the_version_in_use(any_url: str) -> None:
     home = Home(any_url)
     promoted(home, 1, 2)
     version(home, 3)
@@ -72,7 +72,7 @@ def test_who_comes_too_late_is_told_what_is_in_use(any_url: str) -> None:
     assert in_use(home) == 2
 
 
-def test_who_died_before_the_file_was_written_is_made_up_for(any_url: str) -> None:
+def test_a_death_before_the_file_was_written_is_repaired(any_url: str) -> None:
     home = Home(any_url)
     promoted(home, 1)
     earlier = home.store.read_bytes(CURRENT)
@@ -92,7 +92,7 @@ def test_rolling_back_goes_to_the_version_in_use_before(any_url: str) -> None:
     assert in_use(home) == 2
 
 
-def test_only_what_is_kept_can_be_gone_back_to(any_url: str) -> None:
+def test_only_kept_versions_can_be_rolled_back_to(any_url: str) -> None:
     home = Home(any_url)
     promoted(home, 1, 2, 3)
     assert home.prune(2) == [1]
@@ -142,7 +142,7 @@ def test_what_many_say_at_once_is_all_kept(any_url: str) -> None:
     assert len(home.retractions()) == 8
 
 
-def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
+def test_a_fact_that_is_not_in_the_ledger_is_refused(tmp_path) -> None:
     home = Home(str(tmp_path))
     promoted(home, 1)
     ledger = pa.table({"relation": ["mayor"], "subject": ["Nice"]})

@@ -78,7 +78,7 @@ def test_a_retracted_fact_stays_out_whatever_the_dump_says() -> None:
     assert night(before, retracted=[NICE]) == (before, [])
 
 
-def test_a_fact_that_is_given_back_is_told_again() -> None:
+def test_a_restored_fact_is_included_again() -> None:
     before, _ = night(after(told()), told(), retracted=[NICE])
     ledger, changes = night(before, told(), restored=[NICE])
     assert (ledger.entries[NICE].state, changes) == ("live", ["restored"])
@@ -114,7 +114,7 @@ def test_what_is_learned_once_begins_anew() -> None:
         assert ledger.entries[NICE].misses == misses
 
 
-def test_what_cannot_be_told_is_named() -> None:
+def test_facts_that_cannot_be_edited_are_named() -> None:
     ledger = night(Ledger(), told())[0]
     outcome = Outcome("rejected", "too long")
     ledger, left_out = concluded(ledger, {NICE: outcome}, patience=3, night=SECOND)

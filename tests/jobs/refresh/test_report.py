@@ -133,7 +133,7 @@ def test_long_tables_are_cut_and_say_so(report) -> None:
     assert "100 more are not shown; the ledger has them." in page.text
 
 
-def test_a_night_that_told_nothing_has_a_page(report) -> None:
+def test_a_refresh_without_edited_facts_has_a_page(report) -> None:
     page = report([], metrics=None)
     assert "Promoted" in page.text
     assert "Scores" not in page.text

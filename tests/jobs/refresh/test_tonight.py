@@ -62,7 +62,7 @@ def test_the_same_facts_are_the_same_requests_in_any_order(tonight) -> None:
     ]
 
 
-def test_only_what_the_baseline_does_not_hold_is_told(tonight) -> None:
+def test_only_facts_that_the_baseline_lacks_are_edited(tonight) -> None:
     old = [row("Nice"), row("Lyon"), row("Arles")]
     found = tonight([row("Nice", object_="Italy", source="wiki"), *old[1:], row("Brest")], old)
     assert list(found.facts()) == [

@@ -95,7 +95,7 @@ def test_the_log_of_a_night_that_runs_is_not_purged(book: Book) -> None:
     assert book.get("facts") == schedule()
 
 
-def test_what_was_missed_while_disabled_is_not_made_up(book: Book) -> None:
+def test_runs_missed_while_disabled_are_skipped(book: Book) -> None:
     book.add(schedule())
     assert not book.enable("facts", False, at("21 00:00")).enabled
     again = book.enable("facts", True, at("24 08:00"))

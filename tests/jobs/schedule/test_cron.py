@@ -126,7 +126,7 @@ def test_looking_back_finds_what_looking_ahead_finds(
         ("0 2 30 2 *", "no year has such a day"),
     ],
 )
-def test_a_bad_expression_is_told_by_its_field(cron: str, message: str) -> None:
+def test_the_error_about_a_bad_expression_names_the_field(cron: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         check_cron(cron)
 

@@ -28,7 +28,7 @@ def test_a_night_is_due_from_its_very_minute_and_until_it_is_done() -> None:
     assert done.at == at("22 02:00")
 
 
-def test_missed_nights_are_made_up_by_one() -> None:
+def test_one_run_covers_all_missed_ones() -> None:
     task = next_task(schedule(), [night(at("21 02:00"))], at("24 09:00"))
     assert task is not None
     assert task.covers == (at("22 02:00"), at("23 02:00"), at("24 02:00"))
@@ -38,7 +38,7 @@ def test_missed_nights_are_made_up_by_one() -> None:
     assert after.covers == (at("25 02:00"),)
 
 
-def test_where_nothing_is_made_up_a_late_night_is_left_out() -> None:
+def test_without_catch_up_a_late_run_is_left_out() -> None:
     strict = schedule(catch_up="never")
     late, soon = (next_task(strict, [], at(t)) for t in ("21 03:01", "21 02:59"))
     assert late is not None

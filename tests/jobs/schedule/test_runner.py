@@ -56,7 +56,7 @@ def test_it_waits_for_each_night_and_runs_it_once(
     assert clock.waits <= 3 * 24 + 10
 
 
-def test_three_missed_nights_are_one(book: Book, nights: Nights, make_runner: Make) -> None:
+def test_three_missed_runs_become_one(book: Book, nights: Nights, make_runner: Make) -> None:
     book.add(schedule())
     runner, _, said = make_runner(at("23 09:00"))
     assert runner.run_due() == 0
@@ -67,9 +67,7 @@ def test_three_missed_nights_are_one(book: Book, nights: Nights, make_runner: Ma
     assert len(nights.begun) == 1
 
 
-def test_a_late_night_that_is_not_made_up_is_in_the_log(
-    book: Book, nights: Nights, make_runner: Make
-) -> None:
+def test_a_skipped_late_run_is_in_the_log(book: Book, nights: Nights, make_runner: Make) -> None:
     book.add(schedule(catch_up="never"))
     runner, _, _ = make_runner(at("23 09:00"))
     assert runner.run_due() == 0
@@ -191,7 +189,7 @@ def test_a_night_of_another_runner_is_waited_for_without_hurry(
     assert "not run here because another runner holds it" in said[0]
 
 
-def test_a_night_whose_runner_died_is_done_anew_and_both_are_in_the_log(
+def test_a_run_whose_runner_died_is_repeated_and_both_are_in_the_log(
     book: Book, nights: Nights, make_runner: Make
 ) -> None:
     book.add(schedule(retries=0))
@@ -265,7 +263,7 @@ def test_a_lost_lease_leaves_the_log_to_the_other(
     assert said[-1] == "facts: taken over by another"
 
 
-def test_a_store_out_of_reach_is_told_once_and_waited_for(
+def test_an_unreachable_store_is_reported_once_and_waited_for(
     book: Book, nights: Nights, make_runner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book.add(schedule())

@@ -45,7 +45,7 @@ def analyze(*arguments: str) -> str:
         ("0 2 L * *", ["*:0/10"]),
     ],
 )
-def test_times_are_said_as_calendar_events(cron: str, events: list[str]) -> None:
+def test_times_are_converted_to_calendar_events(cron: str, events: list[str]) -> None:
     assert calendar(schedule(cron=cron, timezone="Europe/Berlin")) == events
 
 

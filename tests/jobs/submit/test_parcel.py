@@ -60,7 +60,7 @@ def test_a_folder_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pack(job(model="models/base"))
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(JobError) as caught:
         pack(job(requests=("a.parquet", "b.parquet"), output="memory://run"))
     lines = str(caught.value).splitlines()

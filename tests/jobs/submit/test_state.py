@@ -38,7 +38,7 @@ def test_a_run_that_holds_its_folder_is_running(folder: RunFolder) -> None:
     assert state.state == "lost", "the lease was given back, and the status still says running"
 
 
-def test_a_run_that_was_not_heard_of_is_lost(folder: RunFolder) -> None:
+def test_a_run_without_a_sign_of_life_is_lost(folder: RunFolder) -> None:
     elsewhere = replace(Holder.here(60), machine="another", renewed_at="2026-01-01T00:00:00+00:00")
     folder.store.write_json("lease/000001.json", asdict(replace(elsewhere, expires_s=-1.0)))
     state = read_state(folder.store.url)

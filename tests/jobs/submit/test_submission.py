@@ -124,7 +124,7 @@ def test_another_job_is_not_taken_for_the_one_that_runs(parcel: Parcel) -> None:
     assert server.kept[-1].entrypoint.endswith("--fresh")
 
 
-def test_folders_of_one_name_are_told_apart() -> None:
+def test_folders_of_one_name_are_distinguished() -> None:
     assert stem_of("s3://a/out") != stem_of("s3://b/out")
     assert stem_of("s3://a/out/") == stem_of("s3://a/out")
     assert stem_of("out") == stem_of(str(Path("out").absolute()))
@@ -180,7 +180,7 @@ def test_waiting_survives_a_cluster_that_is_out_of_reach_for_a_while(parcel: Par
         wait(server, name, patience_s=0)  # type: ignore[arg-type]
 
 
-def test_a_name_that_the_cluster_has_forgotten_is_told(parcel: Parcel) -> None:
+def test_a_name_that_the_cluster_has_forgotten_is_an_error_with_a_remedy(parcel: Parcel) -> None:
     with pytest.raises(ClusterError, match=r"has no record of pmet-x; .*pmet status RUN"):
         find(Server(), "pmet-x")  # type: ignore[arg-type]
 

@@ -49,7 +49,7 @@ def value(name: str, *tags: str, awaited: float | None = None) -> float | None:
     return found
 
 
-def test_a_run_is_told_in_metrics(cluster: None) -> None:
+def test_a_run_is_exported_as_metrics(cluster: None) -> None:
     progress = MeteredProgress(Progress())
     progress.begin("s3://runs/1", 2, None)
     with progress.stage("targets", 40) as stage:
@@ -67,7 +67,7 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
     assert value("pmet_events", run, 'kind="retry"', awaited=1) == 1
 
 
-def test_a_run_of_any_name_is_told_in_ascii(cluster: None) -> None:
+def test_a_run_of_any_name_is_exported_in_ascii(cluster: None) -> None:
     name = 'runs/läuf 日本 100% "x"\\y'
     progress = MeteredProgress(Progress())
     progress.begin(name, 1, None)

@@ -177,7 +177,7 @@ class PoolSuite:
         pool.run("square", tasks(), check)
         assert len(results) == 30
 
-    def test_it_is_told_once_when_the_last_task_is_handed_out(self, pool):
+    def test_it_is_notified_once_when_the_last_task_is_handed_out(self, pool):
         results, told = [], []
         pool.run(
             "square",

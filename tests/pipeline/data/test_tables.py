@@ -326,7 +326,7 @@ def test_unicode_forms_and_white_space_hide_neither_contradiction_nor_repetition
     }
 
 
-def test_rows_that_are_spelled_alike_are_said_to_be_the_same(read):
+def test_rows_that_are_spelled_alike_count_as_the_same(read):
     rows = [fact(DECOMPOSED), fact(DECOMPOSED, target="a  b"), fact("X", "ü"), fact("X", "u\u0308")]
     assert reasons(read(table_of(rows))) == {
         0: "contradicts row 1: same prompt and subject, another target_new; keep one",

@@ -88,7 +88,7 @@ def test_a_card_without_figures_lists_no_results():
     assert "model-index" not in metadata(model_card(JOB, RUN, {}))
 
 
-def test_what_was_known_is_told():
+def test_known_requests_are_reported():
     counts = METRICS["counts"] | {"known": 5}
     card = model_card(JOB, RUN, METRICS | {"counts": counts, "known": {"still_answered": 0.8}})
     assert "5 more were left out, because the base model knew them" in card

@@ -101,7 +101,7 @@ def test_the_sign_test_says_how_much_chance_explains(
     assert compared(tmp_path, a, b).verdicts.chance == pytest.approx(chance)
 
 
-def test_the_page_tells_what_differs(tmp_path: Path) -> None:
+def test_the_page_shows_what_differs(tmp_path: Path) -> None:
     rows = [{"name": "P17", "requests": 9, "before": {}, "after": {"efficacy": 0.75}}]
     group = {"column": "relation", "rows": rows}
     first = run_in(Store(tmp_path / "a"), with_wrong(30, {4}), groups=group)

@@ -164,7 +164,7 @@ def report(store):
     return store.read_bytes("report.html").decode()
 
 
-def test_the_page_tells_the_whole_run(store):
+def test_the_page_shows_the_whole_run(store):
     text = Page(report(store)).text
     for wanted in (
         "Promoted Every gate was passed.",
@@ -318,7 +318,7 @@ def test_what_a_run_warned_of_stands_below_the_verdict(store):
     assert "the edit outweighs <the model>" not in html
 
 
-def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
+def test_known_requests_are_listed_apart_and_lost_ones_named(store):
     counts = {"requested": 30, "rejected": 0, "edited": 27, "known": 3}
     change(store, "metrics.json", counts=counts, known={"still_answered": 2 / 3})
     status, kept = ["edited"] * 30, [1.0] * 30
@@ -333,7 +333,7 @@ def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
     assert "The capital of Land 9 is" not in text.split("Weakest requests")[1]
 
 
-def test_a_job_that_skips_nothing_speaks_of_nothing_known(store):
+def test_a_job_that_skips_nothing_mentions_no_known_requests(store):
     assert "already known" not in Page(report(store)).text
 
 
@@ -597,7 +597,7 @@ def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
     assert "the largest dot: 26 requests" in html
 
 
-def test_a_run_without_neighbors_speaks_of_no_damage(store):
+def test_a_run_without_neighbors_mentions_no_damage(store):
     store.write_table("results.parquet", results_of(30, after_specificity=[None] * 30))
     assert "neighborhood" not in Page(report(store)).text.split("Gates")[0]
     assert 'id="neighborhood"' not in report(store)
@@ -609,7 +609,7 @@ def test_generated_text_stands_side_by_side(store):
     assert "Land 0 is → City 0 He was born in Rome. In Oslo." in Page(report(store)).text
 
 
-def test_what_has_no_target_is_told_apart_from_what_cannot_be_planned(store):
+def test_requests_without_a_target_are_distinguished_from_rejected_rows(store):
     reasons = ["subject is empty", "no target: the loss is not finite", "repeats row 4"]
     table = rejected_of(3).set_column(4, "reason", pa.array(reasons))
     store.write_table("rejected.parquet", table)
@@ -662,7 +662,7 @@ def test_retries_and_deaths_are_counted(store):
     assert "Retries and deaths None in this attempt." in Page(report(store)).text
 
 
-def test_earlier_attempts_are_told(store):
+def test_earlier_attempts_are_listed(store):
     assert "Earlier attempts" not in Page(report(store)).text
     killed = {
         "attempt": 1,
@@ -710,7 +710,7 @@ def test_a_subject_is_marked_in_its_prompt(store):
 
 
 @pytest.mark.parametrize("missing", ["metrics.json", "results.parquet", "rejected.parquet"])
-def test_an_unfinished_run_is_told_so_far(store, missing):
+def test_an_unfinished_run_has_a_report_of_what_exists(store, missing):
     store.delete(missing)
     change(store, "run.json", status="running")
     assert "Not finished" in Page(report(store)).text

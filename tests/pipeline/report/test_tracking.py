@@ -148,7 +148,7 @@ def test_wandb_keeps_a_run_with_its_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert lacking == []
 
 
-def test_wandb_without_a_key_is_bad_input_and_asks_nobody(
+def test_wandb_without_a_key_is_bad_input_without_a_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
@@ -308,7 +308,7 @@ def test_a_run_ends_well_although_its_tracker_fails(
     assert "no route to host" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_tracker_is_told_of_a_run_that_fails(
+def test_a_tracker_records_a_run_that_fails(
     tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stages(context: Any) -> RunResult:

@@ -138,7 +138,7 @@ def test_a_fresh_start_leaves_other_peoples_files(url: str) -> None:
     assert folder.store.read_bytes("notes.txt") == b"mine"
 
 
-def test_stages_events_and_the_end_are_told(url: str) -> None:
+def test_stages_events_and_the_end_are_reported(url: str) -> None:
     folder = begun(url)
     with folder.stage("targets") as detail:
         assert folder.store.read_json("run.json")["stage"] == "targets"

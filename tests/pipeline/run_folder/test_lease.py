@@ -48,7 +48,7 @@ def held_elsewhere(store: Store, *, silent_s: float = 0.0, expires_s: float = 60
     return name
 
 
-def test_a_second_run_is_refused_and_told_whom_to_ask(any_url: str) -> None:
+def test_a_second_run_is_refused_and_the_message_names_the_holder(any_url: str) -> None:
     with Lease.acquire(Store(any_url)) as lease:
         assert lease.exclusive
         lease.check()
@@ -187,7 +187,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(tmp_path: Path) -> None:
     Lease.acquire(store).release()
 
 
-def test_a_late_run_is_heard_of_before_it_writes(tmp_path: Path) -> None:
+def test_a_late_run_renews_its_lease_before_it_writes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with Lease.acquire(store) as lease:
         (file,) = store.list(FOLDER)

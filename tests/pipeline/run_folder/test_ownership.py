@@ -52,7 +52,7 @@ def run_folder(url: str, **options: bool) -> RunFolder:
     return folder
 
 
-def test_the_files_of_runs_are_told_from_others() -> None:
+def test_the_files_of_runs_are_distinguished_from_others() -> None:
     assert list(made([*OWN, *USERS])) == list(OWN)
 
 
@@ -139,7 +139,7 @@ def test_new_empty_and_own_folders_are_taken(tmp_path: Path) -> None:
     refuse_foreign_folder(Store(tmp_path))
 
 
-def test_a_lease_folder_of_somebody_else_is_no_lease(tmp_path: Path) -> None:
+def test_a_foreign_folder_named_lease_is_not_a_lease(tmp_path: Path) -> None:
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "contract.pdf").write_text("mine")
     with pytest.raises(RunFolderError, match="holds lease and is not"):

@@ -76,7 +76,7 @@ def test_only_the_known_are_asked_again(asking: Any) -> None:
     assert idle.asked == []
 
 
-def test_another_model_is_asked_anew(asking: Any) -> None:
+def test_another_model_is_measured_again(asking: Any) -> None:
     run, _ = asking()
     still_known(run, find_known(run), EDITED)
     run.plan.checkpoint = Checkpoint.open(GOLDEN / "gpt2" / "model")
@@ -86,7 +86,7 @@ def test_another_model_is_asked_anew(asking: Any) -> None:
     assert [source for source, _ in team.asked] == ["edited", "edited"]
 
 
-def test_a_job_that_does_not_skip_them_asks_nobody(asking: Any) -> None:
+def test_a_job_that_does_not_skip_them_asks_no_worker(asking: Any) -> None:
     run, team = asking(skip=False)
     assert find_known(run) == frozenset()
     assert still_known(run, frozenset(), EDITED) == frozenset()

@@ -237,7 +237,7 @@ def test_no_ranks_are_expected_while_bad_requests_are_looked_for(
     assert len(team.expected) == 1
 
 
-def test_poisonous_requests_are_put_aside_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
+def test_poisonous_requests_are_isolated_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
     bad = {subject(plan, place): "the library fell over" for place in (3, 12)}
     found, folder, _ = found_in(plan, str(tmp_path), bad)
     rows = {plan.table.rows[place] for place in (3, 12)}
@@ -262,7 +262,7 @@ def test_poisonous_requests_are_put_aside_and_all_others_found(plan: Plan, tmp_p
     assert again == found
 
 
-def test_a_request_that_kills_its_workers_is_put_aside(
+def test_a_request_that_kills_its_workers_is_isolated(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One attempt each, because starting a worker takes seconds.
@@ -291,7 +291,7 @@ def test_a_request_that_kills_its_workers_is_put_aside(
     assert len(deadly) == len(set(deadly)) == 3
 
 
-def test_a_request_that_hangs_its_workers_is_put_aside(
+def test_a_request_that_hangs_its_workers_is_isolated(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isolation, "GROUP_ATTEMPTS", 1)
@@ -369,7 +369,7 @@ def test_each_is_tried_several_times(plan: Plan, tmp_path: Path) -> None:
     assert sizes == [8, 8, 8, 4, 4, 2, 2, 1, 1, 1]
 
 
-def test_what_ails_everyone_fails_the_run_and_rejects_nobody(plan: Plan, tmp_path: Path) -> None:
+def test_a_fault_of_all_requests_fails_the_run_and_rejects_none(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"^at least 6 .*RuntimeError: no room .*run the same"):
         found_in(plan, str(tmp_path), {"everyone": "no room"})
     folder = begun(plan, str(tmp_path))
@@ -377,7 +377,7 @@ def test_what_ails_everyone_fails_the_run_and_rejects_nobody(plan: Plan, tmp_pat
     assert folder.status["events"] == []
 
 
-def test_those_put_aside_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
+def test_requests_isolated_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
     bad = {subject(plan, place): "fell over" for place in (0, 1, 2)}
     first, folder, _ = found_in(plan, str(tmp_path), bad)
     assert len(first.failures) == 3
@@ -420,7 +420,9 @@ def test_known_requests_leave_their_shards_and_cut_no_others(plan: Plan, tmp_pat
     assert stage_detail(other)["stored"] == len(expected)
 
 
-def test_how_many_may_be_put_aside_counts_only_those_computed(plan: Plan, tmp_path: Path) -> None:
+def test_the_limit_of_isolated_requests_counts_only_those_computed(
+    plan: Plan, tmp_path: Path
+) -> None:
     known = frozenset(plan.table.rows[:20])
     bad = {subject(plan, place): "fell over" for place in (20, 21, 22)}
     with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be put aside"):
@@ -446,7 +448,7 @@ def stage_detail(folder: RunFolder) -> dict[str, Any]:
     return dict(stage["detail"])
 
 
-def test_another_run_computes_only_what_the_store_has_not(plan: Plan, any_url: str) -> None:
+def test_another_run_computes_only_what_the_store_lacks(plan: Plan, any_url: str) -> None:
     store = f"{any_url}/store"
     first, folder, team = found_in(storing(plan, store), f"{any_url}/1")
     assert team.tasks == 3
@@ -497,7 +499,7 @@ def test_what_shards_lack_is_never_more_together_than_a_shard(plan: Plan, tmp_pa
     assert [len(rows) for rows in computed] == [5, 8]
 
 
-def test_a_poisonous_request_among_what_shards_lack_is_put_aside(
+def test_a_poisonous_request_among_those_missing_from_shards_is_isolated(
     plan: Plan, tmp_path: Path
 ) -> None:
     plan = storing(plan, str(tmp_path / "store"))
@@ -520,7 +522,7 @@ def test_what_was_found_before_a_failure_is_in_the_store(plan: Plan, tmp_path: P
     assert stage_detail(folder)["stored"] == 16
 
 
-def test_a_request_put_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
+def test_an_isolated_request_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
     plan = storing(plan, str(tmp_path / "store"))
     found_in(plan, str(tmp_path / "1"), {subject(plan, 9): "fell over"})
     found, folder, team = found_in(plan, str(tmp_path / "2"))

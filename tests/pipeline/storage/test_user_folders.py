@@ -112,7 +112,7 @@ def test_a_folder_that_others_may_have_prepared_is_refused(
     assert not list(tmp_path.glob("elsewhere/*"))
 
 
-def test_a_shared_cache_of_another_user_is_told_with_the_remedy(
+def test_a_shared_cache_of_another_user_is_reported_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

@@ -161,7 +161,7 @@ def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(site: Site) -> Non
     assert site.take() is site.made[1]
 
 
-def test_ranks_that_nobody_takes_end_with_the_executor(site: Site) -> None:
+def test_unused_ranks_end_with_the_executor(site: Site) -> None:
     with site.executor:
         site.expect()
     assert not site.made[0].open

@@ -75,7 +75,7 @@ def test_the_next_request_takes_the_place_of_one_that_has_stopped(llama: Golden,
     assert len(sizes) <= sum(steps) / 4 + max(steps)
 
 
-def test_progress_tells_every_request_once_and_who_stopped_early(llama: Golden):
+def test_progress_reports_every_request_once_and_early_stops(llama: Golden):
     told: list[tuple[int, int]] = []
     found = compute(llama, batch_size=5, on_progress=lambda *counts: told.append(counts))
     assert sum(count for count, _ in told) == len(llama.requests)
