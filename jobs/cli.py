@@ -89,7 +89,7 @@ def run(
         typer.Option("--no-estimate", help="With --dry-run: skip the time estimate."),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete what is in the run folder and start over.")
+        bool, typer.Option("--fresh", help="Delete the files of earlier runs and start over.")
     ] = False,
     address: Address = None,
     log_lines: Annotated[

@@ -41,7 +41,7 @@ def submit(
         bool, typer.Option("--follow", "-f", help="Like --wait, and print the run's output.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete what is in the run folder and start over.")
+        bool, typer.Option("--fresh", help="Delete the files of earlier runs and start over.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the job and show what would be submitted.")

@@ -17,7 +17,7 @@ from pipeline.errors import ScheduleError
 
 _REFRESH = "Description=Refresh of a language model: "
 _EXPLANATION = (
-    "# Picks up what a clock change or a crash left behind; does nothing if nothing is due."
+    "# Finds what a change of clocks or a crash has left; does nothing if nothing is due."
 )
 MARKS = (_REFRESH, _EXPLANATION)
 """Lines that mark a unit file as ours, so that it may be overwritten."""
