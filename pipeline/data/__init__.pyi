@@ -1,6 +1,9 @@
 from .corpus import Corpus as Corpus
 from .corpus import read_corpus as read_corpus
 from .normalization import normal_column as normal_column
+from .rejections import Reason as Reason
+from .rejections import Rejection as Rejection
+from .rejections import RejectionCode as RejectionCode
 from .requests import REQUEST_COLUMNS as REQUEST_COLUMNS
 from .requests import REQUIRED_COLUMNS as REQUIRED_COLUMNS
 from .requests import Repeats as Repeats
@@ -8,7 +11,6 @@ from .requests import request_of as request_of
 from .shards import Shard as Shard
 from .shards import plan_shards as plan_shards
 from .tables import FIRST_LOSS as FIRST_LOSS
-from .tables import Rejection as Rejection
 from .tables import RequestTable as RequestTable
 from .tables import TargetArrays as TargetArrays
 from .tables import aligned as aligned

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.normalization import normal
+from pipeline.data.rejections import Reason, RejectionCode
 from pmet.errors import RequestError
 from pmet.request import TEXT_LISTS, EditRequest, separator
 
@@ -98,7 +99,7 @@ class CheckedRows(NamedTuple):
         breaking: how many of the other rows have a prompt that ends in a line break.
     """
 
-    reasons: dict[int, str]
+    reasons: dict[int, Reason]
     left_out: dict[int, list[str]]
     breaking: int
 
@@ -111,7 +112,7 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
     different new targets): then all of them are. Texts are compared in their normal form
     (`pipeline.data.normalization`). Null and empty texts in lists are left out.
     """
-    reasons: dict[int, str] = {}
+    reasons: dict[int, Reason] = {}
     left_out: dict[int, list[str]] = {}
     breaking = array("q")
     repeats = Repeats()
@@ -121,7 +122,7 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
             for values in row_values(table.slice(start, _BATCH)):
                 outcome, empty = checked(values)
                 if isinstance(outcome, str):
-                    reasons[row] = outcome
+                    reasons[row] = Reason(RejectionCode.INVALID, outcome)
                 else:
                     repeats.add(row, outcome)
                     if empty:
@@ -236,19 +237,20 @@ class Repeats:
             self._given[row] = tuple(own if own != form else b"" for own, form in pairs)
         self._digests += b"".join(digests)
 
-    def reasons(self) -> dict[int, str]:
+    def reasons(self) -> dict[int, Reason]:
         """Why each of them is refused."""
-        reasons: dict[int, str] = {}
+        reasons: dict[int, Reason] = {}
         for rows_by_target in self._groups():
             aside = self._aside(rows_by_target.values(), 1)
             for own, rows in rows_by_target.items():
                 if len(rows_by_target) > 1:
                     others = (rows for other, rows in rows_by_target.items() if other != own)
-                    reasons |= dict.fromkeys(rows, _contradiction(others, aside))
+                    reason = Reason(RejectionCode.CONTRADICTION, _contradiction(others, aside))
+                    reasons |= dict.fromkeys(rows, reason)
                 else:
                     same = f"same prompt, subject and target_new{self._aside([rows], 2)}"
                     text = f"repeats row {rows[0]}: {same}; keep one"
-                    reasons |= dict.fromkeys(rows[1:], text)
+                    reasons |= dict.fromkeys(rows[1:], Reason(RejectionCode.DUPLICATE, text))
         return reasons
 
     def _aside(self, groups: Iterable[Sequence[int]], parts: int) -> str:

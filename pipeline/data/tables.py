@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.conversions import conversion_of_columns, conversion_of_text, is_text
+from pipeline.data.rejections import Rejection
 from pipeline.data.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
 from pipeline.errors import RequestTableError, StorageError
 from pipeline.storage import Columns, expand_with_columns, map_parquet
@@ -21,19 +22,6 @@ from pmet.request import EditRequest
 
 FIRST_LOSS = "first_loss"
 """Column of the loss before the first step, in tables of targets and of results."""
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A row that is not edited, and why.
-
-    Attributes:
-        row: number of the row over all the input files, from 0.
-        reason: what is wrong with it.
-    """
-
-    row: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -90,13 +78,17 @@ class RequestTable:
         )
 
     def rejected_table(self) -> pa.Table:
-        """The input columns of the rejected rows, with ``row`` (int64) and ``reason`` (string).
+        """The input columns of the rejected rows, with ``row`` (int64), ``code`` and ``reason``.
+
+        The code is one of `RejectionCode`, the reason a sentence.
 
         Bytes that are not UTF-8 are written as ``\\xNN``, so that any reader can open the table.
         """
         rows = pa.array([rejection.row for rejection in self.rejected], pa.int64())
         reasons = pa.array([rejection.reason for rejection in self.rejected], pa.string())
-        return with_columns(readable(self.table.take(rows)), {"row": rows, "reason": reasons})
+        codes = pa.array([rejection.code for rejection in self.rejected], pa.string())
+        columns = {"row": rows, "code": codes, "reason": reasons}
+        return with_columns(readable(self.table.take(rows)), columns)
 
 
 def read_requests(patterns: str | Sequence[str]) -> RequestTable:
@@ -123,7 +115,7 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
         requests=Requests(tables, rows),
         rows=rows,
         table=_concatenated(list(files), tables),
-        rejected=[Rejection(row, reasons[row]) for row in sorted(reasons)],
+        rejected=[Rejection(row, why.text, why.code) for row, why in sorted(reasons.items())],
         left_out=left_out,
         breaking=breaking,
     )

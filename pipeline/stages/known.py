@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from pipeline.cluster import Task
+from pipeline.events import StageName
 from pipeline.models import ModelSource
 from pipeline.stages.context import Context
 
 ASKED_TOGETHER = 256
+_STAGES = {"before": StageName.KNOWN_BEFORE, "after": StageName.KNOWN_AFTER}
 
 
 def find_known(run: Context) -> frozenset[int]:
@@ -36,7 +38,7 @@ def _answered(
     table, known = run.plan.table, set[int]()
     starts = range(0, len(places), ASKED_TOGETHER)
     parts = {f"known {when} {i}": places[i : i + ASKED_TOGETHER] for i in starts}
-    with run.stage(f"known {when}", len(places)) as (bar, detail):
+    with run.stage(_STAGES[when], len(places)) as (bar, detail):
 
         def take(task: Task, answers: list[bool]) -> None:
             part = parts[task.key]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pipeline.cluster import Task
 from pipeline.evaluation import How
+from pipeline.events import StageName
 from pipeline.models import ModelSource
 from pipeline.plan import Plan
 from pipeline.stages.context import Context, sampled
@@ -43,6 +44,8 @@ TEXTS_TOGETHER = 32
 _LARGEST_EXPONENT = 700.0
 
 _Item = TypeVar("_Item")
+
+_STAGES = {"before": StageName.MEASURE_BEFORE, "after": StageName.MEASURE_AFTER}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     said = {} if kept is None else kept.read({*keys.values(), of_texts})
     rows = {table.rows[i]: said[keys[i]] for i in keys if keys[i] in said}
     todo = [i for i in chosen if table.rows[i] not in rows]
-    with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
+    with run.stage(_STAGES[name], len(chosen)) as (bar, detail):
         if kept is not None:
             detail["stored"] = len(rows)
         bar.skip(len(rows))

@@ -69,7 +69,7 @@ def finished(store: Store) -> Store:
 def follow(job: JobConfig, store: Store, status: Any = "complete") -> list[tuple[str, str]]:
     """Track a run from start to end; return the events."""
     events: list[tuple[str, str]] = []
-    told = Tracking(trackers_of(job), lambda kind, text: events.append((kind, text)))
+    told = Tracking(trackers_of(job), lambda kind, text, **_: events.append((kind, text)))
     told.begin(job, "digest")
     told.end(store, status)
     return events
@@ -212,7 +212,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_others_go_on(
 ) -> None:
     store, events = finished(Store(tmp_path / "run")), []
     bad, good = Broken(at, raising(error)), Broken("nothing", None)
-    told = Tracking({"bad": bad, "good": good}, lambda kind, text: events.append((kind, text)))
+    told = Tracking({"bad": bad, "good": good}, lambda kind, text, **_: events.append((kind, text)))
     told.begin(job_of(tmp_path), "digest")
     told.end(store, "complete")
     assert told.failed
@@ -228,7 +228,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_others_go_on(
 def test_a_tracker_that_hangs_is_given_up(tmp_path: Path) -> None:
     events, forever = [], threading.Event()
     hanging = Broken("begin", forever.wait)
-    told = Tracking({"slow": hanging}, lambda kind, text: events.append(text), patience=0.05)
+    told = Tracking({"slow": hanging}, lambda kind, text, **_: events.append(text), patience=0.05)
     told.begin(job_of(tmp_path), "digest")
     told.end(Store(tmp_path / "nothing"), "complete")
     forever.set()
