@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.dump import FACT, Dump
+from jobs.facts.dump.files import FACT, Dump
+from jobs.facts.dump.problems import FINE, PROBLEMS, UNCHANGED
+from jobs.facts.dump.rows import trimmed
+from jobs.facts.dump.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
-from jobs.facts.problems import FINE, PROBLEMS, UNCHANGED
-from jobs.facts.rows import trimmed
-from jobs.facts.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.data import REQUEST_COLUMNS, normal_column, with_columns

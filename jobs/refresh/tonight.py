@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.facts.convert import convert_dump
-from jobs.facts.dump import open_dump
+from jobs.facts.dump.files import open_dump
+from jobs.facts.dump.problems import is_contradiction
 from jobs.facts.output import Conversion
-from jobs.facts.problems import is_contradiction
 from jobs.facts.templates import load_templates
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.ledger import DumpFact, Key

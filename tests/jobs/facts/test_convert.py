@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from jobs.facts import neighbors, partitions
 from jobs.facts.convert import convert_dump
-from jobs.facts.dump import open_dump
+from jobs.facts.dump.files import open_dump
 from jobs.facts.templates import parse_templates
 from pipeline.data.tables import read_requests
 from pipeline.errors import FactDumpError, OutputError
 from tests.jobs.facts.conftest import NOW, fact, table
+from tests.jobs.facts.dump.test_files import damage_pages
 from tests.jobs.facts.test_diff import DAYS
-from tests.jobs.facts.test_dump import damage_pages
 
 TEMPLATES = parse_templates(
     {
