@@ -28,6 +28,11 @@ from tests.conftest import GOLDEN
 
 GOOD_ROWS = 40
 
+# In this process: for all that does not depend on who computes.
+HERE: dict[str, Any] = {"targets": {"workers": 0}, "update": {"ranks": 0}}
+# On Ray with as few processes as there can be: each takes seconds to open a model.
+ON_RAY: dict[str, Any] = {"targets": {"workers": 1}, "update": {"ranks": 1}}
+
 # Each of these is rejected, and for another reason.
 BAD_ROWS = [
     {"prompt": "nowhere to put it", "subject": "Kesear Group", "target_new": "ink"},
@@ -100,8 +105,8 @@ def local_ray() -> Iterator[None]:
 Runner = Callable[..., RunResult]
 
 
-@pytest.fixture(scope="module")
-def run(inputs: Path, local_ray: None, shared: Path) -> Runner:
+@pytest.fixture(scope="session")
+def run(inputs: Path, shared: Path) -> Runner:
     """Runs the small job with changes; the same changes give the finished run again."""
 
     def runner(family: str = "gpt2", **changes: Any) -> RunResult:
@@ -119,7 +124,7 @@ def run(inputs: Path, local_ray: None, shared: Path) -> Runner:
 
 
 def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobConfig:
-    """The small job on a family's golden model."""
+    """The small job on a family's golden model, in this process unless changes say otherwise."""
     values: dict[str, Any] = {
         "model": str(GOLDEN / family / "model"),
         "requests": (str(inputs / "requests.parquet"),),
@@ -127,9 +132,7 @@ def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobC
         "hparams": str(GOLDEN / family / "hparams.json"),
         "corpus": (str(inputs / "corpus.parquet"),),
         "context_templates": str(GOLDEN / family / "context_templates.json"),
-        "targets": {"workers": 2},
-        "update": {"ranks": 2},
-    }
+    } | HERE
     return JobConfig.model_validate(values | changes)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline.run import run_job
-from pipeline.workers import ray_executor
+from pipeline.workers import serial_executor
 from pipeline.workers.worker import Replica, TargetSummary
 from pmet import EditRequest
 from pmet.model.tokenization import tokenize_prompt
@@ -59,7 +59,7 @@ def published() -> dict[int, np.ndarray]:
     return {row: target for row, target in found.items() if row is not None}
 
 
-def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path: Path) -> None:
+def test_not_a_number_costs_one_row_only(inputs: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "gptj" / "model", base)
     weights = load_file(base / "model.safetensors")
@@ -74,8 +74,6 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
             model=str(base),
             corpus=None,
             second_moments=str(GOLDEN / "gptj" / "second_moments.safetensors"),
-            targets={"workers": 1},
-            update={"ranks": 1},
         )
     )
     assert result.status == "complete"
@@ -91,16 +89,14 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
 
 
 def test_a_request_that_no_worker_survives_costs_one_row_only(
-    inputs: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_executor, "Replica", Fragile)
+    monkeypatch.setattr(serial_executor, "Replica", Fragile)
     fragile = job(
         inputs,
         str(tmp_path / "out"),
         corpus=None,
         second_moments=str(GOLDEN / "gpt2" / "second_moments.safetensors"),
-        targets={"workers": 1},
-        update={"ranks": 1},
     )
     result = run_job(fragile)
     assert result.metrics["counts"]["edited"] == GOOD_ROWS - 1

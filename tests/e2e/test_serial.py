@@ -23,10 +23,9 @@ from pipeline.stages import context
 from pipeline.workers.worker import Replica
 from pipeline.zero.rank import UpdateRank
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import facts, job
+from tests.e2e.conftest import HERE, facts, job
 from tests.e2e.test_refresh import place
 
-HERE: dict[str, Any] = {"targets": {"workers": 0}, "update": {"ranks": 0}}
 FEW = 6
 COMMANDS = """
 import json, sys

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipeline.test_report import GATES, figures, rejected_of, results_of
 
 from pipeline import run
 from pipeline.errors import JobError, WorkerError
@@ -22,6 +21,7 @@ from pipeline.report.tracking import Tracking, tracked, trackers_of, without_sec
 from pipeline.run import RunResult, run_plan
 from pipeline.storage.store import Store
 from tests.conftest import GOLDEN
+from tests.pipeline.report.test_run_report import GATES, figures, rejected_of, results_of
 
 GPT2 = GOLDEN / "gpt2"
 
