@@ -30,8 +30,6 @@ GOOD_ROWS = 40
 
 # In this process: for all that does not depend on who computes.
 HERE: dict[str, Any] = {"targets": {"workers": 0}, "update": {"ranks": 0}}
-# On Ray with as few processes as there can be: each takes seconds to open a model.
-ON_RAY: dict[str, Any] = {"targets": {"workers": 1}, "update": {"ranks": 1}}
 
 # Each of these is rejected, and for another reason.
 BAD_ROWS = [

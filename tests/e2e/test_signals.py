@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hparams": str(GPT2 / "hparams.json"),
         "second_moments": str(GPT2 / "second_moments.safetensors"),
         "context_templates": str(GPT2 / "context_templates.json"),
-        "targets": {"workers": 1, "shard_size": 2},
+        "targets": {"workers": 1, "shard_size": 1},
         "update": {"ranks": 1},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
@@ -53,14 +53,15 @@ class Run:
 
     Args:
         folder: where the job is.
+        options: further words of the command.
         output: where what it prints goes; a pipe, if not given.
     """
 
-    def __init__(self, folder: Path, output: int = subprocess.PIPE) -> None:
+    def __init__(self, folder: Path, *options: str, output: int = subprocess.PIPE) -> None:
         self.mark = uuid.uuid4().hex
         self._folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", "job.yaml", "--log-lines"],
+            [sys.executable, "-m", "jobs", "run", "job.yaml", "--log-lines", *options],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark},
             stdout=output,
@@ -108,17 +109,6 @@ class Run:
 STOPPED = "stopped by a signal; the same job goes on from here"
 
 
-def test_ctrl_c_three_times_while_targets_are_computed(folder: Path) -> None:
-    run = Run(folder)
-    run.stop_at("event=shard stage=targets", [signal.SIGINT] * 3)
-    status, said, record = run.end()
-    assert (status, said) == (130, ["interrupted; run the same command again to go on from here"])
-    ended = (record["status"], record["error"], record["exit_status"])
-    assert ended == ("stopped", STOPPED, 130)
-    assert run.left() == []
-    Lease.acquire(Store(folder / "out")).release()
-
-
 def test_the_end_of_the_terminal_while_ray_starts(folder: Path) -> None:
     run = Run(folder)
     run.stop_at("event=begin stage=targets", [signal.SIGHUP], after_s=0.5)
@@ -129,6 +119,17 @@ def test_the_end_of_the_terminal_while_ray_starts(folder: Path) -> None:
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 129)
     assert run.left() == []
+
+
+def test_ctrl_c_three_times_while_targets_are_computed(folder: Path) -> None:
+    run = Run(folder)
+    run.stop_at("event=shard stage=targets", [signal.SIGINT] * 3)
+    status, said, record = run.end()
+    assert (status, said) == (130, ["interrupted; run the same command again to go on from here"])
+    ended = (record["status"], record["error"], record["exit_status"])
+    assert ended == ("stopped", STOPPED, 130)
+    assert run.left() == []
+    Lease.acquire(Store(folder / "out")).release()
 
 
 def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gone(
@@ -143,10 +144,11 @@ def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gon
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 143)
     assert run.left() == []
-    # Nothing of the update is left to do: no worker and no rank starts again.
+    # What is left to do is done without Ray.
     reader, writer = os.pipe()
     os.close(reader)
-    run = Run(folder, writer)
+    here = ("--set", "targets.workers=0", "--set", "update.ranks=0")
+    run = Run(folder, *here, output=writer)
     os.close(writer)
     status, said, record = run.end()
     assert (status, said, record["status"]) == (0, [], "complete")

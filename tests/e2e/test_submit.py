@@ -157,7 +157,7 @@ def test_a_run_that_is_stopped_says_so_and_gives_its_folder_back(
 
 
 def test_a_stopped_run_is_finished_by_submitting_it_again(
-    finished: subprocess.CompletedProcess[str], cluster: Cluster, folder: Path, tmp_path: Path
+    finished: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path
 ) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert name_in(finished.stdout).endswith("-2")
@@ -168,8 +168,8 @@ def test_a_stopped_run_is_finished_by_submitting_it_again(
     reused = {s["name"]: s["detail"].get("reused") for s in run["stages"]}
     assert reused["targets"] == 10
     # The same job, run by this process.
-    settings = [f"output={tmp_path / 'here'}", "targets.workers=1", "update.ranks=1"]
-    here = run_job(load_job(folder / "job.yaml", settings), address=cluster.address)
+    settings = [f"output={tmp_path / 'here'}", "targets.workers=0", "update.ranks=0"]
+    here = run_job(load_job(folder / "job.yaml", settings))
     there = Store(folder / "out")
     assert_same_targets(targets_by_row(here.folder), targets_by_row(there))
     submitted = type(here)("complete", there, there.read_json("metrics.json"))

@@ -256,8 +256,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
             corpus=None,
             second_moments=str(moments),
             evaluate={"sample": 4},
-            targets={"workers": 1, "shard_size": 4},
-            update={"ranks": 1},
+            targets={"workers": 0, "shard_size": 4},
         )
     )
     submitted_run = type(here)("complete", type(here.folder)(there), here.metrics)
