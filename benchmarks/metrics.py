@@ -22,7 +22,7 @@ from pipeline.cluster import Task, WorkerPool, ray_session
 from pipeline.evaluation import How
 from pipeline.models import ModelSource
 from pipeline.stages import Answers, parts_of
-from pipeline.workers import Replica
+from pipeline.workers import ModelWorker
 from pmet.evaluation import METRICS, Prompts, evaluate, score_continuations
 from pmet.reference import plain_evaluate
 
@@ -41,7 +41,7 @@ def main() -> None:
     source = ModelSource(options.model, on_gpu=False)
     rows: list[dict[str, Any]] = []
     with ray_session():
-        pool = WorkerPool(Replica, count=options.workers, init_args=(source,), threads=1)
+        pool = WorkerPool(ModelWorker, count=options.workers, init_args=(source,), threads=1)
         with pool:
             # Each worker's first tasks pay for its start.
             (part,) = parts_of(few.requests)

@@ -41,7 +41,7 @@ from pipeline.plan import make_plan
 from pipeline.progress import Progress
 from pipeline.run_folder import RunFolder
 from pipeline.stages import Context, FoundTargets, update_layers
-from pipeline.workers import Crew
+from pipeline.workers import RayExecutor
 
 TEMPLATES = [["{}"], ["It is well known. {}", "In the year of the flood. {}"]]
 LAYERS = (1, 2)
@@ -155,11 +155,11 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
         run_folder.store.write_table(found.files[shard.index], table)
     progress = Progress()
     with (
-        Crew(plan, "local", lambda *_: None) as crew,
+        RayExecutor(plan, "local", lambda *_: None) as executor,
         _peaks() as peaks,
         mock.patch("pipeline.workers.ray_executor.RankGroup", _TimedGroup),
     ):
-        context = Context(plan, run_folder, crew, progress)
+        context = Context(plan, run_folder, executor, progress)
         start = time.perf_counter()
         reports = update_layers(context, TEMPLATES, found)
         seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ from benchmarks.harness import arguments, problem, show, timed
 from pipeline.cluster import Task, WorkerPool, ray_session
 from pipeline.models import ModelSource
 from pipeline.storage import Store
-from pipeline.workers import Replica
+from pipeline.workers import ModelWorker
 
 
 def main() -> None:
@@ -28,7 +28,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ray_session():
         for workers in (1, options.workers):
-            pool = WorkerPool(Replica, count=workers, init_args=(source,), threads=options.threads)
+            pool = WorkerPool(
+                ModelWorker, count=workers, init_args=(source,), threads=options.threads
+            )
             with pool:
                 tasks = [
                     Task(

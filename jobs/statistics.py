@@ -18,7 +18,7 @@ from pipeline.plan import load_hparams
 from pipeline.progress import Progress
 from pipeline.second_moments import MomentsJob, collect, finished, plan_statistics
 from pipeline.storage import Store, refuse_overlap
-from pipeline.workers import Replica
+from pipeline.workers import ModelWorker
 from pmet.hparams import PMETHyperParams
 
 AUTO = "auto"
@@ -96,7 +96,7 @@ def _run(
             "on_event": on_event,
         }
         with (
-            SerialPool(Replica, **options)
+            SerialPool(ModelWorker, **options)
             if wanted.count == 0
             else _ray_pool(wanted, len(tasks), address, options)
         ) as pool:
@@ -127,7 +127,7 @@ def _ray_pool(
         if wanted.count:
             wait_for_nodes(wanted, partial(on_event, "waiting"))
         with WorkerPool(
-            Replica,
+            ModelWorker,
             count=min(wanted.count or default_workers(wanted.gpus), tasks),
             grown=None if wanted.count else most,
             num_gpus=wanted.gpus,

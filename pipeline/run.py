@@ -60,7 +60,7 @@ from pipeline.stages import (
     write_templates,
 )
 from pipeline.storage import Store
-from pipeline.workers import SerialCrew
+from pipeline.workers import SerialExecutor
 from pmet.errors import InputError, PMETError
 from pmet.hparams import ignored_sentence
 
@@ -68,7 +68,7 @@ JOB, REJECTED = "job.yaml", "rejected.parquet"
 _SHOWN_VALUE = 60
 
 if TYPE_CHECKING:
-    from pipeline.workers import Crew
+    from pipeline.workers import Executor
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ def _run_in(
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
-        with _crew(plan, address, on_event) as crew:
+        with _executor(plan, address, on_event) as executor:
             try:
-                result = _run_stages(Context(plan, folder, crew, progress))
+                result = _run_stages(Context(plan, folder, executor, progress))
             except BaseException as error:
                 # Before workers are ended, which may take long where something is broken.
                 _end_early(folder, error)
@@ -243,13 +243,13 @@ def _run_in(
     return result
 
 
-def _crew(plan: Plan, address: str | None, on_event: OnEvent) -> Crew | SerialCrew:
+def _executor(plan: Plan, address: str | None, on_event: OnEvent) -> Executor:
     if plan.job.in_this_process:
-        return SerialCrew(plan, on_event)
+        return SerialExecutor(plan, on_event)
     # Imported here: it imports Ray.
-    from pipeline.workers import Crew
+    from pipeline.workers import RayExecutor
 
-    return Crew(plan, address, on_event)
+    return RayExecutor(plan, address, on_event)
 
 
 def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
@@ -310,7 +310,7 @@ def _run_stages(run: Context) -> RunResult:
     after = measure(run, "after", edited_model)
     kept = still_known(run, found.known, edited_model)
     # Nobody is needed any more; leaving a cluster takes as long as drawing a report.
-    run.crew.dismiss()
+    run.executor.dismiss()
     run.folder.sweep("targets", set(found.files.values()))
     run.folder.sweep("delta", {report.file for report in reports})
     return _conclude(run, found, before, after, kept)

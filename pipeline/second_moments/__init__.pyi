@@ -1,6 +1,6 @@
 from .collection import MomentsJob as MomentsJob
-from .collection import collect as collect
 from .collection import StoredFile as StoredFile
+from .collection import collect as collect
 from .collection import finished as finished
 from .collection import plan_statistics as plan_statistics
 from .factors import FactorFile as FactorFile

@@ -192,7 +192,7 @@ def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> d
     Args:
         job: what to compute.
         store: the folder.
-        run_tasks: has `pipeline.workers.worker.Replica` sum parts.
+        run_tasks: has `pipeline.workers.worker.ModelWorker` sum parts.
         bar: counts tokens.
 
     Returns:

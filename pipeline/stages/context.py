@@ -23,7 +23,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
-    from pipeline.workers import Crew, SerialCrew
+    from pipeline.workers import Executor
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Context:
 
     plan: Plan
     folder: RunFolder
-    crew: Crew | SerialCrew
+    executor: Executor
     progress: Progress
 
     @property
@@ -53,7 +53,7 @@ class Context:
             self.folder.check()
             take(task, value)
 
-        self.crew.map(method, tasks, take_if_held)
+        self.executor.map(method, tasks, take_if_held)
 
 
 @dataclass

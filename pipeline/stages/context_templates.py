@@ -12,7 +12,9 @@ def write_templates(run: Context) -> list[list[str]]:
         if record := run.folder.recorded("context_templates"):
             return list(record["templates"])
         with run.stage("templates", 1) as (bar, _):
-            templates = run.crew.one("write_templates", "context templates", (run.plan.job.seed,))
+            templates = run.executor.one(
+                "write_templates", "context templates", (run.plan.job.seed,)
+            )
             bar.advance()
     run.folder.check()
     run.store.write_json("context_templates.json", templates)

@@ -136,7 +136,7 @@ def _measure_requests(
             for number, part in enumerate(answers.parts)
         ]
         taking = _Taking(answers, {task.key: i for i, task in enumerate(tasks)}, len(block))
-        run.crew.map("measure", tasks, partial(taking, on_progress))
+        run.executor.map("measure", tasks, partial(taking, on_progress))
         yield from zip(block, answers.rows(requests), strict=True)
 
 
@@ -235,7 +235,7 @@ def _score_texts(run: Context, name: str, source: ModelSource) -> list[TextScore
     }
     found: dict[str, list[TextScore]] = {}
     tasks = [Task(key, (source, texts)) for key, texts in parts.items()]
-    run.crew.map("score_texts", tasks, lambda task, scores: found.update({task.key: scores}))
+    run.executor.map("score_texts", tasks, lambda task, scores: found.update({task.key: scores}))
     return [score for key in parts for score in found[key]]
 
 

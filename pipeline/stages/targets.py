@@ -128,7 +128,7 @@ class _Search:
         if failed:
             _refuse_if_storage_fails(failed)
             # Workers that nothing has happened to yet.
-            self._run.crew.release()
+            self._run.executor.release()
             wanted = len(self._run.plan.table.requests) - len(self._found.known)
             limit = most_isolated(wanted) - self._detail["isolated"]
             isolate(failed, self._isolating, self._put_aside, limit)
@@ -211,7 +211,7 @@ class _Search:
         wanted = sum(len(piece.places) for piece in pieces)
         if wanted <= WORTH_A_WORKER and not isolating:
             self._expect_update()
-        failed = self._run.crew.try_all(
+        failed = self._run.executor.try_all(
             "find_targets",
             tasks,
             lambda task, summary: self._take(by_key[task.key], summary),

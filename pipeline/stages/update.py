@@ -27,7 +27,7 @@ def check_ranks(run: Context) -> None:
         NoRoomError: the cluster was not large enough in time; nothing has been computed.
     """
     if not all(run.folder.recorded(f"layer-{layer}") for layer in run.plan.hparams.layers):
-        run.crew.check_ranks()
+        run.executor.check_ranks()
 
 
 def update_layers(
@@ -54,7 +54,7 @@ def update_layers(
         run.folder.forget(*later, PUBLISHED, "measured-after", "known-after")
         with run.stage("update", len(layers)) as (bar, detail):
             bar.skip(len(done))
-            detail |= {"ranks": run.crew.ranks, "reused": len(done)}
+            detail |= {"ranks": run.executor.ranks, "reused": len(done)}
             _edit_layers_with_retries(run, templates, found, done, bar)
     run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
     run.folder.write()
@@ -63,7 +63,7 @@ def update_layers(
 
 def expect_update(run: Context, templates: list[list[str]]) -> None:
     """Let the ranks of the update start while the workers end their work, if there is room."""
-    run.crew.expect_ranks(UpdateRank, (_update_job(run, templates),))
+    run.executor.expect_ranks(UpdateRank, (_update_job(run, templates),))
 
 
 def _edit_layers_with_retries(
@@ -99,8 +99,8 @@ def _edit_layers(
     bar: Stage,
 ) -> None:
     """Update the layers that are not done yet, with a new group of ranks."""
-    plan, ranks = run.plan, run.crew.ranks
-    with run.crew.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
+    plan, ranks = run.plan, run.executor.ranks
+    with run.executor.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
         # In pieces: the requests of a large job are never all in one message.
         for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
             piece = plan.update_shards[start : start + ranks * SHARDS_SENT]

@@ -1,11 +1,12 @@
-from .ray_executor import Crew as Crew
-from .serial_executor import SerialCrew as SerialCrew
+from .executor import Executor as Executor
+from .ray_executor import RayExecutor as RayExecutor
+from .serial_executor import SerialExecutor as SerialExecutor
 from .sizes import WORTH_A_GPU as WORTH_A_GPU
 from .sizes import local_sizes as local_sizes
 from .sizes import stored_bytes as stored_bytes
 from .sizes import worth as worth
 from .worker import Asked as Asked
 from .worker import Measured as Measured
-from .worker import Replica as Replica
+from .worker import ModelWorker as ModelWorker
 from .worker import TargetSummary as TargetSummary
 from .worker import ask as ask

@@ -1,20 +1,18 @@
-"""Who computes: the Ray session of a run, how many workers and ranks it has, and its pool."""
+"""The executor on Ray: its session, its pool of workers, and its group of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pipeline.cluster import (
     EventKind,
-    FailedTask,
     RankGroup,
-    Task,
     WorkerPool,
     cpus_free,
     default_workers,
@@ -22,17 +20,17 @@ from pipeline.cluster import (
     ranks_of,
     ray_session,
     room_for_workers,
-    run_all,
     wait_for_nodes,
     workers_of,
 )
 from pipeline.plan import Plan
+from pipeline.workers.executor import Executor
 from pipeline.workers.sizes import WORTH_A_GPU, local_sizes, worth
-from pipeline.workers.worker import Replica
+from pipeline.workers.worker import ModelWorker
 
 
-class Crew:
-    """The workers and ranks of one run; use it as a context manager.
+class RayExecutor(Executor):
+    """The workers and ranks of one run on Ray; use it as a context manager.
 
     Ray and the pool are started when they are first needed: a run that finds all its work done
     starts nothing. The pool is released when others need its GPUs. Ranks take a while to start:
@@ -60,9 +58,6 @@ class Crew:
         self._leaving: Future[None] | None = None
         self.threads = local_sizes(plan)[2]
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -80,7 +75,7 @@ class Crew:
 
         Nobody can be asked to do anything afterwards; the end of the ``with`` block waits for it.
         """
-        assert self._leaving is None, "the crew has been dismissed"
+        assert self._leaving is None, "the executor has been dismissed"
         thread = ThreadPoolExecutor(1, "dismissal")
         self._leaving = thread.submit(self._leave)
         thread.shutdown(wait=False)
@@ -94,33 +89,6 @@ class Crew:
     def ranks(self) -> int:
         """Processes of the update group."""
         return self._sized()[1]
-
-    def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
-        """Run a stage's tasks on the workers; ``take`` gets each result in this process.
-
-        Raises:
-            WorkerError: a task was given up; the message has its root cause.
-        """
-        run_all(self._started_pool(), method, tasks, take)
-
-    def try_all(
-        self,
-        method: str,
-        tasks: Sequence[Task],
-        take: Callable[[Task, Any], None],
-        *,
-        workers: int | None = None,
-        on_drained: Callable[[], None] | None = None,
-    ) -> list[FailedTask]:
-        """The same, but for what was given up, which is returned; see `Pool.run`."""
-        pool = self._started_pool()
-        return pool.run(method, tasks, take, workers=workers, on_drained=on_drained)
-
-    def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
-        """Run a single task and return its result."""
-        results: list[Any] = []
-        self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
-        return results[0]
 
     def check_ranks(self) -> None:
         """Wait for the nodes that the ranks need, before anything else is computed.
@@ -222,7 +190,7 @@ class Crew:
         if self._pool is None:
             count = min(self._sized()[0], len(self._plan.target_shards))
             self._pool = WorkerPool(
-                Replica,
+                ModelWorker,
                 count=count,
                 grown=self._room if self._elastic else None,
                 init_args=(self._plan.base,),

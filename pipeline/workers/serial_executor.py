@@ -12,24 +12,21 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import (
-    FailedTask,
     OnEvent,
-    OnResult,
     SerialPool,
-    Task,
     cause_here,
     full_text,
     limit_threads,
-    run_all,
 )
 from pipeline.errors import WorkerError
 from pipeline.plan import Plan
+from pipeline.workers.executor import Executor
 from pipeline.workers.sizes import local_sizes
-from pipeline.workers.worker import Replica
+from pipeline.workers.worker import ModelWorker
 from pmet.errors import InputError, NumericalError
 
 
-class SerialCrew:
+class SerialExecutor(Executor):
     """Computes all stages of one run in this process; use it as a context manager.
 
     Inside the ``with`` block torch computes with as many threads as a worker has, so that results
@@ -71,29 +68,6 @@ class SerialCrew:
             self._pool.close()
             self._pool = None
 
-    def map(self, method: str, tasks: Sequence[Task], take: OnResult) -> None:
-        """Run a stage's tasks one after the other; see `pipeline.workers.ray_executor.Crew.map`."""
-        run_all(self._started_pool(), method, tasks, take)
-
-    def try_all(
-        self,
-        method: str,
-        tasks: Sequence[Task],
-        take: OnResult,
-        *,
-        workers: int | None = None,
-        on_drained: Callable[[], None] | None = None,
-    ) -> list[FailedTask]:
-        """Run a stage's tasks and return those given up; see `pipeline.cluster.pool.Pool.run`."""
-        pool = self._started_pool()
-        return pool.run(method, tasks, take, workers=workers, on_drained=on_drained)
-
-    def one(self, method: str, name: str, args: tuple[Any, ...]) -> Any:
-        """Run a single task and return its result."""
-        results: list[Any] = []
-        self.map(method, [Task(name, args)], lambda _task, value: results.append(value))
-        return results[0]
-
     def check_ranks(self) -> None:
         """Do nothing: the rank needs no node of a cluster."""
 
@@ -111,7 +85,9 @@ class SerialCrew:
 
     def _started_pool(self) -> SerialPool:
         if self._pool is None:
-            self._pool = SerialPool(Replica, init_args=(self._plan.base,), on_event=self._on_event)
+            self._pool = SerialPool(
+                ModelWorker, init_args=(self._plan.base,), on_event=self._on_event
+            )
         return self._pool
 
 

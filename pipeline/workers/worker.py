@@ -93,7 +93,7 @@ def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
     )
 
 
-class Replica:
+class ModelWorker:
     """Holds one model at a time, and computes shards with it."""
 
     def __init__(self, source: ModelSource) -> None:

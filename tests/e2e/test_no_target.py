@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from pipeline.run import run_job
 from pipeline.workers import serial_executor
-from pipeline.workers.worker import Replica, TargetSummary
+from pipeline.workers.worker import ModelWorker, TargetSummary
 from pmet import EditRequest
 from pmet.model.tokenization import tokenize_prompt
 from tests.conftest import GOLDEN, load_golden
@@ -25,7 +25,7 @@ from tests.e2e.conftest import BAD_ROWS, GOOD_ROWS, facts, job, targets_by_row
 VICTIM = 5
 
 
-class Fragile(Replica):
+class Fragile(ModelWorker):
     """A worker that one request makes fail, whenever it is computed."""
 
     def find_targets(
@@ -91,7 +91,7 @@ def test_not_a_number_costs_one_row_only(inputs: Path, tmp_path: Path) -> None:
 def test_a_request_that_no_worker_survives_costs_one_row_only(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serial_executor, "Replica", Fragile)
+    monkeypatch.setattr(serial_executor, "ModelWorker", Fragile)
     fragile = job(
         inputs,
         str(tmp_path / "out"),

@@ -21,7 +21,7 @@ from pipeline.run import run_job
 from pipeline.stages.measurement import held_out
 from pipeline.storage.store import Store
 from pipeline.workers import serial_executor
-from pipeline.workers.worker import Replica, TargetSummary
+from pipeline.workers.worker import ModelWorker, TargetSummary
 from pmet import NotFiniteError
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts, job
@@ -162,7 +162,7 @@ def test_a_figure_that_is_undefined_is_recorded_shown_and_held_with_a_sentence(
     assert run_job(job(inputs, str(place / "out"), "gptj", **wild)).status == "held"
 
 
-class Unlucky(Replica):
+class Unlucky(ModelWorker):
     """A worker that finds no target: its GPU computes nonsense, say."""
 
     def find_targets(
@@ -182,7 +182,7 @@ def test_a_run_that_edits_no_fact_fails_and_goes_on_once_the_cause_is_gone(
         "clamp_norm_factor in the hyper-parameters; the same command computes the targets again"
     )
     with monkeypatch.context() as patched:
-        patched.setattr(serial_executor, "Replica", Unlucky)
+        patched.setattr(serial_executor, "ModelWorker", Unlucky)
         with pytest.raises(NoEditError) as error:
             run_job(four)
     assert str(error.value) == expected

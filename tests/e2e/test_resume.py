@@ -22,7 +22,7 @@ from pipeline.errors import RunFolderError, StorageError
 from pipeline.progress import Progress
 from pipeline.run import RunResult, run_job
 from pipeline.run_folder.folder import RunFolder
-from pipeline.stages import context
+from pipeline.stages import update
 from pipeline.zero.rank import UpdateJob, UpdateRank
 from pmet import Edit
 from pmet.update.second_moments import MAX_TOKENS
@@ -169,7 +169,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
 ) -> None:
     first = run()
     output = copied(first, tmp_path / "out", "layer-1", "layer-2")
-    monkeypatch.setattr(context, "UpdateRank", Mortal)
+    monkeypatch.setattr(update, "UpdateRank", Mortal)
     on_ray = {"targets": {"workers": 1}, "update": {"ranks": 2}}
     again = run_job(job(inputs, str(output), **on_ray))
     assert (output / "killed").exists()

@@ -19,8 +19,8 @@ import yaml
 from pipeline.errors import JobError, WorkerError
 from pipeline.job.config import JobConfig
 from pipeline.run import run_job
-from pipeline.stages import context
-from pipeline.workers.worker import Replica
+from pipeline.stages import update
+from pipeline.workers.worker import ModelWorker
 from pipeline.zero.rank import UpdateRank
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import HERE, facts, job
@@ -109,14 +109,14 @@ def test_a_refresh_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_fails_in_one_row_is_found_and_the_others_are_edited(
     few: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faulty, find = facts()[7]["subject"], Replica.find_targets
+    faulty, find = facts()[7]["subject"], ModelWorker.find_targets
 
-    def found(self: Replica, source: Any, requests: Any, *args: Any) -> Any:
+    def found(self: ModelWorker, source: Any, requests: Any, *args: Any) -> Any:
         if any(request.subject == faulty for request in requests):
             raise ValueError("cannot be computed")
         return find(self, source, requests, *args)
 
-    monkeypatch.setattr(Replica, "find_targets", found)
+    monkeypatch.setattr(ModelWorker, "find_targets", found)
     result = run_job(few)
     assert result.metrics["counts"] == {"requested": FEW + 1, "rejected": 2, "edited": FEW - 1}
     rejected = pq.read_table(Path(few.output) / "rejected.parquet").to_pylist()
@@ -138,7 +138,7 @@ def test_a_failed_update_is_tried_again_and_the_run_resumes(
                 raise RuntimeError("the solve was interrupted")
             return super().edit_layer(index)
 
-    monkeypatch.setattr(context, "UpdateRank", Failing)
+    monkeypatch.setattr(update, "UpdateRank", Failing)
     torch.set_num_threads(2)
     try:
         with pytest.raises(WorkerError, match=r"failed 3 times.*the solve was interrupted"):

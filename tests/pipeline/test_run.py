@@ -25,7 +25,7 @@ from pipeline.progress import Progress
 from pipeline.run_folder.folder import RunFolder
 from pipeline.stages.context import Context, FoundTargets
 from pipeline.stages.measurement import Measurement
-from pipeline.workers.ray_executor import Crew
+from pipeline.workers.ray_executor import RayExecutor
 from pmet.evaluation.figures import METRICS
 from tests.conftest import GOLDEN, load_golden
 
@@ -132,7 +132,7 @@ def test_every_row_is_in_results_or_in_rejected(
     accepted = sorted(plan.table.rows)
     figures = dict.fromkeys(METRICS, 1.0) | {f"{name}_prompts": 1 for name in METRICS}
     measured = Measurement({r: {**figures, "answer": "x"} for r in accepted[::unmeasured]}, [])
-    context = Context(plan, folder, cast(Crew, None), Progress())
+    context = Context(plan, folder, cast(RayExecutor, None), Progress())
     result = run._conclude(context, found, measured, measured, found.known)
 
     results = result.folder.read_table("results.parquet")

@@ -27,7 +27,7 @@ from pipeline.second_moments import collection
 from pipeline.second_moments.collection import PARTS, MomentsJob, collect, finished, plan_statistics
 from pipeline.second_moments.files import PROVENANCE, TENSORS, check_moments, read_moments
 from pipeline.storage.store import Store
-from pipeline.workers.worker import Replica
+from pipeline.workers.worker import ModelWorker
 from pmet.hparams import PMETHyperParams
 from pmet.model.architecture import resolve
 from pmet.model.tracing import captured_input
@@ -43,7 +43,7 @@ from pipeline import statistics
 from pipeline.cluster.pool import run_all
 from pipeline.cluster.pool import SerialPool
 from pipeline.progress import Stage
-from pipeline.workers.worker import Replica
+from pipeline.workers.worker import ModelWorker
 from pipeline.storage.store import Store
 from pmet.hparams import PMETHyperParams
 
@@ -60,7 +60,7 @@ class Fatal(Stage):
             os.kill(os.getpid(), signal.SIGKILL)
 
 def run_tasks(method, tasks, take):
-    with SerialPool(Replica, init_args=(job.source,), threads=1) as pool:
+    with SerialPool(ModelWorker, init_args=(job.source,), threads=1) as pool:
         run_all(pool, method, tasks, take)
 
 collection.collect(job, Store(output), run_tasks, Fatal())
@@ -97,7 +97,7 @@ def compute(job: MomentsJob, output: Path, pool: Pool | None = None) -> tuple[li
 
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
         ran.extend(task.key for task in tasks)
-        with pool or SerialPool(Replica, init_args=(job.source,), threads=1) as workers:
+        with pool or SerialPool(ModelWorker, init_args=(job.source,), threads=1) as workers:
             run_all(workers, method, tasks, take)
 
     return ran, collect(job, Store(output), run_tasks, Stage())
@@ -193,7 +193,7 @@ def test_convergence_falls_with_the_square_root_of_the_tokens(corpus: Path, tmp_
         assert 0.3 <= many["convergence"][module] / moved <= 0.75
 
 
-class Mortal(Replica):
+class Mortal(ModelWorker):
     """Kills its process at the third part, once; the mark says that it has."""
 
     mark: Path
@@ -260,7 +260,7 @@ def test_parts_of_other_inputs_are_never_used(corpus: Path, tmp_path: Path) -> N
     job = plan(corpus)
 
     def interrupted(method: str, tasks: Sequence[Task], take: Callable[..., None]) -> None:
-        with SerialPool(Replica, init_args=(job.source,), threads=1) as pool:
+        with SerialPool(ModelWorker, init_args=(job.source,), threads=1) as pool:
             run_all(pool, method, tasks[:3], take)
         raise KeyboardInterrupt
 

@@ -27,7 +27,7 @@ KNOWN = {"base": {2, 5, 7, 8}, "edited": {2, 7, 9}}
 
 
 class Team:
-    """Stands for a run's crew: its models know the rows of ``KNOWN``. Answers come in disorder."""
+    """An executor whose models know the rows of ``KNOWN``; answers come in disorder."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[int]]] = []

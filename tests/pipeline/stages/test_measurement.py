@@ -24,7 +24,7 @@ from pipeline.run_folder.folder import RunFolder
 from pipeline.stages import measurement
 from pipeline.stages.context import Context
 from pipeline.stages.measurement import LARGEST_PART, Measurement, held_out, measure, parts_of
-from pipeline.workers.ray_executor import Crew
+from pipeline.workers.ray_executor import RayExecutor
 from pipeline.workers.worker import Asked, Measured
 from pmet.evaluation.continuations import Scored
 from pmet.evaluation.metrics import TextScore
@@ -35,7 +35,7 @@ GPT2 = GOLDEN / "gpt2"
 
 
 @dataclass
-class FakeCrew:
+class FakeExecutor:
     """Answers without a model, and counts what it is asked."""
 
     asked: Counter[str] = field(default_factory=Counter)
@@ -107,16 +107,16 @@ def asking(plan: Plan, **evaluate: Any) -> Plan:
 
 def measured(
     plan: Plan, url: str | None = None, name: str = "before"
-) -> tuple[Measurement, FakeCrew]:
+) -> tuple[Measurement, FakeExecutor]:
     folder = RunFolder(url or f"memory://{uuid.uuid4().hex}")
     folder.begin(plan.digests, seed=0)
-    crew = FakeCrew()
-    context = Context(plan, folder, cast(Crew, crew), Progress())
-    return measure(context, name, plan.base), crew
+    executor = FakeExecutor()
+    context = Context(plan, folder, cast(RayExecutor, executor), Progress())
+    return measure(context, name, plan.base), executor
 
 
 def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
-    found, crew = measured(plan)
+    found, executor = measured(plan)
     subjects = plan.table.table.column("subject").to_pylist()
     assert {row: f["answer"] for row, f in found.rows.items()} == {
         row: f"said to {subject} is in" for row, subject in enumerate(subjects)
@@ -126,15 +126,15 @@ def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
         assert found.rows[row]["efficacy"] == found.rows[row]["efficacy_strict"] == learned
         # Of a place and the next one, one keeps the true answer.
         assert found.rows[row]["specificity"] == 0.5
-    assert crew.asked == {"requests": 40, "texts": 100}
-    assert crew.hows == {How()}
+    assert executor.asked == {"requests": 40, "texts": 100}
+    assert executor.hows == {How()}
     assert [text.nll for text in found.texts] == list(range(100))
     assert found.perplexity == pytest.approx(math.exp(sum(range(100)) / 200))
 
 
 def test_a_sample_of_both_can_be_asked_for(plan: Plan) -> None:
-    found, crew = measured(asking(plan, sample=7, perplexity_texts=10))
-    assert crew.asked == {"requests": 7, "texts": 10}
+    found, executor = measured(asking(plan, sample=7, perplexity_texts=10))
+    assert executor.asked == {"requests": 7, "texts": 10}
     assert len(found.rows) == 7
     assert [text.nll for text in found.texts] == list(range(0, 100, 10))
 
@@ -142,32 +142,32 @@ def test_a_sample_of_both_can_be_asked_for(plan: Plan) -> None:
 def test_a_measurement_is_not_repeated_unless_something_else_is_asked(plan: Plan) -> None:
     url = f"memory://{uuid.uuid4().hex}"
     first, _ = measured(plan, url)
-    again, crew = measured(plan, url)
-    assert (again, crew.asked) == (first, Counter())
+    again, executor = measured(plan, url)
+    assert (again, executor.asked) == (first, Counter())
     for other in ({"fluency": True}, {"sample": 5}, {"chat_template": True}):
-        _, crew = measured(asking(plan, **other), url)
-        assert crew.asked["requests"], other
+        _, executor = measured(asking(plan, **other), url)
+        assert executor.asked["requests"], other
     # What figures are compared with is no question to the model.
     same = {"chat_template": True, "last": "x", "group_by": "subject"}
     assert measured(asking(plan, **same), url)[1].asked == Counter()
 
 
 def test_consistency_is_added_where_the_model_wrote(plan: Plan) -> None:
-    found, crew = measured(asking(plan, fluency=True))
-    assert crew.hows == {How(writing_seed=0)}
+    found, executor = measured(asking(plan, fluency=True))
+    assert executor.hows == {How(writing_seed=0)}
     assert all(0 < figures["consistency"] < 1 for figures in found.rows.values())
 
 
 def test_what_the_base_says_is_kept_for_other_runs(plan: Plan, tmp_path: Path) -> None:
     kept = asking(plan, store=str(tmp_path), fluency=True)
-    first, crew = measured(asking(kept, sample=10))
-    assert crew.asked == {"requests": 10, "texts": 100}
-    every, crew = measured(kept)
-    assert crew.asked == {"requests": 30}
+    first, executor = measured(asking(kept, sample=10))
+    assert executor.asked == {"requests": 10, "texts": 100}
+    every, executor = measured(kept)
+    assert executor.asked == {"requests": 30}
     assert every.texts == first.texts
     assert first.rows.items() <= every.rows.items()
-    _, crew = measured(asking(kept, fluency=False))
-    assert crew.asked == {"requests": 40}
+    _, executor = measured(asking(kept, fluency=False))
+    assert executor.asked == {"requests": 40}
 
 
 def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:

@@ -36,7 +36,7 @@ from pipeline.stages.targets import WORTH_A_WORKER, find_targets
 from pipeline.storage import retries
 from pipeline.storage.store import Store
 from pipeline.workers import ray_executor
-from pipeline.workers.ray_executor import Crew
+from pipeline.workers.ray_executor import RayExecutor
 from pipeline.workers.worker import TargetSummary
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
@@ -96,14 +96,14 @@ class Oracle:
 
 
 class Stuck(Oracle):
-    """A worker of a real crew."""
+    """A worker of a real executor."""
 
     def __init__(self, source: Any) -> None:
         super().__init__({os.environ["PMET_TEST_STUCK"]: "hang"})
 
 
 class Team:
-    """Stands for a run's crew."""
+    """Stands for a run's executor."""
 
     def __init__(self, make: Callable[[], Pool]) -> None:
         self.make = make
@@ -171,7 +171,7 @@ def found_in(
     journal = options.pop("journal", "")
     known = options.pop("known", frozenset())
     team = Team(lambda: make(Oracle, init_args=(poison, journal), **options))
-    context = Context(plan, folder, cast(Crew, team), Progress())
+    context = Context(plan, folder, cast(RayExecutor, team), Progress())
     try:
         return find_targets(context, TEMPLATES, known), folder, team
     finally:
@@ -300,11 +300,11 @@ def test_a_request_that_hangs_its_workers_is_put_aside(
     targets = plan.job.targets.model_copy(update={"workers": 1, "timeout": 1.0})
     plan = replace(plan, job=plan.job.model_copy(update={"targets": targets}))
     hanging, other = subject(plan, 1), plan.table.rows[0]
-    monkeypatch.setattr(ray_executor, "Replica", Stuck)
+    monkeypatch.setattr(ray_executor, "ModelWorker", Stuck)
     monkeypatch.setenv("PMET_TEST_STUCK", hanging)
     events: list[str] = []
     folder = begun(plan, str(tmp_path))
-    with Crew(plan, None, lambda kind, _: events.append(kind)) as team:
+    with RayExecutor(plan, None, lambda kind, _: events.append(kind)) as team:
         found = find_targets(Context(plan, folder, team, Progress()), TEMPLATES)
     (row,) = found.failures
     assert row == plan.table.rows[1]

@@ -12,7 +12,7 @@ from pipeline.job.config import TargetsConfig, UpdateConfig
 from pipeline.plan import Plan
 from pipeline.workers import ray_executor as module
 from pipeline.workers import sizes
-from pipeline.workers.ray_executor import Crew
+from pipeline.workers.ray_executor import RayExecutor
 
 JOB = ("the job",)
 
@@ -41,7 +41,7 @@ class Ranks:
 
 
 class Site:
-    """A crew of two workers and two ranks, and the CPUs that its cluster has free."""
+    """A executor of two workers and two ranks, and the CPUs that its cluster has free."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Site:
             update=UpdateConfig(ranks=2, gpus_per_rank=gpus_per_rank),
         )
         plan = SimpleNamespace(job=job, target_shards=[1, 2, 3], base="base")
-        self.crew = Crew(cast(Plan, plan), None, lambda kind, text: None)
+        self.executor = RayExecutor(cast(Plan, plan), None, lambda kind, text: None)
 
     def _make(self, *args: Any, **options: Any) -> Ranks:
         self.made.append(Ranks(*args, **options))
@@ -80,13 +80,13 @@ class Site:
 
     @property
     def pool(self) -> Any:
-        return self.crew._started_pool()
+        return self.executor._started_pool()
 
     def expect(self) -> None:
-        self.crew.expect_ranks(Ranks, JOB)
+        self.executor.expect_ranks(Ranks, JOB)
 
     def take(self) -> Any:
-        return self.crew.take_ranks(Ranks, JOB)
+        return self.executor.take_ranks(Ranks, JOB)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_number_that_is_named_and_a_cluster_of_ones_own_stay_as_they_are(
 
 
 def test_expected_ranks_start_at_once_and_are_the_ones_taken(site: Site) -> None:
-    with site.crew:
+    with site.executor:
         site.expect()
         # Their CPUs are taken now.
         site.free = 2.0
@@ -161,18 +161,18 @@ def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(site: Site) -> Non
     assert site.take() is site.made[1]
 
 
-def test_ranks_that_nobody_takes_end_with_the_crew(site: Site) -> None:
-    with site.crew:
+def test_ranks_that_nobody_takes_end_with_the_executor(site: Site) -> None:
+    with site.executor:
         site.expect()
     assert not site.made[0].open
 
 
-def test_a_dismissed_crew_leaves_while_others_go_on(site: Site) -> None:
+def test_a_dismissed_executor_leaves_while_others_go_on(site: Site) -> None:
     site.may_leave.clear()
-    with site.crew:
+    with site.executor:
         pool = site.pool
         site.expect()
-        site.crew.dismiss()
+        site.executor.dismiss()
         assert not site.left
         site.may_leave.set()
     assert site.left

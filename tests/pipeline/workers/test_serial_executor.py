@@ -10,7 +10,7 @@ from pipeline.cluster.tasks import Task
 from pipeline.errors import JobError, WorkerError
 from pipeline.plan import Plan
 from pipeline.workers import serial_executor
-from pipeline.workers.serial_executor import SerialCrew, SerialRank
+from pipeline.workers.serial_executor import SerialExecutor, SerialRank
 from pmet.errors import NumericalError
 
 
@@ -49,7 +49,7 @@ class Rank:
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.setattr(serial_executor, "Replica", Worker)
+    monkeypatch.setattr(serial_executor, "ModelWorker", Worker)
     monkeypatch.setattr(Worker, "held", 0)
     targets = SimpleNamespace(workers=0, threads_per_worker=2)
     job = SimpleNamespace(targets=targets, update=None)
@@ -58,13 +58,13 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def test_one_worker_stays_until_it_is_let_go_and_threads_come_back(plan: Plan) -> None:
     before = torch.get_num_threads()
-    with SerialCrew(plan, lambda *_: None) as crew:
-        assert crew.ranks == 1
-        assert [crew.one("call", "one", (name,)) for name in "ab"] == [("a", 1, 2), ("b", 2, 2)]
-        crew.release()
+    with SerialExecutor(plan, lambda *_: None) as executor:
+        assert executor.ranks == 1
+        assert [executor.one("call", "one", (name,)) for name in "ab"] == [("a", 1, 2), ("b", 2, 2)]
+        executor.release()
         assert Worker.held == 0
-        assert crew.one("call", "one", ("c",)) == ("c", 1, 2)
-        crew.dismiss()
+        assert executor.one("call", "one", ("c",)) == ("c", 1, 2)
+        executor.dismiss()
         assert (Worker.held, torch.get_num_threads()) == (0, before)
     assert torch.get_num_threads() == before
 
@@ -73,10 +73,12 @@ def test_a_task_that_fails_is_tried_again_and_given_up_alone(plan: Plan) -> None
     events: list[str] = []
     found: list[Any] = []
     tasks = [Task("good", ("good",)), Task("bad", ("fails",)), Task("last", ("last",))]
-    with SerialCrew(plan, lambda kind, _: events.append(kind)) as crew:
-        (failed,) = crew.try_all("call", tasks, lambda task, _: found.append(task.key), workers=1)
+    with SerialExecutor(plan, lambda kind, _: events.append(kind)) as executor:
+        (failed,) = executor.try_all(
+            "call", tasks, lambda task, _: found.append(task.key), workers=1
+        )
         with pytest.raises(WorkerError, match=r"1 of 3 tasks failed 3 times each: bad: ValueError"):
-            crew.map("call", tasks, lambda *_: None)
+            executor.map("call", tasks, lambda *_: None)
     assert found == ["good", "last"]
     assert (failed.task.key, failed.attempts) == ("bad", 3)
     assert failed.reason.startswith("ValueError: it fails (")
@@ -84,10 +86,10 @@ def test_a_task_that_fails_is_tried_again_and_given_up_alone(plan: Plan) -> None
 
 
 def test_the_rank_comes_when_the_worker_has_gone(plan: Plan) -> None:
-    with SerialCrew(plan, lambda *_: None) as crew:
-        crew.one("call", "one", ("a",))
-        crew.expect_ranks(Rank, (0,))
-        with crew.take_ranks(Rank, (0,)) as group:
+    with SerialExecutor(plan, lambda *_: None) as executor:
+        executor.one("call", "one", ("a",))
+        executor.expect_ranks(Rank, (0,))
+        with executor.take_ranks(Rank, (0,)) as group:
             assert group.call_all("add", 1, 2) == [3]
             assert group.call_each("add", [(3, 4)]) == [7]
 

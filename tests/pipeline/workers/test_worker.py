@@ -12,7 +12,7 @@ from pipeline.data.tables import read_targets
 from pipeline.evaluation.settings import How
 from pipeline.models.source import ModelSource
 from pipeline.storage.store import Store
-from pipeline.workers.worker import Asked, Replica
+from pipeline.workers.worker import Asked, ModelWorker
 from tests import simulated
 from tests.conftest import GOLDEN, load_golden
 
@@ -23,7 +23,7 @@ def of_a_replica(source: ModelSource, output: Store) -> tuple[Any, ...]:
     """What a replica makes of some requests: targets, scores, and what it has measured."""
     golden = load_golden("llama")
     requests = golden.requests[:3]
-    replica = Replica(source)
+    replica = ModelWorker(source)
     found = replica.find_targets(
         source,
         requests,
