@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from pipeline.cluster.session import ray_session
 from pipeline.data.tables import read_targets
 from pipeline.job.config import JobConfig
 from pipeline.run import RunResult, run_job
@@ -91,13 +90,6 @@ def write_inputs(folder: Path) -> None:
     )
     texts = json.loads((GOLDEN / "corpus.json").read_text())
     pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One Ray for all runs of a module; logical CPUs for three workers and three ranks."""
-    with ray_session("local", num_cpus=8):
-        yield
 
 
 Runner = Callable[..., RunResult]

@@ -24,6 +24,8 @@ from tests.conftest import ROOT
 from tests.e2e.test_chaos import KILLED
 from tests.e2e.test_refresh import Place, place
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
 

@@ -13,6 +13,8 @@ from jobs import submit_cli
 from pipeline.run_folder.folder import RunFolder
 from tests.jobs.conftest import Invoke
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ import ray
 from pipeline.cluster.metering import MeteredProgress
 from pipeline.progress import LineProgress, Progress
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(no_ray: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "200")
         # As a cluster is started: one of a run's own has no agent that tells metrics.

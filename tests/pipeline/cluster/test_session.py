@@ -10,6 +10,8 @@ from ray._private import ray_constants
 from pipeline.cluster import session
 from pipeline.cluster.session import root_cause
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 WHO = """The actor died unexpectedly before finishing this task.
 \tclass_name: _WorkerProcess
 \tactor_id: 2e4a6bd3307ff3332c56f34101000000

@@ -21,6 +21,8 @@ from pipeline.plan import Plan, make_plan
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import inputs, job, shared  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 RATES = Rates(
     ready=4.0,
     ranks=0.0,

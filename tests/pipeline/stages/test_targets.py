@@ -41,6 +41,8 @@ from pipeline.workers.worker import TargetSummary
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 COUNT, SHARD = 24, 8
 TEMPLATES = [["{}"]]
 
