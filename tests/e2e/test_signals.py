@@ -48,6 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def hear_signals() -> None:
+    """Let a new process hear what these tests may have to ignore, under nohup say."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     """``pmet run`` in a process group of its own, as a shell starts it.
 
@@ -67,6 +73,7 @@ class Run:
             stdout=output,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=hear_signals,
             text=True,
         )
         assert self.process.stderr is not None
