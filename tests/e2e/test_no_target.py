@@ -26,7 +26,10 @@ VICTIM = 5
 
 
 class Fragile(ModelWorker):
-    """A worker that one request makes fail, whenever it is computed."""
+    """A worker that one request makes fail, whenever it is computed.
+
+    Of requests that kill or hang the processes of Ray, see `tests.pipeline.stages.test_targets`.
+    """
 
     def find_targets(
         self, source: Any, requests: Sequence[EditRequest], *rest: Any
@@ -88,7 +91,7 @@ def test_not_a_number_costs_one_row_only(inputs: Path, tmp_path: Path) -> None:
     assert edited["transformer.h.0.mlp.fc_out.weight"].isfinite().all()
 
 
-def test_a_request_that_no_worker_survives_costs_one_row_only(
+def test_a_request_that_cannot_be_computed_costs_one_row_only(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serial_executor, "ModelWorker", Fragile)
@@ -116,7 +119,9 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
     # Who shares a batch changes only rounding, which an optimisation may amplify.
     assert np.median(apart) <= 2e-5
     said = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert [e["kind"] for e in said["events"] if e["kind"] == "isolated"] == ["isolated"]
+    kinds = [e["kind"] for e in said["events"]]
+    assert kinds.count("retry") > 2
+    assert kinds.count("isolated") == 1
     # The same run again finds it all in the folder.
     tables = {f.name: f.read_bytes() for f in (tmp_path / "out" / "targets").iterdir()}
     again = run_job(fragile)
