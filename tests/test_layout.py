@@ -1,4 +1,4 @@
-"""Conventions of the house, as tests: which way imports point, and what the packages offer."""
+"""Conventions of the code base: the direction of imports, and the names that packages export."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_everything_offered_exists_and_errors_share_a_root() -> None:
 
 
 def test_tests_stand_where_their_source_stands() -> None:
-    """A renamed module takes its tests along."""
+    """A renamed module renames its tests."""
     exempt = {"test_demo_world"}
     for package in PACKAGES:
         tests = ROOT / "tests" / package

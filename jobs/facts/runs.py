@@ -1,4 +1,4 @@
-"""Runs of rows that lie one after the other, counted without touching a row by itself."""
+"""Numbers rows within consecutive runs, vectorised."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def places_in_runs(counts: np.ndarray) -> np.ndarray:
-    """0 to ``counts[i] - 1`` for each run in turn: the place of every row in its run.
+    """Return 0 to ``counts[i] - 1`` for each run in turn: each row's position in its run.
 
     Args:
-        counts: (runs,) rows of each.
+        counts: (runs,) number of rows in each run.
     """
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,12 +1,10 @@
-"""A request whose target cannot be found is set aside, and the others are edited."""
+"""A request for which no target can be found is rejected, and the others are edited."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +14,7 @@ from transformers import AutoTokenizer
 
 from pipeline.run import run_job
 from pipeline.workers import serial_executor
-from pipeline.workers.worker import ModelWorker, TargetSummary
+from pipeline.workers.worker import ModelWorker, TargetSummary, TargetTask
 from pmet import EditRequest
 from pmet.model.tokenization import tokenize_prompt
 from tests.conftest import GOLDEN, load_golden
@@ -26,17 +24,15 @@ VICTIM = 5
 
 
 class Fragile(ModelWorker):
-    """A worker that one request makes fail, whenever it is computed.
+    """A worker that fails whenever a certain request is computed.
 
-    Of requests that kill or hang the processes of Ray, see `tests.pipeline.stages.test_targets`.
+    Requests that kill or hang Ray's processes are in `tests.pipeline.stages.test_targets`.
     """
 
-    def find_targets(
-        self, source: Any, requests: Sequence[EditRequest], *rest: Any
-    ) -> TargetSummary:
-        if any(request.case_id == VICTIM for request in requests):
+    def find_targets(self, task: TargetTask) -> TargetSummary:
+        if any(request.case_id == VICTIM for request in task.requests):
             raise RuntimeError("the library fell over")
-        return super().find_targets(source, requests, *rest)
+        return super().find_targets(task)
 
 
 def token_of_one_request_only() -> int:
@@ -66,7 +62,7 @@ def test_not_a_number_costs_one_row_only(inputs: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "gptj" / "model", base)
     weights = load_file(base / "model.safetensors")
-    # Finite, and more than the norm's squares hold.
+    # Finite, but its square overflows in the norm.
     weights["transformer.wte.weight"][token_of_one_request_only(), ::2] = 3e38
     save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
     result = run_job(
@@ -106,7 +102,7 @@ def test_a_request_that_cannot_be_computed_costs_one_row_only(
     rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
     (victim,) = [r for r in rejected if r["case_id"] == VICTIM]
     assert victim["reason"].startswith(
-        "no target: whoever computes it fails, also by itself (RuntimeError: the library fell over"
+        "no target: it fails on every worker, even alone (RuntimeError: the library fell over"
     )
     values, expected = targets_by_row(result.folder), published()
     assert len(values) == GOOD_ROWS - 1
@@ -116,13 +112,13 @@ def test_a_request_that_cannot_be_computed_costs_one_row_only(
         if row in values
     ]
     assert len(apart) == len(expected) - 1 > 3
-    # Who shares a batch changes only rounding, which an optimisation may amplify.
+    # The composition of a batch affects only rounding, which an optimisation may amplify.
     assert np.median(apart) <= 2e-5
     said = json.loads((tmp_path / "out" / "run.json").read_text())
     kinds = [e["kind"] for e in said["events"]]
     assert kinds.count("retry") > 2
     assert kinds.count("isolated") == 1
-    # The same run again finds it all in the folder.
+    # The same run again finds all results in the folder.
     tables = {f.name: f.read_bytes() for f in (tmp_path / "out" / "targets").iterdir()}
     again = run_job(fragile)
     assert again.metrics["counts"] == result.metrics["counts"]

@@ -1,4 +1,4 @@
-"""The main job, from Parquet to checkpoint: in this process, and through Ray and DeepSpeed."""
+"""A whole job, from Parquet to checkpoint: in this process, and through Ray and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights(result: RunResult) -> dict[str, torch.Tensor]:
 
 
 def targets(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
-    """Values and steps of all requests, in their order."""
+    """Return values and steps of all requests, in order."""
     files = sorted((folder(result) / "targets").glob("*.parquet"))
     parts = [read_targets(pq.read_table(file)) for file in files]
     return np.concatenate([p.values for p in parts]), np.concatenate([p.steps for p in parts])
@@ -64,7 +64,7 @@ def plain(name: str) -> str:
 
 
 def record_is_whole(result: RunResult, name: str) -> bool:
-    """Whether all files that a record names are there, as it says."""
+    """Whether all files named by a record exist as recorded."""
     record = result.folder.read_json(f"records/{name}")
     files = record.get("files", {}) | (
         {record["file"]: record["sha256"]} if "file" in record else {}
@@ -219,7 +219,7 @@ def test_a_run_on_ray_is_that_of_this_process_for_any_number_of_workers_and_rank
 def test_more_workers_find_the_same_targets(
     run: Runner, local_ray: None, inputs: Path, tmp_path: Path
 ) -> None:
-    # All is finished but the targets.
+    # Everything is finished except the targets.
     shutil.copytree(folder(run()), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "targets")
     three = {"targets": {"workers": 3}, "update": {"ranks": 2}}
@@ -230,7 +230,7 @@ def test_more_workers_find_the_same_targets(
 
 
 def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:
-    # Of forty requests two shards, unless the job says otherwise.
+    # By default forty requests make two shards.
     small = run()
     large = run(
         targets={"workers": 0, "shard_size": 64},
@@ -281,7 +281,7 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
     assert results.num_rows == GOOD_ROWS
     for column in ("after_efficacy", "before_fluency", "after_text"):
         assert results.column(column).null_count == GOOD_ROWS - 12
-    # The second run reads what the first one has kept, and needs no corpus.
+    # The second run reads what the first one saved, and needs no corpus.
     again = run_job(job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None))
     assert "second moments" not in [s["name"] for s in run_json(again)["stages"]]
     for name in edited_names(again):

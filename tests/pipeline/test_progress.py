@@ -1,4 +1,4 @@
-"""What is told while a run goes on."""
+"""Progress reports of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from pipeline.events import EventKind
 from pipeline.progress import CountedStage, LineProgress, Stage
 
 
@@ -15,7 +16,7 @@ def lines() -> list[str]:
 
 
 def of(line: str, *keys: str) -> list[str | None]:
-    """Values of keys in a line of logfmt."""
+    """Return the keys and values of a logfmt line."""
     found = (re.search(rf'(?:^| ){key}=("(?:[^"\\]|\\.)*"|\S*)', line) for key in keys)
     return [match[1] if match else None for match in found]
 
@@ -26,7 +27,7 @@ def test_every_line_names_run_and_attempt(lines: list[str]) -> None:
     with progress.stage("targets", 10) as stage:
         stage.advance(4)
         stage.shard("00002")
-    progress.event('shard 00007 (requests 8 to 11), attempt 1 of 3: it said\n"no"', "retry")
+    progress.event(EventKind.RETRY, 'it said\n"no"', shard="00007", attempt=1)
     for line in lines:
         assert "\n" not in line
         said = of(line, "run", "attempt", "submission")
@@ -39,7 +40,7 @@ def test_every_line_names_run_and_attempt(lines: list[str]) -> None:
     assert r"it said\n\"no\"" in last[3]
 
 
-def test_a_stage_that_goes_on_is_told_now_and_then(lines: list[str]) -> None:
+def test_a_running_stage_is_reported_from_time_to_time(lines: list[str]) -> None:
     with LineProgress(lines.append, every_s=60).stage("targets", 1000) as stage:
         for _ in range(1000):
             stage.advance()

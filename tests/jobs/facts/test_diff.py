@@ -23,7 +23,7 @@ def changes(diff):
 
 @pytest.fixture
 def compare(dump):
-    """The changes from some rows to others, and how many facts stayed."""
+    """Return the changes from some rows to others, and the number of unchanged facts."""
 
     def compared(old, new, **options):
         options = {"as_of": NOW} | options
@@ -114,7 +114,7 @@ ROWS = st.lists(
 
 
 def held(rows):
-    """What rows state, worked out fact by fact: objects, and which facts are disputed."""
+    """Settle rows fact by fact: return the objects, and the disputed facts."""
     by_fact = defaultdict(list)
     for subject, relation, object_, day in rows:
         if object_.strip():
@@ -159,7 +159,7 @@ def written(rows, path):
 )
 @given(old=ROWS, new=ROWS, size=st.sampled_from([3, 100]), seed=st.integers(0, 5))
 def test_it_is_what_comparing_facts_one_by_one_gives(tmp_path, old, new, size, seed):
-    """In any order of the rows, in memory and in parts on the disk."""
+    """For any order of the rows, in memory and in partitions on disk."""
     was = partitions.PARTITION_ROWS
     partitions.PARTITION_ROWS = size
     try:

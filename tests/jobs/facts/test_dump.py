@@ -77,9 +77,9 @@ def test_dictionaries_are_decoded_and_types_put_together(write, tmp_path):
     [
         ({}, "has no column subject; a fact dump needs subject, relation, object, and this file"),
         ({"subject": "who"}, "has no column who; a fact dump needs"),
-        ({"subject": "relation"}, "--column: relation cannot be two columns at once"),
-        ({"subject": "entity", "source": "entity"}, "--column: entity cannot be two columns"),
-        ({"subjekt": "entity"}, "--column subjekt: a dump has no such column; name one of subject"),
+        ({"subject": "relation"}, "--column: relation is mapped to two columns"),
+        ({"subject": "entity", "source": "entity"}, "--column: entity is mapped to two columns"),
+        ({"subjekt": "entity"}, "--column subjekt: a dump has no such column; use one of subject"),
     ],
 )
 def test_a_missing_column_is_named(write, columns, message):

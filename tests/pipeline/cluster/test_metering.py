@@ -1,4 +1,4 @@
-"""What of a run can be read from Ray's metrics, as Prometheus reads them."""
+"""A run's figures in Ray's metrics, as Prometheus reads them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from pipeline.cluster.metering import MeteredProgress
+from pipeline.events import EventKind
 from pipeline.progress import LineProgress, Progress
 
 pytestmark = pytest.mark.usefixtures("no_ray")
@@ -23,7 +24,7 @@ PATIENCE_S = 120
 def cluster(no_ray: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "200")
-        # As a cluster is started: one of a run's own has no agent that tells metrics.
+        # Started like a cluster: a run's own Ray has no metrics agent.
         ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
@@ -36,8 +37,10 @@ def lines_of_metrics() -> list[str]:
 
 
 def value(name: str, *tags: str, awaited: float | None = None) -> float | None:
-    """Of a metric of this name with these tags, as soon as Ray tells it; what it has told before
-    it tells the value that is awaited counts only where that never comes."""
+    """Return the value of a metric with these tags as soon as Ray exports it.
+
+    Values before the expected one are returned only if that never comes.
+    """
     end, found = time.monotonic() + PATIENCE_S, None
     while time.monotonic() < end:
         for line in lines_of_metrics():
@@ -49,7 +52,7 @@ def value(name: str, *tags: str, awaited: float | None = None) -> float | None:
     return found
 
 
-def test_a_run_is_told_in_metrics(cluster: None) -> None:
+def test_a_run_is_exported_as_metrics(cluster: None) -> None:
     progress = MeteredProgress(Progress())
     progress.begin("s3://runs/1", 2, None)
     with progress.stage("targets", 40) as stage:
@@ -58,7 +61,7 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
         stage.advance(6)
         stage.shard("00001")
         stage.shard("00002")
-    progress.event("shard 00003, attempt 1 of 3: it died", "retry")
+    progress.event(EventKind.RETRY, "it died", shard="00003", attempt=1)
     run = 'run="s3://runs/1"'
     assert value("pmet_stage_done", run, 'stage="targets"', awaited=10) == 10
     assert value("pmet_stage_total", run, 'stage="targets"', awaited=40) == 40
@@ -67,19 +70,19 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
     assert value("pmet_events", run, 'kind="retry"', awaited=1) == 1
 
 
-def test_a_run_of_any_name_is_told_in_ascii(cluster: None) -> None:
+def test_a_run_of_any_name_is_exported_in_ascii(cluster: None) -> None:
     name = 'runs/läuf 日本 100% "x"\\y'
     progress = MeteredProgress(Progress())
     progress.begin(name, 1, None)
     with progress.stage("zählen", 2) as stage:
         stage.advance(2)
         stage.shard("00001")
-    progress.event("verloren: läuf", "death")
+    progress.event(EventKind.DEATH, "verloren: läuf")
     assert value("pmet_shards_done", "%25", awaited=1) == 1
     (line,) = [line for line in lines_of_metrics() if "pmet_stage_done" in line and "%25" in line]
     assert line.isascii()
     tags = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line))
-    # Prometheus writes quotes and backslashes of a tag with a backslash.
+    # Prometheus escapes quotes and backslashes in tags with a backslash.
     run = re.sub(r"\\(.)", r"\1", tags["run"])
     assert run == 'runs/l%C3%A4uf %E6%97%A5%E6%9C%AC 100%25 "x"\\y'
     assert unquote(run) == name
@@ -93,6 +96,6 @@ def test_what_is_shown_is_shown_all_the_same() -> None:
     with progress.stage("targets", 2) as stage:
         stage.advance()
         stage.shard("00001")
-    progress.event("worker 1 was lost on shard 00001, attempt 2 of 3: killed", "death")
+    progress.event(EventKind.DEATH, "worker 1 was lost", shard="00001", attempt=2)
     events = [line.split()[4] for line in lines]
     assert events == [f"event={e}" for e in ("begin", "progress", "shard", "end", "death")]

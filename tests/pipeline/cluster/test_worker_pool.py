@@ -1,4 +1,4 @@
-"""Both pools pass one suite; only what a process can survive is asked of the workers alone."""
+"""Both pools pass one suite; deaths of processes are tested with Ray workers only."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from pmet.errors import InputError, RequestError
 
 
 class Abacus:
-    """A worker; what has to be remembered beyond a process's death is kept in files."""
+    """A worker that keeps in files what must outlive its process."""
 
     def __init__(self, offset=0):
         self.offset = offset
@@ -85,7 +85,7 @@ class Unmade:
 
 
 class StillbornOnce(Abacus):
-    """Kills its process when it is made for the first time."""
+    """A worker that kills its process the first time it is created."""
 
     def __init__(self, marker):
         super().__init__()
@@ -95,7 +95,7 @@ class StillbornOnce(Abacus):
 
 
 class Signing(Abacus):
-    """Leaves a file when it is made."""
+    """A worker that writes a file when it is created."""
 
     def __init__(self, folder):
         super().__init__()
@@ -127,14 +127,14 @@ def cluster(no_ray):
 
 
 class PoolSuite:
-    """What every pool does, on one pool for all tests, as for all stages of a job."""
+    """Behaviour of every pool, on one pool for all tests, as for all stages of a job."""
 
     workers = 1
 
     @pytest.fixture(scope="class")
     def shared(self):
         events = []
-        with self.make(init_args=(7,), on_event=lambda *event: events.append(event)) as pool:
+        with self.make(init_args=(7,), on_event=lambda *event, **_: events.append(event)) as pool:
             pool.events = events
             yield pool
 
@@ -177,7 +177,7 @@ class PoolSuite:
         pool.run("square", tasks(), check)
         assert len(results) == 30
 
-    def test_it_is_told_once_when_the_last_task_is_handed_out(self, pool):
+    def test_it_is_notified_once_when_the_last_task_is_handed_out(self, pool):
         results, told = [], []
         pool.run(
             "square",
@@ -215,9 +215,9 @@ class PoolSuite:
         assert results == {"0": 0, "2": 2}
         assert [(item.task.key, item.attempts) for item in failed] == [("4", 3), ("1", 3)]
         assert isinstance(failed[0], FailedTask)
-        assert failed[0].reason.startswith("ArithmeticError: lost a bead of 4 (")
-        assert "test_executor.py:" in failed[0].reason
-        assert failed[0].reason.endswith("in stumble)")
+        assert failed[0].failure.text.startswith("ArithmeticError: lost a bead of 4 (")
+        assert "test_worker_pool.py:" in failed[0].failure.text
+        assert failed[0].failure.text.endswith("in stumble)")
         assert len({pid for pid, _ in [*before.values(), *after.values()]}) <= self.workers
 
 
@@ -236,7 +236,7 @@ class TestThreeWorkers(TestOneWorker):
 
 
 class EndingSuite:
-    """What ends a pool, or asks for one of its own."""
+    """Tests that end a pool or need one of their own."""
 
     def make(self, factory=Abacus, **options):
         raise NotImplementedError
@@ -244,7 +244,7 @@ class EndingSuite:
     def test_bad_input_is_raised_at_once(self):
         events = []
         with (
-            self.make(on_event=lambda *event: events.append(event)) as pool,
+            self.make(on_event=lambda *event, **_: events.append(event)) as pool,
             pytest.raises(RequestError, match=r"^row 0 has no subject$") as raised,
         ):
             collect(pool, "refuse", numbers(1))
@@ -257,7 +257,7 @@ class EndingSuite:
             self.make(
                 Unmade,
                 init_args=(OSError("no such model"),),
-                on_event=lambda *event: events.append(event),
+                on_event=lambda *event, **_: events.append(event),
             ) as pool,
             pytest.raises(
                 WorkerError, match=r"^no worker can start: OSError: no such model \("
@@ -310,14 +310,14 @@ def test_no_more_workers_are_started_than_a_stage_is_worth(tmp_path):
     with WorkerPool(Signing, init_args=(tmp_path,), count=2) as pool:
         start = time.monotonic()
         collect(pool, "sleep", [Task("t", (0,))], workers=1)
-        # Another one would have come by now.
+        # Another one would have started by now.
         collect(pool, "sleep", [Task("t", (time.monotonic() - start,))], workers=1)
         assert len(list(tmp_path.iterdir())) == 1
         assert pool.absent == 1
         naps = [Task(str(n), (0.3,)) for n in range(20)]
         collect(pool, "sleep", naps)
         assert pool.absent == 0
-        # Those that are there take part, whatever the stage is worth.
+        # Existing workers take part, however short the stage is.
         collect(pool, "sleep", naps[:2], workers=1)
         many, _ = collect(pool, "count_calls", numbers(40), workers=1)
         assert len({pid for pid, _ in many.values()}) == 2
@@ -326,7 +326,7 @@ def test_no_more_workers_are_started_than_a_stage_is_worth(tmp_path):
 def test_a_killed_worker_is_replaced_within_a_second(tmp_path):
     events, times = [], []
 
-    def note(kind, text):
+    def note(kind, text, **_):
         events.append((kind, text))
         times.append(time.time())
 
@@ -347,23 +347,23 @@ def test_a_poison_task_is_given_up_and_the_others_complete(tmp_path):
         results, failed = collect(pool, "die", tasks)
     assert sorted(results) == ["0", "1", "3", "4", "5"]
     assert [(item.task.key, item.attempts) for item in failed] == [("2", 3)]
-    assert failed[0].reason.startswith("ActorDiedError: ")
-    assert "without a word (process " in failed[0].reason
-    assert "as after signal 9 (SIGKILL)" in failed[0].reason
-    assert "\n" not in failed[0].reason
+    assert failed[0].failure.text.startswith("ActorDiedError: ")
+    assert "without an error message (process " in failed[0].failure.text
+    assert "as after signal 9 (SIGKILL)" in failed[0].failure.text
+    assert "\n" not in failed[0].failure.text
 
 
 def test_a_task_that_hangs_is_ended():
     events = []
     pool = WorkerPool(
         Abacus, count=2, task_timeout_s=1.0, max_attempts=2,
-        on_event=lambda *event: events.append(event),
+        on_event=lambda *event, **_: events.append(event),
     )  # fmt: skip
     with pool:
         results, failed = collect(pool, "sleep", tasks_of((3600,), (0.0,), (0.1,)))
     assert results == {"0.0": 0.0, "0.1": 0.1}
     assert [(item.task.key, item.attempts) for item in failed] == [("3600", 2)]
-    assert failed[0].reason == "TimeoutError: hung, or took longer than 1 s"
+    assert failed[0].failure.text == "TimeoutError: hung, or took longer than 1 s"
     assert [kind for kind, _ in events] == ["timeout", "retry", "timeout", "failed"]
 
 
@@ -377,7 +377,7 @@ def test_a_worker_out_of_memory_is_replaced(tmp_path):
 def test_a_worker_that_dies_while_idle_costs_no_attempt():
     events = []
     with WorkerPool(
-        Abacus, count=1, max_attempts=1, on_event=lambda *event: events.append(event)
+        Abacus, count=1, max_attempts=1, on_event=lambda *event, **_: events.append(event)
     ) as pool:
         pids, _ = collect(pool, "count_calls", numbers(1))
         os.kill(pids["0"][0], signal.SIGKILL)
@@ -394,7 +394,7 @@ def test_a_start_that_dies_is_tried_again(tmp_path):
         StillbornOnce,
         count=1,
         init_args=(str(tmp_path / "born"),),
-        on_event=lambda *event: events.append(event),
+        on_event=lambda *event, **_: events.append(event),
     ) as pool:
         results, _ = collect(pool, "square", numbers(2))
     assert results == {"0": 0, "1": 1}
@@ -465,7 +465,7 @@ def test_no_worker_is_added_beyond_what_a_stage_is_worth(monkeypatch):
     ("gpus_per_worker", "count"), [(0, 11), (0.3, 9), (0.5, 7), (1, 5), (2, 2), (3, 1), (4, 0)]
 )
 def test_workers_are_counted_node_by_node(monkeypatch, gpus_per_worker, count):
-    """None has its GPUs on two nodes, or parts of two GPUs, or no CPU."""
+    """No worker has its GPUs on two nodes, or parts of two GPUs, or no CPU."""
     nodes = [
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
         {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 3.0}},
@@ -506,7 +506,7 @@ with ray_session(num_cpus=1), WorkerPool(Stray, count=1) as pool:
 
 
 def test_workers_import_what_only_the_driver_has_on_its_path(tmp_path):
-    """Neither installed nor in the working directory, and no PYTHONPATH that a worker inherits."""
+    """A module that is neither installed, nor in the working directory, nor on PYTHONPATH."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "stray_worker.py").write_text(
         "import pmet.errors, pipeline.cluster.worker_pool\n"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.tables import Rejection, read_requests, read_targets, targets_table, with_columns
+from pipeline.data.rejections import Rejection, RejectionCode
+from pipeline.data.tables import read_requests, read_targets, targets_table, with_columns
 from pipeline.errors import RequestTableError, StorageError
 from pmet.request import EditRequest
 
@@ -25,7 +26,7 @@ def table_of(rows, **types):
 
 
 def accepted(found):
-    """The input columns of the accepted requests, in their order."""
+    """Return the input columns of the accepted requests, in order."""
     return found.table.take(pa.array(found.rows, pa.int64()))
 
 
@@ -117,7 +118,11 @@ def test_extra_columns_travel_untouched(read):
     assert found.rejected_table().to_pylist() == [
         fact("B", target="")
         | extra
-        | {"row": 1, "reason": "target_new is empty; give text that is more than white space"}
+        | {
+            "row": 1,
+            "code": "invalid",
+            "reason": "target_new is empty; give text that is more than white space",
+        }
     ]
 
 
@@ -275,7 +280,7 @@ def test_null_and_empty_texts_are_left_out_and_the_request_is_edited(read):
         f"null or empty texts left out of requests: 6 in 1 rows (row 0: {', '.join(left_out)}); "
         "the requests are edited"
     ]
-    # What was given stays as it was.
+    # The input stays as it was.
     assert found.table.column("paraphrase_prompts").to_pylist() == [["a", None, " "], None]
 
 
@@ -326,7 +331,7 @@ def test_unicode_forms_and_white_space_hide_neither_contradiction_nor_repetition
     }
 
 
-def test_rows_that_are_spelled_alike_are_said_to_be_the_same(read):
+def test_rows_that_are_spelled_alike_count_as_the_same(read):
     rows = [fact(DECOMPOSED), fact(DECOMPOSED, target="a  b"), fact("X", "ü"), fact("X", "u\u0308")]
     assert reasons(read(table_of(rows))) == {
         0: "contradicts row 1: same prompt and subject, another target_new; keep one",
@@ -508,7 +513,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_files_without_rows_hold_no_requests(read):
     found = read(table_of([fact()]).slice(0, 0))
     assert list(found.requests) == []
-    assert found.rejected_table().column_names == [*fact(), "row", "reason"]
+    assert found.rejected_table().column_names == [*fact(), "row", "code", "reason"]
 
 
 def test_added_columns_keep_those_of_the_input():
@@ -525,13 +530,22 @@ def test_rejected_rows_can_be_put_right_and_given_again(read, tmp_path):
     again.mkdir()
     pq.write_table(first, again / "r.parquet")
     found = read_requests(str(again)).rejected_table()
-    assert found.column_names == [*fact(), "input_row", "input_reason", "row", "reason"]
+    assert found.column_names == [
+        *fact(),
+        "input_row",
+        "input_code",
+        "input_reason",
+        "row",
+        "code",
+        "reason",
+    ]
     assert found.to_pylist()[0]["input_row"] == 1
     assert found.to_pylist()[0]["row"] == 0
 
 
 def test_a_rejection_is_a_record():
-    assert Rejection(row=1, reason="x") == Rejection(1, "x")
+    code = RejectionCode.INVALID
+    assert Rejection(row=1, reason="x", code=code) == Rejection(1, "x", code)
 
 
 def test_a_hundred_thousand_rows_take_seconds(read):
