@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
-# The files that take longest, the longest first: whatever is started last should end soon.
+# The slowest files, slowest first: a long file that starts last leaves the other process idle.
 LONGEST = (
     "e2e/test_two_hosts.py",
     "e2e/test_submit.py",
@@ -149,7 +149,7 @@ def ray_of_process() -> Iterator[ExitStack]:
 def local_ray(ray_of_process: ExitStack) -> None:
     """A Ray session of this process, with logical CPUs for three workers and three ranks.
 
-    It goes on when a file ends: the next one that asks for it finds it.
+    It stays open after the file, for the next one that needs it.
     """
     # Imported here: most tests do without.
     import ray
@@ -162,7 +162,7 @@ def local_ray(ray_of_process: ExitStack) -> None:
 
 @pytest.fixture(scope="module")
 def no_ray(ray_of_process: ExitStack) -> None:
-    """No Ray session: for files that start their own, or see that none is started."""
+    """No open Ray session: for files that start their own or check that none is started."""
     ray_of_process.close()
 
 

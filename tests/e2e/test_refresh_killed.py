@@ -82,7 +82,7 @@ def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
 def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
     s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What it starts from is computed in this process.
+    # The first version is computed in this process.
     first = place(tmp_path / "first", f"{s3_url}/first")
     first.objects = dict(list(first.objects.items())[:8])
 

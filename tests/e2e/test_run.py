@@ -59,7 +59,7 @@ def run_json(result: RunResult) -> dict[str, Any]:
 
 
 def plain(name: str) -> str:
-    """A file's name without the mark of the attempt that wrote it."""
+    """Return a file's name without the suffix of the attempt that wrote it."""
     return re.sub(r"-[0-9a-f]{32}", "", name)
 
 
@@ -183,7 +183,7 @@ def test_the_delta_applies_to_the_base_and_undoes_the_edit(run: Runner) -> None:
         assert torch.equal(parameter, original[name]), name
 
 
-# Two ranks are those of `tests.e2e.test_resume`.
+# `tests.e2e.test_resume` has a run on two ranks.
 @pytest.mark.parametrize(("family", "workers", "ranks"), [("gpt2", 2, 3), ("llama", 1, 1)])
 def test_a_run_on_ray_is_that_of_this_process_for_any_number_of_workers_and_ranks(
     run: Runner, local_ray: None, family: str, workers: int, ranks: int

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hear_signals() -> None:
-    """Let a new process hear what these tests may have to ignore, under nohup say."""
+    """Reset signals in a new process: under nohup or in the background, tests ignore some."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -151,7 +151,7 @@ def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gon
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 143)
     assert run.left() == []
-    # What is left to do is done without Ray.
+    # The rest runs without Ray.
     reader, writer = os.pipe()
     os.close(reader)
     here = ("--set", "targets.workers=0", "--set", "update.ranks=0")
