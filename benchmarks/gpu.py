@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import transformers
 
-import pmet.targets.optimization
 from benchmarks.operations import matmul_rate, needed, synchronize
 from pmet import EditRequest, PMETHyperParams, compute_targets
 from pmet.model import share_out
 from pmet.reference import plain_targets
+from pmet.targets import optimization
 
 # CounterFact's requests by their number of tokens from the subject's last one on.
 SUFFIX_LENGTHS = {2: 26, 3: 38, 4: 45, 5: 32, 6: 27, 7: 18, 8: 7, 9: 3, 10: 3, 11: 1}
@@ -51,7 +51,7 @@ def main() -> None:
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 1024, seconds=3)
     _say(f"{options.dtype} matrix products: {rate / 1e12:.4g} TFLOP/s")
     # No target may stop early.
-    pmet.targets.optimization.LOSS_ENOUGH = pmet.targets.optimization.KL_ENOUGH = -1.0
+    optimization.LOSS_ENOUGH = optimization.KL_ENOUGH = -1.0
     rows = []
 
     def measure(name: str, count: int, work: Callable[[list[EditRequest]], Any]) -> None:

@@ -149,7 +149,7 @@ def diff(
 ) -> None:
     """Show which facts were added, changed or removed between two dumps."""
     from jobs.facts.diff import diff_dumps
-    from jobs.facts.dump import open_dump
+    from jobs.facts.dump.files import open_dump
     from jobs.facts.output import output_urls, refuse_among, write_diff
     from jobs.facts.views import show_diff
 
@@ -233,7 +233,7 @@ def _convert_dump(
     only_changed: bool,
 ) -> Conversion:
     from jobs.facts.convert import convert_dump
-    from jobs.facts.dump import open_dump
+    from jobs.facts.dump.files import open_dump
     from jobs.facts.output import refuse_among
     from jobs.facts.templates import load_templates
     from pipeline.errors import FactDumpError

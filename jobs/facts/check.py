@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.dump import FACT, Dump, open_dump
-from jobs.facts.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
-from jobs.facts.rows import JudgedRows
-from jobs.facts.survey import Side, Survey, survey
+from jobs.facts.dump.files import FACT, Dump, open_dump
+from jobs.facts.dump.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
+from jobs.facts.dump.rows import JudgedRows
+from jobs.facts.dump.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
 from pipeline.data import (
     REQUIRED_COLUMNS,

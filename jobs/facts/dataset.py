@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.facts.check import reason_kind
-from jobs.facts.dump import FACT
+from jobs.facts.dump.files import FACT
 from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
@@ -105,6 +105,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
         outputs.write(
             _table(accepted),
             pa.table({"record": pa.array([_json(parts[row]) for row in rejected], pa.string())}),
+            pa.array([reasons[row].code for row in rejected], pa.string()),
             pa.array([reasons[row].text for row in rejected], pa.string()),
             rejected,
         )

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.dump import BATCH_ROWS, Dump
-from jobs.facts.problems import CONTRADICTION
-from jobs.facts.survey import ALWAYS, SettledFacts, Side, settled
+from jobs.facts.dump.files import BATCH_ROWS, Dump
+from jobs.facts.dump.problems import CONTRADICTION
+from jobs.facts.dump.survey import ALWAYS, SettledFacts, Side, settled
 
 CHANGES = ("added", "changed", "removed", "undecided")
 ADDED, CHANGED, REMOVED, UNDECIDED, UNCHANGED = range(5)

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.partitions import text_hash
-from jobs.facts.runs import places_in_runs
+from jobs.facts.dump.partitions import text_hash
+from jobs.facts.dump.runs import places_in_runs
 
 COUNT = 10
 """Maximum number of neighbors per fact, as in CounterFact."""

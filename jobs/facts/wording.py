@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.runs import places_in_runs
+from jobs.facts.dump.runs import places_in_runs
 from jobs.facts.templates import PLACE, RelationTemplates, Templates
 
 

@@ -101,7 +101,7 @@ def test_a_dry_run_estimates_time_memory_and_the_effect_of_more_workers(
         by_workers={1: 14400.0, 4: 3600.0},
         diverging=0.25,
     )
-    monkeypatch.setattr("pipeline.estimate.prediction.estimate", lambda plan: found)
+    monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
     assert status == 0
     assert re.search(r"total +2 h 00 min", out)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.facts.dump import Dump, open_dump
+from jobs.facts.dump.files import Dump, open_dump
 
 NAMES = ("subject", "relation", "object")
 NOW = datetime(2026, 11, 23, 6, tzinfo=UTC)

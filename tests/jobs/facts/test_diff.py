@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts import partitions
 from jobs.facts.diff import CHANGES, SCHEMA, Change, Counts, diff_dumps
-from jobs.facts.dump import open_dump
+from jobs.facts.dump import partitions
+from jobs.facts.dump.files import open_dump
 from pipeline.data.normalization import normal
 from pipeline.errors import FactDumpError
 from tests.jobs.facts.conftest import NOW, fact, table
@@ -182,7 +182,7 @@ def test_it_is_what_comparing_facts_one_by_one_gives(tmp_path, old, new, size, s
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_unicode_forms_and_white_space_are_no_difference(compare, monkeypatch, count):
-    monkeypatch.setattr("jobs.facts.survey.partition_count", lambda rows: count)
+    monkeypatch.setattr("jobs.facts.dump.survey.partition_count", lambda rows: count)
     old = [fact("Zürich", object="New York"), fact("Lyon"), fact("Nice", object="x")]
     new = [fact("Zu\u0308rich", object="New\u00a0 York"), fact("Lyon"), fact("Nice", object="ü")]
     found, counts = compare(old, new)

@@ -548,22 +548,6 @@ def test_a_rejection_is_a_record():
     assert Rejection(row=1, reason="x", code=code) == Rejection(1, "x", code)
 
 
-def test_a_hundred_thousand_rows_take_seconds(read):
-    rows = 100_000
-    subjects = pa.array([f"subject {i}" for i in range(rows)])
-    table = pa.table(
-        {
-            "prompt": pa.array(["{} is the capital of"] * rows),
-            "subject": subjects,
-            "target_new": pa.array(["Rome"] * rows),
-            "paraphrase_prompts": pa.array([["a", "b"]] * rows),
-        }
-    )
-    start = time.perf_counter()
-    assert len(read(table).requests) == rows
-    assert time.perf_counter() - start < 15
-
-
 def test_contradictions_without_end_take_seconds(read):
     rows = 30_000
     start = time.perf_counter()

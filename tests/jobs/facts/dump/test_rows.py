@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.facts.dump import FACT
-from jobs.facts.problems import FINE, PROBLEMS
-from jobs.facts.rows import UNDATED, judge
+from jobs.facts.dump.files import FACT
+from jobs.facts.dump.problems import FINE, PROBLEMS
+from jobs.facts.dump.rows import UNDATED, judge
 from tests.jobs.facts.conftest import NOW, fact
 
 LATE = timezone(timedelta(hours=-5))

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
+from jobs.facts.dump.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
 from pipeline.data import normal_column
 
 

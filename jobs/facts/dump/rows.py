@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.dump import FACT, Dump
-from jobs.facts.problems import (
+from jobs.facts.dump.files import FACT, Dump
+from jobs.facts.dump.problems import (
     EMPTY,
     EXPIRED,
     FINE,

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.dump import Dump
-from jobs.facts.partitions import Partitions, partition_count
-from jobs.facts.problems import FINE, NAMES_ANOTHER_ROW, PROBLEMS
-from jobs.facts.rows import JudgedRows, judge
-from jobs.facts.settle import Codes, Settled, encode, settle
+from jobs.facts.dump.files import Dump
+from jobs.facts.dump.partitions import Partitions, partition_count
+from jobs.facts.dump.problems import FINE, NAMES_ANOTHER_ROW, PROBLEMS
+from jobs.facts.dump.rows import JudgedRows, judge
+from jobs.facts.dump.settle import Codes, Settled, encode, settle
 
 ALWAYS = datetime(1, 1, 2, tzinfo=UTC)
 """A time at which no fact had expired."""
