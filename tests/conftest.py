@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,32 @@ FAMILIES = ("gpt2", "gptj", "llama")
 # One thread: sums have one order, and parallel tests do not compete for the cores.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+# The slowest files, slowest first: a long file that starts last leaves the other process idle.
+LONGEST = (
+    "e2e/test_two_hosts.py",
+    "e2e/test_submit.py",
+    "e2e/test_run.py",
+    "e2e/test_chaos.py",
+    "pipeline/zero/test_rank.py",
+    "jobs/test_failure.py",
+    "e2e/test_signals.py",
+    "parity/test_counterfact.py",
+    "e2e/test_counterfact.py",
+    "pipeline/stages/test_targets.py",
+    "e2e/test_refresh_killed.py",
+    "parity/test_families.py",
+    "pipeline/cluster/test_rank_group.py",
+    "e2e/test_demo.py",
+    "pipeline/zero/test_slices.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the others keep their order."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,34 @@ def counterfact_folder() -> Path:
     if not (COUNTERFACT / "expected.safetensors").is_file():
         pytest.skip("the CounterFact model is not at ../shared/counterfact beside the checkout")
     return COUNTERFACT
+
+
+@pytest.fixture(scope="session")
+def ray_of_process() -> Iterator[ExitStack]:
+    """Holds the Ray session of this test process, if there is one."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_of_process: ExitStack) -> None:
+    """A Ray session of this process, with logical CPUs for three workers and three ranks.
+
+    It stays open after the file, for the next one that needs it.
+    """
+    # Imported here: most tests do without.
+    import ray
+
+    from pipeline.cluster.session import ray_session
+
+    if not ray.is_initialized():
+        ray_of_process.enter_context(ray_session("local", num_cpus=8))
+
+
+@pytest.fixture(scope="module")
+def no_ray(ray_of_process: ExitStack) -> None:
+    """No open Ray session: for files that start their own or check that none is started."""
+    ray_of_process.close()
 
 
 @pytest.fixture(scope="session")

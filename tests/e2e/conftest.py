@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from pipeline.cluster.session import ray_session
 from pipeline.data.tables import read_targets
 from pipeline.job.config import JobConfig
 from pipeline.run import RunResult, run_job
@@ -27,6 +26,9 @@ from pipeline.storage.store import Store
 from tests.conftest import GOLDEN
 
 GOOD_ROWS = 40
+
+# In this process: for everything that does not depend on processes.
+HERE: dict[str, Any] = {"targets": {"workers": 0}, "update": {"ranks": 0}}
 
 # Each of these is rejected, each for a different reason.
 BAD_ROWS = [
@@ -90,18 +92,11 @@ def write_inputs(folder: Path) -> None:
     pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One Ray for all runs of a module; logical CPUs for three workers and three ranks."""
-    with ray_session("local", num_cpus=8):
-        yield
-
-
 Runner = Callable[..., RunResult]
 
 
-@pytest.fixture(scope="module")
-def run(inputs: Path, local_ray: None, shared: Path) -> Runner:
+@pytest.fixture(scope="session")
+def run(inputs: Path, shared: Path) -> Runner:
     """Runs the small job with changes; the same changes return the finished run."""
 
     def runner(family: str = "gpt2", **changes: Any) -> RunResult:
@@ -119,7 +114,7 @@ def run(inputs: Path, local_ray: None, shared: Path) -> Runner:
 
 
 def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobConfig:
-    """The small job on a family's golden model."""
+    """The small job on a family's golden model, in this process unless changes say otherwise."""
     values: dict[str, Any] = {
         "model": str(GOLDEN / family / "model"),
         "requests": (str(inputs / "requests.parquet"),),
@@ -127,9 +122,7 @@ def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobC
         "hparams": str(GOLDEN / family / "hparams.json"),
         "corpus": (str(inputs / "corpus.parquet"),),
         "context_templates": str(GOLDEN / family / "context_templates.json"),
-        "targets": {"workers": 2},
-        "update": {"ranks": 2},
-    }
+    } | HERE
     return JobConfig.model_validate(values | changes)
 
 

@@ -35,14 +35,14 @@ def skipping(
     rows += [dict(bad)] if bad else []
     pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
     values = {"requests": (str(folder / "requests.parquet"),), "skip_known": True}
-    values |= {"corpus": None, "targets": {"workers": 1}, "update": {"ranks": 1}}
-    values["second_moments"] = str(GOLDEN / "gpt2" / "second_moments.safetensors")
+    values |= {
+        "corpus": None,
+        "second_moments": str(GOLDEN / "gpt2" / "second_moments.safetensors"),
+    }
     return run_job(job(inputs, str(folder / "run"), **values | changes))
 
 
-def test_known_requests_are_not_edited_but_measured(
-    inputs: Path, local_ray: None, tmp_path: Path
-) -> None:
+def test_known_requests_are_not_edited_but_measured(inputs: Path, tmp_path: Path) -> None:
     result = skipping(inputs, tmp_path, sorted(KNOWN + NEW), evaluate={"sample": 6})
     counts = {"requested": 12, "rejected": 0, "edited": 6, "known": 6}
     assert result.metrics["counts"] == counts
@@ -60,9 +60,7 @@ def test_known_requests_are_not_edited_but_measured(
 
 
 @pytest.fixture(scope="module")
-def all_known(
-    inputs: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, RunResult]:
+def all_known(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     """A run of known facts only, with hostile names and texts."""
     folder = tmp_path_factory.mktemp("known")
     evil = {"relation": EVIL, EVIL: EVIL, "../../evil": "../../evil"}

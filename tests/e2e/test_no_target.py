@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline.run import run_job
-from pipeline.workers import ray_executor
+from pipeline.workers import serial_executor
 from pipeline.workers.worker import ModelWorker, TargetSummary, TargetTask
 from pmet import EditRequest
 from pmet.model.tokenization import tokenize_prompt
@@ -24,7 +24,10 @@ VICTIM = 5
 
 
 class Fragile(ModelWorker):
-    """A worker that fails whenever a certain request is computed."""
+    """A worker that fails whenever a certain request is computed.
+
+    Requests that kill or hang Ray's processes are in `tests.pipeline.stages.test_targets`.
+    """
 
     def find_targets(self, task: TargetTask) -> TargetSummary:
         if any(request.case_id == VICTIM for request in task.requests):
@@ -55,7 +58,7 @@ def published() -> dict[int, np.ndarray]:
     return {row: target for row, target in found.items() if row is not None}
 
 
-def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path: Path) -> None:
+def test_not_a_number_costs_one_row_only(inputs: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "gptj" / "model", base)
     weights = load_file(base / "model.safetensors")
@@ -70,8 +73,6 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
             model=str(base),
             corpus=None,
             second_moments=str(GOLDEN / "gptj" / "second_moments.safetensors"),
-            targets={"workers": 1},
-            update={"ranks": 1},
         )
     )
     assert result.status == "complete"
@@ -86,17 +87,15 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
     assert edited["transformer.h.0.mlp.fc_out.weight"].isfinite().all()
 
 
-def test_a_request_that_no_worker_survives_costs_one_row_only(
-    inputs: Path, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_request_that_cannot_be_computed_costs_one_row_only(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_executor, "ModelWorker", Fragile)
+    monkeypatch.setattr(serial_executor, "ModelWorker", Fragile)
     fragile = job(
         inputs,
         str(tmp_path / "out"),
         corpus=None,
         second_moments=str(GOLDEN / "gpt2" / "second_moments.safetensors"),
-        targets={"workers": 1},
-        update={"ranks": 1},
     )
     result = run_job(fragile)
     assert result.metrics["counts"]["edited"] == GOOD_ROWS - 1
@@ -116,7 +115,9 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
     # The composition of a batch affects only rounding, which an optimisation may amplify.
     assert np.median(apart) <= 2e-5
     said = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert [e["kind"] for e in said["events"] if e["kind"] == "isolated"] == ["isolated"]
+    kinds = [e["kind"] for e in said["events"]]
+    assert kinds.count("retry") > 2
+    assert kinds.count("isolated") == 1
     # The same run again finds all results in the folder.
     tables = {f.name: f.read_bytes() for f in (tmp_path / "out" / "targets").iterdir()}
     again = run_job(fragile)

@@ -56,7 +56,7 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(no_ray: None) -> Iterator[Cluster]:
     """A head that computes nothing, a node with two fast GPUs and one with a slow one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))

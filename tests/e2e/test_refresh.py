@@ -98,8 +98,8 @@ def place(folder: Path, url: str | None = None) -> Place:
         "hparams": str(golden / "hparams.json"),
         "second_moments": str(golden / "second_moments.safetensors"),
         "context_templates": str(golden / "context_templates.json"),
-        "targets": {"workers": 1, "shard_size": 8},
-        "update": {"ranks": 1},
+        "targets": {"workers": 0, "shard_size": 8},
+        "update": {"ranks": 0},
     }
     (folder / "refresh.yaml").write_text(yaml.safe_dump(settings))
     found = Place(folder, url)
@@ -109,7 +109,7 @@ def place(folder: Path, url: str | None = None) -> Place:
 
 
 @pytest.fixture(scope="module")
-def nights(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Any]:
+def nights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Any]:
     """A home after a refresh with 24 facts and one with 3 added, one changed, one removed."""
     found = place(tmp_path_factory.mktemp("nights"))
     first = found.tonight()
@@ -162,7 +162,7 @@ def test_a_preview_says_what_would_change_and_writes_nothing(nights: tuple[Place
 
 
 def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
-    local_ray: None, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     found = place(tmp_path)
     found.objects = dict(list(found.objects.items())[:8])

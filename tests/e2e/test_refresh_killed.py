@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs.refresh.home import CURRENT
 from jobs.refresh.night import refresh
@@ -22,6 +23,8 @@ from pipeline.storage.store import Store
 from tests.conftest import ROOT
 from tests.e2e.test_chaos import KILLED
 from tests.e2e.test_refresh import Place, place
+
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
@@ -79,6 +82,7 @@ def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
 def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
     s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The first version is computed in this process.
     first = place(tmp_path / "first", f"{s3_url}/first")
     first.objects = dict(list(first.objects.items())[:8])
 
@@ -89,11 +93,14 @@ def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
         found.objects = dict(first.objects)
         found.tell(30, 32)
         found.write()
+        on_ray = {"targets": {"workers": 1, "shard_size": 8}, "update": {"ranks": 1}}
+        settings = yaml.safe_load(found.file().read_text())
+        found.file().write_text(yaml.safe_dump(settings | on_ray))
         return found
 
+    first.tonight()
     # A separate Ray, whose processes know where S3 is.
     with ray_session("local", num_cpus=4):
-        first.tonight()
         undisturbed, writes = after_the_first_night("undisturbed"), []
         with monkeypatch.context() as patch:
             for name in ("write_stream", "create_bytes"):

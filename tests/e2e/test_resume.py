@@ -22,16 +22,13 @@ from pipeline.errors import RunFolderError, StorageError
 from pipeline.progress import Progress
 from pipeline.run import RunResult, run_job
 from pipeline.run_folder.folder import RunFolder
-from pipeline.stages import context
+from pipeline.stages import update
 from pipeline.zero.rank import UpdateJob, UpdateRank
 from pmet import Edit
 from pmet.update.second_moments import MAX_TOKENS
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import GOOD_ROWS, Runner, assert_same_weights, job, targets_by_row
 from tests.e2e.test_run import edited_names, folder, record_is_whole, run_json, weights
-
-# The number of processes does not affect the result, and fewer start sooner.
-ONE: dict[str, Any] = {"targets": {"workers": 1}, "update": {"ranks": 1}}
 
 
 def test_a_job_keeps_what_pmet_statistics_computes(
@@ -45,7 +42,7 @@ def test_a_job_keeps_what_pmet_statistics_computes(
         layers=None,
         tokens=TOKENS,
         max_length=MAX_TOKENS,
-        workers="2",
+        workers="0",
         gpus_per_worker=0,
         address=None,
         progress=Progress(),
@@ -64,8 +61,8 @@ def test_a_job_keeps_what_pmet_statistics_computes(
 def test_targets_of_an_earlier_run_are_not_computed_again(
     run: Runner, inputs: Path, tmp_path: Path
 ) -> None:
-    shared = ONE | {
-        "targets": {"workers": 1, "store": str(tmp_path / "store")},
+    shared = {
+        "targets": {"workers": 0, "store": str(tmp_path / "store")},
         "second_moments": str(GOLDEN / "gpt2" / "second_moments.safetensors"),
         "corpus": None,
         "evaluate": {"sample": 4},
@@ -94,7 +91,7 @@ def test_the_same_job_resumes_and_another_is_refused(
     mine = ["targets/notes.txt", "delta/notes.txt"]
     for name in (*stray, *mine):
         (tmp_path / "out" / name).write_bytes(b"half of i")
-    again = run_job(job(inputs, output, **ONE))
+    again = run_job(job(inputs, output))
     assert not any((tmp_path / "out" / name).exists() for name in stray)
     assert all((tmp_path / "out" / name).exists() for name in mine)
     assert Edit.load(tmp_path / "out" / "delta").deltas.keys() == set(edited_names(again))
@@ -121,7 +118,7 @@ def test_a_damaged_shard_does_not_count_as_finished(
     (output / "records" / "layer-0.json").unlink()
     model = output / "model" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8] + bytes(8))
-    again = run_job(job(inputs, str(output), **ONE))
+    again = run_job(job(inputs, str(output)))
     detail = {s["name"]: s["detail"] for s in run_json(again)["stages"]}
     assert detail["targets"]["shards"] == 1
     assert all(torch.equal(weights(again)[n], w) for n, w in first.items())
@@ -164,12 +161,17 @@ def copied(result: RunResult, output: Path, *without: str) -> Path:
 
 
 def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
-    run: Runner, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Runner,
+    local_ray: None,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = run()
     output = copied(first, tmp_path / "out", "layer-1", "layer-2")
-    monkeypatch.setattr(context, "UpdateRank", Mortal)
-    again = run_job(job(inputs, str(output)))
+    monkeypatch.setattr(update, "UpdateRank", Mortal)
+    on_ray = {"targets": {"workers": 1}, "update": {"ranks": 2}}
+    again = run_job(job(inputs, str(output), **on_ray))
     assert (output / "killed").exists()
     assert (output / "journal").read_text().splitlines() == [
         *("redo 0", "edit 1", "edit 2"),
@@ -197,20 +199,20 @@ def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(StorageError, match=said):
-            run_job(job(inputs, str(output), **ONE))
+            run_job(job(inputs, str(output)))
         assert run_json_of(output)["status"] == "failed"
         with monkeypatch.context() as patched:
             # Even the status cannot be written.
             patched.setattr(RunFolder, "finish", full)
             with pytest.raises(StorageError, match=said):
-                run_job(job(inputs, str(output), **ONE))
+                run_job(job(inputs, str(output)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((output / "model").glob("*.safetensors"))
     assert not list((output / "model").glob(".*"))
     assert not (output / "model" / "config.json").exists()
     assert not (output / "records" / "published.json").exists()
-    again = run_job(job(inputs, str(output), **ONE))
+    again = run_job(job(inputs, str(output)))
     assert again.status == "complete"
     assert all(torch.equal(weights(first)[name], w) for name, w in weights(again).items())
 

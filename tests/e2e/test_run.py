@@ -1,8 +1,9 @@
-"""A whole job, from Parquet to checkpoint, through Ray and DeepSpeed."""
+"""A whole job, from Parquet to checkpoint: in this process, and through Ray and DeepSpeed."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,7 @@ from tests.e2e.conftest import (
     targets_by_row,
 )
 
-# A process that opens a model takes seconds, so there are several only if the number matters.
-FEWEST = {"targets": {"workers": 1}, "update": {"ranks": 1}}
-FEWER: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": {"targets": {"workers": 1}}}
+STAGES = ["second moments", "targets", "measure before", "update", "publish", "measure after"]
 
 
 def folder(result: RunResult) -> Path:
@@ -57,6 +56,11 @@ def edited_names(result: RunResult) -> list[str]:
 
 def run_json(result: RunResult) -> dict[str, Any]:
     return json.loads((folder(result) / "run.json").read_text())
+
+
+def plain(name: str) -> str:
+    """Return a file's name without the suffix of the attempt that wrote it."""
+    return re.sub(r"-[0-9a-f]{32}", "", name)
 
 
 def record_is_whole(result: RunResult, name: str) -> bool:
@@ -88,14 +92,7 @@ def test_the_run_folder_has_all_that_is_promised(run: Runner) -> None:
         assert (folder(result) / name).exists(), name
     status = run_json(result)
     assert status["status"] == "complete"
-    assert [s["name"] for s in status["stages"]] == [
-        "second moments",
-        "targets",
-        "measure before",
-        "update",
-        "publish",
-        "measure after",
-    ]
+    assert [s["name"] for s in status["stages"]] == STAGES
     assert status["versions"]["torch"] == torch.__version__
 
 
@@ -128,8 +125,7 @@ def test_a_hyper_parameter_file_of_memit_gives_the_same_targets_and_weights(
     del memit["rewrite_module_tmps"], memit["nll_loss_factor"]
     path = tmp_path / "memit.json"
     path.write_text(json.dumps(memit))
-    here = {"targets": {"workers": 0}, "update": {"ranks": 0}}
-    expected, found = run(), run(hparams=str(path), **here)
+    expected, found = run(), run(hparams=str(path))
     assert_same_targets(targets_by_row(expected.folder), targets_by_row(found.folder))
     assert_same_weights(weights(expected), weights(found))
     said = [event["text"] for event in run_json(found)["events"] if event["kind"] == "warning"]
@@ -164,7 +160,7 @@ def test_the_published_model_knows_the_facts(run: Runner) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_only_the_edited_tensors_differ_from_the_base(run: Runner, family: str) -> None:
-    result = run(family, **FEWER[family])
+    result = run(family)
     base, edited = load_file(GOLDEN / family / "model" / "model.safetensors"), weights(result)
     names = set(edited_names(result))
     assert names == {n for n in base if not torch.equal(base[n], edited[n])}
@@ -187,48 +183,57 @@ def test_the_delta_applies_to_the_base_and_undoes_the_edit(run: Runner) -> None:
         assert torch.equal(parameter, original[name]), name
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_targets_are_bit_equal_for_any_number_of_workers(
-    run: Runner, inputs: Path, tmp_path: Path, workers: int
+# `tests.e2e.test_resume` has a run on two ranks.
+@pytest.mark.parametrize(("family", "workers", "ranks"), [("gpt2", 2, 3), ("llama", 1, 1)])
+def test_a_run_on_ray_is_that_of_this_process_for_any_number_of_workers_and_ranks(
+    run: Runner, local_ray: None, family: str, workers: int, ranks: int
 ) -> None:
-    values, steps = targets(run())
+    here = run(family)
+    there = run(family, targets={"workers": workers}, update={"ranks": ranks})
+    for one, two in zip(targets(here), targets(there), strict=True):
+        assert np.array_equal(one.view(np.uint8), two.view(np.uint8))
+    # Three ranks do not divide any of these weights evenly.
+    edited = edited_names(here)
+    assert ranks != 3 or weights(here)[edited[0]].numel() % 3 != 0
+    assert edited_names(there) == edited
+    assert_same_weights(weights(here), weights(there))
+    moments = "second_moments/second_moments.safetensors"
+    assert here.folder.sha256(moments) == there.folder.sha256(moments)
+    assert sorted(map(plain, here.folder.list())) == sorted(map(plain, there.folder.list()))
+    assert there.metrics["counts"] == here.metrics["counts"]
+    figures, expected = (
+        {name: value for name, value in each.metrics["after"].items() if value is not None}
+        for each in (there, here)
+    )
+    assert figures == pytest.approx(expected, rel=1e-4)
+    results, others = (
+        each.folder.read_table("results.parquet").select(["row", "status", "steps", "note"])
+        for each in (here, there)
+    )
+    assert results.equals(others)
+    run_there = run_json(there)
+    assert run_there["status"] == "complete"
+    assert [s["name"] for s in run_there["stages"]] == STAGES
+
+
+def test_more_workers_find_the_same_targets(
+    run: Runner, local_ray: None, inputs: Path, tmp_path: Path
+) -> None:
     # Everything is finished except the targets.
     shutil.copytree(folder(run()), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "targets")
-    changes = {"targets": {"workers": workers}, "update": {"ranks": 2 if workers else 0}}
-    other = run_job(job(inputs, str(tmp_path / "out"), **changes))
+    three = {"targets": {"workers": 3}, "update": {"ranks": 2}}
+    other = run_job(job(inputs, str(tmp_path / "out"), **three))
     assert [s["name"] for s in run_json(other)["stages"]] == ["targets"]
-    others, other_steps = targets(other)
-    assert np.array_equal(values.view(np.int32), others.view(np.int32))
-    assert np.array_equal(steps, other_steps)
-
-
-@pytest.mark.parametrize(("family", "ranks"), [("gpt2", 3), ("gpt2", 0), ("llama", 1)])
-def test_weights_are_equal_for_any_number_of_ranks(
-    run: Runner, inputs: Path, tmp_path: Path, family: str, ranks: int
-) -> None:
-    result = run(family, **FEWER[family])
-    # The same targets, and the update from its start.
-    shutil.copytree(folder(result), tmp_path / "out")
-    for done in ("layer-0", "layer-1", "layer-2", "published"):
-        (tmp_path / "out" / "records" / f"{done}.json").unlink()
-    shutil.rmtree(tmp_path / "out" / "model")
-    shutil.rmtree(tmp_path / "out" / "delta")
-    changes = {"targets": {"workers": 1 if ranks else 0}, "update": {"ranks": ranks}}
-    other = run_job(job(inputs, str(tmp_path / "out"), family, **changes))
-    # Three ranks do not divide any of these weights evenly.
-    assert weights(result)[edited_names(result)[0]].numel() % 3 != 0
-    for name in edited_names(result):
-        one, two = weights(result)[name], weights(other)[name]
-        assert torch.linalg.norm(one - two) <= 1e-6 * torch.linalg.norm(one), name
+    for one, two in zip(targets(run()), targets(other), strict=True):
+        assert np.array_equal(one.view(np.uint8), two.view(np.uint8))
 
 
 def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:
     # By default forty requests make two shards.
     small = run()
     large = run(
-        targets={"workers": 1, "shard_size": 64},
-        update={"ranks": 1},
+        targets={"workers": 0, "shard_size": 64},
         second_moments=str(folder(small) / "second_moments"),
         corpus=None,
     )
@@ -253,7 +258,6 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
             context_templates=None,
             gates=gates,
             evaluate={"sample": 12, "fluency": True, "group_by": "target_true"},
-            **FEWEST,
         )
     )
     assert held.status == "held"
@@ -278,9 +282,7 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
     for column in ("after_efficacy", "before_fluency", "after_text"):
         assert results.column(column).null_count == GOOD_ROWS - 12
     # The second run reads what the first one saved, and needs no corpus.
-    again = run_job(
-        job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None, **FEWEST)
-    )
+    again = run_job(job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None))
     assert "second moments" not in [s["name"] for s in run_json(again)["stages"]]
     for name in edited_names(again):
         torch.testing.assert_close(weights(again)[name], weights(run())[name], rtol=1e-6, atol=1e-8)

@@ -1,6 +1,7 @@
 """Jobs that compute in the process that runs them: no Ray, no DeepSpeed, the same behaviour.
 
-That their targets and weights are those of a run on Ray is tested in `tests.e2e.test_run`.
+That their targets and weights are those of a run on Ray is tested in `tests.e2e.test_run`; what
+happens to a request that cannot be computed, in `tests.e2e.test_no_target`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ from pipeline.errors import JobError, WorkerError
 from pipeline.job.config import JobConfig
 from pipeline.run import run_job
 from pipeline.stages import update
-from pipeline.workers.worker import ModelWorker, TargetTask
 from pipeline.zero.rank import UpdateRank
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import facts, job
+from tests.e2e.conftest import HERE, job
 from tests.e2e.test_refresh import place
 
-HERE: dict[str, Any] = {"targets": {"workers": 0}, "update": {"ranks": 0}}
 FEW = 6
 COMMANDS = """
 import json, sys
@@ -105,26 +104,6 @@ def test_a_refresh_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "pipeline.workers.ray_executor", None)
     assert found.tonight().version == 1
     assert found.weights(1) != (GOLDEN / "gpt2" / "model" / "model.safetensors").read_bytes()
-
-
-def test_what_fails_in_one_row_is_found_and_the_others_are_edited(
-    few: JobConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faulty, find = facts()[7]["subject"], ModelWorker.find_targets
-
-    def found(self: ModelWorker, task: TargetTask) -> Any:
-        if any(request.subject == faulty for request in task.requests):
-            raise ValueError("cannot be computed")
-        return find(self, task)
-
-    monkeypatch.setattr(ModelWorker, "find_targets", found)
-    result = run_job(few)
-    assert result.metrics["counts"] == {"requested": FEW + 1, "rejected": 2, "edited": FEW - 1}
-    rejected = pq.read_table(Path(few.output) / "rejected.parquet").to_pylist()
-    assert any("ValueError: cannot be computed" in row["reason"] for row in rejected)
-    kinds = [event["kind"] for event in run_json(few)["events"]]
-    assert kinds.count("retry") > 2
-    assert kinds.count("isolated") == 1
 
 
 def test_a_failed_update_is_tried_again_and_the_run_resumes(

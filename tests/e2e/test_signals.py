@@ -41,11 +41,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hparams": str(GPT2 / "hparams.json"),
         "second_moments": str(GPT2 / "second_moments.safetensors"),
         "context_templates": str(GPT2 / "context_templates.json"),
-        "targets": {"workers": 1, "shard_size": 2},
+        "targets": {"workers": 1, "shard_size": 1},
         "update": {"ranks": 1},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     return folder
+
+
+def hear_signals() -> None:
+    """Reset signals in a new process: under nohup or in the background, tests ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Run:
@@ -53,19 +59,21 @@ class Run:
 
     Args:
         folder: folder of the job.
+        options: more arguments of the command.
         output: destination of its output; a pipe if None.
     """
 
-    def __init__(self, folder: Path, output: int = subprocess.PIPE) -> None:
+    def __init__(self, folder: Path, *options: str, output: int = subprocess.PIPE) -> None:
         self.mark = uuid.uuid4().hex
         self._folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", "job.yaml", "--log-lines"],
+            [sys.executable, "-m", "jobs", "run", "job.yaml", "--log-lines", *options],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark},
             stdout=output,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=hear_signals,
             text=True,
         )
         assert self.process.stderr is not None
@@ -108,17 +116,6 @@ class Run:
 STOPPED = "stopped by a signal; the same job goes on from here"
 
 
-def test_ctrl_c_three_times_while_targets_are_computed(folder: Path) -> None:
-    run = Run(folder)
-    run.stop_at("event=shard stage=targets", [signal.SIGINT] * 3)
-    status, said, record = run.end()
-    assert (status, said) == (130, ["interrupted; run the same command again to resume"])
-    ended = (record["status"], record["error"], record["exit_status"])
-    assert ended == ("stopped", STOPPED, 130)
-    assert run.left() == []
-    Lease.acquire(Store(folder / "out")).release()
-
-
 def test_the_end_of_the_terminal_while_ray_starts(folder: Path) -> None:
     run = Run(folder)
     run.stop_at("event=begin stage=targets", [signal.SIGHUP], after_s=0.5)
@@ -129,6 +126,17 @@ def test_the_end_of_the_terminal_while_ray_starts(folder: Path) -> None:
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 129)
     assert run.left() == []
+
+
+def test_ctrl_c_three_times_while_targets_are_computed(folder: Path) -> None:
+    run = Run(folder)
+    run.stop_at("event=shard stage=targets", [signal.SIGINT] * 3)
+    status, said, record = run.end()
+    assert (status, said) == (130, ["interrupted; run the same command again to resume"])
+    ended = (record["status"], record["error"], record["exit_status"])
+    assert ended == ("stopped", STOPPED, 130)
+    assert run.left() == []
+    Lease.acquire(Store(folder / "out")).release()
 
 
 def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gone(
@@ -143,10 +151,11 @@ def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gon
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 143)
     assert run.left() == []
-    # The update is finished, so no worker and no rank starts again.
+    # The rest runs without Ray.
     reader, writer = os.pipe()
     os.close(reader)
-    run = Run(folder, writer)
+    here = ("--set", "targets.workers=0", "--set", "update.ranks=0")
+    run = Run(folder, *here, output=writer)
     os.close(writer)
     status, said, record = run.end()
     assert (status, said, record["status"]) == (0, [], "complete")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from socket import socket
@@ -17,6 +17,8 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
+from jobs import cli, submit_cli
+from jobs.cli import main
 from jobs.submit.server import JobServer
 from pipeline.job.config import load_job
 from pipeline.run import run_job
@@ -30,6 +32,7 @@ from tests.e2e.conftest import (
     worker_of,
 )
 from tests.e2e.test_run import weights
+from tests.jobs.conftest import process_restored
 
 PATIENCE_S = 240
 
@@ -60,22 +63,26 @@ Pmet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def pmet(cluster: Cluster) -> Pmet:
-    """Run ``pmet`` as a user of this cluster would."""
-    environment = {
-        **os.environ,
-        "RAY_API_SERVER_ADDRESS": f"http://{cluster.head_node.webui_url}",
-        "PMET_PYTHON": sys.executable,
-        "COLUMNS": "200",
-    }
+def pmet(cluster: Cluster) -> Iterator[Pmet]:
+    """Run ``pmet`` as a user of this cluster would, but in this process, which starts sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_API_SERVER_ADDRESS", f"http://{cluster.head_node.webui_url}")
+        patch.setenv("PMET_PYTHON", sys.executable)
+        patch.setenv("COLUMNS", "200")
+        for console in (cli.out, cli.err, submit_cli.out, submit_cli.err):
+            patch.setattr(console, "width", 200)
 
-    def invoke(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "jobs", *map(str, arguments)]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-        )
+        def invoke(*arguments: object) -> subprocess.CompletedProcess[str]:
+            words, out, err = ["pmet", *map(str, arguments)], io.StringIO(), io.StringIO()
+            patch.setattr(sys, "argv", words)
+            with redirect_stdout(out), redirect_stderr(err), process_restored():
+                try:
+                    main()
+                except SystemExit as ended:
+                    status = int(ended.code or 0)
+            return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
-    return invoke
+        yield invoke
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +137,11 @@ def stopped(cluster: Cluster, pmet: Pmet, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(stopped: dict[str, Any], pmet: Pmet, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The same job, submitted again and followed to its end."""
-    return pmet("submit", folder / "job.yaml", "--follow")
+    """The same job, submitted again and followed to its end, by a separate process."""
+    command = [sys.executable, "-m", "jobs", "submit", str(folder / "job.yaml"), "--follow"]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 def test_a_job_is_submitted_once_while_it_runs(stopped: dict[str, Any]) -> None:
@@ -157,7 +167,7 @@ def test_a_run_that_is_stopped_says_so_and_gives_its_folder_back(
 
 
 def test_a_stopped_run_is_finished_by_submitting_it_again(
-    finished: subprocess.CompletedProcess[str], cluster: Cluster, folder: Path, tmp_path: Path
+    finished: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path
 ) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert name_in(finished.stdout).endswith("-2")
@@ -168,8 +178,8 @@ def test_a_stopped_run_is_finished_by_submitting_it_again(
     reused = {s["name"]: s["detail"].get("reused") for s in run["stages"]}
     assert reused["targets"] == 10
     # The same job, run by this process.
-    settings = [f"output={tmp_path / 'here'}", "targets.workers=1", "update.ranks=1"]
-    here = run_job(load_job(folder / "job.yaml", settings), address=cluster.address)
+    settings = [f"output={tmp_path / 'here'}", "targets.workers=0", "update.ranks=0"]
+    here = run_job(load_job(folder / "job.yaml", settings))
     there = Store(folder / "out")
     assert_same_targets(targets_by_row(here.folder), targets_by_row(there))
     submitted = type(here)("complete", there, there.read_json("metrics.json"))

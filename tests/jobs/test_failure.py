@@ -164,6 +164,9 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(pipeline.run, "_run_stages", stages)
     monkeypatch.setattr(JobServer, "at", lambda address: Server())
+    # Reading the demo's own corpus takes seconds, each time.
+    corpus = template / "corpus.parquet"
+    monkeypatch.setattr("jobs.demo.show.write_corpus", lambda path: shutil.copyfile(corpus, path))
     made = iter(range(1000))
 
     def make() -> Path:

@@ -19,6 +19,8 @@ from pmet.update.second_moments import MAX_TOKENS
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 GPT2 = GOLDEN / "gpt2"
 
 
@@ -53,6 +55,10 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
     assert (output / TENSORS).stat().st_mtime_ns == before
     status, _, err = statistics(*command, "--tokens", 501, "--max-length", 10)
     assert (status, "holds other second moments (budget changed); name another" in err) == (2, True)
+    # This process computes the same, to the bit.
+    here = (*command[:3], tmp_path / "here", *command[4:], *options[:-1], 0)
+    assert statistics(*here)[0] == 0
+    assert (tmp_path / "here" / TENSORS).read_bytes() == (output / TENSORS).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from pipeline.cluster.metering import MeteredProgress
 from pipeline.events import EventKind
 from pipeline.progress import LineProgress, Progress
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(no_ray: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "200")
         # Started like a cluster: a run's own Ray has no metrics agent.

@@ -66,7 +66,7 @@ class Refusing(Member):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
+def cluster(no_ray):
     with ray_session("local", num_cpus=3):
         yield
 

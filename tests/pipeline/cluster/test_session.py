@@ -11,6 +11,8 @@ from pipeline.cluster import session
 from pipeline.cluster.session import root_cause
 from pipeline.failures import FailureKind
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 WHO = """The actor died unexpectedly before finishing this task.
 \tclass_name: _WorkerProcess
 \tactor_id: 2e4a6bd3307ff3332c56f34101000000

@@ -121,7 +121,7 @@ def collect(pool, method, tasks, **options):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
+def cluster(no_ray):
     with ray_session("local", num_cpus=3):
         yield
 

@@ -21,6 +21,9 @@ from pipeline.plan import Plan, make_plan
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import inputs, job, shared  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
+RANKS = {"ranks": 2}
 RATES = Rates(
     ready=4.0,
     ranks=0.0,
@@ -57,7 +60,8 @@ def test_workers_share_shards_and_ranks_share_keys(
     samples: list[Sample],
 ) -> None:
     targets = {"workers": 3, "shard_size": 10}
-    plan = make_plan(job(inputs, str(tmp_path), targets=targets, update={"ranks": 2}))
+    config = job(inputs, str(tmp_path), targets=targets, update=RANKS)
+    plan = make_plan(config)
     stages = estimate(plan).stages
     # Four shards of ten on three workers: one of them has two.
     assert stages["targets"] == 20
@@ -82,7 +86,7 @@ def test_a_cluster_takes_what_as_many_cores_here_would_take(
     samples: list[Sample],
 ) -> None:
     def planned(workers: int) -> Plan:
-        sections = {"targets": {"workers": workers, "shard_size": 10}, "update": {"ranks": 2}}
+        sections = {"targets": {"workers": workers, "shard_size": 10}, "update": RANKS}
         return make_plan(job(inputs, str(tmp_path), **sections))
 
     by_workers = estimate(planned(8)).by_workers
@@ -97,7 +101,8 @@ def test_more_workers_than_cores_take_turns(
     samples: list[Sample],
 ) -> None:
     targets = {"workers": 8, "shard_size": 5}
-    plan = make_plan(job(inputs, str(tmp_path), targets=targets))
+    config = job(inputs, str(tmp_path), targets=targets, update=RANKS)
+    plan = make_plan(config)
     assert estimate(plan).stages["targets"] == 5 * 2
     assert len(samples) == 4
 
@@ -108,7 +113,9 @@ def test_a_job_for_gpus_is_not_estimated_without_any(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    plan = make_plan(job(inputs, str(tmp_path), targets={"workers": 1, "gpus_per_worker": 1}))
+    plan = make_plan(
+        job(inputs, str(tmp_path), targets={"workers": 1, "gpus_per_worker": 1}, update=RANKS)
+    )
     with pytest.raises(JobError, match="this machine has none: estimate it on a machine like"):
         estimate(plan)
 
@@ -119,7 +126,9 @@ def test_no_more_replicas_are_opened_than_memory_holds(
     samples: list[Sample],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = make_plan(job(inputs, str(tmp_path), targets={"workers": 3, "shard_size": 10}))
+    plan = make_plan(
+        job(inputs, str(tmp_path), targets={"workers": 3, "shard_size": 10}, update=RANKS)
+    )
     model = sum(tensor.size for tensor in plan.checkpoint.tensors.values())
     memory = SimpleNamespace(available=3 * model)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
@@ -148,7 +157,9 @@ def test_rates_are_measured_in_processes_of_their_own(
     inputs: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    plan = make_plan(job(inputs, str(tmp_path / "out"), targets={"workers": 2, "shard_size": 4}))
+    plan = make_plan(
+        job(inputs, str(tmp_path / "out"), targets={"workers": 2, "shard_size": 4}, update=RANKS)
+    )
     found = estimate(plan)
     assert set(found.stages) >= {"start", "second moments", "measure before", "targets", "update"}
     assert all(seconds > 0 for seconds in found.stages.values())
@@ -180,7 +191,9 @@ def test_a_model_that_fails_is_a_sentence(
     (tmp_path / "hparams.json").write_text(json.dumps(names))
     monkeypatch.setattr(pipeline.models.checks, "_check_layers", lambda *_: None)
     asked = {"model": str(model), "hparams": str(tmp_path / "hparams.json")}
-    plan = make_plan(job(inputs, str(tmp_path / "out"), targets={"workers": 1}, **asked))
+    plan = make_plan(
+        job(inputs, str(tmp_path / "out"), targets={"workers": 1}, update=RANKS, **asked)
+    )
     with pytest.raises(
         WorkerError,
         match=r"^the model fails at a little of the job's own work \(RuntimeError: The size of "

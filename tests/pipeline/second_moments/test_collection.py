@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from pipeline.cluster.pool import Pool, SerialPool, run_all
-from pipeline.cluster.session import ray_session
 from pipeline.cluster.tasks import Task
 from pipeline.cluster.worker_pool import WorkerPool
 from pipeline.errors import JobError
@@ -209,12 +208,6 @@ class Mortal(ModelWorker):
             self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return value
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with ray_session("local", num_cpus=3):
-        yield
 
 
 def test_any_number_of_workers_and_a_death_give_the_same_bytes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.cluster.rank_group import RankGroup
-from pipeline.cluster.session import ray_session
 from pipeline.data.tables import targets_table
 from pipeline.second_moments import factors
 from pipeline.second_moments.factors import FactorFile
@@ -29,12 +27,6 @@ from tests.conftest import GOLDEN, Golden, load_golden
 KEY_WIDTH = 256
 # Float32 keys from batches of other shapes, amplified by the condition of KᵀK + λC.
 DELTA = 2e-5
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with ray_session("local", num_cpus=4):
-        yield
 
 
 def many_requests() -> list[EditRequest]:

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from pipeline.cluster.rank_group import RankGroup
-from pipeline.cluster.session import ray_session
 from pipeline.zero.collectives import in_lockstep, padded_steps
 from pipeline.zero.loading import load_partitioned, zero_config
 from pipeline.zero.slices import (
@@ -165,15 +164,8 @@ class Rank:
         return steps, kept
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    # Three CPUs for the shared group, two for the group of the test that measures memory.
-    with ray_session("local", num_cpus=5):
-        yield
-
-
 @pytest.fixture(scope="module")
-def group():
+def group(local_ray):
     """Three ranks, over which weights do not divide evenly."""
     with RankGroup(Rank, ranks=3, threads=1, deadline_s=120.0) as made:
         yield made
@@ -234,7 +226,7 @@ def test_slices_may_wait_in_main_memory(group):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peaks anew")
-def test_a_rank_holds_its_slices_and_little_else(tmp_path):
+def test_a_rank_holds_its_slices_and_little_else(local_ray, tmp_path):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=1024,
