@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.facts.dump.files import FACT, Dump, open_dump
-from jobs.facts.dump.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
+from jobs.facts.dump.problems import CONTROLS, FINE, PROBLEMS, Level, RowProblem
 from jobs.facts.dump.rows import JudgedRows
 from jobs.facts.dump.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
@@ -199,7 +199,7 @@ def reason_kind(reason: Reason) -> str:
 
 
 def _of_rows(
-    problem: Problem, rows: np.ndarray, texts: Mapping[int, str], found: Survey
+    problem: RowProblem, rows: np.ndarray, texts: Mapping[int, str], found: Survey
 ) -> Finding:
     first = rows[:EXAMPLES]
     reasons = [problem.reason] * len(first)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from jobs.facts.check import reason_kind
 from jobs.facts.dump.files import FACT
 from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
-from jobs.facts.formats.record import Edit, Format, RecordError
+from jobs.facts.formats.record import Format, RecordedEdit, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
 from jobs.facts.records import is_parquet, read_records, unwrapped
 from pipeline.data import (
@@ -38,7 +38,7 @@ FORMATS = {
 }
 """Formats by name; a file has the first format that any of its records matches."""
 
-_Converted = tuple[EditRequest, Edit, list[str]]
+_Converted = tuple[EditRequest, RecordedEdit, list[str]]
 """A request, the edit that it was made from, and the empty texts that were left out."""
 _OF_JSON = (dict, list, bool, float)
 

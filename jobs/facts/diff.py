@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 undecided one."""
 
 
-class Change(NamedTuple):
+class FactChange(NamedTuple):
     """One fact that differs between the dumps."""
 
     change: str
@@ -105,12 +105,12 @@ class DumpDiff:
         with pa.OSFile(_file(self._folder)) as file, pa.ipc.open_stream(file) as reader:
             yield from reader
 
-    def first(self, change: str, count: int) -> list[Change]:
+    def first(self, change: str, count: int) -> list[FactChange]:
         """Return the first ``count`` facts of a kind of change."""
-        found: list[Change] = []
+        found: list[FactChange] = []
         for batch in self.batches():
             rows = batch.filter(pc.equal(batch.column("change"), change))
-            found += [Change(**row) for row in rows.slice(0, count - len(found)).to_pylist()]
+            found += [FactChange(**row) for row in rows.slice(0, count - len(found)).to_pylist()]
             if len(found) == count:
                 break
         return found

@@ -103,7 +103,7 @@ class DumpFact(NamedTuple):
     source: str | None = None
 
 
-class Change(NamedTuple):
+class LedgerChange(NamedTuple):
     """A change that a refresh makes to a fact.
 
     The kinds: ``added``, ``changed`` (another object), ``reworded`` (another prompt), ``removed``,
@@ -149,7 +149,7 @@ class Ledger:
         return {key for key, entry in self.entries.items() if entry.state == "live"}
 
 
-class Night(NamedTuple):
+class VersionStamp(NamedTuple):
     """The time and version of a refresh.
 
     Attributes:
@@ -168,8 +168,8 @@ def merged(
     undecided: Collection[Key],
     retracted: Mapping[Key, str],
     restored: Mapping[Key, str],
-    night: Night,
-) -> tuple[Ledger, list[Change]]:
+    night: VersionStamp,
+) -> tuple[Ledger, list[LedgerChange]]:
     """Merge the current dump into the ledger, before anything is computed.
 
     Args:
@@ -185,7 +185,7 @@ def merged(
     """
     old = ledger.entries
     new: dict[Key, Entry] = {}
-    changes: list[Change] = []
+    changes: list[LedgerChange] = []
     for fact in dump:
         key = (fact.relation, fact.subject)
         if key not in retracted:
@@ -197,7 +197,7 @@ def merged(
         if key in undecided and entry.state != "retracted":
             new[key] = entry
         else:
-            changes.append(Change("removed", *key, old_object=entry.object))
+            changes.append(LedgerChange("removed", *key, old_object=entry.object))
     for key, reason in retracted.items():
         was = old.get(key)
         if was is not None and was.state == "retracted":
@@ -205,17 +205,19 @@ def merged(
             continue
         new[key] = Entry(*key, None, None, "retracted", reason or None, *night)
         old_object = None if was is None else was.object
-        changes.append(Change("retracted", *key, old_object=old_object, reason=reason or None))
+        changes.append(
+            LedgerChange("retracted", *key, old_object=old_object, reason=reason or None)
+        )
     return Ledger(new), sorted(changes, key=lambda change: change[1:3])
 
 
 def _told(
-    entry: Entry | None, fact: DumpFact, restored: str | None, night: Night
-) -> tuple[Entry, Change | None]:
+    entry: Entry | None, fact: DumpFact, restored: str | None, night: VersionStamp
+) -> tuple[Entry, LedgerChange | None]:
     relation, subject, object_, prompt, source = fact
     live = Entry(relation, subject, object_, prompt, "live", None, *night, source=source)
     if entry is None:
-        return live, Change("added", relation, subject, object=object_)
+        return live, LedgerChange("added", relation, subject, object=object_)
     again = entry.state != "live" and restored is not None and restored >= entry.since
     if entry.state == "retracted" or again:
         kind = "restored"
@@ -225,7 +227,7 @@ def _told(
         kind = "reworded"
     else:
         return replace(entry, source=source), None
-    return live, Change(kind, relation, subject, entry.object, object_)
+    return live, LedgerChange(kind, relation, subject, entry.object, object_)
 
 
 class Outcome(NamedTuple):
@@ -243,8 +245,8 @@ class Outcome(NamedTuple):
 
 
 def concluded(
-    ledger: Ledger, outcomes: Mapping[Key, Outcome], *, patience: int | None, night: Night
-) -> tuple[Ledger, list[Change]]:
+    ledger: Ledger, outcomes: Mapping[Key, Outcome], *, patience: int | None, night: VersionStamp
+) -> tuple[Ledger, list[LedgerChange]]:
     """Update the ledger with the outcomes of a refresh, for the next one to read.
 
     Args:
@@ -258,7 +260,7 @@ def concluded(
         The ledger, and the changes of facts that are no longer live.
     """
     entries = dict(ledger.entries)
-    changes: list[Change] = []
+    changes: list[LedgerChange] = []
     for key, outcome in outcomes.items():
         entry = entries[key]
         state, reason, misses = outcome.state, outcome.reason, entry.misses
@@ -273,11 +275,11 @@ def concluded(
             entry = replace(
                 entry, state=state, reason=reason, since=night.at, version=night.version
             )
-            changes.append(Change(state, *key, object=entry.object, reason=reason))
+            changes.append(LedgerChange(state, *key, object=entry.object, reason=reason))
         entries[key] = entry
     return Ledger(entries), sorted(changes, key=lambda change: change[1:3])
 
 
-def changes_table(changes: Iterable[Change]) -> pa.Table:
+def changes_table(changes: Iterable[LedgerChange]) -> pa.Table:
     """Return changes as a table with the schema ``CHANGES``."""
     return pa.Table.from_pylist([change._asdict() for change in changes], schema=CHANGES)

@@ -36,12 +36,12 @@ from jobs.refresh.home import (
     path,
 )
 from jobs.refresh.ledger import (
-    Change,
     Key,
     Ledger,
-    Night,
+    LedgerChange,
     Outcome,
     State,
+    VersionStamp,
     changes_table,
     concluded,
     merged,
@@ -97,7 +97,7 @@ class Preview:
         tonight: content of the dump.
     """
 
-    changes: list[Change]
+    changes: list[LedgerChange]
     ledger: Ledger
     tonight: Tonight
 
@@ -157,7 +157,9 @@ def preview(config: RefreshConfig, *, night: date | None = None) -> Preview:
     home.refuse_foreign()
     tonight = read_dump(config, day, now)
     version = max(home.versions(), default=0) + 1
-    ledger, changes = _merged(config, home, home.current(), tonight, Night(_iso(now), version))
+    ledger, changes = _merged(
+        config, home, home.current(), tonight, VersionStamp(_iso(now), version)
+    )
     return Preview(changes, ledger, tonight)
 
 
@@ -246,7 +248,7 @@ class _Work:
     ) -> None:
         self._config, self._home, self._lease, self._progress = config, home, lease, progress
         self._store, self._day, self._as_of, self._current = home.store, day, as_of, current
-        self._night = Night(_iso(as_of), version)
+        self._night = VersionStamp(_iso(as_of), version)
         self._said: dict[str, Any] = {
             "version": version,
             "status": "running",
@@ -350,7 +352,11 @@ class _Work:
         return result
 
     def _conclude(
-        self, requests: pa.Table, ledger: Ledger, changes: list[Change], result: RunResult | None
+        self,
+        requests: pa.Table,
+        ledger: Ledger,
+        changes: list[LedgerChange],
+        result: RunResult | None,
     ) -> Refreshed:
         """Record the outcomes and promote the version unless a gate holds it back."""
         outcomes = {} if result is None else _outcomes(keys(requests), result)
@@ -411,8 +417,12 @@ class _Work:
 
 
 def _merged(
-    config: RefreshConfig, home: Home, current: Promotion | None, tonight: Tonight, night: Night
-) -> tuple[Ledger, list[Change]]:
+    config: RefreshConfig,
+    home: Home,
+    current: Promotion | None,
+    tonight: Tonight,
+    night: VersionStamp,
+) -> tuple[Ledger, list[LedgerChange]]:
     """Return the new ledger, based on that of the version in use.
 
     Raises:

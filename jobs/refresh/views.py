@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jobs.facts.check import shown
 from jobs.refresh.home import LEDGER, Home, Retraction, path
-from jobs.refresh.ledger import Change
+from jobs.refresh.ledger import LedgerChange
 from jobs.views import gate_text, percent
 from pipeline.errors import FactDumpError, RunFolderError
 
@@ -122,7 +122,7 @@ def show_retraction(retraction: Retraction, console: Console) -> None:
     _say(console, f"{fact}: the next refresh {does}")
 
 
-def described(change: Change) -> str:
+def described(change: LedgerChange) -> str:
     """Describe a change in one line."""
     objects = [shown(text) for text in (change.old_object, change.object) if text is not None]
     after = f": {' → '.join(objects)}" if objects else ""

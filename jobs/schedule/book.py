@@ -23,13 +23,13 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from jobs.schedule.due import is_settled
-from jobs.schedule.records import Night, Schedule
+from jobs.schedule.records import Schedule, ScheduledRun
 from pipeline.errors import FolderBusyError, ScheduleError
 from pipeline.run_folder import Lease, leases
 from pipeline.storage import Store
 
 _ATTEMPT = re.compile(r"\d{8}T\d{6}Z-\d{2,}\.(json|log)")
-_Record = TypeVar("_Record", Schedule, Night)
+_Record = TypeVar("_Record", Schedule, ScheduledRun)
 
 
 class Book:
@@ -127,35 +127,35 @@ class Book:
         """
         return Lease.acquire(Store(self._store.join("leases", name)))
 
-    def nights(self, name: str) -> Iterator[Night]:
+    def nights(self, name: str) -> Iterator[ScheduledRun]:
         """Yield all attempts of a schedule, latest first, reading them one by one."""
-        return (self._read(file, Night) for file in reversed(self._nights(name)))
+        return (self._read(file, ScheduledRun) for file in reversed(self._nights(name)))
 
-    def recent(self, schedule: Schedule) -> list[Night]:
+    def recent(self, schedule: Schedule) -> list[ScheduledRun]:
         """Return the attempts from the last settled due time on."""
-        found: list[Night] = []
+        found: list[ScheduledRun] = []
         for due, attempts in itertools.groupby(self.nights(schedule.name), lambda n: n.due):
             found = [*reversed(list(attempts)), *found]
             if is_settled(due, found, schedule.retries):
                 break
         return found
 
-    def running(self, name: str) -> Night | None:
+    def running(self, name: str) -> ScheduledRun | None:
         """Return the attempt that has started and not ended; its runner may have died since."""
         if not self._store.exists(_running(name)):
             return None
-        return self._read(_running(name), Night)
+        return self._read(_running(name), ScheduledRun)
 
-    def begin(self, night: Night) -> None:
+    def begin(self, night: ScheduledRun) -> None:
         """Record that an attempt has started."""
         self._store.write_bytes(_running(night.schedule), night.to_json())
 
-    def end(self, night: Night) -> None:
+    def end(self, night: ScheduledRun) -> None:
         """Add an attempt to the log; an existing record of it stays."""
         self._store.create_bytes(f"nights/{_stem(night)}.json", night.to_json())
         self._store.delete(_running(night.schedule))
 
-    def log_name(self, night: Night) -> str:
+    def log_name(self, night: ScheduledRun) -> str:
         """Return the name, in the store, of the file with an attempt's output."""
         return f"logs/{_stem(night)}.log"
 
@@ -206,5 +206,5 @@ def _running(name: str) -> str:
     return f"running/{name}.json"
 
 
-def _stem(night: Night) -> str:
+def _stem(night: ScheduledRun) -> str:
     return f"{night.schedule}/{night.due:%Y%m%dT%H%M%SZ}-{night.attempt:02d}"

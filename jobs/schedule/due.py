@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from jobs.schedule.cron import last_times, next_time
-from jobs.schedule.records import Night, Schedule
+from jobs.schedule.records import Schedule, ScheduledRun
 
 # A run that took its runner down this many times is not retried.
 MAX_DEATHS = 3
@@ -23,7 +23,7 @@ _FINAL = frozenset({"done", "held back", "bad input", "left out"})
 
 
 @dataclass(frozen=True)
-class Task:
+class DueRun:
     """The next run of a schedule.
 
     Attributes:
@@ -41,7 +41,7 @@ class Task:
     is_late: bool = False
 
 
-def next_task(schedule: Schedule, nights: Sequence[Night], now: datetime) -> Task | None:
+def next_run(schedule: Schedule, nights: Sequence[ScheduledRun], now: datetime) -> DueRun | None:
     """Return the run that is due now or next; None while the schedule is disabled.
 
     Args:
@@ -56,15 +56,15 @@ def next_task(schedule: Schedule, nights: Sequence[Night], now: datetime) -> Tas
     covers = last_times(schedule.cron, schedule.timezone, after=after, until=now, limit=MAX_COVERS)
     if not covers:
         due = next_time(schedule.cron, schedule.timezone, max(after, now))
-        return Task(due, (due,), 1, due)
+        return DueRun(due, (due,), 1, due)
     due = covers[-1]
     attempts = _attempts(due, nights)
     at = _start(due, attempts)
     is_late = schedule.catch_up == "never" and now - at > LATE
-    return Task(due, tuple(covers), len(attempts) + 1, at, is_late)
+    return DueRun(due, tuple(covers), len(attempts) + 1, at, is_late)
 
 
-def is_settled(due: datetime, nights: Sequence[Night], retries: int) -> bool:
+def is_settled(due: datetime, nights: Sequence[ScheduledRun], retries: int) -> bool:
     """Whether a due time needs no further attempt."""
     outcomes = [night.outcome for night in _attempts(due, nights)]
     if _FINAL.intersection(outcomes):
@@ -72,11 +72,11 @@ def is_settled(due: datetime, nights: Sequence[Night], retries: int) -> bool:
     return outcomes.count("failed") > retries or outcomes.count("died") >= MAX_DEATHS
 
 
-def _attempts(due: datetime, nights: Sequence[Night]) -> list[Night]:
+def _attempts(due: datetime, nights: Sequence[ScheduledRun]) -> list[ScheduledRun]:
     return [night for night in nights if night.due == due]
 
 
-def _start(due: datetime, attempts: Sequence[Night]) -> datetime:
+def _start(due: datetime, attempts: Sequence[ScheduledRun]) -> datetime:
     """Return when to start the next attempt: the wait doubles after each failure."""
     if not attempts:
         return due

@@ -73,7 +73,7 @@ class Schedule(_Record):
     since: AwareDatetime
 
 
-class Night(_Record):
+class ScheduledRun(_Record):
     """One attempt at one due time. All times are UTC.
 
     Attributes:

@@ -9,9 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from jobs.schedule.book import Book
-from jobs.schedule.due import Task, next_task
+from jobs.schedule.due import DueRun, next_run
 from jobs.schedule.night import Clock, last_lines, outcome_of, refresh_command, run_night
-from jobs.schedule.records import Night, Outcome, Schedule
+from jobs.schedule.records import Outcome, Schedule, ScheduledRun
 from pipeline.errors import FolderBusyError, LeaseLostError, ScheduleError, StorageError
 from pipeline.run_folder import Lease
 
@@ -98,13 +98,13 @@ class Runner:
                 elsewhere.add(schedule.name)
         return max(statuses.values(), default=0)
 
-    def _tasks(self) -> list[tuple[Schedule, Task]]:
+    def _tasks(self) -> list[tuple[Schedule, DueRun]]:
         """Return the next run of each schedule, earliest first."""
         now, tasks = self._clock.now(), []
         for name in self._names or self._book.names():
             try:
                 schedule = self._book.get(name)
-                task = next_task(schedule, self._book.recent(schedule), now)
+                task = next_run(schedule, self._book.recent(schedule), now)
             except ScheduleError as error:
                 self._say_once(f"{name}: {error}")
                 continue
@@ -112,7 +112,7 @@ class Runner:
                 tasks.append((schedule, task))
         return sorted(tasks, key=lambda pair: pair[1].at)
 
-    def _run(self, name: str) -> Night | None:
+    def _run(self, name: str) -> ScheduledRun | None:
         """Run a schedule if it is due and no other runner holds it; return the attempt, or None."""
         try:
             lease = self._book.lease(name)
@@ -126,7 +126,7 @@ class Runner:
                 schedule = self._book.get(name)
                 if dead := self._book.running(name):
                     self._end(lease, dead.model_copy(update={"outcome": "died"}))
-                task = next_task(schedule, self._book.recent(schedule), self._clock.now())
+                task = next_run(schedule, self._book.recent(schedule), self._clock.now())
                 if task is None or task.at > self._clock.now():
                     return None
                 night = self._attempt(lease, schedule, task)
@@ -136,8 +136,8 @@ class Runner:
             self._say(f"{name}: {error}")
             return None
 
-    def _attempt(self, lease: Lease, schedule: Schedule, task: Task) -> Night:
-        night = Night(
+    def _attempt(self, lease: Lease, schedule: Schedule, task: DueRun) -> ScheduledRun:
+        night = ScheduledRun(
             schedule=schedule.name,
             due=task.due,
             covers=task.covers,
@@ -179,7 +179,7 @@ class Runner:
             outcome = "interrupted"
         return {"exit_status": status, "outcome": outcome, "output": last_lines(output)}
 
-    def _end(self, lease: Lease, night: Night) -> None:
+    def _end(self, lease: Lease, night: ScheduledRun) -> None:
         """Add an attempt to the log, waiting as long as the store is unreachable."""
         while True:
             try:
@@ -201,7 +201,7 @@ class Runner:
             self._say(line)
 
 
-def _when(night: Night) -> str:
+def _when(night: ScheduledRun) -> str:
     more = len(night.covers) - 1
     runs = "run" if more == 1 else "runs"
     missed = f" (also covers {more} missed {runs})" if more else ""

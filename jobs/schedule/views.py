@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.schedule.book import Book
-from jobs.schedule.due import next_task
-from jobs.schedule.records import Night, Schedule
+from jobs.schedule.due import next_run
+from jobs.schedule.records import Schedule, ScheduledRun
 from pipeline.errors import ScheduleError
 
 
@@ -30,7 +30,7 @@ def show_schedules(book: Book, now: datetime, console: Console) -> None:
     console.print(table)
 
 
-def show_log(book: Book, nights: Sequence[Night], console: Console) -> None:
+def show_log(book: Book, nights: Sequence[ScheduledRun], console: Console) -> None:
     """Print attempts, latest last, and the location of the latest output."""
     table = Table("due", "covers", "attempt", "started", "duration", "outcome", "host", "last line")
     for night in nights:
@@ -61,7 +61,7 @@ def local(time: datetime) -> str:
 def _row(book: Book, schedule: Schedule, now: datetime) -> tuple[str, ...]:
     running = book.running(schedule.name)
     recent = book.recent(schedule)
-    task = next_task(schedule, recent, now)
+    task = next_run(schedule, recent, now)
     if running is not None:
         last = f"running on {running.host} since {local(running.started)}"
     else:
@@ -73,7 +73,7 @@ def _row(book: Book, schedule: Schedule, now: datetime) -> tuple[str, ...]:
     return schedule.name, schedule.cron, schedule.timezone, due, last, schedule.refresh
 
 
-def _took(night: Night) -> str:
+def _took(night: ScheduledRun) -> str:
     if night.finished is None:
         return "–"
     seconds = round((night.finished - night.started).total_seconds())

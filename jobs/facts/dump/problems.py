@@ -17,7 +17,7 @@ MAX_CHARACTERS = 1_000
 
 
 @dataclass(frozen=True)
-class Problem:
+class RowProblem:
     """A kind of problem.
 
     Attributes:
@@ -51,37 +51,41 @@ _TEXTS = ("subject", "relation", "object", "target_true")
 _TIMES = ("updated_at", "valid_until")
 
 PROBLEMS = (
-    Problem("fine", "note", ""),
+    RowProblem("fine", "note", ""),
     *(
-        Problem(kind.format(name), "error", reason.format(name))
+        RowProblem(kind.format(name), "error", reason.format(name))
         for name in _TEXTS
         for kind, reason in _TEXT_PROBLEMS
     ),
     *(
-        Problem(
+        RowProblem(
             f"{name} is not a time",
             "error",
             f"{name} is not a time; store a timestamp, a date or ISO 8601 text",
         )
         for name in _TIMES
     ),
-    Problem("relation without template", "error", "the relation has no template; write one for it"),
-    Problem("no longer valid", "note", "valid_until is past: the fact no longer holds"),
-    Problem(
+    RowProblem(
+        "relation without template", "error", "the relation has no template; write one for it"
+    ),
+    RowProblem("no longer valid", "note", "valid_until is past: the fact no longer holds"),
+    RowProblem(
         "duplicate",
         "warning",
         "repeats row {row}: same subject, relation and object; keep one",
     ),
-    Problem(
+    RowProblem(
         "contradiction",
         "error",
         "contradicts row {row}: same subject and relation, another object, and updated_at does "
         "not decide; keep one",
     ),
-    Problem("replaced by a newer row", "note", "replaced by row {row}, whose updated_at is later"),
-    Problem("unchanged", "note", "the previous dump holds the same fact"),
+    RowProblem(
+        "replaced by a newer row", "note", "replaced by row {row}, whose updated_at is later"
+    ),
+    RowProblem("unchanged", "note", "the previous dump holds the same fact"),
 )
-CONTROLS = Problem(
+CONTROLS = RowProblem(
     "control character",
     "warning",
     "holds a control character, such as a tab or a line break; the row is used as it is",

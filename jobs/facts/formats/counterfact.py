@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.facts.formats.beside import portability
-from jobs.facts.formats.record import Edit, Format, Record, case_id, text, without
+from jobs.facts.formats.record import Format, Record, RecordedEdit, case_id, text, without
 
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts")
 
@@ -15,7 +15,7 @@ def matches(record: Record) -> bool:
     return isinstance(record.get("requested_rewrite"), dict)
 
 
-def edit(record: Record, row: int) -> Edit:
+def edit(record: Record, row: int) -> RecordedEdit:
     """Return the edit that a record asks for."""
     request, extra = rewritten(record)
     # Some copies nest all fields inside the rewrite.
@@ -24,7 +24,7 @@ def edit(record: Record, row: int) -> Edit:
     for name in _PROMPTS:
         request[name] = fields.get(name) or []
     request |= portability(fields)
-    return Edit(request, without(fields, "case_id", *_PROMPTS))
+    return RecordedEdit(request, without(fields, "case_id", *_PROMPTS))
 
 
 def rewritten(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from jobs.facts.formats.beside import neighborhood, portability
 from jobs.facts.formats.record import (
-    Edit,
     Format,
     Record,
+    RecordedEdit,
     RecordError,
     case_id,
     first_text,
@@ -38,7 +38,7 @@ def matches(record: Record) -> bool:
     return edits and any(name in record for name in _OWN)
 
 
-def edit(record: Record, row: int) -> Edit:
+def edit(record: Record, row: int) -> RecordedEdit:
     """Return the edit that a record asks for."""
     prompt, subject, target = (_field(record, name) for name in _NAMES)
     truth = first_text(record.get("ground_truth"))
@@ -53,7 +53,7 @@ def edit(record: Record, row: int) -> Edit:
         **portability(record),
     }
     used = [name for names in _NAMES.values() for name in names]
-    return Edit(request, without(record, *used, *_REPHRASED, "case_id"))
+    return RecordedEdit(request, without(record, *used, *_REPHRASED, "case_id"))
 
 
 def _field(record: Record, name: str) -> str:

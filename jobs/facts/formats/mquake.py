@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jobs.facts.formats.counterfact import rewritten
-from jobs.facts.formats.record import Edit, Format, Record, case_id, without
+from jobs.facts.formats.record import Format, Record, RecordedEdit, case_id, without
 
 
 def matches(record: Record) -> bool:
@@ -26,7 +26,7 @@ def parts(record: Record) -> Iterator[Record]:
         yield {**record, "requested_rewrite": rewrite}
 
 
-def edit(record: Record, row: int) -> Edit:
+def edit(record: Record, row: int) -> RecordedEdit:
     """Return the edit that a record's rewrite asks for; its question is a paraphrase."""
     request, extra = rewritten(record)
     question = record["requested_rewrite"].get("question")
@@ -34,7 +34,7 @@ def edit(record: Record, row: int) -> Edit:
     request["paraphrase_prompts"] = [] if question is None else [question]
     request["neighborhood_prompts"] = []
     extra.pop("question", None)
-    return Edit(request, extra | without(record, "requested_rewrite", "case_id"))
+    return RecordedEdit(request, extra | without(record, "requested_rewrite", "case_id"))
 
 
 FORMAT = Format("mquake", matches, edit, parts)

@@ -15,7 +15,7 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True)
-class Edit:
+class RecordedEdit:
     """One edit that a record asks for.
 
     Attributes:
@@ -41,7 +41,7 @@ class Format:
 
     name: str
     matches: Callable[[Record], bool]
-    edit: Callable[[Record, int], Edit]
+    edit: Callable[[Record, int], RecordedEdit]
     parts: Callable[[Record], Iterator[Record]] = lambda record: iter([record])
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jobs.facts.formats.record import (
-    Edit,
     Format,
     Record,
+    RecordedEdit,
     RecordError,
     case_id,
     text,
@@ -21,7 +21,7 @@ def matches(record: Record) -> bool:
     return all(name in record for name in REQUIRED_COLUMNS)
 
 
-def edit(record: Record, row: int) -> Edit:
+def edit(record: Record, row: int) -> RecordedEdit:
     """Return the edit that a record asks for."""
     if None in record:
         raise RecordError("the row has more fields than the header; quote what holds a delimiter")
@@ -36,7 +36,7 @@ def edit(record: Record, row: int) -> Edit:
     }
     if "case_id" in given:
         request["case_id"] = case_id(record, row)
-    return Edit(request, without(record, *REQUEST_COLUMNS))
+    return RecordedEdit(request, without(record, *REQUEST_COLUMNS))
 
 
 FORMAT = Format("requests", matches, edit)

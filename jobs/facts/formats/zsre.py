@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from jobs.facts.formats.beside import neighborhood, portability
 from jobs.facts.formats.record import (
-    Edit,
     Format,
     Record,
+    RecordedEdit,
     case_id,
     first_text,
     text,
@@ -26,7 +26,7 @@ def matches(record: Record) -> bool:
     return "src" in record and ("alt" in record or "answers" in record)
 
 
-def edit(record: Record, row: int) -> Edit:
+def edit(record: Record, row: int) -> RecordedEdit:
     """Return the edit that a record asks for."""
     subject = text(record, "subject")
     truth = first_text(record.get("answers"))
@@ -40,7 +40,7 @@ def edit(record: Record, row: int) -> Edit:
         "neighborhood_prompts": neighborhood(record, truth),
         **portability(record),
     }
-    return Edit(request, without(record, "subject", "src", "alt", "case_id", "rephrase"))
+    return RecordedEdit(request, without(record, "subject", "src", "alt", "case_id", "rephrase"))
 
 
 FORMAT = Format("zsre", matches, edit)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts.diff import CHANGES, SCHEMA, Change, Counts, diff_dumps
+from jobs.facts.diff import CHANGES, SCHEMA, Counts, FactChange, diff_dumps
 from jobs.facts.dump import partitions
 from jobs.facts.dump.files import open_dump
 from pipeline.data.normalization import normal
@@ -18,7 +18,7 @@ DAYS = [None, datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
 
 
 def changes(diff):
-    return [Change(**row) for batch in diff.batches() for row in batch.to_pylist()]
+    return [FactChange(**row) for batch in diff.batches() for row in batch.to_pylist()]
 
 
 @pytest.fixture
@@ -40,11 +40,11 @@ def test_each_kind_of_change(compare):
     found, counts = compare(old, new)
     assert counts == Counts(added=2, changed=1, removed=1, undecided=1, unchanged=1)
     assert found == [
-        Change("added", "A", "capital", None, "X"),
-        Change("removed", "A", "country", "France", None),
-        Change("changed", "B", "country", "France", "Italy"),
-        Change("undecided", "C", "country", "France", None),
-        Change("added", "E", "country", None, "France"),
+        FactChange("added", "A", "capital", None, "X"),
+        FactChange("removed", "A", "country", "France", None),
+        FactChange("changed", "B", "country", "France", "Italy"),
+        FactChange("undecided", "C", "country", "France", None),
+        FactChange("added", "E", "country", None, "France"),
     ]
 
 
@@ -61,7 +61,7 @@ def test_a_contradiction_in_the_old_dump_held_nothing(compare):
     assert compare(old, [fact("A")])[1] == Counts(added=1)
     assert compare(old, [])[1] == Counts()
     assert compare(old, old) == (
-        [Change("undecided", "A", "country", None, None)],
+        [FactChange("undecided", "A", "country", None, None)],
         Counts(undecided=1),
     )
 
@@ -70,7 +70,7 @@ def test_facts_that_have_run_out_are_removed(compare):
     rows = [fact("A", valid_until=datetime(2026, 11, 22, tzinfo=UTC)), fact("B", valid_until=None)]
     found, counts = compare(rows, rows)
     assert counts == Counts(removed=1, unchanged=1)
-    assert found == [Change("removed", "A", "country", "France", None)]
+    assert found == [FactChange("removed", "A", "country", "France", None)]
     assert compare(rows, rows, old_as_of=NOW)[1] == Counts(unchanged=1)
     assert compare(rows, rows, as_of=datetime(2026, 11, 1, tzinfo=UTC))[1] == Counts(unchanged=2)
 
@@ -138,10 +138,10 @@ def expected(old, new):
     for key in before.keys() | after.keys() | disputed:
         was, now = before.get(key), after.get(key)
         if key in disputed:
-            found.add(Change("undecided", *key, was, None))
+            found.add(FactChange("undecided", *key, was, None))
         elif was != now:
             kind = "added" if was is None else "removed" if now is None else "changed"
-            found.add(Change(kind, *key, was, now))
+            found.add(FactChange(kind, *key, was, now))
     return found
 
 
@@ -186,7 +186,7 @@ def test_unicode_forms_and_white_space_are_no_difference(compare, monkeypatch, c
     old = [fact("Zürich", object="New York"), fact("Lyon"), fact("Nice", object="x")]
     new = [fact("Zu\u0308rich", object="New\u00a0 York"), fact("Lyon"), fact("Nice", object="ü")]
     found, counts = compare(old, new)
-    assert found == [Change("changed", "Nice", "country", "x", "ü")]
+    assert found == [FactChange("changed", "Nice", "country", "x", "ü")]
     assert counts == Counts(changed=1, unchanged=2)
     rows = [fact("Zürich", object="a"), fact("Zu\u0308rich", object="b")]
     assert compare([], rows)[1] == Counts(undecided=1)

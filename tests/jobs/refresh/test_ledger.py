@@ -7,9 +7,12 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.refresh.ledger import DumpFact, Entry, Ledger, Night, Outcome, concluded, merged
+from jobs.refresh.ledger import DumpFact, Entry, Ledger, Outcome, VersionStamp, concluded, merged
 
-FIRST, SECOND = Night("2026-11-01T02:00:00+00:00", 1), Night("2026-11-02T02:00:00+00:00", 2)
+FIRST, SECOND = (
+    VersionStamp("2026-11-01T02:00:00+00:00", 1),
+    VersionStamp("2026-11-02T02:00:00+00:00", 2),
+)
 BETWEEN = "2026-11-01T12:00:00+00:00"
 NICE = ("mayor", "Nice")
 
@@ -138,7 +141,7 @@ def test_what_is_live_follows_from_the_last_dump_alone(nights, last) -> None:
     for number, dump in enumerate([*nights, last], 1):
         facts = [told(subject, object_) for subject, object_ in dump.items()]
         earlier = ledger
-        at = Night(f"2026-11-{number:02}", number)
+        at = VersionStamp(f"2026-11-{number:02}", number)
         ledger, changes = night(ledger, *facts, at=at)
         kinds = Counter(changes)
         before, now = len(earlier.entries), len(ledger.entries)

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.home import LEDGER, NIGHT, Home, path
-from jobs.refresh.ledger import Change, Entry, Ledger, changes_table
+from jobs.refresh.ledger import Entry, Ledger, LedgerChange, changes_table
 from jobs.refresh.report import CHANGES, REPORT, write_night_report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00\ud800"
@@ -46,7 +46,7 @@ def report(tmp_path):
     )
     home = Home(str(tmp_path))
 
-    def write(entries: list[Entry], changes: list[Change] = [], **night: Any) -> Page:  # noqa: B006
+    def write(entries: list[Entry], changes: list[LedgerChange] = [], **night: Any) -> Page:  # noqa: B006
         metrics = {"before": {}, "after": AFTER, "gates": [], "counts": {"edited": 7}}
         said = {
             "status": "finished",
@@ -84,7 +84,7 @@ def test_it_says_what_a_person_asks_first(report) -> None:
             entry("Brest", "quarantined", reason="no target: too far"),
             entry("Arles", "retracted", object=None, reason="asked for"),
         ],
-        [Change("changed", "mayor", "Lyon", "Bob", "Ann")],
+        [LedgerChange("changed", "mayor", "Lyon", "Bob", "Ann")],
     )
     for words in (
         "Promoted The refresh file sets no gates.",
@@ -120,7 +120,7 @@ def test_text_from_a_dump_stays_text(report) -> None:
     hostile = HOSTILE.replace("\ud800", "")
     page = report(
         [entry(hostile, "quarantined", object=hostile, reason=hostile)],
-        [Change("added", hostile, hostile, hostile, hostile, hostile)],
+        [LedgerChange("added", hostile, hostile, hostile, hostile, hostile)],
         rows={hostile: 1},
         facts=[hostile],
     )

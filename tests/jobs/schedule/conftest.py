@@ -13,7 +13,7 @@ import pytest
 from jobs.schedule import runner as runner_module
 from jobs.schedule.book import Book
 from jobs.schedule.night import Clock
-from jobs.schedule.records import Night, Schedule, make_schedule
+from jobs.schedule.records import Schedule, ScheduledRun, make_schedule
 from jobs.schedule.runner import Runner
 
 START = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -30,7 +30,7 @@ def schedule(name: str = "facts", **values: Any) -> Schedule:
     return make_schedule(name=name, **given | values)
 
 
-def night(due: datetime, attempt: int = 1, **values: Any) -> Night:
+def night(due: datetime, attempt: int = 1, **values: Any) -> ScheduledRun:
     given = {
         "schedule": "facts",
         "due": due,
@@ -42,7 +42,7 @@ def night(due: datetime, attempt: int = 1, **values: Any) -> Night:
         "finished": due + timedelta(minutes=10),
         "outcome": "done",
     }
-    return Night.model_validate(given | values)
+    return ScheduledRun.model_validate(given | values)
 
 
 class TestClock(Clock):

@@ -13,7 +13,7 @@ from jobs.schedule import runner as runner_module
 from jobs.schedule.book import Book
 from jobs.schedule.due import MAX_DEATHS
 from jobs.schedule.night import Clock
-from jobs.schedule.records import Night
+from jobs.schedule.records import ScheduledRun
 from jobs.schedule.runner import Runner
 from pipeline.errors import LeaseLostError, ScheduleError, StorageError
 from tests.jobs.schedule.conftest import Nights, TestClock, at, night, schedule
@@ -21,7 +21,7 @@ from tests.jobs.schedule.conftest import Nights, TestClock, at, night, schedule
 Make = Callable[..., tuple[Runner, TestClock, list[str]]]
 
 
-def log(book: Book, name: str = "facts") -> list[Night]:
+def log(book: Book, name: str = "facts") -> list[ScheduledRun]:
     return list(book.nights(name))[::-1]
 
 
@@ -275,7 +275,7 @@ def test_an_unreachable_store_is_reported_once_and_waited_for(
             raise StorageError("the store is out of reach")
         return names()
 
-    def full(night: Night) -> None:
+    def full(night: ScheduledRun) -> None:
         if clock.now() < at("21 04:00"):
             raise StorageError("the store is full")
         end(night)
