@@ -39,6 +39,69 @@ def test_imports_point_one_way(package: str) -> None:
     assert not found
 
 
+LIBRARIES = {"ray", "deepspeed", "transformers", "torch"}
+INTERNALS = {f: f"{f.stem.removesuffix('_internals')}" for f in ROOT.glob("p*/*/*_internals.py")}
+
+
+def declared(file: Path) -> set[str]:
+    """The private names that a module of internals says it uses: the keys of its ``NAMES``."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NAMES":
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise AssertionError(f"{file} has no NAMES")
+
+
+def full_names(tree: ast.AST) -> Iterator[str]:
+    """What a file imports, and the attributes and strings in it, the former by their full names."""
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                yield prefix + alias.name
+                aliases[alias.asname or alias.name] = prefix + alias.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, _, rest = ast.unparse(node).partition(".")
+            yield f"{aliases.get(owner, owner)}.{rest}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def is_private(name: str, known: set[str]) -> bool:
+    """Whether a full name is a library's own, or ends in an attribute that is known to be."""
+    first, *parts = name.split(".")
+    last = name.rpartition(".")[2]
+    inside = any(p.startswith("_") and not p.startswith("__") for p in parts)
+    return name in known or last in known or (first in LIBRARIES and inside)
+
+
+def test_private_names_of_libraries_stand_in_one_module_each() -> None:
+    assert sorted(INTERNALS.values()) == sorted(LIBRARIES)
+    names = set().union(*map(declared, INTERNALS))
+    attributes = {n.rpartition(".")[2] for n in names}
+    known = names | {a for a in attributes if a.startswith(("_", "ds_"))}
+    files = [f for p in (*PACKAGES, "benchmarks") for f in (ROOT / p).rglob("*.py")]
+    found = {
+        f"{file.relative_to(ROOT)} reaches for {name}; only {where} may"
+        for file in files
+        if file not in INTERNALS
+        for name in full_names(ast.parse(file.read_text(encoding="utf-8")))
+        if is_private(name, known)
+        for where in [" or ".join(sorted(str(f.relative_to(ROOT)) for f in INTERNALS))]
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("file", INTERNALS, ids=lambda f: f.stem)
+def test_modules_of_internals_declare_what_they_use(file: Path) -> None:
+    names = declared(file)
+    used = full_names(ast.parse(file.read_text(encoding="utf-8")))
+    private = {name for name in used if is_private(name, set()) and name.isascii()}
+    assert not {u for u in private if not any(f"{n}.".startswith(f"{u}.") for n in names)}
+
+
 def test_everything_offered_exists_and_errors_share_a_root() -> None:
     assert sorted(pmet.__all__) == pmet.__all__
     for name in pmet.__all__:
