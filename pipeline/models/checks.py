@@ -21,10 +21,10 @@ from pipeline.models.skeleton import NO_CODE, UNREADABLE, loaded_names, open_ske
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
 from pmet.model import Layout, part_with, parts_beside, resolve, transformers_internals
+from pmet.safetensors_header import DTYPES
 
 # Layers that keep nothing but keys and values of their own, as `pmet.model.prefix` holds them.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FULL = (
     "an edit changes full-precision weights; edit the model that it was made from, which its model "
     "card names, and quantise the result"
@@ -222,7 +222,7 @@ def _check_header(
     checkpoint: Checkpoint, model: Any, name: str, stored: str, shape: tuple[int, ...]
 ) -> None:
     header = checkpoint.headers[stored]
-    if header.dtype not in _FLOATS:
+    if header.dtype not in DTYPES:
         raise ModelError(
             f"model {checkpoint.folder} stores {stored} as {header.dtype}, as a quantised model "
             f"does: {_FULL}"
