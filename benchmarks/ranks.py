@@ -155,7 +155,7 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
         run_folder.store.write_table(found.files[shard.index], table)
     progress = Progress()
     with (
-        RayExecutor(plan, "local", lambda *_: None) as executor,
+        RayExecutor(plan, "local", lambda *_, **__: None) as executor,
         _peaks() as peaks,
         mock.patch("pipeline.workers.ray_executor.RankGroup", _TimedGroup),
     ):

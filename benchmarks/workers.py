@@ -14,7 +14,7 @@ from benchmarks.harness import arguments, problem, show, timed
 from pipeline.cluster import Task, WorkerPool, ray_session
 from pipeline.models import ModelSource
 from pipeline.storage import Store
-from pipeline.workers import ModelWorker
+from pipeline.workers import ModelWorker, TargetTask
 
 
 def main() -> None:
@@ -36,16 +36,18 @@ def main() -> None:
                     Task(
                         f"shard {start}",
                         (
-                            source,
-                            given.requests[start : start + options.shard_size],
-                            list(range(len(given.requests)))[start : start + options.shard_size],
-                            given.hparams,
-                            given.templates,
-                            "joint",
-                            None,
-                            1.0,
-                            Store(folder),
-                            f"{workers}-{start}",
+                            TargetTask(
+                                source=source,
+                                requests=given.requests[start : start + options.shard_size],
+                                rows=range(len(given.requests))[start : start + options.shard_size],
+                                hparams=given.hparams,
+                                templates=given.templates,
+                                shared_keys="joint",
+                                batch_size=None,
+                                memory_share=1.0,
+                                output=Store(folder),
+                                name=f"{workers}-{start}",
+                            ),
                         ),
                     )
                     for start in range(0, len(given.requests), options.shard_size)

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cluster import Ask, EventKind, Pool, SerialPool, Task, check_gpus, run_all
+from pipeline.cluster import Ask, Pool, SerialPool, Task, check_gpus, run_all
 from pipeline.errors import JobError
+from pipeline.events import EventKind, StageName
 from pipeline.job import is_part_or_whole
 from pipeline.places import model_places, pattern_places
 from pipeline.plan import load_hparams
@@ -61,7 +62,7 @@ def compute_statistics(
     read = [("model", model_places(model)), ("corpus", pattern_places(corpus))]
     refuse_overlap(("--output", output), read)
     wanted = Ask("worker", count, 1, gpus_per_worker, "--workers", "--gpus-per-worker")
-    with progress.stage("plan"):
+    with progress.stage(StageName.PLAN):
         check_gpus([wanted], address)
         job = plan_statistics(
             model,
@@ -87,13 +88,10 @@ def _run(
     progress: Progress,
 ) -> None:
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
-        def on_event(kind: EventKind, text: str) -> None:
-            progress.event(text, kind)
-
         options: dict[str, Any] = {
             "init_args": (job.source,),
             "threads": THREADS,
-            "on_event": on_event,
+            "on_event": progress.event,
         }
         with (
             SerialPool(ModelWorker, **options)
@@ -102,7 +100,7 @@ def _run(
         ) as pool:
             run_all(pool, method, tasks, take)
 
-    with progress.stage("second moments", job.corpus.tokens) as bar:
+    with progress.stage(StageName.SECOND_MOMENTS, job.corpus.tokens) as bar:
         collect(job, store, run_tasks, bar)
 
 
@@ -123,9 +121,9 @@ def _ray_pool(
         return min(room_for_workers(wanted.gpus), tasks)
 
     on_event = options["on_event"]
-    with ray_session(address, num_cpus=wanted.count, say=partial(on_event, "note")):
+    with ray_session(address, num_cpus=wanted.count, say=partial(on_event, EventKind.NOTE)):
         if wanted.count:
-            wait_for_nodes(wanted, partial(on_event, "waiting"))
+            wait_for_nodes(wanted, partial(on_event, EventKind.WAITING))
         with WorkerPool(
             ModelWorker,
             count=min(wanted.count or default_workers(wanted.gpus), tasks),

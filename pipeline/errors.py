@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pipeline.failures import FailureKind
 from pmet.errors import InputError, PMETError
 
 if TYPE_CHECKING:
@@ -114,13 +115,16 @@ class WorkerError(PMETError):
     """A worker or a rank failed.
 
     Attributes:
-        cause_text: what the worker itself reported, traceback included; empty where it died
-            without a word.
+        cause_text: what the worker itself reported, traceback included; empty where its process
+            ended without an error message.
+        kind: what decides how the failure is handled.
     """
 
-    def __init__(self, message: str, *, cause_text: str = "") -> None:
+    def __init__(
+        self, message: str, *, cause_text: str = "", kind: FailureKind = FailureKind.OTHER
+    ) -> None:
         super().__init__(message)
-        self.cause_text = cause_text
+        self.cause_text, self.kind = cause_text, kind
 
 
 class NoRoomError(WorkerError):

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipeline.data import (
     Corpus,
     Rejection,
+    RejectionCode,
     RequestTable,
     Shard,
     plan_shards,
@@ -271,7 +272,7 @@ def _fitting(
             problem = Problem.of(tokenizer, request, bare)
             problem.check_length(request, None if limit is None else limit - room)
         except RequestError as error:
-            rejected.append(Rejection(table.rows[place], str(error)))
+            rejected.append(Rejection(table.rows[place], str(error), RejectionCode.UNFIT))
         else:
             # A digest: the tokens of all requests would take a multiple of the memory.
             key = hashlib.sha256(repr(problem.key_tokens).encode()).digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
-NOTE = "note"
-"""The kind of what is only said."""
-_SHARD = re.compile(r"\bshard (\w+)")
-_ATTEMPT = re.compile(r"\battempt (\d+)")
+from pipeline.events import EventKind
 
 
 class Stage:
@@ -115,8 +111,10 @@ class Progress:
         """Show a stage for the time of a ``with`` block."""
         yield Stage()
 
-    def event(self, text: str, kind: str = NOTE) -> None:
-        """Show something that happened, and of what kind it is: ``retry``, ``death``."""
+    def event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
+        """Show something that happened; see `pipeline.events.OnEvent`."""
 
 
 @dataclass
@@ -145,9 +143,11 @@ class RichProgress(Progress):
             done = bars.tasks[0].total or bars.tasks[0].completed or 1
             bars.update(task, total=done, completed=done)
 
-    def event(self, text: str, kind: str = NOTE) -> None:
+    def event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
         """Print a line."""
-        line = text if kind == NOTE else f"{kind}: {text}"
+        line = text if kind is EventKind.NOTE else f"{kind}: {text}"
         self.console.print(line, style="yellow", markup=False, highlight=False)
 
 
@@ -193,15 +193,12 @@ class LineProgress(Progress):
         yield _LineStage(self._say, self._every_s, name, total)
         self._say(event="end", stage=name, seconds=round(time.monotonic() - start, 3))
 
-    def event(self, text: str, kind: str = NOTE) -> None:
+    def event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
         """See `Progress.event`."""
-        shard, attempt = _SHARD.search(text), _ATTEMPT.search(text)
-        self._say(
-            event=kind,
-            shard=shard and shard[1],
-            shard_attempt=attempt and int(attempt[1]),
-            text=text,
-        )
+        # ``attempt`` is the attempt at the run, in every line.
+        self._say(event=kind, shard=shard, shard_attempt=attempt, text=text)
 
     def _say(self, **values: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")

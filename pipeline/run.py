@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from pipeline.cluster import MeteredProgress, OnEvent, asks, check_gpus, crowding, deferred, signals
-from pipeline.data import Rejection, RequestTable
+from pipeline.cluster import MeteredProgress, asks, check_gpus, crowding, deferred, signals
+from pipeline.data import Rejection, RejectionCode, RequestTable, Row
 from pipeline.errors import (
     JobError,
     LeaseLostError,
@@ -23,14 +23,14 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.evaluation import grouped, warnings_of_layers, warnings_of_targets, weights_of
+from pipeline.events import EventKind, OnEvent, StageName
 from pipeline.job import JobConfig, by_key, dump_job, load_job, outcomes
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import NOTE, Progress
+from pipeline.progress import Progress
 from pipeline.report import Tracking, model_card, trackers_of, write_report
 from pipeline.run_folder import (
     CARD,
     MODEL,
-    NO_TARGET,
     NOT_EXCLUSIVE,
     STATUS,
     Lease,
@@ -43,6 +43,7 @@ from pipeline.stages import (
     FoundTargets,
     Measurement,
     answered,
+    channel,
     check_ranks,
     collect_moments,
     courses_of,
@@ -110,7 +111,7 @@ def run_job(
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
     progress = progress or Progress()
-    with progress.stage("plan"):
+    with progress.stage(StageName.PLAN):
         plan = plan_run(job, address=address, beside=beside)
     return run_plan(plan, progress=progress, fresh=fresh, address=address)
 
@@ -212,18 +213,15 @@ def _said(value: Any) -> str:
 def _run_in(
     folder: RunFolder, lease: Lease, plan: Plan, progress: Progress, address: str | None
 ) -> RunResult:
-    def on_event(kind: str, text: str) -> None:
-        folder.event(kind, text)
-        progress.event(text, kind)
-
+    on_event = channel(folder, progress)
     if not lease.exclusive:
-        on_event("warning", f"{folder.store.url}: {NOT_EXCLUSIVE}")
+        on_event(EventKind.WARNING, f"{folder.store.url}: {NOT_EXCLUSIVE}")
     for text in crowding(plan.job, address):
-        on_event("warning", text)
+        on_event(EventKind.WARNING, text)
     if sentence := ignored_sentence(plan.hparams):
-        on_event("warning", f"{plan.job.hparams}: {sentence}")
+        on_event(EventKind.WARNING, f"{plan.job.hparams}: {sentence}")
     for note in plan.table.notes:
-        on_event(NOTE, note)
+        on_event(EventKind.NOTE, note)
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
@@ -318,8 +316,7 @@ def _run_stages(run: Context) -> RunResult:
 
 def _warn(run: Context, texts: Sequence[str]) -> None:
     for text in texts:
-        run.folder.event("warning", text)
-        run.progress.event(text, "warning")
+        run.event(EventKind.WARNING, text)
 
 
 def _edited_losses(
@@ -337,7 +334,10 @@ def _edited_losses(
 
 def _concluded(plan: Plan, found: FoundTargets) -> RequestTable:
     """The input with all rejections: those of the plan, and requests without a target."""
-    late = [Rejection(row, f"{NO_TARGET}{reason}") for row, reason in found.failures.items()]
+    late = [
+        Rejection(row, f"no target: {reason}", RejectionCode.NO_TARGET)
+        for row, reason in found.failures.items()
+    ]
     rejected = sorted([*plan.table.rejected, *late], key=lambda r: r.row)
     return dataclasses.replace(plan.table, rejected=rejected)
 
@@ -347,7 +347,7 @@ def _conclude(
     found: FoundTargets,
     before: Measurement,
     after: Measurement,
-    kept: Collection[int],
+    kept: Collection[Row],
 ) -> RunResult:
     """Write results, metrics, model card and report; ask the gates."""
     plan, store = run.plan, run.store

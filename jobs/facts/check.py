@@ -18,7 +18,15 @@ from jobs.facts.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
 from jobs.facts.rows import JudgedRows
 from jobs.facts.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
-from pipeline.data import REQUIRED_COLUMNS, Rejection, RequestTable, read_requests, readable
+from pipeline.data import (
+    REQUIRED_COLUMNS,
+    Reason,
+    Rejection,
+    RejectionCode,
+    RequestTable,
+    read_requests,
+    readable,
+)
 from pipeline.errors import RequestTableError, StorageError
 from pipeline.storage import expand, parquet_footer
 
@@ -159,7 +167,7 @@ def check_requests(table: RequestTable) -> CheckResult:
     """The rows of a request table that are not edited, by their reasons."""
     by_kind: dict[str, list[Rejection]] = defaultdict(list)
     for rejection in table.rejected:
-        by_kind[reason_kind(rejection.reason)].append(rejection)
+        by_kind[reason_kind(Reason(rejection.code, rejection.reason))].append(rejection)
     findings = [
         Finding(
             kind,
@@ -182,13 +190,11 @@ def _holds_requests(source: str) -> bool:
     return False
 
 
-def reason_kind(reason: str) -> str:
-    """A reason without what it says of one row alone."""
-    if reason.startswith("repeats row"):
-        return "duplicate"
-    if reason.startswith("contradicts row"):
-        return "contradiction"
-    what = reason.partition(";")[0]
+def reason_kind(reason: Reason) -> str:
+    """What a reason is counted under: its code, or its text without the values of the row."""
+    if reason.code in (RejectionCode.DUPLICATE, RejectionCode.CONTRADICTION):
+        return reason.code
+    what = reason.text.partition(";")[0]
     # Quoted text, in either of Python's quotes, then numbers.
     what = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", what)
     return re.sub(r"\d+", "N", what)

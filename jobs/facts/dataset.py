@@ -18,7 +18,16 @@ from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
 from jobs.facts.records import is_parquet, read_records, unwrapped
-from pipeline.data import REQUEST_COLUMNS, Repeats, readable, request_of, with_columns
+from pipeline.data import (
+    REQUEST_COLUMNS,
+    Reason,
+    RejectionCode,
+    Repeats,
+    Row,
+    readable,
+    request_of,
+    with_columns,
+)
 from pipeline.errors import FactDumpError, StorageError
 from pipeline.storage import Columns, expand_with_columns, parquet_footer, read_batches
 from pmet.request import TEXT_LISTS, EditRequest
@@ -80,8 +89,12 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
     format_ = _format(records, source, format_name)
     parts = [part for record in records for part in _parts(record, format_)]
     outcomes = [_outcome(part, row, format_) for row, part in enumerate(parts)]
-    edits = {row: found for row, found in enumerate(outcomes) if not isinstance(found, str)}
-    reasons = {row: found for row, found in enumerate(outcomes) if isinstance(found, str)}
+    edits = {Row(row): found for row, found in enumerate(outcomes) if not isinstance(found, str)}
+    reasons = {
+        Row(row): Reason(RejectionCode.INVALID, found)
+        for row, found in enumerate(outcomes)
+        if isinstance(found, str)
+    }
     repeats = Repeats()
     for row, (request, _, _) in edits.items():
         repeats.add(row, request)
@@ -92,7 +105,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
         outputs.write(
             _table(accepted),
             pa.table({"record": pa.array([_json(parts[row]) for row in rejected], pa.string())}),
-            pa.array([reasons[row] for row in rejected], pa.string()),
+            pa.array([reasons[row].text for row in rejected], pa.string()),
             rejected,
         )
     kinds = Counter(reason_kind(reasons[row]) for row in rejected)

@@ -41,6 +41,7 @@ from jobs.refresh.ledger import (
     Ledger,
     Night,
     Outcome,
+    State,
     changes_table,
     concluded,
     merged,
@@ -48,7 +49,9 @@ from jobs.refresh.ledger import (
 from jobs.refresh.report import quarantined, write_night_report
 from jobs.refresh.tonight import Tonight, keys, of_facts, read_dump, sorted_requests
 from pipeline.cluster import asks, check_gpus, deferred
+from pipeline.data import RejectionCode
 from pipeline.errors import FactDumpError
+from pipeline.events import StageName
 from pipeline.job import JobConfig
 from pipeline.models import Checkpoint, checked_digest, default_cache, open_model_folder, publish
 from pipeline.places import hparams_places, model_places, pattern_places
@@ -56,7 +59,7 @@ from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import write_report
 from pipeline.run import RunResult, how_it_ended, plan_run, run_plan
-from pipeline.run_folder import MODEL, NO_TARGET, STATUS, Lease, RunFolder
+from pipeline.run_folder import MODEL, STATUS, Lease, RunFolder
 from pipeline.storage import Store, locate, now_text, refuse_overlap
 from pmet.errors import PMETError
 
@@ -272,7 +275,7 @@ class _Work:
         self._write(REQUESTS, requests)
         plan = None
         if len(requests):
-            with self._progress.stage("plan"):
+            with self._progress.stage(StageName.PLAN):
                 plan = plan_run(job, address=address, beside=NIGHT_FILES)
         self._said["settings"] = _settings(job, self._config)
         if not (fresh or begun or changes) and (current := self._unchanged(plan)) is not None:
@@ -387,7 +390,7 @@ class _Work:
     def _targets(self) -> dict[str, int]:
         """How many targets were computed, and how many the store had."""
         stages = self._run_of(self._night.version).get("stages", [])
-        details = [stage["detail"] for stage in stages if stage["name"] == "targets"]
+        details = [stage["detail"] for stage in stages if stage["name"] == StageName.TARGETS]
         return {n: sum(detail.get(n, 0) for detail in details) for n in ("found", "stored")}
 
     def _refreshed(self, status: Status) -> Refreshed:
@@ -472,10 +475,10 @@ def _differing(run: Mapping[str, Any], plan: Plan) -> list[str]:
 def _outcomes(facts: list[Key], result: RunResult) -> dict[Key, Outcome]:
     """What became of each fact that was live; rows are counted as the requests are."""
     outcomes: dict[Key, Outcome] = {}
-    rejected = result.folder.read_table("rejected.parquet", ["row", "reason"])
-    for row, reason in zip(*(column.to_pylist() for column in rejected.columns), strict=True):
-        unreachable = reason.startswith(NO_TARGET)
-        outcomes[facts[row]] = Outcome("quarantined" if unreachable else "rejected", reason)
+    rejected = result.folder.read_table("rejected.parquet", ["row", "code", "reason"])
+    for row, code, reason in zip(*(column.to_pylist() for column in rejected.columns), strict=True):
+        state: State = "quarantined" if code == RejectionCode.NO_TARGET else "rejected"
+        outcomes[facts[row]] = Outcome(state, reason)
     names = ["row", "after_efficacy", "after_efficacy_strict"]
     results = result.folder.read_table("results.parquet", names)
     for row, likely, said in zip(*(column.to_pylist() for column in results.columns), strict=True):

@@ -28,8 +28,6 @@ from .session import room_for_workers as room_for_workers
 from .shares import fit_gpus as fit_gpus
 from .signals import STOPPING as STOPPING
 from .signals import deferred as deferred
-from .tasks import EventKind as EventKind
 from .tasks import FailedTask as FailedTask
-from .tasks import OnEvent as OnEvent
 from .tasks import Task as Task
 from .worker_pool import WorkerPool as WorkerPool

@@ -5,7 +5,7 @@
 | ``pmet_stage_done``, ``pmet_stage_total`` | ``run``, ``stage`` | items of a stage |
 | ``pmet_stage_rate`` | ``run``, ``stage`` | items a second: targets, in the stage of that name |
 | ``pmet_shards_done`` | ``run`` | shards of targets that were stored |
-| ``pmet_events`` | ``run``, ``kind`` | retries, deaths, time-outs |
+| ``pmet_events`` | ``run``, ``kind`` | events by kind: ``retry``, ``death``, ``timeout`` … |
 | ``pmet_gpu_peak_bytes`` | ``work`` | the most that a worker or a rank has allocated on its GPU |
 
 Ray adds node and process. Nothing is sent while this process has joined no cluster. Ray takes ASCII
@@ -23,12 +23,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from pipeline.progress import NOTE, CountedStage, Progress, Stage
+from pipeline.events import EventKind
+from pipeline.progress import CountedStage, Progress, Stage
 
 if TYPE_CHECKING:
     from ray.util import metrics
 
-_KINDS = frozenset({"retry", "death", "timeout", "failed", "start-failure", "waiting", "warning"})
 # What stays as it is in a tag: the printable characters of ASCII but %, which marks the others.
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 _GAUGES = {
@@ -61,10 +61,12 @@ class MeteredProgress(Progress):
         with self._shown.stage(name, total) as stage:
             yield _MeteredStage(stage, total, self, name)
 
-    def event(self, text: str, kind: str = NOTE) -> None:
+    def event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
         """See `Progress.event`."""
-        self.count("pmet_events", "Things that happened.", kind=kind if kind in _KINDS else "other")
-        self._shown.event(text, kind)
+        self.count("pmet_events", "Things that happened.", kind=kind)
+        self._shown.event(kind, text, shard=shard, attempt=attempt)
 
     def count(self, name: str, what: str, **tags: str) -> None:
         """Add one to a counter."""
@@ -90,7 +92,7 @@ class MeteredProgress(Progress):
 
             self._joined = True
             if url := dashboard_url():
-                self._shown.event(f"Ray's dashboard: {url}")
+                self._shown.event(EventKind.NOTE, f"Ray's dashboard: {url}")
         return True
 
 

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster.process import cause_here, full_text, limit_threads
-from pipeline.cluster.tasks import Attempt, EventKind, FailedTask, OnEvent, Task, TaskQueue
+from pipeline.cluster.tasks import Attempt, FailedTask, Task, TaskQueue
 from pipeline.errors import WorkerError
-from pipeline.remedies import MEMORY_OF_WORKERS, remedy
+from pipeline.events import OnEvent, ignore
+from pipeline.failures import MEMORY_OF_WORKERS, Failure, remedy
 from pmet.errors import InputError
 
 OnResult = Callable[[Task, Any], None]
@@ -28,12 +29,12 @@ class Pool(ABC):
 
     Args:
         max_attempts: how often a task is tried.
-        on_event: told about what went wrong.
+        on_event: called with what went wrong.
     """
 
     def __init__(self, max_attempts: int, on_event: OnEvent | None) -> None:
         self._max_attempts = max_attempts
-        self._on_event = on_event or _ignore
+        self._on_event = on_event or ignore
         self._closed = False
 
     def run(
@@ -107,7 +108,7 @@ class SerialPool(Pool):
         init_args: what the factory is called with.
         threads: torch threads while the pool is open; as they are if None.
         max_attempts: how often a task is tried.
-        on_event: told about retries and failures.
+        on_event: called with retries and failures.
     """
 
     def __init__(
@@ -171,18 +172,14 @@ def run_all(
     failed = pool.run(method, tasks, take)
     if not failed:
         return
-    shown = "; ".join(f"{f.task.key}: {f.reason}" for f in failed[:_SHOWN_SHARDS])
+    shown = "; ".join(f"{f.task.key}: {f.failure}" for f in failed[:_SHOWN_SHARDS])
     raise WorkerError(
         f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
-        f"What was finished is kept: {remedy(shown, MEMORY_OF_WORKERS)}",
-        cause_text=failed[0].reason,
+        f"What was finished is kept: {remedy((f.failure.kind for f in failed), MEMORY_OF_WORKERS)}",
+        cause_text=failed[0].failure.text,
     )
 
 
-def cannot_start(reason: str, error: BaseException) -> WorkerError:
+def cannot_start(failure: Failure, error: BaseException) -> WorkerError:
     """The error of a pool none of whose workers starts."""
-    return WorkerError(f"no worker can start: {reason}", cause_text=full_text(error))
-
-
-def _ignore(kind: EventKind, text: str) -> None:
-    """Take no notice of an event."""
+    return WorkerError(f"no worker can start: {failure}", cause_text=full_text(error))

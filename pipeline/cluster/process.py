@@ -12,6 +12,11 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 
+from pipeline.errors import StorageError
+from pipeline.failures import Failure, FailureKind
+
+OUT_OF_MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
+"""Names of the exceptions of Python, torch, Ray and pmet that say that memory is exhausted."""
 LOCAL = "local"
 """The address of a cluster that is started on this machine."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -46,18 +51,29 @@ def limit_threads(threads: int | None) -> int | None:
     return before
 
 
-def cause_here(error: BaseException) -> str:
-    """An error of this process in one line: exception type, message and the last traceback line."""
+def cause_here(error: BaseException) -> Failure:
+    """The failure that an error of this process is, with the last traceback line."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
-    return described(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
+    return failure_of(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
 
 
-def described(error: BaseException, place: str) -> str:
-    """An error's type and message in one line, and the place in the source where it arose."""
+def failure_of(error: BaseException, place: str) -> Failure:
+    """The failure that an error is, with the place in the source where it arose."""
     message = one_line(str(error))
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return f"{text} ({place})" if place else text
+    return Failure(f"{text} ({place})" if place else text, _kind(error))
+
+
+def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, StorageError):
+        return FailureKind.STORAGE
+    # Named, not imported: this process has no need of torch. Its CPU allocator raises a plain
+    # RuntimeError, whose message is all there is to know it by.
+    short = type(error).__name__ in OUT_OF_MEMORY or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+    return FailureKind.MEMORY if short else FailureKind.OTHER
 
 
 def full_text(error: BaseException) -> str:

@@ -29,8 +29,8 @@ from pipeline.cluster.session import (
     root_cause,
     worker_environment,
 )
-from pipeline.cluster.tasks import OnEvent
 from pipeline.errors import NoRoomError, WorkerError
+from pipeline.events import EventKind, OnEvent
 from pmet.errors import InputError, NumericalError
 
 _TICK_S = 0.1
@@ -249,7 +249,9 @@ class RankGroup:
     def _say_waiting(self) -> None:
         if self._on_event is not None:
             text = f"no room yet for {self._needs} each, {free_text()}"
-            self._on_event("waiting", f"{text}; waiting {self._start_timeout_s:g} s at most")
+            self._on_event(
+                EventKind.WAITING, f"{text}; waiting {self._start_timeout_s:g} s at most"
+            )
 
     def _collect(self, replies: list[Any], deadline_s: float | None, doing: str) -> list[Any]:
         end = None if deadline_s is None else time.monotonic() + deadline_s
@@ -277,9 +279,11 @@ class RankGroup:
             cause = original(error)
             if isinstance(cause, _PLAIN):
                 raise cause from None
+        failure = root_cause(error)
         raise WorkerError(
-            f"rank {rank} of {self.size} failed in {doing}: {root_cause(error)}",
+            f"rank {rank} of {self.size} failed in {doing}: {failure}",
             cause_text=full_text(error),
+            kind=failure.kind,
         )
 
 

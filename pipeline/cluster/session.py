@@ -25,8 +25,8 @@ from pipeline.cluster.local_ray import RAY_FOLDER, folder_for_ray, forget_token,
 from pipeline.cluster.process import (
     LOCAL,
     cause_here,
-    described,
     environment,
+    failure_of,
     full_text,
     limit_threads,
     named_cluster,
@@ -34,6 +34,7 @@ from pipeline.cluster.process import (
 )
 from pipeline.cluster.shares import fit, fit_gpus
 from pipeline.errors import WorkerError
+from pipeline.failures import Failure, FailureKind
 from pipeline.storage import libraries_environment
 
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
@@ -209,20 +210,23 @@ class HeldInActor:
             gc.enable()
 
 
-def root_cause(error: BaseException) -> str:
-    """What really went wrong, in one line: exception type, message and the last traceback line.
+def root_cause(error: BaseException) -> Failure:
+    """What really went wrong: exception type, message and the last traceback line.
 
     An error that Ray wrapped is unwrapped; the death of a process is told with what is known of
     it, without Ray's advice.
     """
     if isinstance(error, ray_exceptions.RayTaskError):
-        return described(original(error), _last_frame(str(error)))
+        return failure_of(original(error), _last_frame(str(error)))
     if isinstance(error, ray_exceptions.OutOfMemoryError):
-        return f"{type(error).__name__}: {_short_of_memory(full_text(error))}"
+        return Failure(
+            f"{type(error).__name__}: {_short_of_memory(full_text(error))}", FailureKind.MEMORY
+        )
     if isinstance(error, ray_exceptions.RayActorError):
-        return f"{type(error).__name__}: {_death(full_text(error))}"
+        text = full_text(error)
+        return Failure(f"{type(error).__name__}: {_death(text)}", _kind_of_death(text))
     if isinstance(error, ray_exceptions.RayError):
-        return f"{type(error).__name__}: {one_line(full_text(error))}"
+        return Failure(f"{type(error).__name__}: {one_line(full_text(error))}")
     return cause_here(error)
 
 
@@ -323,19 +327,25 @@ def _short_of_memory(text: str) -> str:
     return f"memory was short: Ray ended the process before its machine had none left{how}"
 
 
+def _kind_of_death(text: str) -> FailureKind:
+    """Whether a process may have ended for want of memory: only Ray's message says."""
+    killed = any(sign in text for sign in (_SILENT_END, "SIGKILL", "OutOfMemory"))
+    return FailureKind.MEMORY if killed else FailureKind.OTHER
+
+
 def _death(text: str) -> str:
     """How a process ended, as far as Ray knows, and which one it was."""
-    told = text.partition("Some common causes")[0]
-    number = re.search(r"^\s*pid: (\d+)", told, re.MULTILINE)
-    machine = re.search(r"^\s*ip: (\S+)", told, re.MULTILINE)
+    said = text.partition("Some common causes")[0]
+    number = re.search(r"^\s*pid: (\d+)", said, re.MULTILINE)
+    machine = re.search(r"^\s*ip: (\S+)", said, re.MULTILINE)
     if number is None or machine is None:
-        return one_line(told)
+        return one_line(said)
     who = f"process {number[1]} on {machine[1]}"
-    if _SILENT_END not in told:
-        return f"{who}: {one_line(told[machine.end() :])}"
+    if _SILENT_END not in said:
+        return f"{who}: {one_line(said[machine.end() :])}"
     return (
-        f"its worker process has died without a word ({who}), as after signal 9 (SIGKILL): it "
-        "crashed, or somebody or the kernel killed it, which it does when memory is short"
+        f"its worker process exited without an error message ({who}), as after signal 9 (SIGKILL): "
+        "it crashed or was killed; the kernel kills processes when memory is short"
         f"{_kernel_says(machine[1])}"
     )
 

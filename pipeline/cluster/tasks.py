@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-EventKind = Literal["retry", "death", "timeout", "failed", "start-failure", "waiting", "note"]
-OnEvent = Callable[[EventKind, str], None]
+from pipeline.events import EventKind, OnEvent
+from pipeline.failures import Failure
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,13 @@ class Task:
         key: names the task in messages; unique within a stage.
         args: positional arguments of the call.
         attempts: how often it is tried; as the pool says if None.
+        shard: the name of the shard that it is about, for events; None where it is not about one.
     """
 
     key: str
     args: tuple[Any, ...] = ()
     attempts: int | None = None
+    shard: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class FailedTask:
     Attributes:
         task: the task.
         attempts: how often it was tried.
-        reason: root cause of the last attempt: exception type, message, last traceback line.
+        failure: root cause of the last attempt.
     """
 
     task: Task
     attempts: int
-    reason: str
+    failure: Failure
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,17 @@ class TaskQueue:
             self._on_drained = None
         return attempt
 
-    def failed(self, attempt: Attempt, reason: str) -> None:
+    def failed(self, attempt: Attempt, failure: Failure) -> None:
         """Have the task tried again, or give it up."""
         task, number = attempt.task, attempt.number
         allowed = task.attempts or self._max_attempts
-        text = f"{task.key}, attempt {number} of {allowed}: {reason}"
+        text = f"{task.key}, attempt {number} of {allowed}: {failure}"
         if number < allowed:
-            self._on_event("retry", text)
+            self._on_event(EventKind.RETRY, text, shard=task.shard, attempt=number)
             self._again.appendleft(Attempt(task, attempt.place, number + 1))
         else:
-            self._on_event("failed", text)
-            self._given_up.append((attempt.place, FailedTask(task, number, reason)))
+            self._on_event(EventKind.FAILED, text, shard=task.shard, attempt=number)
+            self._given_up.append((attempt.place, FailedTask(task, number, failure)))
 
     def given_up(self) -> list[FailedTask]:
         """The tasks given up, in the order of the stage."""

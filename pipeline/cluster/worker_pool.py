@@ -15,6 +15,7 @@ import ray
 from ray import exceptions as ray_exceptions
 
 from pipeline.cluster.pool import OnResult, Pool, cannot_start
+from pipeline.cluster.process import OUT_OF_MEMORY
 from pipeline.cluster.session import (
     HeldInActor,
     cluster_resources,
@@ -23,8 +24,10 @@ from pipeline.cluster.session import (
     root_cause,
     worker_environment,
 )
-from pipeline.cluster.tasks import Attempt, OnEvent, TaskQueue
+from pipeline.cluster.tasks import Attempt, TaskQueue
 from pipeline.errors import NoRoomError
+from pipeline.events import EventKind, OnEvent
+from pipeline.failures import Failure
 from pmet.errors import InputError
 
 _TICK_S = 0.1
@@ -33,7 +36,7 @@ _LOOK_S = 5.0
 _SILENCE_S = 60.0
 # After one of these the process still lives, but its memory or its GPU is not to be trusted.
 # Named, not imported: an executor has no need of torch.
-_RUINOUS = frozenset({"MemoryError", "OutOfMemoryError", "AcceleratorError"})
+_RUINOUS = OUT_OF_MEMORY | {"AcceleratorError"}
 
 
 class WorkerPool(Pool):
@@ -162,16 +165,21 @@ class WorkerPool(Pool):
     def _attempt_failed(
         self, seat: _Seat, attempt: Attempt, error: ray_exceptions.RayError, queue: TaskQueue
     ) -> None:
-        reason = root_cause(error)
+        failure = root_cause(error)
         if _process_is_lost(error):
-            self._on_event("death", f"worker {seat.index} was lost on {attempt.task.key}: {reason}")
+            self._on_event(
+                EventKind.DEATH,
+                f"worker {seat.index} was lost on {attempt.task.key}: {failure}",
+                shard=attempt.task.shard,
+                attempt=attempt.number,
+            )
             self._start(seat)
-        queue.failed(attempt, reason)
+        queue.failed(attempt, failure)
 
     def _start_failed(self, seat: _Seat, error: ray_exceptions.RayError) -> None:
-        reason = root_cause(error)
+        failure = root_cause(error)
         if seat.ready:
-            self._on_event("death", f"worker {seat.index} was lost while idle: {reason}")
+            self._on_event(EventKind.DEATH, f"worker {seat.index} was lost while idle: {failure}")
             self._start(seat)
             return
         self._dismiss(seat)
@@ -179,12 +187,12 @@ class WorkerPool(Pool):
         # A factory that raises on every worker's first start will go on to raise.
         hopeless = isinstance(error, ray_exceptions.RayTaskError) and not self._ever_ready
         if not hopeless and seat.failed_starts < self._max_attempts:
-            self._on_event("start-failure", f"worker {seat.index} did not start: {reason}")
+            self._on_event(EventKind.START_FAILURE, f"worker {seat.index} did not start: {failure}")
             self._start(seat)
         elif hopeless or not any(seat.actor for seat in self._seats):
-            raise cannot_start(reason, error)
+            raise cannot_start(failure, error)
         else:
-            self._on_event("start-failure", f"worker {seat.index} is given up: {reason}")
+            self._on_event(EventKind.START_FAILURE, f"worker {seat.index} is given up: {failure}")
 
     def _end_overdue(self, queue: TaskQueue) -> None:
         now = time.monotonic()
@@ -199,17 +207,22 @@ class WorkerPool(Pool):
                 self._say_waiting()
 
     def _time_out(self, seat: _Seat, attempt: Attempt, queue: TaskQueue) -> None:
-        reason = f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s"
-        self._on_event("timeout", f"worker {seat.index} was ended on {attempt.task.key}: {reason}")
+        failure = Failure(f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s")
+        self._on_event(
+            EventKind.TIMEOUT,
+            f"worker {seat.index} was ended on {attempt.task.key}: {failure}",
+            shard=attempt.task.shard,
+            attempt=attempt.number,
+        )
         self._start(seat)
-        queue.failed(attempt, reason)
+        queue.failed(attempt, failure)
 
     def _say_waiting(self) -> None:
         """Say once that no worker has come, and what each waits for."""
         if not self._said_waiting:
             self._said_waiting = True
             self._on_event(
-                "waiting",
+                EventKind.WAITING,
                 f"no worker is ready after {_SILENCE_S:g} s, waiting {self._start_timeout_s:g} s "
                 f"at most: each needs {self._needs}, {free_text()}",
             )

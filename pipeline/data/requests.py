@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.normalization import normal
+from pipeline.data.rejections import Reason, RejectionCode
+from pipeline.data.rows import Row
 from pmet.errors import RequestError
 from pmet.request import TEXT_LISTS, EditRequest, separator
 
@@ -98,8 +100,8 @@ class CheckedRows(NamedTuple):
         breaking: how many of the other rows have a prompt that ends in a line break.
     """
 
-    reasons: dict[int, str]
-    left_out: dict[int, list[str]]
+    reasons: dict[Row, Reason]
+    left_out: dict[Row, list[str]]
     breaking: int
 
 
@@ -111,24 +113,24 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
     different new targets): then all of them are. Texts are compared in their normal form
     (`pipeline.data.normalization`). Null and empty texts in lists are left out.
     """
-    reasons: dict[int, str] = {}
-    left_out: dict[int, list[str]] = {}
+    reasons: dict[Row, Reason] = {}
+    left_out: dict[Row, list[str]] = {}
     breaking = array("q")
     repeats = Repeats()
-    row = 0
+    row = Row(0)
     for table in map(_request_columns, tables):
         for start in range(0, len(table), _BATCH):
             for values in row_values(table.slice(start, _BATCH)):
                 outcome, empty = checked(values)
                 if isinstance(outcome, str):
-                    reasons[row] = outcome
+                    reasons[row] = Reason(RejectionCode.INVALID, outcome)
                 else:
                     repeats.add(row, outcome)
                     if empty:
                         left_out[row] = empty
                     if not separator(outcome.prompt):
                         breaking.append(row)
-                row += 1
+                row = Row(row + 1)
     reasons |= repeats.reasons()
     left_out = {row: empty for row, empty in left_out.items() if row not in reasons}
     return CheckedRows(reasons, left_out, sum(row not in reasons for row in breaking))
@@ -236,19 +238,20 @@ class Repeats:
             self._given[row] = tuple(own if own != form else b"" for own, form in pairs)
         self._digests += b"".join(digests)
 
-    def reasons(self) -> dict[int, str]:
+    def reasons(self) -> dict[Row, Reason]:
         """Why each of them is refused."""
-        reasons: dict[int, str] = {}
+        reasons: dict[Row, Reason] = {}
         for rows_by_target in self._groups():
             aside = self._aside(rows_by_target.values(), 1)
             for own, rows in rows_by_target.items():
                 if len(rows_by_target) > 1:
                     others = (rows for other, rows in rows_by_target.items() if other != own)
-                    reasons |= dict.fromkeys(rows, _contradiction(others, aside))
+                    reason = Reason(RejectionCode.CONTRADICTION, _contradiction(others, aside))
+                    reasons |= dict.fromkeys(rows, reason)
                 else:
                     same = f"same prompt, subject and target_new{self._aside([rows], 2)}"
                     text = f"repeats row {rows[0]}: {same}; keep one"
-                    reasons |= dict.fromkeys(rows[1:], text)
+                    reasons |= dict.fromkeys(rows[1:], Reason(RejectionCode.DUPLICATE, text))
         return reasons
 
     def _aside(self, groups: Iterable[Sequence[int]], parts: int) -> str:
@@ -262,7 +265,7 @@ class Repeats:
         given = {self._given.get(row, alike)[:parts] for rows in groups for row in rows}
         return " but for white space or Unicode form" if len(given) > 1 else ""
 
-    def _groups(self) -> Iterator[dict[bytes, list[int]]]:
+    def _groups(self) -> Iterator[dict[bytes, list[Row]]]:
         """Rows that ask the same, by what they want as an answer."""
         digests = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 4)
         order = np.lexsort((digests[:, 1], digests[:, 0]))
@@ -271,7 +274,7 @@ class Repeats:
         for start, stop in zip([0, *edges], [*edges, len(order)], strict=True):
             if stop - start < 2:
                 continue
-            group: dict[bytes, list[int]] = defaultdict(list)
+            group: dict[bytes, list[Row]] = defaultdict(list)
             for place in order[start:stop].tolist():
                 group[digests[place, 2:].tobytes()].append(self._rows[place])
             yield group

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.data.rows import Place, places_from
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows ``start`` (included) to ``stop`` (excluded) of the accepted requests.
+    """Places ``start`` (included) to ``stop`` (excluded) among the accepted requests.
 
     Attributes:
         index: place among the shards, from 0.
-        start: first row.
-        stop: the row after the last.
+        start: first place.
+        stop: the place after the last.
     """
 
     index: int
@@ -27,6 +29,11 @@ class Shard:
     def name(self) -> str:
         """The stem of the shard's file, for example ``00007``."""
         return f"{self.index:05d}"
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """The places of its requests among the accepted ones."""
+        return places_from(self.start, self.stop)
 
     def __len__(self) -> int:
         return self.stop - self.start

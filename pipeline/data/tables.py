@@ -8,32 +8,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.data.conversions import conversion_of_columns, conversion_of_text, is_text
+from pipeline.data.rejections import Rejection
 from pipeline.data.requests import REQUIRED_COLUMNS, Requests, bytes_type, check_rows
+from pipeline.data.rows import Place, Row
 from pipeline.errors import RequestTableError, StorageError
 from pipeline.storage import Columns, expand_with_columns, map_parquet
 from pmet.request import EditRequest
 
 FIRST_LOSS = "first_loss"
 """Column of the loss before the first step, in tables of targets and of results."""
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A row that is not edited, and why.
-
-    Attributes:
-        row: number of the row over all the input files, from 0.
-        reason: what is wrong with it.
-    """
-
-    row: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -50,10 +39,10 @@ class RequestTable:
     """
 
     requests: Sequence[EditRequest]
-    rows: Sequence[int]
+    rows: Sequence[Row]
     table: pa.Table
     rejected: list[Rejection]
-    left_out: Mapping[int, list[str]] = field(default_factory=dict)
+    left_out: Mapping[Row, list[str]] = field(default_factory=dict)
     breaking: int = 0
 
     @property
@@ -75,7 +64,7 @@ class RequestTable:
             )
         return found
 
-    def chosen(self, places: Sequence[int], rejected: list[Rejection]) -> RequestTable:
+    def chosen(self, places: Sequence[Place], rejected: list[Rejection]) -> RequestTable:
         """The same input with other rejections; ``places`` says which accepted requests stay, in
         which order."""
         rows = array("q", (self.rows[place] for place in places))
@@ -84,19 +73,23 @@ class RequestTable:
         return replace(
             self,
             requests=self.requests.of_rows(rows),
-            rows=rows,
+            rows=cast(Sequence[Row], rows),
             rejected=rejected,
             left_out={row: texts for row, texts in self.left_out.items() if row in staying},
         )
 
     def rejected_table(self) -> pa.Table:
-        """The input columns of the rejected rows, with ``row`` (int64) and ``reason`` (string).
+        """The input columns of the rejected rows, with ``row`` (int64), ``code`` and ``reason``.
+
+        The code is one of `RejectionCode`, the reason a sentence.
 
         Bytes that are not UTF-8 are written as ``\\xNN``, so that any reader can open the table.
         """
         rows = pa.array([rejection.row for rejection in self.rejected], pa.int64())
         reasons = pa.array([rejection.reason for rejection in self.rejected], pa.string())
-        return with_columns(readable(self.table.take(rows)), {"row": rows, "reason": reasons})
+        codes = pa.array([rejection.code for rejection in self.rejected], pa.string())
+        columns = {"row": rows, "code": codes, "reason": reasons}
+        return with_columns(readable(self.table.take(rows)), columns)
 
 
 def read_requests(patterns: str | Sequence[str]) -> RequestTable:
@@ -121,9 +114,9 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
     rows = array("q", (row for row in range(sum(map(len, tables))) if row not in reasons))
     return RequestTable(
         requests=Requests(tables, rows),
-        rows=rows,
+        rows=cast(Sequence[Row], rows),
         table=_concatenated(list(files), tables),
-        rejected=[Rejection(row, reasons[row]) for row in sorted(reasons)],
+        rejected=[Rejection(row, why.text, why.code) for row, why in sorted(reasons.items())],
         left_out=left_out,
         breaking=breaking,
     )

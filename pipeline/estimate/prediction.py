@@ -17,6 +17,7 @@ from pipeline.cluster import fit_gpus
 from pipeline.errors import JobError
 from pipeline.estimate.calibration import Rates, Sample, calibrate
 from pipeline.evaluation import How
+from pipeline.events import StageName
 from pipeline.plan import Plan
 from pipeline.second_moments import check_moments
 from pipeline.stages import BLOCK, TEXTS_TOGETHER, held_out, moments_job, parts_of, sampled
@@ -224,14 +225,14 @@ def _stages(
     known = count * rates.known / workers * crowd
     starts = _COMMAND_STARTS + _RAY_STARTS + crowd
     start = (1.0 if plan.job.in_this_process else starts) * rates.ready
-    stages = {"start": start, "templates": rates.templates}
+    stages = {"start": start, StageName.TEMPLATES: rates.templates}
     if work.corpus:
         sizes = [sum(map(len, part)) for part in work.corpus]
-        stages["second moments"] = _in_turn(sizes, workers) * rates.moment * crowd
+        stages[StageName.SECOND_MOMENTS] = _in_turn(sizes, workers) * rates.moment * crowd
     stages["known"] = 2 * known
     shards = [len(shard) for shard in plan.target_shards]
-    stages["targets"] = _in_turn(shards, workers) * rates.target * crowd
-    stages["measure before"] = measure
+    stages[StageName.TARGETS] = _in_turn(shards, workers) * rates.target * crowd
+    stages[StageName.MEASURE_BEFORE] = measure
     keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
     ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
     if plan.job.in_this_process:
@@ -239,8 +240,8 @@ def _stages(
     elif not plan.job.update.gpus_per_rank:
         # Where they need no worker's GPU, they start while the last shards are computed.
         ready = max(0.0, ready - max(shards) * rates.target * crowd - measure)
-    stages["update"] = ready + keys + _operations(plan, ranks) * rates.flop
-    stages["measure after"] = measure
+    stages[StageName.UPDATE] = ready + keys + _operations(plan, ranks) * rates.flop
+    stages[StageName.MEASURE_AFTER] = measure
     stages["report"] = 2 * rates.drawing
     return {name: seconds for name, seconds in stages.items() if seconds}
 

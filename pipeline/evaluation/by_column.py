@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.data import Row
 from pipeline.errors import JobError
 from pipeline.evaluation.confidence import intervals, rounded
 from pmet.evaluation import summarize
@@ -17,7 +18,7 @@ MOST = 200
 """Groups that are told, the largest."""
 _NO_NAME = "–"
 
-Figures = Mapping[int, Mapping[str, Any]]
+Figures = Mapping[Row, Mapping[str, Any]]
 
 
 def group_column(wanted: str | None, names: Sequence[str]) -> str | None:
@@ -35,7 +36,7 @@ def group_column(wanted: str | None, names: Sequence[str]) -> str | None:
 
 
 def grouped(
-    column: str | None, table: pa.Table, rows: Sequence[int], measured: Mapping[str, Figures]
+    column: str | None, table: pa.Table, rows: Sequence[Row], measured: Mapping[str, Figures]
 ) -> dict[str, Any] | None:
     """The figures of each group of requests, the largest group first.
 
@@ -51,7 +52,7 @@ def grouped(
     """
     if column is None:
         return None
-    members: dict[str, list[int]] = defaultdict(list)
+    members: dict[str, list[Row]] = defaultdict(list)
     for row, value in zip(rows, table.column(column).take(pa.array(rows, pa.int64())), strict=True):
         members[_name(value.as_py())].append(row)
     order = sorted(members, key=lambda name: (-len(members[name]), name))
@@ -62,7 +63,7 @@ def grouped(
     return found | ({"left_out": len(order) - MOST} if len(order) > MOST else {})
 
 
-def _group(name: str, rows: Sequence[int], measured: Mapping[str, Figures]) -> dict[str, Any]:
+def _group(name: str, rows: Sequence[Row], measured: Mapping[str, Figures]) -> dict[str, Any]:
     own = {when: [m[row] for row in rows if row in m] for when, m in measured.items()}
     return {
         "name": name,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.data import RejectionCode
 from pipeline.evaluation import (
     ALWAYS,
     CHANGE_WARNED,
@@ -26,6 +27,7 @@ from pipeline.evaluation import (
     read_gate,
     rounds_too_much,
 )
+from pipeline.events import EventKind
 from pipeline.report.charts import (
     Interval,
     group_chart,
@@ -36,7 +38,6 @@ from pipeline.report.charts import (
 )
 from pipeline.report.html import Cut, page
 from pipeline.run_folder import (
-    NO_TARGET,
     Row,
     RunRecord,
     event_counts,
@@ -114,7 +115,7 @@ def _told(record: RunRecord) -> dict[str, Any]:
 
 def _warnings(record: RunRecord) -> list[str]:
     """What the run warned of, each sentence once."""
-    warned = (event for event in record.run["events"] if event["kind"] == "warning")
+    warned = (event for event in record.run["events"] if event["kind"] == EventKind.WARNING)
     return list(dict.fromkeys(str(event["text"]) for event in warned))
 
 
@@ -125,8 +126,8 @@ def _requests(record: RunRecord) -> dict[str, Any]:
     damaged = [row for row in neighbors if _damage(row) > 0]
     damaged.sort(key=lambda row: (-_damage(row), row["row"]))
     astray = [row for row in edited if is_astray(row["first_loss"], row["loss"])]
-    late = [row for row in record.rejected if str(row["reason"]).startswith(NO_TARGET)]
-    early = [row for row in record.rejected if not str(row["reason"]).startswith(NO_TARGET)]
+    late = [row for row in record.rejected if row["code"] == RejectionCode.NO_TARGET]
+    early = [row for row in record.rejected if row["code"] != RejectionCode.NO_TARGET]
     return {
         "worst": _worst(edited),
         "astray": Cut(

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline.errors import JobError
 from pipeline.evaluation import is_number
+from pipeline.events import EventKind, OnEvent
 from pipeline.job import JobConfig, by_key, without_password
 from pipeline.run_folder import RunRecord, layers, read_run, throughput
 from pipeline.storage import Store, digest_of
@@ -37,7 +38,6 @@ _MLFLOW_NAME = re.compile(r"[^\w\-. :/]")
 _MLFLOW_VALUE = 6000
 
 Status = Literal["complete", "held", "failed"]
-OnEvent = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Tracking:
 
     Args:
         trackers: by name.
-        on_event: told of what went wrong.
+        on_event: called with what went wrong.
         patience: seconds that a tracker may take for one thing.
 
     Attributes:
@@ -269,7 +269,7 @@ class Tracking:
                 self.failed = True
                 del self._trackers[name]
                 text = f"{name} is given up at {what}: {without_secrets(error)}"
-                self._on_event("warning", f"{text}; the run goes on without it")
+                self._on_event(EventKind.WARNING, f"{text}; the run goes on without it")
 
 
 def _keep(tracker: Tracker, file: Path) -> None:

@@ -14,7 +14,6 @@ from .ownership import files_made as files_made
 from .ownership import has_lease as has_lease
 from .ownership import leases as leases
 from .ownership import refuse_foreign_folder as refuse_foreign_folder
-from .record import NO_TARGET as NO_TARGET
 from .record import REQUEST as REQUEST
 from .record import Row as Row
 from .record import RunRecord as RunRecord

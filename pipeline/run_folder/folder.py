@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import Any
 
 from pipeline.errors import OtherJobError, RunFolderError, StorageError
+from pipeline.events import EventKind
 from pipeline.run_folder.lease import FOLDER as LEASE
 from pipeline.run_folder.ownership import (
     MODEL,
@@ -154,12 +155,16 @@ class RunFolder:
             with suppress(StorageError):
                 self.write()
 
-    def event(self, kind: str, text: str) -> None:
-        """Remember something that happened, a retry or a death, and say so at once.
+    def event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
+        """Add an event to ``run.json`` and write it at once; see `pipeline.events.OnEvent`.
 
         What follows may be a long wait for another machine.
         """
-        self.status["events"].append({"kind": kind, "text": text})
+        fields = {"kind": kind, "text": text, "shard": shard, "attempt": attempt}
+        event = {name: value for name, value in fields.items() if value is not None}
+        self.status["events"].append(event)
         with suppress(StorageError):
             self.write()
 

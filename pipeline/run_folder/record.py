@@ -21,10 +21,6 @@ from pipeline.evaluation import FIGURES, is_number
 from pipeline.run_folder.folder import STATUS
 from pipeline.storage import Store, attempt
 
-NO_TARGET = "no target: "
-"""What the reason of a request begins with that could be planned, and for which no target was
-found."""
-
 NEEDED = (STATUS, "metrics.json", "results.parquet")
 REQUEST = ("row", "prompt", "subject", "target_new")
 _WHEN = ("before", "after")
@@ -55,7 +51,7 @@ class RunRecord:
         job: ``job.yaml``; empty where there is none.
         results: a row for every request that was not rejected, in the order of the input: its
             text, its course and its figures; what the table lacks is None.
-        rejected: the other rows, each with its ``reason``.
+        rejected: the other rows, each with its ``code`` and ``reason``.
     """
 
     store: Store
@@ -131,7 +127,7 @@ def read_run(store: Store) -> RunRecord:
         metrics=_mapping(store, "metrics.json") if store.exists("metrics.json") else {},
         job=store.read_bytes("job.yaml").decode() if store.exists("job.yaml") else "",
         results=_rows(store, "results.parquet", _RESULT),
-        rejected=_rows(store, "rejected.parquet", (*REQUEST, "reason")),
+        rejected=_rows(store, "rejected.parquet", (*REQUEST, "code", "reason")),
     )
 
 

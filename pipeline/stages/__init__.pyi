@@ -1,5 +1,6 @@
 from .context import Context as Context
 from .context import FoundTargets as FoundTargets
+from .context import channel as channel
 from .context import sampled as sampled
 from .context_templates import write_templates as write_templates
 from .known import find_known as find_known

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster import Task
+from pipeline.data import Place, Row, places_from
+from pipeline.events import EventKind, OnEvent, StageName
 from pipeline.plan import Plan
 from pipeline.progress import CountedStage, Progress, Stage
 from pipeline.run_folder import RunFolder
@@ -24,6 +26,18 @@ from pipeline.storage import Store
 
 if TYPE_CHECKING:
     from pipeline.workers import Executor
+
+
+def channel(folder: RunFolder, progress: Progress) -> OnEvent:
+    """What records each event in ``run.json`` and shows it."""
+
+    def on_event(
+        kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
+        folder.event(kind, text, shard=shard, attempt=attempt)
+        progress.event(kind, text, shard=shard, attempt=attempt)
+
+    return on_event
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,14 @@ class Context:
         """The run folder's files."""
         return self.folder.store
 
+    def event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
+        """Record an event in ``run.json`` and show it; see `pipeline.events.OnEvent`."""
+        channel(self.folder, self.progress)(kind, text, shard=shard, attempt=attempt)
+
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
+    def stage(self, name: StageName, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
         """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
         with self.folder.stage(name, total) as detail, self.progress.stage(name, total) as bar:
             yield CountedStage(bar, total, self.folder.progress), detail
@@ -67,17 +87,17 @@ class FoundTargets:
     """
 
     files: dict[int, str] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    known: frozenset[int] = frozenset()
+    failures: dict[Row, str] = field(default_factory=dict)
+    known: frozenset[Row] = frozenset()
 
-    def edited(self, rows: Iterable[int]) -> list[int]:
+    def edited(self, rows: Iterable[Row]) -> list[Row]:
         """Those of these rows that have a target."""
         return [row for row in rows if row not in self.failures and row not in self.known]
 
 
-def sampled(plan: Plan) -> list[int]:
+def sampled(plan: Plan) -> list[Place]:
     """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
     count, wanted = len(plan.table.requests), plan.job.evaluate.sample
     if wanted is None or wanted >= count:
-        return list(range(count))
-    return sorted(random.Random(plan.job.seed).sample(range(count), wanted))
+        return list(places_from(0, count))
+    return sorted(random.Random(plan.job.seed).sample(places_from(0, count), wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.events import StageName
 from pipeline.stages.context import Context
 
 
@@ -11,7 +12,7 @@ def write_templates(run: Context) -> list[list[str]]:
     if templates is None:
         if record := run.folder.recorded("context_templates"):
             return list(record["templates"])
-        with run.stage("templates", 1) as (bar, _):
+        with run.stage(StageName.TEMPLATES, 1) as (bar, _):
             templates = run.executor.one(
                 "write_templates", "context templates", (run.plan.job.seed,)
             )

@@ -1,9 +1,9 @@
 """Which single requests make a computation fail: found by halving what fails.
 
-A request may kill whoever computes it: it runs into a fault of a library, or takes more memory than
-there is. The group that it is in is halved again and again until the request stands alone; it is
-put aside, and the others are computed without it. What ails everyone (no storage, a broken driver)
-shows itself by too many failures, and is an error of the run.
+A request can kill every worker that computes it: it triggers a bug of a library, or needs more
+memory than there is. Its group is halved until the request stands alone; it is then set aside, and
+the others are computed without it. A fault that affects all requests (no storage, a broken driver)
+shows as too many failures, and is an error of the run.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.data import Shard
+from pipeline.data import Place, Shard
 from pipeline.errors import WorkerError
-from pipeline.remedies import MEMORY_OF_WORKERS, remedy
+from pipeline.failures import MEMORY_OF_WORKERS, Failure, remedy
 
 GROUP_ATTEMPTS = 2
 """Tries of a group of several requests: one that fails by chance is only cut further."""
 SINGLE_ATTEMPTS = 3
-"""Tries of a request by itself before it is put aside."""
+"""Tries of a single request before it is set aside."""
 _MOST = 5
 _MOST_SHARE = 0.01
 _SHOWN = 3
@@ -35,7 +35,7 @@ class Piece:
     """
 
     shards: tuple[Shard, ...]
-    places: tuple[int, ...]
+    places: tuple[Place, ...]
     groups: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -74,17 +74,17 @@ class Piece:
 
 
 def most_isolated(count: int) -> int:
-    """How many of a job's requests may be put aside: 5, or 1 %, but never more than half."""
+    """How many of a job's requests may be set aside: 5, or 1 %, but never more than half."""
     return min(max(_MOST, int(_MOST_SHARE * count)), count // 2)
 
 
 def isolate(
-    failed: Mapping[Piece, str],
-    compute: Callable[[Sequence[Piece]], Mapping[Piece, str]],
-    put_aside: Callable[[Piece, str], None],
+    failed: Mapping[Piece, Failure],
+    compute: Callable[[Sequence[Piece]], Mapping[Piece, Failure]],
+    set_aside: Callable[[Piece, Failure], None],
     limit: int,
 ) -> None:
-    """Halve what failed until single requests are left, and put those aside.
+    """Halve what failed until single requests are left, and set those aside.
 
     A round computes at most twice as many pieces as the ``limit``, and there are as many rounds as
     a shard can be halved: to find one request of a shard of 256 takes some 20 failed attempts.
@@ -92,13 +92,13 @@ def isolate(
     Args:
         failed: the reason by piece.
         compute: computes pieces, and returns the reason by piece for those that failed.
-        put_aside: told each single request that fails, and why.
-        limit: the most requests that may be put aside.
+        set_aside: called with each single request that fails, and why.
+        limit: the most requests that may be set aside.
 
     Raises:
         WorkerError: more than that would have to be; the message has the root causes.
     """
-    found: dict[Piece, str] = {}
+    found: dict[Piece, Failure] = {}
     suspects = dict(failed)
     while suspects:
         # Each suspect holds at least one request that fails, and no two share one.
@@ -106,18 +106,18 @@ def isolate(
         for piece, reason in suspects.items():
             if len(piece.places) == 1:
                 found[piece] = reason
-                put_aside(piece, reason)
+                set_aside(piece, reason)
         halves = [h for piece in suspects if len(piece.places) > 1 for h in piece.halves()]
         suspects = dict(compute(halves)) if halves else {}
 
 
-def _refuse_too_many(failing: Mapping[Piece, str], limit: int) -> None:
+def _refuse_too_many(failing: Mapping[Piece, Failure], limit: int) -> None:
     if len(failing) <= limit:
         return
-    shown = "; ".join(f"{piece}: {reason}" for piece, reason in list(failing.items())[:_SHOWN])
+    shown = "; ".join(f"{piece}: {failure}" for piece, failure in list(failing.items())[:_SHOWN])
     raise WorkerError(
-        f"at least {len(failing)} requests fail again and again, of which {limit} may be put "
+        f"at least {len(failing)} requests fail again and again, of which {limit} may be set "
         f"aside; so many look like a fault of the job or of its machines: {shown}. What was "
-        f"finished is kept: {remedy(shown, MEMORY_OF_WORKERS)}",
-        cause_text=next(iter(failing.values())),
+        f"finished is kept: {remedy((f.kind for f in failing.values()), MEMORY_OF_WORKERS)}",
+        cause_text=next(iter(failing.values())).text,
     )

@@ -15,7 +15,9 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from pipeline.cluster import Task
+from pipeline.data import Place, Row
 from pipeline.evaluation import How
+from pipeline.events import StageName
 from pipeline.models import ModelSource
 from pipeline.plan import Plan
 from pipeline.stages.context import Context, sampled
@@ -44,6 +46,8 @@ _LARGEST_EXPONENT = 700.0
 
 _Item = TypeVar("_Item")
 
+_STAGES = {"before": StageName.MEASURE_BEFORE, "after": StageName.MEASURE_AFTER}
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -54,7 +58,7 @@ class Measurement:
         texts: scores of held-out texts; empty without a corpus.
     """
 
-    rows: dict[int, dict[str, Any]]
+    rows: dict[Row, dict[str, Any]]
     texts: list[TextScore]
 
     @property
@@ -81,7 +85,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     record = run.folder.recorded(f"measured-{name}")
     if record is not None and record.get("asked") == asked:
         texts = [TextScore(**text) for text in record["texts"]]
-        return Measurement({int(r): v for r, v in record["rows"].items()}, texts)
+        return Measurement({Row(int(r)): v for r, v in record["rows"].items()}, texts)
     table, chosen = plan.table, sampled(plan)
     # The base says the same every time.
     kept = MeasurementStore.of(plan) if source == plan.base else None
@@ -90,7 +94,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     said = {} if kept is None else kept.read({*keys.values(), of_texts})
     rows = {table.rows[i]: said[keys[i]] for i in keys if keys[i] in said}
     todo = [i for i in chosen if table.rows[i] not in rows]
-    with run.stage(f"measure {name}", len(chosen)) as (bar, detail):
+    with run.stage(_STAGES[name], len(chosen)) as (bar, detail):
         if kept is not None:
             detail["stored"] = len(rows)
         bar.skip(len(rows))
@@ -123,7 +127,7 @@ def _measure_requests(
     run: Context,
     name: str,
     model: tuple[ModelSource, How],
-    places: Sequence[int],
+    places: Sequence[Place],
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The place of each request, with its figures and what the model said."""

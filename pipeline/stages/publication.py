@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.events import StageName
 from pipeline.models import Checkpoint, ModelSource, digest_of_files, model_on_node, publish
 from pipeline.run_folder import CARD, MODEL, PUBLISHED
 from pipeline.stages.context import Context
@@ -36,7 +37,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         # Days have passed since it was opened: another run has made room on this disk.
         base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
     run.folder.clear_model(base.files())
-    with run.stage("publish", len(base.files())) as (bar, _):
+    with run.stage(StageName.PUBLISH, len(base.files())) as (bar, _):
 
         def on_file(name: str) -> None:
             run.folder.check()

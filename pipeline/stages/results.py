@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data import FIRST_LOSS, RequestTable, readable, with_columns
+from pipeline.data import FIRST_LOSS, RequestTable, Row, readable, with_columns
 from pipeline.evaluation import intervals, of_perplexity, of_shares, rounded
 from pipeline.run_folder import read_columns
 from pipeline.stages.measurement import Measurement
@@ -16,12 +16,12 @@ from pipeline.storage import Store
 from pmet.evaluation import METRICS, OF_TEXT, summarize
 
 _COURSE = ("row", "steps", "loss", FIRST_LOSS)
-Measured = Mapping[int, Mapping[str, Any]]
+Measured = Mapping[Row, Mapping[str, Any]]
 
 
 def results_table(
     table: RequestTable,
-    status: Mapping[int, str],
+    status: Mapping[Row, str],
     targets: Sequence[pa.Table],
     before: Measured,
     after: Measured,
@@ -79,12 +79,12 @@ def courses_of(shard: pa.Table) -> Iterator[tuple[Any, ...]]:
         yield row, steps, loss, None if first is None or math.isnan(first) else first
 
 
-def answered(asked: Collection[int], right: Collection[int]) -> dict[int, dict[str, Any]]:
+def answered(asked: Collection[Row], right: Collection[Row]) -> dict[Row, dict[str, Any]]:
     """The one figure of requests that were only asked for their answer, by row of the input."""
     return {row: {"efficacy_strict": float(row in right)} for row in asked}
 
 
-def model_metrics(before: Measurement, after: Measurement, rows: Sequence[int]) -> dict[str, Any]:
+def model_metrics(before: Measurement, after: Measurement, rows: Sequence[Row]) -> dict[str, Any]:
     """The figures of both models over those of these input rows that were measured.
 
     Returns:
@@ -102,7 +102,7 @@ def model_metrics(before: Measurement, after: Measurement, rows: Sequence[int]) 
 
 
 def figures_of(
-    measured: Measurement, rows: Sequence[int], base: Measurement | None = None
+    measured: Measurement, rows: Sequence[Row], base: Measurement | None = None
 ) -> dict[str, float | None]:
     """A model's figures over those of these input rows that were measured, and on held-out text.
 
@@ -120,7 +120,7 @@ def figures_of(
 
 
 def intervals_of(
-    measured: Measurement, rows: Sequence[int], base: Measurement | None = None
+    measured: Measurement, rows: Sequence[Row], base: Measurement | None = None
 ) -> dict[str, list[float]]:
     """The 95 % intervals of these figures, where there are any (see `pipeline.evaluation`)."""
     found = intervals([measured.rows[row] for row in rows if row in measured.rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.events import StageName
 from pipeline.plan import Plan
 from pipeline.run_folder import delete_parts
 from pipeline.second_moments import MomentsJob, check_moments, collect
@@ -23,7 +24,7 @@ def collect_moments(run: Context) -> None:
             delete_parts(Store(url))
         return
     job = moments_job(plan)
-    with run.stage("second moments", job.corpus.tokens) as (bar, detail):
+    with run.stage(StageName.SECOND_MOMENTS, job.corpus.tokens) as (bar, detail):
         detail |= collect(job, Store(url), run.map, bar)
 
 

@@ -19,14 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cluster import Task
-from pipeline.data import Shard, read_targets, targets_table
+from pipeline.data import Place, Row, Shard, read_targets, targets_table
 from pipeline.errors import NoEditError, StorageError
+from pipeline.events import EventKind, StageName
+from pipeline.failures import Failure, FailureKind
 from pipeline.progress import Stage
 from pipeline.stages.context import Context, FoundTargets
 from pipeline.stages.isolation import Piece, isolate, most_isolated
 from pipeline.stages.target_store import TargetStore
 from pipeline.stages.update import expect_update
-from pipeline.workers import TargetSummary
+from pipeline.workers import TargetSummary, TargetTask
 
 FOLDER = "targets"
 _REASONS_NAMED = 3
@@ -35,7 +37,7 @@ WORTH_A_WORKER = 16
 
 
 def find_targets(
-    run: Context, templates: list[list[str]], known: frozenset[int] = frozenset()
+    run: Context, templates: list[list[str]], known: frozenset[Row] = frozenset()
 ) -> FoundTargets:
     """Targets of all requests, a file a shard; what the run folder has is not computed again.
 
@@ -46,7 +48,7 @@ def find_targets(
             stay cut as they are: what a shard holds follows from the job and its model alone.
 
     Raises:
-        WorkerError: no worker can start, or more requests fail than may be put aside.
+        WorkerError: no worker can start, or more requests fail than may be set aside.
     """
     plan = run.plan
     found, todo, isolated = FoundTargets(known=known), [], 0
@@ -56,7 +58,7 @@ def find_targets(
             isolated += len(record["isolated"])
         else:
             todo.append(shard)
-    with run.stage("targets", len(plan.table.requests)) as (bar, detail):
+    with run.stage(StageName.TARGETS, len(plan.table.requests)) as (bar, detail):
         bar.skip(len(plan.table.requests) - sum(map(len, todo)))
         detail |= {
             "shards": len(todo),
@@ -94,10 +96,10 @@ class _Work:
     """A shard that is not finished: what there is of it, and what is still to come."""
 
     shard: Shard
-    missing: set[int]
+    missing: set[Place]
     stored: int = 0
     parts: list[TargetSummary] = field(default_factory=list)
-    isolated: dict[int, str] = field(default_factory=dict)
+    isolated: dict[Row, str] = field(default_factory=dict)
 
 
 class _Search:
@@ -119,7 +121,7 @@ class _Search:
 
     def complete(self, shards: Sequence[Shard]) -> None:
         """Find the targets of these shards."""
-        self._works = {s.index: _Work(s, set(range(s.start, s.stop))) for s in shards}
+        self._works = {s.index: _Work(s, set(s.places)) for s in shards}
         self._leave_out_known()
         if self._kept is not None:
             self._take_stored(self._kept)
@@ -131,7 +133,7 @@ class _Search:
             self._run.executor.release()
             wanted = len(self._run.plan.table.requests) - len(self._found.known)
             limit = most_isolated(wanted) - self._detail["isolated"]
-            isolate(failed, self._isolating, self._put_aside, limit)
+            isolate(failed, self._isolating, self._set_aside, limit)
 
     def _leave_out_known(self) -> None:
         rows = self._run.plan.table.rows
@@ -162,7 +164,7 @@ class _Search:
         places = tuple(place for work in works for place in sorted(work.missing))
         return Piece(tuple(work.shard for work in works), places, self._groups(places))
 
-    def _groups(self, places: Sequence[int]) -> tuple[int, ...]:
+    def _groups(self, places: Sequence[Place]) -> tuple[int, ...]:
         together = self._run.plan.together
         return tuple(together[place] for place in places)
 
@@ -170,7 +172,7 @@ class _Search:
         """Take the targets that earlier runs have found; what is left is to be computed."""
         self._detail["stored"] = 0
         table, works = self._run.plan.table, list(self._works.values())
-        keys: dict[int, str] = {}
+        keys: dict[Place, str] = {}
         for work in works:
             places = sorted(work.missing)
             requests = [table.requests[place] for place in places]
@@ -190,7 +192,7 @@ class _Search:
                     self._settle(work, there)
 
     def _take_part(
-        self, work: _Work, table: pa.Table, failures: Mapping[int, str] | None = None
+        self, work: _Work, table: pa.Table, failures: Mapping[Row, str] | None = None
     ) -> None:
         file = f"{FOLDER}/{work.shard.name}-{uuid4().hex}.parquet"
         store = self._run.store
@@ -198,14 +200,19 @@ class _Search:
         digest = store.sha256(file)
         work.parts.append(TargetSummary(file, digest, dict(failures or {}), 0, len(table)))
 
-    def _isolating(self, pieces: Sequence[Piece]) -> dict[Piece, str]:
+    def _isolating(self, pieces: Sequence[Piece]) -> dict[Piece, Failure]:
         return self._compute(pieces, isolating=True)
 
-    def _compute(self, pieces: Sequence[Piece], *, isolating: bool = False) -> dict[Piece, str]:
-        """Compute pieces; returns the reason by piece for those given up."""
+    def _compute(self, pieces: Sequence[Piece], *, isolating: bool = False) -> dict[Piece, Failure]:
+        """Compute pieces; returns the failure by piece for those given up."""
         by_key = {str(piece): piece for piece in pieces}
         tasks = [
-            Task(key, self._arguments(piece), piece.attempts if isolating else None)
+            Task(
+                key,
+                (self._task(piece),),
+                attempts=piece.attempts if isolating else None,
+                shard=piece.name,
+            )
             for key, piece in by_key.items()
         ]
         wanted = sum(len(piece.places) for piece in pieces)
@@ -218,24 +225,24 @@ class _Search:
             workers=len(tasks) if isolating else -(-wanted // WORTH_A_WORKER),
             on_drained=None if isolating else self._expect_update,
         )
-        return {by_key[f.task.key]: f.reason for f in failed}
+        return {by_key[f.task.key]: f.failure for f in failed}
 
     def _expect_update(self) -> None:
         expect_update(self._run, self._templates)
 
-    def _arguments(self, piece: Piece) -> tuple[Any, ...]:
+    def _task(self, piece: Piece) -> TargetTask:
         plan = self._run.plan
-        return (
-            plan.target_source,
-            [plan.table.requests[place] for place in piece.places],
-            [plan.table.rows[place] for place in piece.places],
-            plan.hparams,
-            self._templates,
-            plan.job.targets.shared_keys,
-            plan.batch_size,
-            min(1.0, plan.job.targets.gpus_per_worker or 1.0),
-            self._run.store,
-            f"{FOLDER}/{piece.name}",
+        return TargetTask(
+            source=plan.target_source,
+            requests=[plan.table.requests[place] for place in piece.places],
+            rows=[plan.table.rows[place] for place in piece.places],
+            hparams=plan.hparams,
+            templates=self._templates,
+            shared_keys=plan.job.targets.shared_keys,
+            batch_size=plan.batch_size,
+            memory_share=min(1.0, plan.job.targets.gpus_per_worker or 1.0),
+            output=self._run.store,
+            name=f"{FOLDER}/{piece.name}",
         )
 
     def _take(self, piece: Piece, summary: TargetSummary) -> None:
@@ -266,18 +273,17 @@ class _Search:
             self._take_part(work, table.filter(there), failures)
             self._settle(work, places)
 
-    def _put_aside(self, piece: Piece, reason: str) -> None:
+    def _set_aside(self, piece: Piece, failure: Failure) -> None:
         (shard,), (place,) = piece.shards, piece.places
         work = self._works[shard.index]
         row = self._run.plan.table.rows[place]
-        text = f"whoever computes it fails, also by itself ({reason})"
+        text = f"it fails on every worker, even alone ({failure})"
         work.isolated[row] = text
         self._detail["isolated"] += 1
-        self._run.folder.event("isolated", f"row {row}: {text}")
-        self._run.progress.event(f"row {row} is put aside: {text}")
+        self._run.event(EventKind.ISOLATED, f"row {row} is set aside: {text}", shard=shard.name)
         self._settle(work, piece.places)
 
-    def _settle(self, work: _Work, places: Sequence[int]) -> None:
+    def _settle(self, work: _Work, places: Sequence[Place]) -> None:
         self._bar.advance(len(places))
         work.missing -= set(places)
         if not work.missing:
@@ -318,11 +324,11 @@ class _Search:
         return table.take(pa.array(places, pa.int64()))
 
 
-def _refuse_if_storage_fails(failed: Mapping[Piece, str]) -> None:
-    """A storage that fails three times is no fault of a request: there is nobody to look for."""
-    for piece, reason in failed.items():
-        if reason.startswith(f"{StorageError.__name__}: "):
-            raise StorageError(f"{piece} cannot be finished: {reason}")
+def _refuse_if_storage_fails(failed: Mapping[Piece, Failure]) -> None:
+    """End the run where storage has failed three times: no request is at fault."""
+    for piece, failure in failed.items():
+        if failure.kind is FailureKind.STORAGE:
+            raise StorageError(f"{piece} cannot be finished: {failure}")
 
 
 def _record(shard: Shard) -> str:
@@ -331,4 +337,4 @@ def _record(shard: Shard) -> str:
 
 def _note(found: FoundTargets, shard: Shard, record: dict[str, Any]) -> None:
     found.files[shard.index] = record["file"]
-    found.failures |= {int(row): reason for row, reason in record["failures"].items()}
+    found.failures |= {Row(int(row)): reason for row, reason in record["failures"].items()}

@@ -8,9 +8,10 @@ import torch
 
 from pipeline.data import Shard
 from pipeline.errors import NoRoomError, WorkerError
+from pipeline.events import EventKind, StageName
+from pipeline.failures import MEMORY_OF_RANKS, remedy
 from pipeline.plan import Plan
 from pipeline.progress import Stage
-from pipeline.remedies import MEMORY_OF_RANKS, remedy
 from pipeline.run_folder import PUBLISHED
 from pipeline.stages.context import Context, FoundTargets
 from pipeline.stages.second_moments import moments_url
@@ -52,7 +53,7 @@ def update_layers(
     if len(done) < len(layers):
         later = [f"layer-{layer}" for layer in layers[len(done) :]]
         run.folder.forget(*later, PUBLISHED, "measured-after", "known-after")
-        with run.stage("update", len(layers)) as (bar, detail):
+        with run.stage(StageName.UPDATE, len(layers)) as (bar, detail):
             bar.skip(len(done))
             detail |= {"ranks": run.executor.ranks, "reused": len(done)}
             _edit_layers_with_retries(run, templates, found, done, bar)
@@ -82,11 +83,15 @@ def _edit_layers_with_retries(
             if attempt == UPDATE_ATTEMPTS:
                 raise WorkerError(
                     f"the update failed {attempt} times; the last time {error}. What was finished "
-                    f"is kept: {remedy(str(error), MEMORY_OF_RANKS)}",
+                    f"is kept: {remedy([error.kind], MEMORY_OF_RANKS)}",
                     cause_text=error.cause_text,
+                    kind=error.kind,
                 ) from error
-            run.folder.event("retry", f"update group, attempt {attempt}: {error}")
-            run.progress.event(f"the update group is started again: {error}")
+            run.event(
+                EventKind.RETRY,
+                f"the update group is started again after attempt {attempt}: {error}",
+                attempt=attempt,
+            )
         else:
             return
 

@@ -9,4 +9,5 @@ from .worker import Asked as Asked
 from .worker import Measured as Measured
 from .worker import ModelWorker as ModelWorker
 from .worker import TargetSummary as TargetSummary
+from .worker import TargetTask as TargetTask
 from .worker import ask as ask

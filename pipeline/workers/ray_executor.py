@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.cluster import (
-    EventKind,
     RankGroup,
     WorkerPool,
     cpus_free,
@@ -23,6 +21,7 @@ from pipeline.cluster import (
     wait_for_nodes,
     workers_of,
 )
+from pipeline.events import EventKind, OnEvent
 from pipeline.plan import Plan
 from pipeline.workers.executor import Executor
 from pipeline.workers.sizes import WORTH_A_GPU, local_sizes, worth
@@ -39,15 +38,13 @@ class RayExecutor(Executor):
     Args:
         plan: the run's plan.
         address: Ray cluster to run on; one is started on this machine if None.
-        on_event: told about retries and deaths.
+        on_event: called with retries and deaths.
 
     Attributes:
         threads: threads of each worker and rank.
     """
 
-    def __init__(
-        self, plan: Plan, address: str | None, on_event: Callable[[EventKind, str], None]
-    ) -> None:
+    def __init__(self, plan: Plan, address: str | None, on_event: OnEvent) -> None:
         self._plan, self._address, self._on_event = plan, address, on_event
         self._stack = ExitStack()
         self._pool: WorkerPool | None = None
@@ -100,7 +97,7 @@ class RayExecutor(Executor):
         wait_for_nodes(replace(ranks_of(self._plan.job), count=ranks), self._say_waiting)
 
     def _say_waiting(self, text: str) -> None:
-        self._on_event("waiting", text)
+        self._on_event(EventKind.WAITING, text)
 
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
         """Start the ranks now if nobody else wants their place; ``take_ranks`` waits for them."""
@@ -144,11 +141,13 @@ class RayExecutor(Executor):
             self._early.close()
             self._early = None
 
-    def _on_pool_event(self, kind: EventKind, text: str) -> None:
-        if kind in ("death", "start-failure"):
-            # Whoever takes the place of the lost worker may need theirs.
+    def _on_pool_event(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
+        if kind in (EventKind.DEATH, EventKind.START_FAILURE):
+            # The lost worker's successor may need their place.
             self._dismiss_ranks()
-        self._on_event(kind, text)
+        self._on_event(kind, text, shard=shard, attempt=attempt)
 
     def release(self) -> None:
         """End the workers; the next stage that needs them starts new ones."""
@@ -166,7 +165,7 @@ class RayExecutor(Executor):
             session = ray_session(
                 self._address,
                 num_cpus=workers * self.threads + ranks,
-                say=partial(self._on_event, "note"),
+                say=partial(self._on_event, EventKind.NOTE),
             )
             own = self._stack.enter_context(session)
             self._elastic = targets.workers == "auto" and (not own or targets.gpus_per_worker > 0)

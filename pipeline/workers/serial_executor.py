@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import (
-    OnEvent,
     SerialPool,
     cause_here,
     full_text,
     limit_threads,
 )
 from pipeline.errors import WorkerError
+from pipeline.events import OnEvent
 from pipeline.plan import Plan
 from pipeline.workers.executor import Executor
 from pipeline.workers.sizes import local_sizes
@@ -141,6 +141,9 @@ class SerialRank:
         except (InputError, NumericalError):
             raise
         except Exception as error:
+            failure = cause_here(error)
             raise WorkerError(
-                f"the update failed in {doing}: {cause_here(error)}", cause_text=full_text(error)
+                f"the update failed in {doing}: {failure}",
+                cause_text=full_text(error),
+                kind=failure.kind,
             ) from error

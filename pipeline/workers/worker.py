@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.cluster import tell_gpu_memory
-from pipeline.data import targets_table
+from pipeline.data import Row, targets_table
 from pipeline.evaluation import How
 from pipeline.models import ModelSource
 from pipeline.second_moments import StoredFile
@@ -38,6 +38,35 @@ from pmet.update import second_moments
 
 
 @dataclass(frozen=True)
+class TargetTask:
+    """Requests whose targets are optimised together, and all that decides the result.
+
+    Attributes:
+        source: the model.
+        requests: the requests, E of them.
+        rows: (E,) row of the input of each request.
+        hparams: hyper-parameters.
+        templates: context templates.
+        shared_keys: what becomes of requests that share a key.
+        batch_size: requests in a batch; None: as many as the worker's memory holds.
+        memory_share: the part of the free memory that this worker may use, in (0, 1].
+        output: where the file goes.
+        name: what the file's name begins with.
+    """
+
+    source: ModelSource
+    requests: Sequence[EditRequest]
+    rows: Sequence[Row]
+    hparams: PMETHyperParams
+    templates: ContextTemplates
+    shared_keys: SharedKeys
+    batch_size: int | None
+    memory_share: float
+    output: Store
+    name: str
+
+
+@dataclass(frozen=True)
 class TargetSummary:
     """What became of a shard of targets; the targets themselves are in its file.
 
@@ -51,7 +80,7 @@ class TargetSummary:
 
     file: str
     sha256: str
-    failures: dict[int, str]
+    failures: dict[Row, str]
     early: int
     count: int
 
@@ -140,53 +169,41 @@ class ModelWorker:
             files.append(StoredFile(file, output.sha256(file)))
         return files
 
-    def find_targets(
-        self,
-        source: ModelSource,
-        requests: Sequence[EditRequest],
-        rows: Sequence[int],
-        hparams: PMETHyperParams,
-        templates: ContextTemplates,
-        shared_keys: SharedKeys,
-        batch_size: int | None,
-        share: float,
-        output: Store,
-        name: str,
-    ) -> TargetSummary:
-        """Optimise the targets of a shard and write them to a file of ``output``.
+    def find_targets(self, task: TargetTask) -> TargetSummary:
+        """Optimise the targets of a task's requests and write them to a file.
 
-        Its name begins with ``name``, and no other attempt at the shard uses it.
-        Without a ``batch_size`` it follows from the worker's ``share`` of the free memory.
+        No other attempt at the task uses the file's name.
         """
-        self._use(source)
-        layout = resolve(self._model, hparams)
+        self._use(task.source)
+        layout = resolve(self._model, task.hparams)
+        room = room_beside(self._model, layout, task.hparams.target_layer)
         found = compute_targets(
             self._model,
             self._tokenizer,
-            requests,
-            hparams,
-            context_templates=templates,
-            shared_keys=shared_keys,
-            batch_size=batch_size,
-            memory=int(room_beside(self._model, layout, hparams.target_layer) * share),
+            task.requests,
+            task.hparams,
+            context_templates=task.templates,
+            shared_keys=task.shared_keys,
+            batch_size=task.batch_size,
+            memory=int(room * task.memory_share),
         )
         first = found.first_losses
         table = targets_table(
-            list(rows),
+            list(task.rows),
             found.values.numpy(),
             found.steps.numpy(),
             found.losses.numpy(),
             None if first is None else first.numpy(),
         )
-        file = f"{name}-{uuid4().hex}.parquet"
-        output.write_table(file, table)
-        if source.on_gpu:
+        file = f"{task.name}-{uuid4().hex}.parquet"
+        task.output.write_table(file, table)
+        if task.source.on_gpu:
             tell_gpu_memory("targets")
         return TargetSummary(
             file=file,
-            sha256=output.sha256(file),
-            failures={rows[i]: reason for i, reason in found.failures.items()},
-            early=int((found.steps < hparams.v_num_grad_steps).sum()),
+            sha256=task.output.sha256(file),
+            failures={task.rows[i]: reason for i, reason in found.failures.items()},
+            early=int((found.steps < task.hparams.v_num_grad_steps).sum()),
             count=len(found),
         )
 

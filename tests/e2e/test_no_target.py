@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +14,7 @@ from transformers import AutoTokenizer
 
 from pipeline.run import run_job
 from pipeline.workers import ray_executor
-from pipeline.workers.worker import ModelWorker, TargetSummary
+from pipeline.workers.worker import ModelWorker, TargetSummary, TargetTask
 from pmet import EditRequest
 from pmet.model.tokenization import tokenize_prompt
 from tests.conftest import GOLDEN, load_golden
@@ -28,12 +26,10 @@ VICTIM = 5
 class Fragile(ModelWorker):
     """A worker that one request makes fail, whenever it is computed."""
 
-    def find_targets(
-        self, source: Any, requests: Sequence[EditRequest], *rest: Any
-    ) -> TargetSummary:
-        if any(request.case_id == VICTIM for request in requests):
+    def find_targets(self, task: TargetTask) -> TargetSummary:
+        if any(request.case_id == VICTIM for request in task.requests):
             raise RuntimeError("the library fell over")
-        return super().find_targets(source, requests, *rest)
+        return super().find_targets(task)
 
 
 def token_of_one_request_only() -> int:
@@ -107,7 +103,7 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
     rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
     (victim,) = [r for r in rejected if r["case_id"] == VICTIM]
     assert victim["reason"].startswith(
-        "no target: whoever computes it fails, also by itself (RuntimeError: the library fell over"
+        "no target: it fails on every worker, even alone (RuntimeError: the library fell over"
     )
     values, expected = targets_by_row(result.folder), published()
     assert len(values) == GOOD_ROWS - 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.run import run_job
 from pipeline.stages.measurement import held_out
 from pipeline.storage.store import Store
 from pipeline.workers import serial_executor
-from pipeline.workers.worker import ModelWorker, TargetSummary
+from pipeline.workers.worker import ModelWorker, TargetSummary, TargetTask
 from pmet import NotFiniteError
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts, job
@@ -165,11 +164,9 @@ def test_a_figure_that_is_undefined_is_recorded_shown_and_held_with_a_sentence(
 class Unlucky(ModelWorker):
     """A worker that finds no target: its GPU computes nonsense, say."""
 
-    def find_targets(
-        self, source: Any, requests: Sequence[Any], rows: Sequence[int], *rest: Any
-    ) -> TargetSummary:
-        found = super().find_targets(source, requests, rows, *rest)
-        return replace(found, failures=dict.fromkeys(rows, "the loss is nan at evaluation 1"))
+    def find_targets(self, task: TargetTask) -> TargetSummary:
+        found = super().find_targets(task)
+        return replace(found, failures=dict.fromkeys(task.rows, "the loss is nan at evaluation 1"))
 
 
 def test_a_run_that_edits_no_fact_fails_and_goes_on_once_the_cause_is_gone(

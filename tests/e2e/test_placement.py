@@ -145,7 +145,7 @@ def test_a_node_that_joins_late_is_used_and_one_that_leaves_is_survived(
         count=room_for_workers(1),
         grown=lambda: room_for_workers(1),
         num_gpus=1,
-        on_event=lambda kind, _: events.append(kind),
+        on_event=lambda kind, _, **__: events.append(kind),
     )
     with pool:
         pool.run("look", todo(3), lambda *_: None)

@@ -20,7 +20,7 @@ from pipeline.errors import JobError, WorkerError
 from pipeline.job.config import JobConfig
 from pipeline.run import run_job
 from pipeline.stages import update
-from pipeline.workers.worker import ModelWorker
+from pipeline.workers.worker import ModelWorker, TargetTask
 from pipeline.zero.rank import UpdateRank
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts, job
@@ -112,10 +112,10 @@ def test_what_fails_in_one_row_is_found_and_the_others_are_edited(
 ) -> None:
     faulty, find = facts()[7]["subject"], ModelWorker.find_targets
 
-    def found(self: ModelWorker, source: Any, requests: Any, *args: Any) -> Any:
-        if any(request.subject == faulty for request in requests):
+    def found(self: ModelWorker, task: TargetTask) -> Any:
+        if any(request.subject == faulty for request in task.requests):
             raise ValueError("cannot be computed")
-        return find(self, source, requests, *args)
+        return find(self, task)
 
     monkeypatch.setattr(ModelWorker, "find_targets", found)
     result = run_job(few)

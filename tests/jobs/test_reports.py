@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
-from tests.pipeline.test_compare import run_in, with_wrong
-from tests.pipeline.test_report import results_of
 
 from pipeline.storage.store import Store
 from tests.jobs.conftest import Invoke
+from tests.pipeline.report.test_comparison import run_in, with_wrong
+from tests.pipeline.report.test_run_report import results_of
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:

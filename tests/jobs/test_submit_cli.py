@@ -10,6 +10,7 @@ import ray
 import yaml
 
 from jobs import submit_cli
+from pipeline.events import EventKind
 from pipeline.run_folder.folder import RunFolder
 from tests.jobs.conftest import Invoke
 
@@ -63,7 +64,7 @@ def test_a_cluster_that_does_not_answer_is_told(pmet: Invoke, job: Path) -> None
 def test_the_folder_alone_tells_how_a_run_ended(pmet: Invoke, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "out"))
     folder.begin({}, seed=0)
-    folder.event("retry", "shard 3 [of 7]: it died")
+    folder.event(EventKind.RETRY, "shard 3 [of 7]: it died")
     with folder.stage("targets", 4) as detail:
         detail |= {"shards": 2, "finished": 1}
     folder.finish("failed", "the storage is full", exit_status=1)

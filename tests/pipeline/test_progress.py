@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from pipeline.events import EventKind
 from pipeline.progress import CountedStage, LineProgress, Stage
 
 
@@ -26,7 +27,7 @@ def test_every_line_names_run_and_attempt(lines: list[str]) -> None:
     with progress.stage("targets", 10) as stage:
         stage.advance(4)
         stage.shard("00002")
-    progress.event('shard 00007 (requests 8 to 11), attempt 1 of 3: it said\n"no"', "retry")
+    progress.event(EventKind.RETRY, 'it said\n"no"', shard="00007", attempt=1)
     for line in lines:
         assert "\n" not in line
         said = of(line, "run", "attempt", "submission")

@@ -146,6 +146,8 @@ def test_every_row_is_in_results_or_in_rejected(
     assert others == sorted(others)
     assert set(edited) == {r for r in accepted if r not in found.failures}
     reasons = dict(zip(others, rejected.column("reason").to_pylist(), strict=True))
+    codes = dict(zip(others, rejected.column("code").to_pylist(), strict=True))
+    assert {row for row, code in codes.items() if code == "no-target"} == set(found.failures)
     assert all(reasons.values())
     assert all(reasons[row] == f"no target: {why}" for row, why in found.failures.items())
     assert result.metrics["counts"] == {

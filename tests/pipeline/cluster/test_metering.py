@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from pipeline.cluster.metering import MeteredProgress
+from pipeline.events import EventKind
 from pipeline.progress import LineProgress, Progress
 
 PATIENCE_S = 120
@@ -56,7 +57,7 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
         stage.advance(6)
         stage.shard("00001")
         stage.shard("00002")
-    progress.event("shard 00003, attempt 1 of 3: it died", "retry")
+    progress.event(EventKind.RETRY, "it died", shard="00003", attempt=1)
     run = 'run="s3://runs/1"'
     assert value("pmet_stage_done", run, 'stage="targets"', awaited=10) == 10
     assert value("pmet_stage_total", run, 'stage="targets"', awaited=40) == 40
@@ -72,7 +73,7 @@ def test_a_run_of_any_name_is_told_in_ascii(cluster: None) -> None:
     with progress.stage("zählen", 2) as stage:
         stage.advance(2)
         stage.shard("00001")
-    progress.event("verloren: läuf", "death")
+    progress.event(EventKind.DEATH, "verloren: läuf")
     assert value("pmet_shards_done", "%25", awaited=1) == 1
     (line,) = [line for line in lines_of_metrics() if "pmet_stage_done" in line and "%25" in line]
     assert line.isascii()
@@ -91,6 +92,6 @@ def test_what_is_shown_is_shown_all_the_same() -> None:
     with progress.stage("targets", 2) as stage:
         stage.advance()
         stage.shard("00001")
-    progress.event("worker 1 was lost on shard 00001, attempt 2 of 3: killed", "death")
+    progress.event(EventKind.DEATH, "worker 1 was lost", shard="00001", attempt=2)
     events = [line.split()[4] for line in lines]
     assert events == [f"event={e}" for e in ("begin", "progress", "shard", "end", "death")]

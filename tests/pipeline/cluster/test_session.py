@@ -9,6 +9,7 @@ from ray._private import ray_constants
 
 from pipeline.cluster import session
 from pipeline.cluster.session import root_cause
+from pipeline.failures import FailureKind
 
 WHO = """The actor died unexpectedly before finishing this task.
 \tclass_name: _WorkerProcess
@@ -46,29 +47,33 @@ def dead(text: str) -> ray_exceptions.ActorDiedError:
 
 def test_a_process_that_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_oom_kills", lambda: session._OOM_KILLS_BEFORE)
-    assert root_cause(dead(ENDED + SILENT)) == (
-        "ActorDiedError: its worker process has died without a word (process 25228 on 127.0.0.1), "
-        "as after signal 9 (SIGKILL): it crashed, or somebody or the kernel killed it, which it "
-        "does when memory is short"
+    failure = root_cause(dead(ENDED + SILENT))
+    assert failure.text == (
+        "ActorDiedError: its worker process exited without an error message (process 25228 on "
+        "127.0.0.1), as after signal 9 (SIGKILL): it crashed or was killed; the kernel kills "
+        "processes when memory is short"
     )
+    assert failure.kind is FailureKind.MEMORY
 
 
 def test_the_kernel_says_that_it_kills_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_oom_kills", lambda: session._OOM_KILLS_BEFORE + 1)
-    said = root_cause(dead(ENDED + SILENT))
+    said = root_cause(dead(ENDED + SILENT)).text
     assert said.endswith("when memory is short (and has done here since the run began)")
 
 
 def test_a_process_that_ended_by_itself() -> None:
     detail = "Worker exit detail: Worker exits unexpectedly. Worker exits with an exit code 4."
-    said = root_cause(dead(ENDED + detail))
+    failure = root_cause(dead(ENDED + detail))
+    said = failure.text
     assert said.startswith("ActorDiedError: process 25228 on 127.0.0.1: The actor is dead because")
     assert said.endswith("Worker exits with an exit code 4.")
     assert "SIGKILL" not in said
+    assert failure.kind is FailureKind.OTHER
 
 
 def test_a_machine_that_is_lost() -> None:
-    said = root_cause(dead("The actor died because its node has died. Node Id: 3f00"))
+    said = root_cause(dead("The actor died because its node has died. Node Id: 3f00")).text
     assert said == (
         "ActorDiedError: process 25228 on 127.0.0.1: The actor died because its node has died. "
         "Node Id: 3f00"
@@ -76,7 +81,9 @@ def test_a_machine_that_is_lost() -> None:
 
 
 def test_memory_that_is_short() -> None:
-    assert root_cause(ray_exceptions.OutOfMemoryError(OUT_OF_MEMORY)) == (
+    failure = root_cause(ray_exceptions.OutOfMemoryError(OUT_OF_MEMORY))
+    assert failure.kind is FailureKind.MEMORY
+    assert failure.text == (
         "OutOfMemoryError: memory was short: Ray ended the process before its machine had none "
         "left (4.81GB of 23.54GB were in use)"
     )

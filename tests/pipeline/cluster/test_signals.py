@@ -143,7 +143,7 @@ def test_handlers_outlive_a_library_that_removes_them(handlers: None) -> None:
 def test_what_does_not_end_is_ended() -> None:
     script = """
 import os, signal, time
-from pipeline import signals
+from pipeline.cluster import signals
 signals._GIVE_UP_S = 0.5
 signals.install()
 while True:

@@ -134,7 +134,7 @@ class PoolSuite:
     @pytest.fixture(scope="class")
     def shared(self):
         events = []
-        with self.make(init_args=(7,), on_event=lambda *event: events.append(event)) as pool:
+        with self.make(init_args=(7,), on_event=lambda *event, **_: events.append(event)) as pool:
             pool.events = events
             yield pool
 
@@ -215,9 +215,9 @@ class PoolSuite:
         assert results == {"0": 0, "2": 2}
         assert [(item.task.key, item.attempts) for item in failed] == [("4", 3), ("1", 3)]
         assert isinstance(failed[0], FailedTask)
-        assert failed[0].reason.startswith("ArithmeticError: lost a bead of 4 (")
-        assert "test_executor.py:" in failed[0].reason
-        assert failed[0].reason.endswith("in stumble)")
+        assert failed[0].failure.text.startswith("ArithmeticError: lost a bead of 4 (")
+        assert "test_worker_pool.py:" in failed[0].failure.text
+        assert failed[0].failure.text.endswith("in stumble)")
         assert len({pid for pid, _ in [*before.values(), *after.values()]}) <= self.workers
 
 
@@ -244,7 +244,7 @@ class EndingSuite:
     def test_bad_input_is_raised_at_once(self):
         events = []
         with (
-            self.make(on_event=lambda *event: events.append(event)) as pool,
+            self.make(on_event=lambda *event, **_: events.append(event)) as pool,
             pytest.raises(RequestError, match=r"^row 0 has no subject$") as raised,
         ):
             collect(pool, "refuse", numbers(1))
@@ -257,7 +257,7 @@ class EndingSuite:
             self.make(
                 Unmade,
                 init_args=(OSError("no such model"),),
-                on_event=lambda *event: events.append(event),
+                on_event=lambda *event, **_: events.append(event),
             ) as pool,
             pytest.raises(
                 WorkerError, match=r"^no worker can start: OSError: no such model \("
@@ -326,7 +326,7 @@ def test_no_more_workers_are_started_than_a_stage_is_worth(tmp_path):
 def test_a_killed_worker_is_replaced_within_a_second(tmp_path):
     events, times = [], []
 
-    def note(kind, text):
+    def note(kind, text, **_):
         events.append((kind, text))
         times.append(time.time())
 
@@ -347,23 +347,23 @@ def test_a_poison_task_is_given_up_and_the_others_complete(tmp_path):
         results, failed = collect(pool, "die", tasks)
     assert sorted(results) == ["0", "1", "3", "4", "5"]
     assert [(item.task.key, item.attempts) for item in failed] == [("2", 3)]
-    assert failed[0].reason.startswith("ActorDiedError: ")
-    assert "without a word (process " in failed[0].reason
-    assert "as after signal 9 (SIGKILL)" in failed[0].reason
-    assert "\n" not in failed[0].reason
+    assert failed[0].failure.text.startswith("ActorDiedError: ")
+    assert "without an error message (process " in failed[0].failure.text
+    assert "as after signal 9 (SIGKILL)" in failed[0].failure.text
+    assert "\n" not in failed[0].failure.text
 
 
 def test_a_task_that_hangs_is_ended():
     events = []
     pool = WorkerPool(
         Abacus, count=2, task_timeout_s=1.0, max_attempts=2,
-        on_event=lambda *event: events.append(event),
+        on_event=lambda *event, **_: events.append(event),
     )  # fmt: skip
     with pool:
         results, failed = collect(pool, "sleep", tasks_of((3600,), (0.0,), (0.1,)))
     assert results == {"0.0": 0.0, "0.1": 0.1}
     assert [(item.task.key, item.attempts) for item in failed] == [("3600", 2)]
-    assert failed[0].reason == "TimeoutError: hung, or took longer than 1 s"
+    assert failed[0].failure.text == "TimeoutError: hung, or took longer than 1 s"
     assert [kind for kind, _ in events] == ["timeout", "retry", "timeout", "failed"]
 
 
@@ -377,7 +377,7 @@ def test_a_worker_out_of_memory_is_replaced(tmp_path):
 def test_a_worker_that_dies_while_idle_costs_no_attempt():
     events = []
     with WorkerPool(
-        Abacus, count=1, max_attempts=1, on_event=lambda *event: events.append(event)
+        Abacus, count=1, max_attempts=1, on_event=lambda *event, **_: events.append(event)
     ) as pool:
         pids, _ = collect(pool, "count_calls", numbers(1))
         os.kill(pids["0"][0], signal.SIGKILL)
@@ -394,7 +394,7 @@ def test_a_start_that_dies_is_tried_again(tmp_path):
         StillbornOnce,
         count=1,
         init_args=(str(tmp_path / "born"),),
-        on_event=lambda *event: events.append(event),
+        on_event=lambda *event, **_: events.append(event),
     ) as pool:
         results, _ = collect(pool, "square", numbers(2))
     assert results == {"0": 0, "1": 1}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.tables import Rejection, read_requests, read_targets, targets_table, with_columns
+from pipeline.data.rejections import Rejection, RejectionCode
+from pipeline.data.tables import read_requests, read_targets, targets_table, with_columns
 from pipeline.errors import RequestTableError, StorageError
 from pmet.request import EditRequest
 
@@ -117,7 +118,11 @@ def test_extra_columns_travel_untouched(read):
     assert found.rejected_table().to_pylist() == [
         fact("B", target="")
         | extra
-        | {"row": 1, "reason": "target_new is empty; give text that is more than white space"}
+        | {
+            "row": 1,
+            "code": "invalid",
+            "reason": "target_new is empty; give text that is more than white space",
+        }
     ]
 
 
@@ -508,7 +513,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_files_without_rows_hold_no_requests(read):
     found = read(table_of([fact()]).slice(0, 0))
     assert list(found.requests) == []
-    assert found.rejected_table().column_names == [*fact(), "row", "reason"]
+    assert found.rejected_table().column_names == [*fact(), "row", "code", "reason"]
 
 
 def test_added_columns_keep_those_of_the_input():
@@ -525,13 +530,22 @@ def test_rejected_rows_can_be_put_right_and_given_again(read, tmp_path):
     again.mkdir()
     pq.write_table(first, again / "r.parquet")
     found = read_requests(str(again)).rejected_table()
-    assert found.column_names == [*fact(), "input_row", "input_reason", "row", "reason"]
+    assert found.column_names == [
+        *fact(),
+        "input_row",
+        "input_code",
+        "input_reason",
+        "row",
+        "code",
+        "reason",
+    ]
     assert found.to_pylist()[0]["input_row"] == 1
     assert found.to_pylist()[0]["row"] == 0
 
 
 def test_a_rejection_is_a_record():
-    assert Rejection(row=1, reason="x") == Rejection(1, "x")
+    code = RejectionCode.INVALID
+    assert Rejection(row=1, reason="x", code=code) == Rejection(1, "x", code)
 
 
 def test_a_hundred_thousand_rows_take_seconds(read):

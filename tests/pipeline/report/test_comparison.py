@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from tests.pipeline.test_report import GATES, HOSTILE, UNSEEN, Page, figures, results_of
 
 from pipeline.errors import RunFolderError, StorageError
 from pipeline.report.comparison import PAGE, Comparison, compare_runs, write_comparison
 from pipeline.storage.store import Store
+from tests.pipeline.report.test_run_report import GATES, HOSTILE, UNSEEN, Page, figures, results_of
 
 JOB = "model: gpt2\nrequests: a.parquet\nseed: {seed}\ntargets:\n  workers: {workers}\n"
 

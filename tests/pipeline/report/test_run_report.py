@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.browser import Browser, find_browser
+from pipeline.data.rejections import RejectionCode
 from pipeline.errors import RunFolderError, StorageError
 from pipeline.report import run_report as report_module
 from pipeline.report.run_report import write_report
@@ -102,6 +103,7 @@ def rejected_of(count):
             "subject": [""] * count,
             "target_new": pa.nulls(count, pa.string()),
             "row": [1000 + i for i in range(count)],
+            "code": ["invalid"] * count,
             "reason": [f"subject is empty, number {i}" for i in range(count)],
         }
     )
@@ -611,7 +613,10 @@ def test_generated_text_stands_side_by_side(store):
 
 def test_what_has_no_target_is_told_apart_from_what_cannot_be_planned(store):
     reasons = ["subject is empty", "no target: the loss is not finite", "repeats row 4"]
-    table = rejected_of(3).set_column(4, "reason", pa.array(reasons))
+    codes = [RejectionCode.INVALID, RejectionCode.NO_TARGET, RejectionCode.DUPLICATE]
+    table = rejected_of(3).drop_columns(["code", "reason"])
+    table = table.append_column("code", pa.array(codes, pa.string()))
+    table = table.append_column("reason", pa.array(reasons))
     store.write_table("rejected.parquet", table)
     text = Page(report(store)).text
     late, early = text.split("Requests without a target")[1].split("Rejected rows")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipeline.test_report import GATES, figures, rejected_of, results_of
 
 from pipeline import run
 from pipeline.errors import JobError, WorkerError
@@ -22,6 +21,7 @@ from pipeline.report.tracking import Tracking, tracked, trackers_of, without_sec
 from pipeline.run import RunResult, run_plan
 from pipeline.storage.store import Store
 from tests.conftest import GOLDEN
+from tests.pipeline.report.test_run_report import GATES, figures, rejected_of, results_of
 
 GPT2 = GOLDEN / "gpt2"
 
@@ -69,7 +69,7 @@ def finished(store: Store) -> Store:
 def follow(job: JobConfig, store: Store, status: Any = "complete") -> list[tuple[str, str]]:
     """Track a run from its beginning to its end; returns the events."""
     events: list[tuple[str, str]] = []
-    told = Tracking(trackers_of(job), lambda kind, text: events.append((kind, text)))
+    told = Tracking(trackers_of(job), lambda kind, text, **_: events.append((kind, text)))
     told.begin(job, "digest")
     told.end(store, status)
     return events
@@ -212,7 +212,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_others_go_on(
 ) -> None:
     store, events = finished(Store(tmp_path / "run")), []
     bad, good = Broken(at, raising(error)), Broken("nothing", None)
-    told = Tracking({"bad": bad, "good": good}, lambda kind, text: events.append((kind, text)))
+    told = Tracking({"bad": bad, "good": good}, lambda kind, text, **_: events.append((kind, text)))
     told.begin(job_of(tmp_path), "digest")
     told.end(store, "complete")
     assert told.failed
@@ -228,7 +228,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_others_go_on(
 def test_a_tracker_that_hangs_is_given_up(tmp_path: Path) -> None:
     events, forever = [], threading.Event()
     hanging = Broken("begin", forever.wait)
-    told = Tracking({"slow": hanging}, lambda kind, text: events.append(text), patience=0.05)
+    told = Tracking({"slow": hanging}, lambda kind, text, **_: events.append(text), patience=0.05)
     told.begin(job_of(tmp_path), "digest")
     told.end(Store(tmp_path / "nothing"), "complete")
     forever.set()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RunFolderError, StorageError
+from pipeline.events import EventKind
 from pipeline.run_folder.folder import RunFolder
 
 DIGESTS = {"job": "1", "model": "a"}
@@ -39,7 +40,7 @@ def test_what_earlier_attempts_took_is_kept(url: str) -> None:
     first = begun(url)
     with first.stage("targets"):
         pass
-    for kind in ("death", "retry", "death"):
+    for kind in (EventKind.DEATH, EventKind.RETRY, EventKind.DEATH):
         first.event(kind, "it happened")
     # It is killed; the second fails, the third finds all done.
     second = begun(url)
@@ -143,13 +144,15 @@ def test_stages_events_and_the_end_are_told(url: str) -> None:
     with folder.stage("targets") as detail:
         assert folder.store.read_json("run.json")["stage"] == "targets"
         detail["shards"] = 4
-    folder.event("retry", "worker 1 died")
+    folder.event(EventKind.RETRY, "shard 00007 failed", shard="00007", attempt=2)
     folder.finish("failed", "why")
     status = folder.store.read_json("run.json")
     assert status["status"] == "failed"
     assert status["error"] == "why"
     assert status["finished_at"] >= status["started_at"]
-    assert status["events"] == [{"kind": "retry", "text": "worker 1 died"}]
+    assert status["events"] == [
+        {"kind": "retry", "text": "shard 00007 failed", "shard": "00007", "attempt": 2}
+    ]
     (stage,) = status["stages"]
     assert (stage["name"], stage["detail"]) == ("targets", {"shards": 4})
 
@@ -157,5 +160,5 @@ def test_stages_events_and_the_end_are_told(url: str) -> None:
 def test_what_happened_can_be_read_at_once(url: str) -> None:
     folder = begun(url)
     with folder.stage("targets", 4):
-        folder.event("death", "worker 1 was lost")
+        folder.event(EventKind.DEATH, "worker 1 was lost")
         assert folder.store.read_json("run.json")["events"][0]["kind"] == "death"

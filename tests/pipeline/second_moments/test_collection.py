@@ -18,9 +18,10 @@ import torch
 
 from pipeline.cluster.pool import Pool, SerialPool, run_all
 from pipeline.cluster.session import ray_session
-from pipeline.cluster.tasks import EventKind, Task
+from pipeline.cluster.tasks import Task
 from pipeline.cluster.worker_pool import WorkerPool
 from pipeline.errors import JobError
+from pipeline.events import EventKind
 from pipeline.models.source import ModelSource
 from pipeline.progress import Stage
 from pipeline.second_moments import collection
@@ -39,7 +40,7 @@ BUDGET, MAX_LENGTH = 3000, 20
 # What the other process of `test_a_killed_pass…` runs: it dies by SIGKILL after its second part.
 PASS = """
 import os, signal, sys
-from pipeline import statistics
+from pipeline.second_moments import collection
 from pipeline.cluster.pool import run_all
 from pipeline.cluster.pool import SerialPool
 from pipeline.progress import Stage
@@ -221,14 +222,14 @@ def test_any_number_of_workers_and_a_death_give_the_same_bytes(
 ) -> None:
     job, deaths = plan(corpus), []
 
-    def on_event(kind: EventKind, _text: str) -> None:
+    def on_event(kind: EventKind, _text: str, **_: Any) -> None:
         deaths.append(kind)
 
     mark = tmp_path / "mark"
     pool = WorkerPool(Mortal, count=2, init_args=(job.source, mark), threads=1, on_event=on_event)
     compute(job, tmp_path / "out", pool)
     assert mark.exists()
-    assert "death" in deaths
+    assert EventKind.DEATH in deaths
     assert files(tmp_path / "out") == reference
 
 

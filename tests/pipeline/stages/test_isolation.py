@@ -1,4 +1,4 @@
-"""Requests that make a computation fail are found, and nothing else is put aside."""
+"""Requests that make a computation fail are found, and nothing else is set aside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.shards import plan_shards
 from pipeline.errors import WorkerError
+from pipeline.failures import Failure
 from pipeline.stages.isolation import Piece, isolate, most_isolated
 
 
@@ -25,9 +26,11 @@ class Machine:
         self.failures = 0
         self.rounds: list[int] = []
 
-    def compute(self, pieces: Sequence[Piece]) -> dict[Piece, str]:
+    def compute(self, pieces: Sequence[Piece]) -> dict[Piece, Failure]:
         self.rounds.append(len(pieces))
-        failed = {p: f"died of {min(self.poison & {*p.places})}" for p in pieces if self.bad(p)}
+        failed = {
+            p: Failure(f"died of {min(self.poison & {*p.places})}") for p in pieces if self.bad(p)
+        }
         self.computed += [place for p in pieces if p not in failed for place in p.places]
         self.failures += sum(p.attempts for p in failed)
         return failed
@@ -35,22 +38,22 @@ class Machine:
     def bad(self, piece: Piece) -> bool:
         return bool(self.poison & {*piece.places})
 
-    def put_aside(self, piece: Piece, reason: str) -> None:
+    def set_aside(self, piece: Piece, failure: Failure) -> None:
         (place,) = piece.places
-        self.aside[place] = reason
+        self.aside[place] = failure.text
 
 
 def run(poison: set[int], count: int, size: int, limit: int) -> Machine:
     machine = Machine(poison)
     pieces = [Piece((s,), tuple(range(s.start, s.stop))) for s in plan_shards(count, size)]
     failed = machine.compute(pieces)
-    isolate(failed, machine.compute, machine.put_aside, limit)
+    isolate(failed, machine.compute, machine.set_aside, limit)
     return machine
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 70), st.sets(st.integers(0, 199), max_size=6))
-def test_the_poisonous_are_put_aside_and_all_others_are_computed_once(
+def test_the_poisonous_are_set_aside_and_all_others_are_computed_once(
     count: int, size: int, poison: set[int]
 ) -> None:
     poison = {place for place in poison if place < count}
@@ -61,13 +64,13 @@ def test_the_poisonous_are_put_aside_and_all_others_are_computed_once(
     assert machine.failures <= len(poison) * (2 * levels + 3)
 
 
-def test_what_ails_everyone_stops_early_and_puts_nobody_aside() -> None:
+def test_what_ails_everyone_stops_early_and_sets_none_aside() -> None:
     machine = Machine(set(range(4096)))
     pieces = [Piece((s,), tuple(range(s.start, s.stop))) for s in plan_shards(4096, 2048)]
     with pytest.raises(WorkerError) as error:
-        isolate(machine.compute(pieces), machine.compute, machine.put_aside, limit=5)
+        isolate(machine.compute(pieces), machine.compute, machine.set_aside, limit=5)
     assert str(error.value).startswith(
-        "at least 8 requests fail again and again, of which 5 may be put aside; so many look like "
+        "at least 8 requests fail again and again, of which 5 may be set aside; so many look like "
         "a fault of the job or of its machines: shard 00000 (512 requests, 0 to 511): died of 0; "
     )
     assert str(error.value).endswith("remove the cause and run the same job again")
@@ -75,7 +78,7 @@ def test_what_ails_everyone_stops_early_and_puts_nobody_aside() -> None:
     assert machine.aside == {}
 
 
-def test_how_many_may_be_put_aside() -> None:
+def test_how_many_may_be_set_aside() -> None:
     counts = (1, 2, 9, 10, 500, 700, 100_000)
     assert [most_isolated(count) for count in counts] == [0, 1, 4, 5, 5, 7, 1000]
 

@@ -1,4 +1,4 @@
-"""The stage of targets: what is found, recorded and used again, and who is put aside."""
+"""The stage of targets: what is found, recorded and used again, and who is set aside."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ from pipeline.stages.context import Context, FoundTargets
 from pipeline.stages.target_store import TargetStore
 from pipeline.stages.targets import WORTH_A_WORKER, find_targets
 from pipeline.storage import retries
-from pipeline.storage.store import Store
 from pipeline.workers import ray_executor
 from pipeline.workers.ray_executor import RayExecutor
-from pipeline.workers.worker import TargetSummary
+from pipeline.workers.worker import TargetSummary, TargetTask
 from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 
@@ -56,19 +55,8 @@ class Oracle:
         self.poison = poison or {}
         self.journal = journal
 
-    def find_targets(
-        self,
-        source: Any,
-        requests: Sequence[EditRequest],
-        rows: Sequence[int],
-        hparams: Any,
-        templates: Any,
-        shared_keys: Any,
-        batch_size: Any,
-        share: float,
-        output: Store,
-        name: str,
-    ) -> TargetSummary:
+    def find_targets(self, task: TargetTask) -> TargetSummary:
+        requests, rows = task.requests, task.rows
         if self.journal:
             with open(self.journal, "a") as journal:
                 journal.write(f"{os.getpid()} {json.dumps(list(rows))}\n")
@@ -89,10 +77,10 @@ class Oracle:
         }
         rows = [row for row in rows if row not in failures]
         values = np.repeat(np.array(rows, np.float32)[:, None], 64, axis=1)
-        file = f"{name}-{os.urandom(4).hex()}.parquet"
+        file = f"{task.name}-{os.urandom(4).hex()}.parquet"
         steps = np.array(rows, np.int32) % 25
-        output.write_table(file, targets_table(rows, values, steps, values[:, 0] / 7))
-        return TargetSummary(file, output.sha256(file), failures, 0, len(rows))
+        task.output.write_table(file, targets_table(rows, values, steps, values[:, 0] / 7))
+        return TargetSummary(file, task.output.sha256(file), failures, 0, len(rows))
 
 
 class Stuck(Oracle):
@@ -237,14 +225,14 @@ def test_no_ranks_are_expected_while_bad_requests_are_looked_for(
     assert len(team.expected) == 1
 
 
-def test_poisonous_requests_are_put_aside_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
+def test_poisonous_requests_are_set_aside_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
     bad = {subject(plan, place): "the library fell over" for place in (3, 12)}
     found, folder, _ = found_in(plan, str(tmp_path), bad)
     rows = {plan.table.rows[place] for place in (3, 12)}
     assert set(found.failures) == rows
     for row in rows:
         assert found.failures[row].startswith(
-            "whoever computes it fails, also by itself (RuntimeError: the library fell over"
+            "it fails on every worker, even alone (RuntimeError: the library fell over"
         )
     got = values(plan, found, folder)
     assert {r: v[0] for r, v in got.items()} == {r: r for r in range(COUNT) if r not in rows}
@@ -262,7 +250,7 @@ def test_poisonous_requests_are_put_aside_and_all_others_found(plan: Plan, tmp_p
     assert again == found
 
 
-def test_a_request_that_kills_its_workers_is_put_aside(
+def test_a_request_that_kills_its_workers_is_set_aside(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One try of each: a worker that starts takes seconds.
@@ -283,7 +271,7 @@ def test_a_request_that_kills_its_workers_is_put_aside(
     (row,) = found.failures
     assert row == plan.table.rows[2]
     assert "ActorDiedError" in found.failures[row]
-    assert "its worker process has died without a word" in found.failures[row]
+    assert "its worker process exited without an error message" in found.failures[row]
     others = {r: r for r in plan.table.rows[:4] if r != row}
     assert {r: v[0] for r, v in values(plan, found, folder).items()} == others
     tried = [line.split(" ", 1) for line in journal.read_text().splitlines()]
@@ -291,7 +279,7 @@ def test_a_request_that_kills_its_workers_is_put_aside(
     assert len(deadly) == len(set(deadly)) == 3
 
 
-def test_a_request_that_hangs_its_workers_is_put_aside(
+def test_a_request_that_hangs_its_workers_is_set_aside(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isolation, "GROUP_ATTEMPTS", 1)
@@ -304,7 +292,7 @@ def test_a_request_that_hangs_its_workers_is_put_aside(
     monkeypatch.setenv("PMET_TEST_STUCK", hanging)
     events: list[str] = []
     folder = begun(plan, str(tmp_path))
-    with RayExecutor(plan, None, lambda kind, _: events.append(kind)) as team:
+    with RayExecutor(plan, None, lambda kind, _, **__: events.append(kind)) as team:
         found = find_targets(Context(plan, folder, team, Progress()), TEMPLATES)
     (row,) = found.failures
     assert row == plan.table.rows[1]
@@ -377,13 +365,13 @@ def test_what_ails_everyone_fails_the_run_and_rejects_nobody(plan: Plan, tmp_pat
     assert folder.status["events"] == []
 
 
-def test_those_put_aside_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
+def test_those_set_aside_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
     bad = {subject(plan, place): "fell over" for place in (0, 1, 2)}
     first, folder, _ = found_in(plan, str(tmp_path), bad)
     assert len(first.failures) == 3
     folder.store.delete("records/targets-00001.json")
     more = {subject(plan, place): "fell over" for place in (8, 9, 10)}
-    with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be put aside"):
+    with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be set aside"):
         found_in(plan, str(tmp_path), more)
 
 
@@ -420,10 +408,10 @@ def test_known_requests_leave_their_shards_and_cut_no_others(plan: Plan, tmp_pat
     assert stage_detail(other)["stored"] == len(expected)
 
 
-def test_how_many_may_be_put_aside_counts_only_those_computed(plan: Plan, tmp_path: Path) -> None:
+def test_how_many_may_be_set_aside_counts_only_those_computed(plan: Plan, tmp_path: Path) -> None:
     known = frozenset(plan.table.rows[:20])
     bad = {subject(plan, place): "fell over" for place in (20, 21, 22)}
-    with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be put aside"):
+    with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be set aside"):
         found_in(plan, str(tmp_path), bad, known=known)
 
 
@@ -497,7 +485,7 @@ def test_what_shards_lack_is_never_more_together_than_a_shard(plan: Plan, tmp_pa
     assert [len(rows) for rows in computed] == [5, 8]
 
 
-def test_a_poisonous_request_among_what_shards_lack_is_put_aside(
+def test_a_poisonous_request_among_what_shards_lack_is_set_aside(
     plan: Plan, tmp_path: Path
 ) -> None:
     plan = storing(plan, str(tmp_path / "store"))
@@ -520,7 +508,7 @@ def test_what_was_found_before_a_failure_is_in_the_store(plan: Plan, tmp_path: P
     assert stage_detail(folder)["stored"] == 16
 
 
-def test_a_request_put_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
+def test_a_request_set_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
     plan = storing(plan, str(tmp_path / "store"))
     found_in(plan, str(tmp_path / "1"), {subject(plan, 9): "fell over"})
     found, folder, team = found_in(plan, str(tmp_path / "2"))

@@ -66,7 +66,7 @@ class Site:
             update=UpdateConfig(ranks=2, gpus_per_rank=gpus_per_rank),
         )
         plan = SimpleNamespace(job=job, target_shards=[1, 2, 3], base="base")
-        self.executor = RayExecutor(cast(Plan, plan), None, lambda kind, text: None)
+        self.executor = RayExecutor(cast(Plan, plan), None, lambda kind, text, **_: None)
 
     def _make(self, *args: Any, **options: Any) -> Ranks:
         self.made.append(Ranks(*args, **options))

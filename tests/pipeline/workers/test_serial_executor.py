@@ -58,7 +58,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def test_one_worker_stays_until_it_is_let_go_and_threads_come_back(plan: Plan) -> None:
     before = torch.get_num_threads()
-    with SerialExecutor(plan, lambda *_: None) as executor:
+    with SerialExecutor(plan, lambda *_, **__: None) as executor:
         assert executor.ranks == 1
         assert [executor.one("call", "one", (name,)) for name in "ab"] == [("a", 1, 2), ("b", 2, 2)]
         executor.release()
@@ -73,7 +73,7 @@ def test_a_task_that_fails_is_tried_again_and_given_up_alone(plan: Plan) -> None
     events: list[str] = []
     found: list[Any] = []
     tasks = [Task("good", ("good",)), Task("bad", ("fails",)), Task("last", ("last",))]
-    with SerialExecutor(plan, lambda kind, _: events.append(kind)) as executor:
+    with SerialExecutor(plan, lambda kind, _, **__: events.append(kind)) as executor:
         (failed,) = executor.try_all(
             "call", tasks, lambda task, _: found.append(task.key), workers=1
         )
@@ -81,12 +81,12 @@ def test_a_task_that_fails_is_tried_again_and_given_up_alone(plan: Plan) -> None
             executor.map("call", tasks, lambda *_: None)
     assert found == ["good", "last"]
     assert (failed.task.key, failed.attempts) == ("bad", 3)
-    assert failed.reason.startswith("ValueError: it fails (")
+    assert failed.failure.text.startswith("ValueError: it fails (")
     assert events == ["retry", "retry", "failed"] * 2
 
 
 def test_the_rank_comes_when_the_worker_has_gone(plan: Plan) -> None:
-    with SerialExecutor(plan, lambda *_: None) as executor:
+    with SerialExecutor(plan, lambda *_, **__: None) as executor:
         executor.one("call", "one", ("a",))
         executor.expect_ranks(Rank, (0,))
         with executor.take_ranks(Rank, (0,)) as group:

@@ -12,7 +12,7 @@ from pipeline.data.tables import read_targets
 from pipeline.evaluation.settings import How
 from pipeline.models.source import ModelSource
 from pipeline.storage.store import Store
-from pipeline.workers.worker import Asked, ModelWorker
+from pipeline.workers.worker import Asked, ModelWorker, TargetTask
 from tests import simulated
 from tests.conftest import GOLDEN, load_golden
 
@@ -25,16 +25,18 @@ def of_a_replica(source: ModelSource, output: Store) -> tuple[Any, ...]:
     requests = golden.requests[:3]
     replica = ModelWorker(source)
     found = replica.find_targets(
-        source,
-        requests,
-        [5, 6, 7],
-        golden.hparams.model_copy(update={"v_num_grad_steps": 4}),
-        golden.context_templates,
-        "joint",
-        None,
-        1.0,
-        output,
-        "shard",
+        TargetTask(
+            source=source,
+            requests=requests,
+            rows=[5, 6, 7],
+            hparams=golden.hparams.model_copy(update={"v_num_grad_steps": 4}),
+            templates=golden.context_templates,
+            shared_keys="joint",
+            batch_size=None,
+            memory_share=1.0,
+            output=output,
+            name="shard",
+        )
     )
     asked = Asked([(r.text, [r.target_new]) for r in requests], [requests[0].text], [])
     measured = replica.measure(source, How(), asked)
@@ -47,7 +49,7 @@ def test_several_gpus_hold_one_replica(tmp_path: Path, monkeypatch: pytest.Monke
     values, *others = of_a_replica(ModelSource(MODEL, on_gpu=False), output)
     with simulated.devices(2) as gpus:
         monkeypatch.setattr("pipeline.models.source.visible_gpus", lambda: gpus)
-        for module in ("pipeline.workers.worker", "pmet.targets.memory"):
+        for module in ("pipeline.models.source", "pmet.targets.memory"):
             monkeypatch.setattr(f"{module}.free_memory", lambda device: 1 << 30)
         opened, _ = ModelSource(MODEL, on_gpu=True).open()
         assert {weight.device for weight in opened.parameters()} == set(gpus)

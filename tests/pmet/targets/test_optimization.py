@@ -199,7 +199,7 @@ def test_bfloat16_weights_keep_free_vectors_and_losses_in_float32(gpt2: Golden):
 MEMORY = """
 import resource, sys, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-import pmet, pmet.targets.optimization as targets
+import pmet, pmet.targets.optimization as optimization
 torch.set_num_threads(1)
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])

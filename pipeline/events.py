@@ -1,0 +1,70 @@
+"""The channel for what happens in a run: retries, deaths, warnings.
+
+One call, ``event(kind, text, shard=…, attempt=…)``, reaches the progress display, the log lines,
+the metrics and ``run.json``. The kind and the fields are for programs, the text is for people.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol
+
+
+class EventKind(StrEnum):
+    """What kind of thing happened; the values stand in ``run.json``, log lines and metrics."""
+
+    NOTE = "note"
+    """Information only."""
+    WARNING = "warning"
+    """The run goes on, and its result may not be what the user wants."""
+    WAITING = "waiting"
+    """The cluster has no room yet."""
+    RETRY = "retry"
+    """A task or an update failed and is tried again."""
+    FAILED = "failed"
+    """A task failed as often as it may be tried."""
+    TIMEOUT = "timeout"
+    """A task took too long; its worker was ended."""
+    DEATH = "death"
+    """A worker's process ended."""
+    START_FAILURE = "start-failure"
+    """A worker did not start."""
+    ISOLATED = "isolated"
+    """A request that makes its shard fail was set aside."""
+
+
+class StageName(StrEnum):
+    """The stages of a run, as progress, metrics and ``run.json`` name them."""
+
+    PLAN = "plan"
+    TEMPLATES = "templates"
+    SECOND_MOMENTS = "second moments"
+    KNOWN_BEFORE = "known before"
+    TARGETS = "targets"
+    MEASURE_BEFORE = "measure before"
+    UPDATE = "update"
+    PUBLISH = "publish"
+    MEASURE_AFTER = "measure after"
+    KNOWN_AFTER = "known after"
+
+
+class OnEvent(Protocol):
+    """Receives events."""
+
+    def __call__(
+        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+    ) -> None:
+        """Take note of an event.
+
+        Args:
+            kind: what kind of thing happened.
+            text: what happened, for people.
+            shard: the name of the shard that it concerns, for example ``00007``.
+            attempt: the number of the attempt at the shard or the stage, from 1.
+        """
+
+
+def ignore(
+    kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
+) -> None:
+    """Drop an event."""
