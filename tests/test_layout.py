@@ -73,10 +73,8 @@ def full_names(tree: ast.AST) -> Iterator[str]:
 
 def hidden_parts(name: str) -> set[str]:
     """The parts of a dotted name that mark it as a library's own."""
-    hidden = (
-        part.startswith(("_", "ds_")) and not part.startswith("__") for part in name.split(".")
-    )
-    return {part for part, is_hidden in zip(name.split("."), hidden, strict=True) if is_hidden}
+    parts = name.split(".")
+    return {p for p in parts if p.startswith(("_", "ds_")) and not p.startswith("__")}
 
 
 def test_private_names_of_libraries_stand_in_one_module_each() -> None:

@@ -198,7 +198,7 @@ class UpdateRank:
         # Partitioned weights are empty: the shapes are those of the model without its weights.
         skeleton = open_skeleton(Path(folder), job.dtype) if meeting else None
         self._model, self._engine = _opened(folder, job, partitioned=meeting is not None)
-        self._layout = resolve(skeleton or self._model, job.hparams)
+        self._layout = resolve(self._model if skeleton is None else skeleton, job.hparams)
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []
