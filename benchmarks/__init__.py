@@ -1,4 +1,4 @@
-"""Timings of the parts that cost, for example ``python -m benchmarks.targets``.
+"""Timings of the expensive parts, for example ``python -m benchmarks.targets``.
 
-Each compares with the plain form of the method in the same run, and prints a table.
+Most compare with the plain form of the method in the same run, and print a table.
 """

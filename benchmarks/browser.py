@@ -1,6 +1,6 @@
-"""A headless Chromium that pages are shown to, told what to do through a pipe.
+"""A headless Chromium that opens pages, controlled through a pipe.
 
-It has an empty profile of its own and no network; nothing but the browser itself is needed.
+It has an empty profile and no network access; only the browser itself is required.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHOWN = (
 
 
 def find_browser() -> str | None:
-    """A browser that can be run without a screen; None where there is none."""
+    """Return a browser that runs without a screen; None if there is none."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
@@ -37,8 +37,8 @@ class Browser:
     """One browser with one page; use it as a context manager.
 
     Attributes:
-        requests: every address that the page has asked for.
-        dialogs: what the page has tried to tell in a dialog: nothing, unless a script has run.
+        requests: every address that the page has requested.
+        dialogs: texts of the dialogs that the page opened: empty, unless a script has run.
     """
 
     def __init__(self, path: str) -> None:
@@ -52,7 +52,7 @@ class Browser:
     def __enter__(self) -> Self:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        # The browser reads its orders from descriptor 3 and answers on 4.
+        # The browser reads commands from descriptor 3 and answers on 4.
         script = 'exec "$0" "$@" 3<&"$PIPE_IN" 4>&"$PIPE_OUT"'
         self._process = subprocess.Popen(
             ["bash", "-c", script, self._path, *FLAGS, f"--user-data-dir={self._profile.name}"],
@@ -84,7 +84,7 @@ class Browser:
         self._profile.cleanup()
 
     def open(self, page: Path, *, width: int = 1100, dark: bool = False) -> float:
-        """Show a file; returns the seconds until it was loaded, laid out and painted."""
+        """Open a file; return the seconds until it was loaded, laid out and painted."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900,
@@ -93,11 +93,11 @@ class Browser:
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(self._next())
-        # The page's own clock starts with the navigation.
+        # The page's own clock starts at the start of the navigation.
         return float(self.evaluate(SHOWN)) / 1000
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression on the page."""
+        """Return the value of an expression on the page."""
         done = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
@@ -111,11 +111,11 @@ class Browser:
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def pdf(self, file: Path) -> None:
-        """Write the page as it is printed."""
+        """Write the page as printed, as a PDF."""
         file.write_bytes(base64.b64decode(self.call("Page.printToPDF")["data"]))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Tell the page something in the browser's own protocol."""
+        """Call a method of the browser's protocol on the page."""
         return self._call(method, self._session, **parameters)
 
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a dry run says, and what the run then takes: on the demo, and on CounterFact facts.
+"""A dry run's estimate compared with the run's actual time, on the demo and on CounterFact facts.
 
 python -m benchmarks.estimate [--counterfact FOLDER] [--count 600]
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Estimate, run, compare."""
-    # Not at the top: the processes that are measured would import it all, as workers do not.
+    # Not at the top: the measured processes would import all of it, which workers do not.
     from benchmarks.harness import show
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, JobConfig]]:
-    """The demo's job, and one on CounterFact where its folder is given."""
+    """Yield the demo's job, and one on CounterFact if its folder is given."""
     import pyarrow.parquet as pq
 
     from jobs.demo.show import demo_job
@@ -62,7 +62,7 @@ def jobs(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, JobCo
 
 
 def compared(name: str, job: JobConfig) -> list[dict[str, Any]]:
-    """The estimate of each stage and of the whole, and what it took."""
+    """Return the estimated and the measured time of each stage and of the whole run."""
     from pipeline.estimate import estimate
     from pipeline.job import dump_job
     from pipeline.plan import make_plan
@@ -81,7 +81,7 @@ def compared(name: str, job: JobConfig) -> list[dict[str, Any]]:
         {"job": name, "stage": stage, "estimated": estimated, "measured": took.get(stage, "")}
         for stage, estimated in found.stages.items()
     ]
-    whole = {"job": name, "stage": "in all", "estimated": found.seconds, "measured": seconds}
+    whole = {"job": name, "stage": "total", "estimated": found.seconds, "measured": seconds}
     ratio = {"job": name, "stage": "ratio", "estimated": found.seconds / seconds, "measured": 1.0}
     return [*rows, whole, ratio]
 

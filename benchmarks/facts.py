@@ -1,10 +1,10 @@
-"""Fact dumps: check, diff and convert at the size of a night, with their peak memory.
+"""Fact dumps: time and peak memory of check, diff and convert on large dumps.
 
 python -m benchmarks.facts --rows 1000000
 
-Each command runs as it is typed, in a process of its own, so that its peak memory is its own. From
-the first dump to the second, one fact in a hundred goes, one in a hundred is new and one in fifty
-has another object; the rows are in another order.
+Each command runs as a user would type it, in its own process, so that its peak memory is its own.
+From the first dump to the second, one fact in a hundred is removed, one in a hundred is new and one
+in fifty has another object; the rows are in another order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ COMMAND = (sys.executable, "-c", "from jobs.cli import main; main()", "facts")
 def main() -> None:
     """Write two dumps, and time each command on them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of each dump")
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows per dump")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the fastest counts")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -57,13 +57,13 @@ def main() -> None:
         f"Fact dumps of {options.rows:,} rows, {size / 2**20:.0f} MiB each",
         rows,
         options,
-        "Seconds and peak memory of the whole process; importing what every command of pmet "
-        "imports is in both.",
+        "Seconds and peak memory of the whole process, including the imports of every pmet "
+        "command.",
     )
 
 
 def write_dump(folder: Path, rows: int, *, first: int, version: int) -> None:
-    """A dump in files of up to ``PIECE`` rows, each shuffled."""
+    """Write a dump as files of up to ``PIECE`` rows, each shuffled."""
     folder.mkdir()
     for start in range(first, first + rows, PIECE):
         facts = np.arange(start, min(start + PIECE, first + rows))
@@ -82,12 +82,12 @@ def write_dump(folder: Path, rows: int, *, first: int, version: int) -> None:
 
 
 def joined(text: str, numbers: np.ndarray) -> pa.Array:
-    """A text in front of each number."""
+    """Return the text followed by each number."""
     return pc.binary_join_element_wise(text, pa.array(numbers).cast(pa.string()), "")
 
 
 def templates() -> str:
-    """Two phrasings of each relation."""
+    """Return a templates file with two phrasings per relation."""
     line = (
         'relation {0}: {{prompt: "The thing {0} of {{}} is", paraphrases: ["{{}} has as {0}"]}}\n'
     )
@@ -95,13 +95,13 @@ def templates() -> str:
 
 
 def fastest(name: str, words: tuple[str, ...], folder: Path, rounds: int) -> dict[str, Any]:
-    """Run a command some times; other work on the machine only ever adds time."""
+    """Run a command several times and return the fastest: other load only ever adds time."""
     measured = [measure(words, folder) for _ in range(rounds)]
     return {"command": name} | min(measured, key=lambda figures: figures["seconds"])
 
 
 def measure(words: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Seconds, CPU seconds and peak memory of one command."""
+    """Return the seconds, CPU seconds and peak memory of one command."""
     paths = [str(folder / w) if (folder / w).exists() or "/" in w else w for w in words]
     start = time.perf_counter()
     process = subprocess.Popen([*COMMAND, *paths], stdout=subprocess.DEVNULL)

@@ -1,8 +1,8 @@
-"""What a fault costs: a driver that is killed and started again, a worker that is killed.
+"""The cost of faults: a driver that is killed and restarted, a worker that is killed.
 
 python -m benchmarks.faults
 
-The job is the demo's, with one worker. Each run is a process of its own.
+The job is the demo's, with one worker. Each run is a separate process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TICK_S = 0.02
 
 
 class Clock:
-    """When things happened in a run, in seconds from its call; the first time of each counts."""
+    """Times of events in a run, in seconds from its call; the first of each kind counts."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -45,7 +45,7 @@ class Clock:
 
 
 def main() -> None:
-    """Kill a driver, then a worker; resume what is left, and call the finished job again."""
+    """Kill a driver, then a worker; resume the run, then run the finished job again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
@@ -55,12 +55,12 @@ def main() -> None:
         kept = drive(output, kill_worker=True)
         finished = targets(output)
         resumed = drive(output)
-        assert finished <= targets(output), "a finished shard was found again"
+        assert finished <= targets(output), "a finished shard was recomputed"
         nothing = drive(output)
     rows: list[dict[str, Any]] = [
-        {"what": "resumed, to where the rest of the targets begins", **told(resumed, "targets")},
-        {"what": "… to the first of them being computed", **told(resumed, "computing")},
-        {"what": "finished and called again", **told(nothing, "end")},
+        {"what": "resumed, until the remaining targets start", **told(resumed, "targets")},
+        {"what": "… until the first of them is computed", **told(resumed, "computing")},
+        {"what": "finished and run again", **told(nothing, "end")},
         {"what": "killed worker, until it is noticed", **told(kept, "death", "kill")},
         {"what": "… until another one computes", **told(kept, "replaced", "kill")},
     ]
@@ -73,7 +73,7 @@ def told(times: Mapping[str, float], name: str, since: str | None = None) -> dic
 
 
 def targets(output: Path) -> set[str]:
-    """The files of targets that records name."""
+    """Return the files of targets named by records."""
     store = Store(output)
     return {
         store.read_json(f"records/{name}")["file"] for name in store.glob("records/targets-*.json")
@@ -81,13 +81,13 @@ def targets(output: Path) -> set[str]:
 
 
 def drive(output: Path, *, die_after: int = 0, kill_worker: bool = False) -> dict[str, float]:
-    """Run the job in a process of its own; returns when what happened, empty where it was killed.
+    """Run the job in its own process; return the times of its events, empty if it was killed.
 
     Args:
         output: the run folder.
         die_after: finished shards after which the process is killed; 0: never.
-        kill_worker: whether to kill the worker when it has finished a shard, and then, when
-            another one computes, the process.
+        kill_worker: whether to kill the worker once it has finished a shard, and the process once
+            another worker computes.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -143,7 +143,7 @@ def _drive(output: Path, die_after: int, kill_worker: bool, queue: Queue[dict[st
 
 
 def _computing(clock: Clock, name: str, but: int | None = None) -> psutil.Process:
-    """The worker process that is computing, when there is one."""
+    """Wait for a worker process that is computing and return it."""
     while True:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -2,10 +2,9 @@
 
 python -m benchmarks.gpu --count 512
 
-Needs the package ``pmet`` and what it imports (torch, transformers, pydantic), nothing else of this
-project, no download and no tokenizer files. Early stopping is off: every target takes all its
-evaluations. On a machine without a GPU it runs on the CPU; give it a small ``--layers`` and
-``--width`` there.
+It needs only the package ``pmet`` and its imports (torch, transformers, pydantic), no download and
+no tokenizer files. Early stopping is off: every target takes all its evaluations. On a machine
+without a GPU it runs on the CPU; use a small ``--layers`` and ``--width`` there.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from typing import Any
 import torch
 import transformers
 
-import pmet.targets.optimization
 from benchmarks.operations import matmul_rate, needed, synchronize
 from pmet import EditRequest, PMETHyperParams, compute_targets
 from pmet.model import share_out
 from pmet.reference import plain_targets
+from pmet.targets import optimization
 
-# How many of CounterFact's requests have so many tokens from the subject's last one on.
+# CounterFact's requests by their number of tokens from the subject's last one on.
 SUFFIX_LENGTHS = {2: 26, 3: 38, 4: 45, 5: 32, 6: 27, 7: 18, 8: 7, 9: 3, 10: 3, 11: 1}
 TEMPLATE_LENGTHS = (8, 10, 10, 12, 9)
 VOCABULARY = 50_400
 
 
 def main() -> None:
-    """Time the batched form at several sizes and the plain one, in one run."""
+    """Time the batched form at several batch sizes and the plain form, in one run."""
     options = _options()
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
@@ -51,8 +50,8 @@ def main() -> None:
     templates = [["{}"], [f"{_words(rng, length)} . {{}}" for length in TEMPLATE_LENGTHS]]
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 1024, seconds=3)
     _say(f"{options.dtype} matrix products: {rate / 1e12:.4g} TFLOP/s")
-    # No target shall stop early.
-    pmet.targets.optimization.LOSS_ENOUGH = pmet.targets.optimization.KL_ENOUGH = -1.0
+    # No target may stop early.
+    optimization.LOSS_ENOUGH = optimization.KL_ENOUGH = -1.0
     rows = []
 
     def measure(name: str, count: int, work: Callable[[list[EditRequest]], Any]) -> None:
@@ -114,11 +113,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--gpus", type=int, default=1, help="that the layers are shared out among")
-    parser.add_argument("--layers", type=int, default=28, help="of the model")
-    parser.add_argument("--width", type=int, default=4096, help="of the model")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to split the layers over")
+    parser.add_argument("--layers", type=int, default=28, help="layers of the model")
+    parser.add_argument("--width", type=int, default=4096, help="width of the model")
     parser.add_argument("--edited", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8])
-    parser.add_argument("--steps", type=int, default=30, help="evaluations of each target")
+    parser.add_argument("--steps", type=int, default=30, help="evaluations per target")
     parser.add_argument("--count", type=int, default=512, help="targets")
     parser.add_argument("--plain", type=int, default=4, help="targets of the plain form")
     parser.add_argument(
@@ -151,7 +150,7 @@ def _model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 
 
 def _tokenizer() -> Any:
-    """One token a word: ``w0`` to the end of the vocabulary."""
+    """Return a tokenizer with one token per word, ``w0`` to the end of the vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
@@ -162,7 +161,7 @@ def _tokenizer() -> Any:
 def _request(rng: random.Random) -> EditRequest:
     (suffix,) = rng.choices([*SUFFIX_LENGTHS], weights=[*SUFFIX_LENGTHS.values()])
     target = rng.choices([1, 2, 3], weights=[80, 6, 14])[0]
-    # The subject's last token and the target's but the last are in the suffix too.
+    # The suffix also holds the subject's last token and all target tokens except the last.
     behind = max(1, suffix - target)
     front = _words(rng, rng.randint(0, 3))
     subject = _words(rng, rng.randint(2, 5))

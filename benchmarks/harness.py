@@ -1,4 +1,4 @@
-"""What the benchmarks share: the problem, the machine, the table, the JSON file."""
+"""Helpers shared by the benchmarks: the problem, the machine, the table, the JSON file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and what is to be edited into it."""
+    """A model and the requests to edit into it."""
 
     model: Any
     tokenizer: Any
@@ -40,20 +40,20 @@ class Problem:
 
 
 def arguments(description: str, count: int) -> argparse.ArgumentParser:
-    """The options of every benchmark; without any, the demo's model and facts are used."""
+    """Return a parser with the common options; the defaults are the demo's model and facts."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=str(HERE / "model"), help="model folder")
     parser.add_argument("--hparams", default=str(HERE / "hparams.json"))
     parser.add_argument("--templates", default=str(HERE / "context_templates.json"))
     parser.add_argument("--requests", help="Parquet file of edit requests")
-    parser.add_argument("--count", type=int, default=count, help="requests taken from it")
+    parser.add_argument("--count", type=int, default=count, help="number of requests to use")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     return parser
 
 
 def problem(options: argparse.Namespace) -> Problem:
-    """Open what the options name."""
+    """Open the model and the requests that the options name."""
     torch.set_num_threads(options.threads)
     if options.requests:
         requests = read_requests(options.requests).requests
@@ -70,7 +70,7 @@ def problem(options: argparse.Namespace) -> Problem:
 
 
 def timed(work: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds that ``work`` takes, and what it returns."""
+    """Return the seconds that ``work`` takes, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
@@ -79,7 +79,7 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
 def show(
     title: str, rows: list[dict[str, Any]], options: argparse.Namespace, note: str = ""
 ) -> None:
-    """Print rows as a table; write them with machine and versions where the options say so."""
+    """Print rows as a table; with ``--output`` also write them with machine and versions."""
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
@@ -99,7 +99,7 @@ def show(
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that figures depend on."""
+    """Return the machine and the versions that the figures depend on."""
     return {
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),

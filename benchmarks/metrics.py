@@ -2,10 +2,11 @@
 
 python -m benchmarks.metrics --model MODEL --requests FACTS.parquet
 
-Plain is a pass for every prompt with every target, with all logits, as `pmet.reference` has it:
-with torch's own number of threads (or ``--threads``), and with one. The batched form runs in this
-process, with as many threads, and on the workers of a pipeline, one thread each. Starting processes
-and opening models is not counted.
+The plain form is one pass for every prompt with every target, with all logits, as in
+`pmet.reference`: with torch's default number of threads (or ``--threads``), and with one. The
+    batched
+form runs in this process with as many threads, and on the workers of a pipeline with one thread
+each. The time to start processes and open models does not count.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WARM = 8
 
 
 def main() -> None:
-    """Time both forms, and say in what they differ."""
+    """Time both forms and report how they differ."""
     parser = arguments(__doc__ or "", count=600)
     parser.set_defaults(threads=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=2)
@@ -43,7 +44,7 @@ def main() -> None:
     with ray_session():
         pool = WorkerPool(ModelWorker, count=options.workers, init_args=(source,), threads=1)
         with pool:
-            # Each worker's first tasks pay for its start.
+            # Each worker's first tasks include its start-up time.
             (part,) = parts_of(few.requests)
             warming = [Task(f"warm {i}", (source, How(), part)) for i in range(16)]
             assert not pool.run("measure", warming, lambda *_: None)
@@ -75,14 +76,14 @@ def main() -> None:
                 "requests/s": len(given.requests) / seconds,
                 "times plain": plain_seconds / seconds,
                 "times plain, 1 thread": one_thread / seconds,
-                "other verdicts": max(_differing(r, plain["rows"]) for _, r in runs),
+                "different verdicts": max(_differing(r, plain["rows"]) for _, r in runs),
             }
         )
     show(
         f"Metrics of {len(given.requests)} requests, {len(pairs)} different continuations",
         rows,
         options,
-        f"Log-probabilities differ by at most {apart:.2g}. Of several runs the medians.",
+        f"Log-probabilities differ by at most {apart:.2g}. Medians of several runs.",
     )
 
 
@@ -104,7 +105,7 @@ def _batched(given: Problem) -> Sequence[Mapping[str, Any]]:
 def _on_workers(
     pool: WorkerPool, source: ModelSource, given: Problem
 ) -> Sequence[Mapping[str, Any]]:
-    """As a run does it; but for the greedy answers, which are no figure."""
+    """Measure as a run does, without the greedy answers, which are not figures."""
     answers = Answers([replace(part, answered=[]) for part in parts_of(given.requests)])
     tasks = [Task(str(i), (source, How(), part)) for i, part in enumerate(answers.parts)]
     failed = pool.run("measure", tasks, lambda task, said: answers.take(int(task.key), said))
@@ -113,7 +114,7 @@ def _on_workers(
 
 
 def _differing(rows: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> int:
-    """Figures of single requests that are not the plain ones."""
+    """Return the number of figures of single requests that differ from the plain ones."""
     return sum(
         not (row[name] == other[name] or (row[name] is None and math.isnan(other[name])))
         for row, other in zip(rows, plain, strict=True)

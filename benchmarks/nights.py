@@ -1,7 +1,7 @@
-"""Simulated nights: a world of facts that changes, written as fact dumps.
+"""Simulated nights: a changing world of facts, written as fact dumps.
 
-The demo's world, or the records of a file of edit requests in the style of CounterFact, whose
-relations are found by the phrasings that their records share.
+The world is the demo's, or the records of a file of edit requests in the style of CounterFact,
+whose relations are identified by the phrasings that records share.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Key = tuple[str, str]
 
 @dataclass
 class World:
-    """What a model knows, and what may change.
+    """The facts that a model knows, and those that may change.
 
     Attributes:
-        templates: what a templates file says.
+        templates: content of the templates file.
         baseline: the object of every fact that the model knows.
         changeable: facts that may change.
-        objects: by relation, what may be said of its subjects.
+        objects: possible objects by relation.
     """
 
     templates: dict[str, Any]
@@ -39,7 +39,7 @@ class World:
     objects: dict[str, list[str]]
 
     def write(self, folder: Path, name: str, live: dict[Key, str]) -> None:
-        """Write a dump in which some facts have other objects than the baseline."""
+        """Write a dump in which the live facts have other objects than in the baseline."""
         rows = [
             {"relation": relation, "subject": subject, "object": object_}
             for (relation, subject), object_ in sorted((self.baseline | live).items())
@@ -49,7 +49,7 @@ class World:
 
 
 def demo_world(folder: Path) -> World:
-    """The demo's facts; its corpus is written to ``folder``."""
+    """Return the demo's facts; write its corpus to ``folder``."""
     write_corpus(folder / "corpus.parquet")
     known = {(fact.relation.name, fact.subject): fact.object for fact in facts()}
     templates = {
@@ -69,7 +69,7 @@ def demo_world(folder: Path) -> World:
 
 
 def counterfact_world(file: Path) -> World:
-    """The facts of CounterFact records, and those that their neighborhood prompts are about."""
+    """Return the facts of CounterFact records and of their neighborhood prompts."""
     rows = pq.read_table(file).to_pylist()
     phrasings = [_phrasings(row) for row in rows]
     relation_of = _joined(phrasings)
@@ -104,12 +104,12 @@ class Nights:
     """A world that changes every night.
 
     Attributes:
-        world: as the model knows it.
-        live: facts whose objects the model does not know.
+        world: the world as the model knows it.
+        live: facts whose current objects the model does not know.
     """
 
     def __init__(self, world: World, count: int, seed: int = 0) -> None:
-        """Start with a night in which ``count`` facts are new."""
+        """Start with a first night with ``count`` new facts."""
         self.world = world
         self.live: dict[Key, str] = {}
         self._draw = random.Random(seed)
@@ -118,9 +118,9 @@ class Nights:
         self._add(count)
 
     def next(self, changed: float, added: float, removed: float) -> dict[Key, str]:
-        """Let fractions of the live facts change, come and go; returns what is new to know.
+        """Change, add and remove fractions of the live facts; return the facts to learn.
 
-        What goes is again what the model has known from the start.
+        Removed facts return to the objects that the model knew from the start.
         """
         count, before = len(self.live), dict(self.live)
         for key in self._draw.sample(sorted(self.live), round(removed * count)):
@@ -142,14 +142,14 @@ class Nights:
 
 
 def _phrasings(row: dict[str, Any]) -> list[str]:
-    """The record's templates: its prompt, and its paraphrases with the subject taken out."""
+    """Return a record's templates: its prompt, and its paraphrases with the subject removed."""
     subject = row["subject"]
     texts = [p.replace(subject, "{}") for p in row["paraphrase_prompts"] if p.count(subject) == 1]
     return [row["prompt"], *(text for text in texts if text.count("{}") == 1)]
 
 
 def _joined(groups: list[list[str]]) -> dict[str, str]:
-    """A name for each text, the same for texts that any group brings together."""
+    """Return a name for each text; texts that occur together in a group share one."""
     parent: dict[str, str] = {}
 
     def root(text: str) -> str:

@@ -1,8 +1,9 @@
-"""How many floating-point operations targets need: the arithmetic limit of the optimisation.
+"""Counts the floating-point operations of targets: the arithmetic limit of the optimisation.
 
-Counted from the lengths of the requests and the evaluations that each took, padding left out and
-with every exact shortcut taken (docs/method.md). Products of activations with weights and with each
-other count, two operations a multiply-add; norms, activation functions and the optimiser do not.
+The count follows from the lengths of the requests and the evaluations that each took, without
+padding and with every exact shortcut (docs/method.md). Products of activations with weights and
+with each other count, with two operations per multiply-add; norms, activation functions and the
+optimiser do not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pmet.targets import Problem, attention_shape
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer that a token is multiplied with."""
+    """The weights of one layer that each token is multiplied with."""
 
     before: int
     projection: int
@@ -31,7 +32,7 @@ class Layer:
 
     @property
     def all(self) -> int:
-        """All of them."""
+        """Total number of weights."""
         return self.before + self.projection + self.ffn
 
 
@@ -43,7 +44,7 @@ def needed(
     templates: ContextTemplates,
     evaluations: Sequence[int],
 ) -> float:
-    """Operations that the targets of ``requests`` take at least.
+    """Return the minimum number of operations for the targets of ``requests``.
 
     Args:
         model: the model.
@@ -51,7 +52,7 @@ def needed(
         requests: E edit requests.
         hparams: the method's hyper-parameters.
         templates: the context templates.
-        evaluations: how many evaluations each request's optimisation took.
+        evaluations: number of evaluations that each request's optimisation took.
     """
     layout = resolve(model, hparams)
     z, depth = hparams.target_layer, layout.depth
@@ -68,8 +69,8 @@ def needed(
         for prompt, number in problem.rows:
             own, suffix = len(prompt.prefix) - shared[number], len(prompt.suffix)
             pairs = sum(len(prompt.prefix) + i + 1 for i in range(suffix))
-            # The request's own part of the prefix leaves keys and values in every layer; the
-            # suffix passes the layers up to z.
+            # The request's own part of the prefix computes keys and values in every layer; the
+            # suffix passes through the layers up to z.
             once += own * (sum(layer.all for layer in layers[:-1]) + layers[-1].before)
             once += pair * depth * sum(shared[number] + i + 1 for i in range(own))
             once += suffix * sum(layer.all for layer in layers[: z + 1]) + pair * (z + 1) * pairs
@@ -81,7 +82,7 @@ def needed(
             if z < depth - 1:
                 last = layers[-1]
                 each += suffix * last.before + read * (last.projection + last.ffn)
-        # A step's way back costs what its evaluation did; the last evaluation takes no step.
+        # A step's backward pass costs as much as its evaluation; the last evaluation takes no step.
         total += 2.0 * (once + each * (2 * count - 1))
     return total
 
@@ -101,7 +102,7 @@ def _size(modules: Sequence[nn.Module]) -> int:
 
 
 def _shared(problems: Sequence[Problem]) -> dict[int, int]:
-    """For each context how many tokens all requests' prefixes there begin with."""
+    """Return, for each context, the number of tokens that all requests' prefixes share."""
     prefixes: dict[int, list[tuple[int, ...]]] = {}
     for problem in problems:
         for prompt, number in problem.rows:
@@ -116,7 +117,7 @@ def _shared(problems: Sequence[Problem]) -> dict[int, int]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0) -> float:
-    """Operations a second of a large matrix product, the best of several tries."""
+    """Return the operations per second of a large matrix product, the best of several tries."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds
     repeats = 1 if device.type == "cpu" else 10
@@ -131,6 +132,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: fl
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that has been launched."""
+    """Wait for all launched kernels."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

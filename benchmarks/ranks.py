@@ -1,11 +1,11 @@
-"""Memory and time of the update on partitioned weights: what each process holds at the most.
+"""Time of the update on partitioned weights, and the peak memory of each process.
 
-python -m benchmarks.ranks                         # a model large enough to see who holds what
+python -m benchmarks.ranks                         # a model large enough to compare processes
 python -m benchmarks.ranks --tiny --counts 1000 100000   # many requests
 
-The model is a Llama with random weights, requests and targets are generated. All else is a job's:
-it is planned from Parquet, its targets lie in the run folder, its ranks are Ray actors. Each row of
-the table is a process of its own, that starts Ray and the ranks anew.
+The model is a Llama with random weights; requests and targets are generated. Everything else is as
+in a job: it is planned from Parquet, its targets are in the run folder, its ranks are Ray actors.
+Each row of the table is a separate process that starts Ray and the ranks anew.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[64], help="numbers of requests")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
-    parser.add_argument("--width", type=int, default=1536, help="of the model")
+    parser.add_argument("--width", type=int, default=1536, help="width of the model")
     parser.add_argument("--key-width", type=int, default=6144)
     parser.add_argument("--depth", type=int, default=12, help="layers")
     parser.add_argument("--tiny", action="store_true", help="width 64, key width 256, depth 4")
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _make_model(folder: Path, options: argparse.Namespace) -> int:
-    """Write a checkpoint and its second moments; returns the number of parameters."""
+    """Write a checkpoint and its second moments; return the number of parameters."""
     tokenizer = open_tokenizer(str(HERE / "model"))
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
@@ -178,12 +178,12 @@ def _measured(folder: Path, width: int, ranks: int, count: int) -> dict[str, Any
 
 
 class _TimedGroup(RankGroup):
-    """A group of ranks that knows how long its calls have taken: its start is another matter."""
+    """A group of ranks that measures the time of its calls, without its start-up."""
 
     seconds: ClassVar[Counter[str]] = Counter()
 
     def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        """As the group's, timed."""
+        """Call the group's method and add up the time."""
         start = time.perf_counter()
         replies = super().call_all(method, *args, deadline_s=deadline_s)
         self.seconds[method] += time.perf_counter() - start
@@ -203,7 +203,7 @@ def _requests(count: int) -> pa.Table:
 
 @contextmanager
 def _peaks() -> Iterator[dict[int, int]]:
-    """The peak of each rank's memory by process, MiB, known once the block has ended."""
+    """Collect the peak memory of each rank by process, in MiB; complete when the block ends."""
     peaks: dict[int, int] = {}
     ended = threading.Event()
 
@@ -226,7 +226,7 @@ def _peaks() -> Iterator[dict[int, int]]:
 
 
 def _peak(pid: int) -> int:
-    """High-water mark of a process's resident memory, MiB."""
+    """Return the peak resident memory of a process, in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
 

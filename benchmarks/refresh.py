@@ -1,16 +1,16 @@
-"""Nights of a refresh, beside what else could be done every night, in one run.
+"""Simulated nightly refreshes compared with alternatives, in one run.
 
 python -m benchmarks.refresh --nights 30
 python -m benchmarks.refresh --requests facts.parquet --model … --count 400 --nights 30
 python -m benchmarks.refresh --requests facts.parquet --model … --count 600 --times
 
-Every night 5 % of the facts change, 2 % come and 1 % go. *refresh* is `pmet refresh`: one update of
-the base with all live facts. *sequential* edits the model of the night before with what that night
-changes. *fresh* is one run of all live facts on the base at the end, with targets of its own, and
-once more with the refresh's targets, whose weights must be the refresh's.
+Every night 5 % of the facts change, 2 % are added and 1 % removed. *refresh* is `pmet refresh`: one
+update of the base with all live facts. *sequential* edits the previous night's model with the
+night's changes. *fresh* is one run of all live facts on the base at the end, with its own targets,
+and once more with the refresh's targets, which must give the refresh's weights.
 
-With ``--times``: a first night and a night in which 1 % of the facts change, each with a Ray of its
-own, as the command line has it.
+With ``--times``: a first refresh and one after 1 % of the facts have changed, each starting its own
+Ray as on the command line.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ FIGURES = ("efficacy", "generalization", "specificity", "score", "efficacy_stric
 def main() -> None:
     """Simulate the nights and show the figures."""
     parser = arguments(__doc__ or "", count=160)
-    parser.add_argument("--corpus", help="Parquet of ordinary text; the demo's, if not given")
+    parser.add_argument("--corpus", help="Parquet of ordinary text; default: the demo's")
     parser.add_argument("--nights", type=int, default=30)
-    parser.add_argument("--every", type=int, default=10, help="nights between two measured ones")
+    parser.add_argument("--every", type=int, default=10, help="measure every N-th night")
     parser.add_argument("--times", action="store_true", help="time two nights instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -101,7 +101,7 @@ def _night(config: RefreshConfig, folder: Path, nights: Nights, number: int) -> 
 def _fresh(
     config: RefreshConfig, last: Refreshed, folder: Path, rows: list[Any], number: int
 ) -> str:
-    """One run of all live facts: with targets of its own, and with the refresh's."""
+    """Run all live facts once with their own targets, and once with the refresh's."""
     job = job_of(config, last.home, last.version)
     notes = []
     for name, store in (("own", str(folder / "own")), ("same", job.targets.store)):
@@ -112,12 +112,12 @@ def _fresh(
         label = "fresh" if name == "own" else "fresh, the refresh's targets"
         rows.append(_row(number, label, counts["edited"], result.metrics["after"]))
         apart = _apart(Path(output) / "model", last.home.store.local_path(last.night["model"]))
-        notes.append(f"{label}: weights {apart:.1e} from the refresh's")
+        notes.append(f"{label}: weights differ from the refresh's by {apart:.1e}")
     return "; ".join(notes)
 
 
 def _apart(one: Path, other: Path | None) -> float:
-    """Largest relative difference of a weight that either has edited."""
+    """Return the largest relative difference of a weight that either run edited."""
     assert other is not None
     weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
     return max(
@@ -127,7 +127,7 @@ def _apart(one: Path, other: Path | None) -> float:
 
 
 class _Sequential:
-    """The model of the night before, edited again and again."""
+    """The previous night's model, edited again every night."""
 
     def __init__(self, config: RefreshConfig, folder: Path) -> None:
         self._model = open_causal_lm(config.model, dtype=torch.float32)
@@ -138,7 +138,7 @@ class _Sequential:
         self._moments = str(folder / "home" / "second_moments")
 
     def edit(self, world: World, new: dict[tuple[str, str], str], result: Refreshed) -> None:
-        """Tell the model what is new; what has gone is what the base knew."""
+        """Edit the new facts into the model; removed facts return to what the base knew."""
         layout = resolve(self._model, self._hparams)
         requests = [
             EditRequest(world.templates[relation]["prompt"], subject, object_)
@@ -155,7 +155,7 @@ class _Sequential:
         ).apply(self._model)
 
     def score(self, requests: Any) -> dict[str, Any]:
-        """What it says of all live facts."""
+        """Return the model's figures on all live facts."""
         return evaluate(self._model, self._tokenizer, list(requests))
 
 

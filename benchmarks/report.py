@@ -1,11 +1,11 @@
-"""The report of a large run: its size, the time to build it, and until a browser shows it.
+"""The report of a large run: its size, its build time, and the time until a browser shows it.
 
     python -m benchmarks.report --count 10000
 
-The run is made up: requests in relations, figures drawn under a seed, hostile text in every tenth
-request. The browser is a headless Chromium or Chrome with an empty profile; its time runs from the
-start of the navigation until the page has been laid out and painted. Where there is no browser,
-size and build time are measured alone.
+The run is synthetic: requests in relations, figures drawn with a seed, hostile text in every tenth
+request. The browser is a headless Chromium or Chrome with an empty profile; its time is from the
+start of the navigation until the page has been laid out and painted. Without a browser only size
+and build time are measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _METRICS = (*CORE, *(f"{name}_strict" for name in CORE))
 
 
 def write_run(store: Store, count: int, *, relations: int = 34, hostile: bool = True) -> None:
-    """Write the folder of a run of ``count`` requests that nobody has made."""
+    """Write the folder of a synthetic run of ``count`` requests."""
     draw = random.Random(0)
     evil = HOSTILE if hostile else ()
 
@@ -156,9 +156,9 @@ def _status(count: int, evil: tuple[str, ...]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10_000, help="requests of the run")
+    parser.add_argument("--count", type=int, default=10_000, help="number of requests")
     parser.add_argument("--relations", type=int, default=34)
-    parser.add_argument("--repeat", type=int, default=5, help="times that the page is opened")
+    parser.add_argument("--repeat", type=int, default=5, help="how often to open the page")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -166,14 +166,14 @@ def main() -> None:
             _row(Store(Path(folder) / str(count)), count, options)
             for count in (1, max(1, options.count // 10), options.count)
         ]
-    note = "" if find_browser() else "There is no Chromium or Chrome here: nothing was opened."
+    note = "" if find_browser() else "There is no Chromium or Chrome here, so no page was opened."
     show("The report of a run", rows, options, note)
 
 
 def _row(store: Store, count: int, options: argparse.Namespace) -> dict[str, Any]:
     write_run(store, count, relations=min(count, options.relations))
     seconds, _ = timed(lambda: write_report(store))
-    row = {"requests": count, "MB": store.size("report.html") / 1e6, "built in (s)": seconds}
+    row = {"requests": count, "MB": store.size("report.html") / 1e6, "build (s)": seconds}
     page, path = store.local_path("report.html"), find_browser()
     if page is None or path is None:
         return row
@@ -182,7 +182,10 @@ def _row(store: Store, count: int, options: argparse.Namespace) -> dict[str, Any
         assert not browser.dialogs
         asked = {url for url in browser.requests if not url.startswith(("file:", "data:"))}
         assert not asked, asked
-    return row | {"first opened in (s)": shown[0], "then, slowest (s)": max(shown[1:] or shown)}
+    return row | {
+        "first opening (s)": shown[0],
+        "slowest of the others (s)": max(shown[1:] or shown),
+    }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Facts whose subjects are edited several times, with a target each and with one for all.
+"""Several facts per subject, with one target each and with one target for all.
 
 python -m benchmarks.shared_keys
 
-Countries of the demo's world get one to four new facts, told in prompts that begin alike up to the
-subject, so that the facts of a country have one key; facts of other subjects stand beside them.
+Countries of the demo's world get one to four new facts, in prompts that are the same up to the
+subject, so that the facts of a country share one key; facts of other subjects are added.
 ``--requests`` only counts how often such requests occur in a Parquet file.
 """
 
@@ -23,7 +23,7 @@ from pmet.evaluation import METRICS
 from pmet.targets import Problem, sharing_a_key
 from pmet.update import second_moments
 
-# What the demo's model answers rightly behind any of these beginnings.
+# Phrases after which the demo's model answers correctly with any of these beginnings.
 BEGINNINGS = ("The government of {}", "The country of {}", "Travellers who visit {}")
 ENDINGS = {
     "capital": " sits in the city of",
@@ -37,10 +37,14 @@ NEIGHBORS = 5
 
 
 def main() -> None:
-    """Edit under both settings and score by the number of facts that a subject has."""
+    """Edit with both settings and score by the number of facts per subject."""
     parser = arguments(__doc__.splitlines()[0], count=60)
-    parser.add_argument("--subjects", type=int, default=20, help="subjects of each size")
-    parser.add_argument("--largest", type=int, default=4, help="most facts of a subject")
+    parser.add_argument(
+        "--subjects", type=int, default=20, help="number of subjects for each number of facts"
+    )
+    parser.add_argument(
+        "--largest", type=int, default=4, help="maximum number of facts per subject"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     given = problem(options)
@@ -90,7 +94,7 @@ def main() -> None:
 
 
 def countries(sizes: list[int], seed: int) -> list[EditRequest]:
-    """New facts about as many countries as there are sizes; the case id is the size."""
+    """Return new facts about as many countries as there are sizes; the case id is the size."""
     rng = random.Random(seed)
     relations = {r.name: r for r in world.relations() if r.name in ENDINGS}
     objects: dict[str, dict[str, str]] = defaultdict(dict)
@@ -124,7 +128,7 @@ def countries(sizes: list[int], seed: int) -> list[EditRequest]:
 
 
 def beside(count: int) -> list[EditRequest]:
-    """The demo's requests about other subjects."""
+    """Return the demo's requests about other subjects."""
     about = {fact.subject for fact in world.facts() if fact.relation.name in ENDINGS}
     rows = [row for row in world.requests(count=250) if row["subject"] not in about]
     rows = [{k: v for k, v in row.items() if k != "relation"} for row in rows[:count]]

@@ -1,4 +1,4 @@
-"""The solve of one layer against its arithmetic, at Llama-3-8B's widths by default.
+"""The solve of one layer compared with its arithmetic, by default at Llama-3-8B's widths.
 
 python -m benchmarks.solve --key-width 14336 --value-width 4096 --threads 2
 
@@ -69,7 +69,7 @@ def main() -> None:
 def _by_keys(
     moment_KK: torch.Tensor, value_width: int, add: Callable[[str, float, float], None]
 ) -> tuple[float, float]:
-    """Time the key form; returns the peak of memory before and after, GiB."""
+    """Time the key form; return the peak memory before and after, in GiB."""
     k = len(moment_KK)
     sums = KeyResidualSums(
         _positive_definite(k).double(), torch.randn(value_width, k, dtype=torch.float64)
@@ -81,7 +81,7 @@ def _by_keys(
 
 
 def _positive_definite(width: int) -> torch.Tensor:
-    """As a sum of outer products is, without the time that such a sum takes."""
+    """Return a positive definite matrix without the cost of a sum of outer products."""
     matrix = torch.randn(width, width).div_(width**0.5)
     matrix = matrix.add_(matrix.T.clone()).div_(8)
     matrix.diagonal().add_(1.0)

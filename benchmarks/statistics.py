@@ -1,10 +1,10 @@
-"""Second moments: one pass for all layers against a plain pass, and three layers against one.
+"""Second moments: one pass for all layers compared with plain passes, and three layers with one.
 
 python -m benchmarks.statistics --model DIR --hparams FILE --corpus FILE --tokens 50000
 
 The plain form runs one text at a time through the whole model, once for each layer, and adds k kᵀ
-in float64. Passes take turns on small parts of the text, and of each part the fastest round counts:
-other work on the machine only ever adds time.
+in float64. Passes take turns on small parts of the text, and the fastest round of each part counts:
+other load only ever adds time.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ GOLDEN_TEXTS = Path(__file__).parent.parent / "tests" / "golden" / "corpus.json"
 
 
 def main() -> None:
-    """Time the passes, and say how far their second moments are apart."""
+    """Time the passes and report how much their second moments differ."""
     parser = arguments(__doc__ or "", count=0)
-    parser.add_argument("--corpus", help="Parquet file of texts; tests/golden's if not given")
+    parser.add_argument("--corpus", help="Parquet file of texts; default: tests/golden's")
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--top", type=int, help="the highest layer; the hparams' if not given")
+    parser.add_argument("--top", type=int, help="the highest layer; default: the hparams'")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     given = problem(options)
@@ -70,7 +70,7 @@ def main() -> None:
 
 @torch.no_grad()
 def plain(model: Any, sequences: Sequences, hparams: PMETHyperParams) -> SecondMoments:
-    """One text at a time, the whole model for each layer."""
+    """Run one text at a time, through the whole model for each layer."""
     layout, sums = resolve(model, hparams), dict[int, torch.Tensor]()
     for layer in hparams.layers:
         with captured_input(layout.down_projection(model, layer)) as seen:
@@ -105,15 +105,15 @@ def _editing(hparams: PMETHyperParams, layers: tuple[int, ...]) -> PMETHyperPara
 def _fastest(
     passes: dict[str, Pass], sequences: Sequences, rounds: int
 ) -> tuple[dict[str, float], dict[str, SecondMoments]]:
-    """Seconds and sums of each pass, added up over parts of the text."""
+    """Return the seconds and the sums of each pass, added up over parts of the text."""
     seconds = dict.fromkeys(passes, 0.0)
     found = {name: SecondMoments({}) for name in passes}
-    # By length, as a pass reads them: a part is a batch.
+    # Sorted by length, as a pass reads them: a part is a batch.
     for part in batches_by_tokens(sorted(sequences, key=len), BATCH_TOKENS, len):
         taken: dict[str, list[float]] = {name: [] for name in passes}
         for round_ in range(rounds):
             for name, work in passes.items():
-                # The plain form is far slower, and needs no more digits.
+                # The plain form is far slower, so one round is precise enough.
                 if round_ == 0 or "plain" not in name:
                     took, moments = timed(lambda work=work, part=part: work(part))  # type: ignore[misc]
                     taken[name].append(took)
@@ -125,7 +125,7 @@ def _fastest(
 
 
 def _apart(one: SecondMoments, other: SecondMoments) -> float:
-    """The largest relative distance of a layer's second moments."""
+    """Return the largest relative distance of a layer's second moments."""
     means = other.means()
     return max(
         float((mean - means[layer]).norm() / means[layer].norm())

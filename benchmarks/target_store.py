@@ -1,4 +1,4 @@
-"""The store of targets: what writing and looking up a large job's targets takes.
+"""The store of targets: time to write and look up a large job's targets.
 
 python -m benchmarks.target_store --entries 100000 --width 4096
 """
@@ -20,7 +20,7 @@ from pmet import EditRequest
 
 
 def main() -> None:
-    """Write segments, and look up all of them, one in a hundred, and none."""
+    """Write segments; look up all targets, one in a hundred, and missing ones."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=4096)
@@ -35,7 +35,7 @@ def main() -> None:
         rows = [{"what": "write all", "seconds": seconds, "found": ""}]
         strangers = [EditRequest("{} was", r.subject, "new") for r in requests]
         for what, wanted in (
-            ("look up, none there", strangers),
+            ("look up, all missing", strangers),
             ("look up one in a hundred", requests[::100]),
             ("look up all", requests),
         ):

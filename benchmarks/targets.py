@@ -1,10 +1,10 @@
-"""Targets: the batched form against the plain one, on the same requests in the same run.
+"""Targets: the batched form compared with the plain one, on the same requests in the same run.
 
 python -m benchmarks.targets --count 40
 
-With ``--processes 2`` each form is shared out over two processes, in the shards that a job would
-have; the baseline is still the plain form in one process, with as many threads. With
-``--dtype bfloat16`` the batched form computes in 16 bits.
+With ``--processes 2`` each form is split over two processes, in the shards that a job would have;
+the baseline remains the plain form in one process, with as many threads. With ``--dtype bfloat16``
+the batched form computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pmet.targets import compute_targets
 BATCH_SIZES = (1, 8, 64, None)
 RATE_SECONDS = 0.5
 
-# One process's problem, and the barrier at which all wait for each other.
+# Each process's problem, and the barrier at which the processes wait for each other.
 _mine: dict[str, Any] = {}
 
 
 def main() -> None:
-    """Time both forms, and say how far their targets are apart and how far the limit is."""
+    """Time both forms; report the difference of their targets and the distance to the limit."""
     options = _options()
     given = problem(options)
     shards = _shards(given, options)
@@ -51,7 +51,7 @@ def main() -> None:
         done = [[runs.measured(form) for form in forms] for _ in range(options.repeat)]
     rows = [_row("plain", [plain], plain, given, order)]
     if shared:
-        rows.append(_row("plain, shared out", [shared], plain, given, order))
+        rows.append(_row("plain, split", [shared], plain, given, order))
     for form, several in zip(forms, zip(*done, strict=True), strict=True):
         name = f"batched, {form.size or 'auto'}"
         rows.append(_row(name, several, plain, given, order))
@@ -62,22 +62,24 @@ def main() -> None:
         rows,
         options,
         f"arithmetic limit {plain.rate * count / limit:.3g} targets/s: "
-        f"{limit / count / 1e9:.3g} GFLOP a target, float32 matrix products at "
-        f"{plain.rate / 1e9:.3g} GFLOP/s. Of several runs the medians; the rate is measured "
+        f"{limit / count / 1e9:.3g} GFLOP per target, float32 matrix products at "
+        f"{plain.rate / 1e9:.3g} GFLOP/s. Medians of several runs; the rate is measured "
         "before and after each.",
     )
 
 
 def _options() -> argparse.Namespace:
     parser = arguments(__doc__ or "", count=40)
-    parser.add_argument("--dtype", default="float32", help="of the batched form's model")
-    parser.add_argument("--processes", type=int, default=1, help="that share the requests")
+    parser.add_argument("--dtype", default="float32", help="dtype of the batched form's model")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes that share the requests"
+    )
     parser.add_argument("--repeat", type=int, default=1, help="runs of each batched form")
     return parser.parse_args()
 
 
 def _shards(given: Problem, options: argparse.Namespace) -> list[list[int]]:
-    """As a job has them: like lengths together, the longest first."""
+    """Return shards as in a job: similar lengths together, the longest first."""
     templates = [template for group in given.templates for template in group]
     count = len(given.requests)
     shapes = [Tokens.of(given.tokenizer, r, templates).shape for r in given.requests]
@@ -93,7 +95,7 @@ def _operations(given: Problem, order: Sequence[int], steps: torch.Tensor) -> fl
 
 
 class _Measured:
-    """One run of a form: seconds, the machine's rate about that time, and the outcome."""
+    """One run of a form: seconds, the machine's rate around that time, and the outcome."""
 
     def __init__(self, seconds: float, rate: float, results: Sequence[Any]) -> None:
         self.seconds, self.rate = seconds, rate
@@ -116,7 +118,7 @@ class _Runs:
     def in_this_process(
         self, form: Callable[[list[int]], Any], options: argparse.Namespace
     ) -> _Measured:
-        """The form here, with the threads of all processes."""
+        """Run the form in this process, with the threads of all processes."""
         _open(options, None)
         torch.set_num_threads(options.threads * self._count)
         before = self._rate()
@@ -125,7 +127,7 @@ class _Runs:
         return _Measured(seconds, (before + self._rate()) / 2, results)
 
     def _rate(self) -> float:
-        """Operations a second of all processes at once."""
+        """Return the operations per second of all processes together."""
         return sum(self._pool.map(_rate, range(self._count)))
 
 

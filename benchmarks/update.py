@@ -1,9 +1,9 @@
-"""The update: keys, residuals and solve of the batched form against the plain one, in one run.
+"""The update: keys, residuals and solve of the batched form compared with the plain one.
 
 python -m benchmarks.update --count 200
 
-Both are given the same targets (drawn at random about the clean values: an update does not care)
-and the second moments of random keys.
+Both get the same targets (drawn at random around the clean values, which does not matter for an
+update) and the second moments of random keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pmet.reference import plain_deltas
 
 
 def main() -> None:
-    """Time both forms and say how far their deltas are apart."""
+    """Time both forms and report how much their deltas differ."""
     options = arguments(__doc__ or "", count=200).parse_args()
     given = problem(options)
     layout = resolve(given.model, given.hparams)

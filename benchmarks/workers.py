@@ -52,7 +52,7 @@ def main() -> None:
                     )
                     for start in range(0, len(given.requests), options.shard_size)
                 ]
-                # The first shards pay for the start of the processes.
+                # The first shards include the start-up time of the processes.
                 pool.run("find_targets", tasks[:workers], lambda *_: None)
                 seconds, failed = timed(
                     lambda tasks=tasks, pool=pool: pool.run(  # type: ignore[misc]

@@ -1,1 +1,1 @@
-"""What people touch: the command line, job files, fact dumps, schedules and the demo."""
+"""The user-facing layer: command line, job files, fact dumps, schedules and the demo."""

@@ -1,4 +1,4 @@
-"""``python -m jobs`` is ``pmet``, where no console script is at hand."""
+"""``python -m jobs`` runs ``pmet`` where the console script is not installed."""
 
 from jobs.start import main
 

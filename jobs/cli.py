@@ -1,10 +1,10 @@
 """The command line, ``pmet``.
 
 Exit status: 0 success, 2 bad input, 3 a quality gate held the edited model back, 130, 143 or 129
-stopped by SIGINT, SIGTERM or SIGHUP, 1 anything else. Each failure is one clear message, without a
-traceback.
+stopped by SIGINT, SIGTERM or SIGHUP, 1 anything else. Each failure prints one clear message without
+a traceback.
 
-The heavy libraries are imported inside the commands, so that ``--help`` answers at once.
+The heavy libraries are imported inside the commands so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.cluster import signals
 if TYPE_CHECKING:
     from pipeline.job import JobConfig
 
-# typer has its own copy of click, or uses the one that is installed.
+# typer either vendors click or uses the installed one.
 _USAGE: type[Exception] = next(
     kind
     for kind in typer.BadParameter.__mro__
@@ -39,7 +39,7 @@ app = typer.Typer(
     help="Keep a language model's facts up to date: Parquet facts in, an edited Hugging Face "
     "checkpoint out.",
     epilog="Exit status: 0 success, 2 bad input, 3 held back by a gate, 1 any other failure; 130, "
-    "143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP. PMET_TRACEBACK=1 shows tracebacks.",
+    "143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP. PMET_TRACEBACK=1 shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,7 +59,7 @@ Settings = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to run on, host:port; without it one is started here."),
+    typer.Option(help="Ray cluster to run on, as host:port. Default: start one on this machine."),
 ]
 
 
@@ -67,7 +67,7 @@ Address = Annotated[
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("demo-run"),
 ) -> None:
-    """Change 200 facts of a small bundled model, and show what it says before and after."""
+    """Edit 200 facts in a small bundled model and show its answers before and after."""
     from jobs.demo.show import run_demo
 
     run_demo(output, out)
@@ -81,23 +81,23 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything, show the plan and how long it will take, start nothing.",
+            help="Check everything; print the plan and a time estimate; start nothing.",
         ),
     ] = False,
     no_estimate: Annotated[
         bool,
-        typer.Option("--no-estimate", help="A dry run that computes nothing, and tells no time."),
+        typer.Option("--no-estimate", help="With --dry-run: skip the time estimate."),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
+        bool, typer.Option("--fresh", help="Delete the files of earlier runs and start over.")
     ] = False,
     address: Address = None,
     log_lines: Annotated[
         bool,
-        typer.Option("--log-lines", help="Tell everything in lines of key=value, for logs."),
+        typer.Option("--log-lines", help="Report progress as key=value lines, for logs."),
     ] = False,
 ) -> None:
-    """Run a job: edit a model, publish it, measure it, report."""
+    """Run a job: edit a model, publish it, evaluate it and write a report."""
     from jobs.views import show_result
     from pipeline.job import load_job
 
@@ -130,7 +130,7 @@ def _show_what_would_run(config: JobConfig, address: str | None, *, estimate: bo
     if not estimate:
         return
     try:
-        with err.status("computing some of the job, to tell how long it will take"):
+        with err.status("running a sample of the job to estimate its duration"):
             found = estimated(plan)
     except JobError as error:
         out.print(f"no estimate: {error}", style="yellow", markup=False, soft_wrap=True)
@@ -143,35 +143,37 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
     requests: Annotated[list[str], typer.Argument(help="Parquet files of edit requests.")],
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Measure this many requests, drawn under the seed.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of requests to evaluate, drawn at random with the seed. Default: all.",
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the sample, and of what the model writes.")
+        int, typer.Option(min=0, help="Seed for the sample and for generated text.")
     ] = 0,
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Parquet files of ordinary text, to measure perplexity on."),
+        typer.Option(help="Parquet files of ordinary text to measure perplexity on."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model, to measure agreement with on the corpus.")
+        str | None, typer.Option(help="Base model to measure agreement with on the corpus.")
     ] = None,
     perplexity_texts: Annotated[
-        int, typer.Option(min=1, help="Texts of the corpus that are read.")
+        int, typer.Option(min=1, help="Number of corpus texts to read.")
     ] = 256,
     group_by: Annotated[
-        str | None, typer.Option(help="Column by which figures are given as well.")
+        str | None, typer.Option(help="Column to break the figures down by.")
     ] = None,
     fluency: Annotated[
-        bool, typer.Option("--fluency", help="Let the model write; fluency and consistency.")
+        bool, typer.Option("--fluency", help="Generate text to measure fluency and consistency.")
     ] = False,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask every prompt as a user's turn of a chat.")
+        bool, typer.Option("--chat-template", help="Send every prompt as a user turn of a chat.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the figures as JSON to this file.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
-    """Measure how well a model holds edit requests, without editing it."""
+    """Measure how well a model answers edit requests, without editing it."""
     from jobs.measure import evaluate_model
     from pipeline.job import EvaluateConfig
 
@@ -191,32 +193,37 @@ def evaluate(
 def statistics(
     model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
     corpus: Annotated[
-        list[str], typer.Argument(help="Parquet files of ordinary text, in a column text.")
+        list[str], typer.Argument(help="Parquet files with ordinary text in a column named text.")
     ],
     output: Annotated[
-        str, typer.Option(help="Folder to keep them in, a job's second_moments: a path or a URL.")
+        str,
+        typer.Option(
+            help="Folder for the result, used as a job's second_moments: a path or a URL."
+        ),
     ],
     hparams: Annotated[
         str | None, typer.Option(help="Preset or hyper-parameter file that names the layers.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="The layers themselves, as 3,4,5.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to compute, such as 3,4,5.")] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Token budget; the corpus is read until it is met.")
+        int, typer.Option(min=1, help="Token budget; reading stops once it is reached.")
     ] = 1_000_000,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens that each text is cut at.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option(min=1, help="Truncate each text to this many tokens.")
+    ] = 1024,
     workers: Annotated[
         str,
         typer.Option(
-            help="Processes with a model replica each; auto: what the cluster holds; "
-            "0: this process, without Ray."
+            help="Number of processes, each with a model replica. auto: as many as the cluster "
+            "has room for; 0: this process, without Ray."
         ),
     ] = "auto",
     gpus_per_worker: Annotated[
-        float, typer.Option(min=0, help="GPUs of each worker; 0: on the CPU, in float32.")
+        float, typer.Option(min=0, help="GPUs per worker; 0: run on the CPU in float32.")
     ] = 0,
     address: Address = None,
 ) -> None:
-    """Compute a model's second moments over a corpus, once, for any number of jobs."""
+    """Compute a model's second moments over a corpus, for reuse by any number of jobs."""
     from jobs.statistics import compute_statistics
     from pipeline.progress import RichProgress
 
@@ -241,41 +248,43 @@ def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
     other: Annotated[
         str | None,
-        typer.Argument(metavar="OTHER", help="A second run, to be compared with the first."),
+        typer.Argument(metavar="OTHER", help="A second run to compare with the first."),
     ] = None,
     output: Annotated[
         str | None,
         typer.Option(
-            help="Where the comparison goes: a folder, or a file that ends with .html; without it "
+            help="Where to write the comparison: a folder, or a file ending in .html. Default: "
             "compare.html in the second run's folder."
         ),
     ] = None,
 ) -> None:
-    """Write a run's report.html anew, or compare two runs side by side."""
+    """Regenerate a run's report.html, or compare two runs side by side."""
     from jobs.reports import compare, rewrite
     from pmet.errors import InputError
 
     if other is not None:
         compare(run_folder, other, output, out)
     elif output is not None:
-        raise InputError("--output goes with two runs; a run's report is written into its folder")
+        raise InputError(
+            "--output needs two runs to compare; the report of one run is written into its folder"
+        )
     else:
         rewrite(run_folder, out)
 
 
 def main() -> None:
-    """Run the command that the arguments of this process name, and end the process."""
+    """Run the command given by this process's arguments, then exit."""
     streams.protect()
     failure.hook()
     signals.install()
     try:
         from pipeline.storage import libraries_environment
 
-        # Before any of the libraries is imported.
+        # This must precede the import of any of the libraries.
         os.environ.update(libraries_environment())
         status = _invoke(sys.argv[1:])
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it ends as a sentence
-        # Before the exception is let go: what asks the process to stop has been heard.
+    except BaseException as error:  # noqa: BLE001 - every error becomes one message
+        # Must run before the exception is released: the request to stop has been handled.
         signals.end()
         status = failure.explain(error, _invoked())
     signals.end()
@@ -287,7 +296,7 @@ def main() -> None:
 def _invoke(arguments: list[str]) -> int:
     """Run a command; returns its exit status.
 
-    This is what typer does itself, but for the exceptions that it hides: Ctrl-C, closed pipes.
+    It does what typer does, without hiding the exceptions of Ctrl-C and closed pipes.
     """
     command = typer.main.get_command(app)
     try:
@@ -303,7 +312,7 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _invoked() -> str:
-    """The name of the command on the command line: ``run``, ``facts check``."""
+    """Return the name of the command on the command line: ``run``, ``facts check``."""
     words = []
     command: Any = typer.main.get_command(app)
     for word in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""``pmet facts``: fact dumps and public data sets of edits, converted, checked and compared."""
+"""``pmet facts``: converts, checks and compares fact dumps and public data sets of edits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 facts = typer.Typer(
     name="facts",
-    help="Fact dumps: convert them into edit requests, check them, compare two of them.",
+    help="Work with fact dumps: convert to edit requests, check, compare.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -25,18 +25,17 @@ Columns = Annotated[
     typer.Option(
         "--column",
         metavar="OURS=THEIRS",
-        help="The dump's name of a column, e.g. subject=entity; any number of times.",
+        help="The dump's name for a column, e.g. subject=entity; can be repeated.",
     ),
 ]
 Templates = Annotated[
-    str | None, typer.Option(help="YAML file that puts relations into words: a path or a URL.")
+    str | None, typer.Option(help="YAML file with a template per relation: a path or a URL.")
 ]
 AsOf = Annotated[
     str | None,
     typer.Option(
         metavar="TIME",
-        help="Facts whose valid_until is not later than this no longer hold; ISO 8601, now if not "
-        "given.",
+        help="Drop facts whose valid_until is at or before this time (ISO 8601). Default: now.",
     ),
 ]
 
@@ -50,27 +49,27 @@ def convert(
             "Lines, CSV or Parquet)."
         ),
     ],
-    output: Annotated[str, typer.Argument(help="Parquet file of edit requests to write.")],
+    output: Annotated[str, typer.Argument(help="Parquet file to write the edit requests to.")],
     templates: Templates = None,
     previous: Annotated[
         str | None,
-        typer.Option(help="The dump before this one: its objects are the true targets."),
+        typer.Option(help="The previous dump; its objects become the true targets."),
     ] = None,
     only_changed: Annotated[
         bool,
-        typer.Option("--only-changed", help="Leave out facts that --previous holds as well."),
+        typer.Option("--only-changed", help="Skip facts that --previous also contains."),
     ] = False,
     format_: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="dump, counterfact, mquake, zsre, easyedit or requests; detected if not given.",
+            help="dump, counterfact, mquake, zsre, easyedit or requests. Default: detect.",
         ),
     ] = None,
     column: Columns = None,
     as_of: AsOf = None,
 ) -> None:
-    """Convert facts into edit requests, and set the other rows aside with their reasons."""
+    """Convert facts to edit requests; write unusable rows to a second file with their reasons."""
     from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
     from jobs.facts.views import show_conversion
     from pipeline.errors import FactDumpError
@@ -78,7 +77,7 @@ def convert(
 
     names = ("dump", *FORMATS)
     if format_ is not None and format_ not in names:
-        raise FactDumpError(f"--format: {format_!r} is no format; name one of {', '.join(names)}")
+        raise FactDumpError(f"--format: {format_!r} is not a format; use one of {', '.join(names)}")
     if format_ == "dump" or (
         format_ is None
         and not is_dataset(expand_with_columns(source, deep=True), renamed=bool(column))
@@ -108,10 +107,10 @@ def check(
     as_of: AsOf = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 2 on any error or warning.")
+        bool, typer.Option("--strict", help="Exit with status 2 on any error or warning.")
     ] = False,
 ) -> None:
-    """Check a fact dump or edit requests; exit with 2 where they cannot be used."""
+    """Check a fact dump or edit requests; exit with status 2 if they cannot be used."""
     from jobs.facts.check import check as run_check
     from jobs.facts.templates import load_templates
     from jobs.facts.views import show_check
@@ -136,19 +135,21 @@ def diff(
     old: Annotated[str, typer.Argument(help="The earlier fact dump.")],
     new: Annotated[str, typer.Argument(help="The later fact dump.")],
     output: Annotated[
-        str | None, typer.Option(help="Write the facts that differ to this Parquet file.")
+        str | None, typer.Option(help="Parquet file to write the differing facts to.")
     ] = None,
     column: Columns = None,
     as_of: AsOf = None,
     old_as_of: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="The same for OLD; all its facts count if not given."),
+        typer.Option(metavar="TIME", help="Like --as-of, for OLD. Default: keep all its facts."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Facts shown of each kind.")] = 5,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Number of facts to show for each kind of change.")
+    ] = 5,
 ) -> None:
-    """Show which facts were added, changed or removed from one dump to another."""
+    """Show which facts were added, changed or removed between two dumps."""
     from jobs.facts.diff import diff_dumps
-    from jobs.facts.dump import open_dump
+    from jobs.facts.dump.files import open_dump
     from jobs.facts.output import output_urls, refuse_among, write_diff
     from jobs.facts.views import show_diff
 
@@ -169,21 +170,23 @@ def diff(
             out.print(write_diff(found, output, inputs), markup=False, soft_wrap=True)
 
 
-Home = Annotated[str, typer.Argument(help="The home of a refresh file: a path or a URL.")]
+Home = Annotated[
+    str, typer.Argument(help="The home folder named in the refresh file: a path or a URL.")
+]
 Subject = Annotated[str, typer.Option(help="Subject of the fact, as the dump writes it.")]
 Relation = Annotated[str, typer.Option(help="Relation of the fact.")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the ledger.")]
+Reason = Annotated[str, typer.Option(help="Reason, recorded in the ledger.")]
 
 
 @facts.command()
 def retract(home: Home, subject: Subject, relation: Relation, reason: Reason = "") -> None:
-    """Take a fact back: the next refresh leaves it out, whatever the dump says, until restored."""
+    """Retract a fact: refreshes leave it out, whatever the dump says, until it is restored."""
     _say_of_fact(home, subject, relation, "retract", reason)
 
 
 @facts.command()
 def restore(home: Home, subject: Subject, relation: Relation, reason: Reason = "") -> None:
-    """Tell a fact again that was retracted or quarantined, from the next refresh on."""
+    """Restore a retracted or quarantined fact: the next refresh includes it again."""
     _say_of_fact(home, subject, relation, "restore", reason)
 
 
@@ -191,14 +194,17 @@ def restore(home: Home, subject: Subject, relation: Relation, reason: Reason = "
 def ledger(
     home: Home,
     version: Annotated[
-        int | None, typer.Option(min=1, help="Of which version; the one in use, if not given.")
+        int | None, typer.Option(min=1, help="Version to show. Default: the one in use.")
     ] = None,
     state: Annotated[
-        str | None, typer.Option(help="Only these: live, quarantined, rejected or retracted.")
+        str | None,
+        typer.Option(
+            help="Only show facts in this state: live, quarantined, rejected or retracted."
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Facts shown.")] = 20,
+    limit: Annotated[int, typer.Option(min=0, help="Number of facts to show.")] = 20,
 ) -> None:
-    """Show which facts a model is meant to hold, and in which state each is."""
+    """Show the facts that a model is meant to know, with the state of each."""
     from jobs.refresh.home import Home as RefreshHome
     from jobs.refresh.views import show_ledger
 
@@ -227,7 +233,7 @@ def _convert_dump(
     only_changed: bool,
 ) -> Conversion:
     from jobs.facts.convert import convert_dump
-    from jobs.facts.dump import open_dump
+    from jobs.facts.dump.files import open_dump
     from jobs.facts.output import refuse_among
     from jobs.facts.templates import load_templates
     from pipeline.errors import FactDumpError
@@ -235,11 +241,11 @@ def _convert_dump(
 
     if templates is None:
         raise FactDumpError(
-            f"{source} is a fact dump, and nothing puts its relations into words; give a file "
+            f"{source} is a fact dump, so its relations need templates; give a templates file "
             "with --templates"
         )
     if only_changed and previous is None:
-        raise FactDumpError("--only-changed needs the earlier dump; give it with --previous")
+        raise FactDumpError("--only-changed needs the previous dump; give it with --previous")
     mapping = _mapping(column)
     refuse_input(output, [templates])
     refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
@@ -277,6 +283,6 @@ def _time(option: str, text: str | None) -> datetime | None:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise FactDumpError(
-            f"{option}: {text!r} is not a time; write it as 2026-11-23 or 2026-11-23T06:00:00Z"
+            f"{option}: {text!r} is not a time; write it like 2026-11-23 or 2026-11-23T06:00:00Z"
         ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

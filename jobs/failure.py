@@ -1,7 +1,7 @@
-"""How a command that did not succeed ends: a sentence on standard error, and an exit status.
+"""Turns a failed command's exception into one message on standard error and an exit status.
 
-A traceback is for those who mend the program. It goes to a file, and is shown where the
-environment variable ``PMET_TRACEBACK`` is set.
+Tracebacks are for developers: they go to a file, or to standard error if the environment variable
+``PMET_TRACEBACK`` is set.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SHOW = "PMET_TRACEBACK"
 """Environment variable: show tracebacks on standard error."""
 _LONGEST = 600
 _AGAIN = "run the same command again"
-_ON_CLUSTER = f"a submitted run goes on by itself, {_AGAIN} to follow it"
+_ON_CLUSTER = f"the submitted run continues; {_AGAIN} to follow it"
 _GO_ON = {
-    "run": f"{_AGAIN} to go on from here",
-    "refresh": f"{_AGAIN} to go on from here",
-    "statistics": f"{_AGAIN} to go on from here",
+    "run": f"{_AGAIN} to resume",
+    "refresh": f"{_AGAIN} to resume",
+    "statistics": f"{_AGAIN} to resume",
     "submit": _ON_CLUSTER,
     "logs": _ON_CLUSTER,
 }
@@ -37,13 +37,13 @@ err = Console(stderr=True, highlight=False)
 
 
 def explain(error: BaseException, command: str) -> int:
-    """Print why a command ended; returns its exit status.
+    """Print why a command ended and return its exit status.
 
     Args:
-        error: what ended it.
-        command: its name, ``run`` or ``facts check``.
+        error: the exception that ended it.
+        command: name of the command, such as ``run`` or ``facts check``.
     """
-    # What a signal has cut short may end in an error of its own.
+    # Code that a signal interrupts may raise an error of its own.
     stopped = signals.first()
     if isinstance(error, signals.Stopped):
         stopped = error.signal
@@ -61,10 +61,10 @@ def explain(error: BaseException, command: str) -> int:
 
 
 def explain_lost_output(error: OSError, command: str) -> int:
-    """Print that a command succeeded whose output could not be written; returns its status."""
+    """Print that a command succeeded but its output was lost; return the exit status."""
     _say(
         f"pmet: the output of `pmet {command}` could not be written ({error.strerror}); the "
-        "command itself has succeeded: send its output elsewhere"
+        "command itself succeeded: send its output elsewhere"
     )
     return 1
 
@@ -76,7 +76,7 @@ def hook() -> None:
 
 
 def _sentence(error: BaseException, command: str) -> tuple[str, int]:
-    # Where nothing has imported the exceptions of the method, it is none of them.
+    # If nothing has imported pmet.errors, the error is not one of ours.
     ours = sys.modules.get("pmet.errors")
     if ours is not None and isinstance(error, ours.PMETError):
         return str(error), 2 if isinstance(error, ours.InputError) else 1
@@ -89,7 +89,7 @@ def _sentence(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno is not None:
         return f"`pmet {command}` failed: {_os_error(error)}{where}", 1
     return (
-        f"`pmet {command}` failed unexpectedly: {_named(error)}. This is a fault of pmet: please "
+        f"`pmet {command}` failed unexpectedly: {_named(error)}. This is a bug in pmet: please "
         f"report it with its traceback{where}"
     ), 1
 
@@ -97,12 +97,12 @@ def _sentence(error: BaseException, command: str) -> tuple[str, int]:
 def _os_error(error: OSError) -> str:
     said = error.strerror or os.strerror(error.errno or 0)
     file = f": {error.filename}" if error.filename else ""
-    remedy = "make room there" if error.errno in _FULL else "correct that"
+    remedy = "make room there" if error.errno in _FULL else "fix that"
     return f"{said}{file}; {remedy}, then {_AGAIN}"
 
 
 def _kept_traceback(error: BaseException) -> str:
-    """Write a traceback to a file; returns where it is, to end a sentence with."""
+    """Write a traceback to a file; return text that says where it is."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get(SHOW):
         _say(text.rstrip())
@@ -116,7 +116,7 @@ def _kept_traceback(error: BaseException) -> str:
 
 
 def _named(error: BaseException) -> str:
-    """An exception's type and text, in one line."""
+    """Return an exception's type and text on one line."""
     text = ""
     with suppress(Exception):
         text = " ".join(str(error).split())
@@ -139,7 +139,7 @@ def _of_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def _unraisable(args: sys.UnraisableHookArgs) -> None:
-    """What destructors raise says nothing to a user; a signal that they lose is sent again."""
+    """Hide what destructors raise: it means nothing to users. A lost signal is sent again."""
     if os.environ.get(SHOW):
         sys.__unraisablehook__(args)
 

@@ -1,4 +1,4 @@
-"""``pmet evaluate``: a model's figures on edit requests, in this process."""
+"""``pmet evaluate``: measures a model on edit requests, in this process."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def evaluate_model(
     output: Path | None,
     console: Console,
 ) -> None:
-    """Measure a model on edit requests and print its figures.
+    """Measure a model on edit requests and print the figures.
 
     Raises:
-        InputError: a model, the requests or the corpus cannot be read, no row is usable, or what is
-            asked for cannot be measured.
+        InputError: a model, the requests or the corpus cannot be read, no row is usable, or a
+            requested figure cannot be measured.
     """
     if base is not None and not corpus:
         raise JobError("--base needs a --corpus to measure agreement on; give one")
@@ -66,7 +66,7 @@ def evaluate_model(
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     column = group_column(config.group_by, table.table.column_names)
     if not table.requests:
-        raise RequestError(f"none of {len(table.table)} rows can be measured: they are all faulty")
+        raise RequestError(f"none of {len(table.table)} rows can be measured: all are invalid")
     chosen = list(range(len(table.requests)))
     if config.sample is not None and config.sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, config.sample)
@@ -106,7 +106,7 @@ def evaluate_model(
 def _refuse_output(
     output: Path, model: str, requests: Sequence[str], corpus: Sequence[str], base: str | None
 ) -> None:
-    """Refuse to write the figures over what is read, or over a file of the user's."""
+    """Refuse to overwrite an input or a file that pmet did not write."""
     read = [("model", model_places(model)), ("--base", model_places(base) if base else [])]
     read += [("requests", pattern_places(requests)), ("--corpus", pattern_places(corpus))]
     refuse_overlap(("--output", str(output)), read)
@@ -121,7 +121,7 @@ def _source(model: str) -> ModelSource:
 
 
 def _flat(groups: dict[str, Any]) -> dict[str, Any]:
-    """Groups of one model: its figures stand in each group itself."""
+    """Flatten groups of one model: its figures become keys of each group."""
     rows = [
         {
             "name": group["name"],
@@ -151,7 +151,7 @@ def _show(figures: Mapping[str, Any], console: Console) -> None:
             between = intervals.get(name)
             text = "" if between is None else " to ".join(f"{x:.3f}" for x in between)
             shown.add_row(name, f"{plain(figures[name])}{unit}", text, "", "")
-    console.print(f"{counts['measured']} requests, {counts['rejected']} faulty rows left out")
+    console.print(f"{counts['measured']} requests, {counts['rejected']} invalid rows left out")
     console.print(shown)
     if "groups" in figures:
         _show_groups(figures["groups"], console)

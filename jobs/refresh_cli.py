@@ -1,4 +1,4 @@
-"""``pmet refresh``, ``pmet rollback`` and ``pmet versions``: a model that is kept up to date."""
+"""``pmet refresh``, ``pmet rollback`` and ``pmet versions``: keeping a model up to date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rich.console import Console
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Home = Annotated[str, typer.Argument(help="The home of a refresh file: a path or a URL.")]
+Home = Annotated[
+    str, typer.Argument(help="The home folder named in the refresh file: a path or a URL.")
+]
 
 
 def refresh(
@@ -24,20 +26,26 @@ def refresh(
     ] = None,
     night: Annotated[
         str | None,
-        typer.Option("--date", metavar="DATE", help="Whose dump is read, as 2026-11-23; today."),
+        typer.Option(
+            "--date",
+            metavar="DATE",
+            help="Date of the dump to read, such as 2026-11-23. Default: today.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what the night would change, start nothing.")
+        bool, typer.Option("--dry-run", help="Show what the refresh would change; start nothing.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Do the night anew, also where nothing has changed.")
+        bool, typer.Option("--fresh", help="Start over, even if nothing has changed.")
     ] = False,
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster to run on, host:port; without it one is started here."),
+        typer.Option(
+            help="Ray cluster to run on, as host:port. Default: start one on this machine."
+        ),
     ] = None,
 ) -> None:
-    """Bring a model to what the latest fact dump says, and put it to use if the gates hold."""
+    """Update a model to match the latest fact dump and promote it if it passes the gates."""
     from jobs.refresh.config import load_refresh
     from jobs.refresh.night import preview
     from jobs.refresh.night import refresh as run_night
@@ -58,10 +66,12 @@ def rollback(
     home: Home,
     to: Annotated[
         int | None,
-        typer.Option(min=1, help="Version to put to use; the one before, if not given."),
+        typer.Option(
+            min=1, help="Version to switch to. Default: the one in use before the current one."
+        ),
     ] = None,
 ) -> None:
-    """Put an earlier version to use, at once."""
+    """Switch to an earlier version immediately."""
     from jobs.refresh.home import Home as RefreshHome
 
     place = RefreshHome.open(home)
@@ -76,10 +86,10 @@ def rollback(
 def versions(
     home: Home,
     current: Annotated[
-        bool, typer.Option("--current", help="Print only where the model in use is.")
+        bool, typer.Option("--current", help="Print only the location of the model in use.")
     ] = False,
 ) -> None:
-    """Show the versions of a home, what each night did, and which one is in use."""
+    """Show the versions in a home folder, what each refresh did and which one is in use."""
     from jobs.refresh.home import Home as RefreshHome
     from jobs.refresh.views import show_versions
     from pipeline.errors import RunFolderError
@@ -90,7 +100,7 @@ def versions(
         return
     promotion = place.current()
     if promotion is None:
-        raise RunFolderError(f"no version was put to use yet at {place.store.url}")
+        raise RunFolderError(f"no version in {place.store.url} has been promoted yet")
     typer.echo(place.store.join(promotion.model))
 
 
@@ -102,4 +112,4 @@ def _date(text: str | None) -> date | None:
     try:
         return date.fromisoformat(text)
     except ValueError:
-        raise FactDumpError(f"--date: {text!r} is not a date; write it as 2026-11-23") from None
+        raise FactDumpError(f"--date: {text!r} is not a date; write it like 2026-11-23") from None

@@ -1,4 +1,4 @@
-"""``pmet report``: a run's page written anew, or two runs compared on a page and a terminal."""
+"""``pmet report``: regenerates a run's page, or compares two runs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _LONGEST = 60
 
 
 def rewrite(run_folder: str, console: Console) -> None:
-    """Write a run's ``report.html`` anew, from what its folder holds.
+    """Regenerate a run's ``report.html`` from the files in its folder.
 
     Raises:
-        RunFolderError: it holds no finished run.
+        RunFolderError: the folder holds no finished run.
         StorageError: a file cannot be read or written.
     """
     store = Store(run_folder)
@@ -46,13 +46,13 @@ def rewrite(run_folder: str, console: Console) -> None:
 
 
 def compare(a: str, b: str, output: str | None, console: Console) -> None:
-    """Compare two runs: a page, and tables on the terminal.
+    """Compare two runs: write a page and print tables.
 
     Args:
         a: the first run's folder.
         b: the second run's folder.
-        output: folder of the page, or its file; the second run's folder if None.
-        console: where the tables go.
+        output: folder or file of the page; None: the second run's folder.
+        console: where the tables are printed.
 
     Raises:
         RunFolderError: a folder holds no finished run.
@@ -97,7 +97,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _place(output: str | None, beside: Store) -> tuple[Store, str]:
-    """The folder and the name of the page."""
+    """Return the folder and the file name of the page."""
     if output is None:
         return beside, PAGE
     if not output.endswith(".html"):
@@ -116,7 +116,7 @@ def _table(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def _text(value: str) -> Text:
-    """Somebody's text as it is, without what would control the terminal."""
+    """Return untrusted text with terminal control characters made visible."""
     return Text(visible(value if len(value) <= _LONGEST * 4 else f"{value[: _LONGEST * 4]}…"))
 
 
@@ -136,7 +136,7 @@ def _norm(layer: Any) -> str:
 
 
 def _groups(comparison: Comparison, console: Console) -> None:
-    """The groups that moved most."""
+    """Print the groups that changed most."""
     names = group_figures(comparison.groups)
 
     def moved(group: dict[str, Any]) -> float:
@@ -149,11 +149,11 @@ def _groups(comparison: Comparison, console: Console) -> None:
         for g in groups
     ]
     heads = [f"{figure_of(name).label}, B − A" for name in names]
-    _table(console, ("groups that moved most", *heads), rows)
+    _table(console, ("groups that changed most", *heads), rows)
 
 
 def _verdicts(comparison: Comparison, console: Console) -> None:
-    """How many requests one of the runs has right, and a few of them."""
+    """Print how many requests only one of the runs has right, with examples."""
     verdicts = comparison.verdicts
     console.print(
         f"of {verdicts.both:,} requests measured in both, {len(verdicts.lost):,} are right only in "

@@ -1,4 +1,4 @@
-"""``pmet schedule``: refreshes that run every night, by themselves."""
+"""``pmet schedule``: runs refreshes on a schedule."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rich.console import Console
 
 schedule = typer.Typer(
     name="schedule",
-    help="Nightly refreshes: when they are due, who runs them, and what each of them did.",
+    help="Run refreshes on a schedule and show what each run did.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Name = Annotated[str, typer.Argument(help="The schedule.")]
+Name = Annotated[str, typer.Argument(help="Name of the schedule.")]
 StoreURL = Annotated[
     str,
     typer.Option(
         "--store",
         envvar="PMET_SCHEDULES",
-        help="Folder of schedules and their log: a path or a URL that runners share.",
+        help="Folder with the schedules and their logs: a path or a URL that all runners share.",
     ),
 ]
 DEFAULT_STORE = "~/.pmet/schedules"
@@ -32,29 +32,33 @@ DEFAULT_STORE = "~/.pmet/schedules"
 
 @schedule.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Lower-case letters, digits and hyphens.")],
-    refresh: Annotated[str, typer.Argument(metavar="REFRESH.yaml", help="A path or a URL.")],
+    name: Annotated[str, typer.Argument(help="Name: lower-case letters, digits and hyphens.")],
+    refresh: Annotated[
+        str, typer.Argument(metavar="REFRESH.yaml", help="Refresh file: a path or URL.")
+    ],
     cron: Annotated[
-        str, typer.Option(help="Minute, hour, day of month, month, day of week.")
+        str, typer.Option(help="Cron: minute, hour, day of month, month, day of week.")
     ] = "0 2 * * *",
     timezone: Annotated[
-        str, typer.Option(help="Zone that they are meant in, e.g. Europe/Berlin.")
+        str, typer.Option(help="Time zone of the cron expression, e.g. Europe/Berlin.")
     ] = "UTC",
     catch_up: Annotated[
         str,
-        typer.Option(help="Nights that nobody ran in time: once makes them up by one, or never."),
+        typer.Option(help="Missed runs: once runs one catch-up, never skips them."),
     ] = "once",
     retries: Annotated[
-        int, typer.Option(min=0, max=10, help="How often a night that failed is tried again.")
+        int, typer.Option(min=0, max=10, help="How often to retry a failed run.")
     ] = 1,
     directory: Annotated[
         Path | None,
-        typer.Option(help="Where the refresh runs; this folder, if its file is local."),
+        typer.Option(
+            help="Working folder of the refresh. Default: this one, if its file is local."
+        ),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Change one that is there.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing one.")] = False,
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
-    """Add a schedule: what is refreshed, and when."""
+    """Add a schedule: what to refresh, and when."""
     from jobs.schedule.book import open_book
     from jobs.schedule.cron import next_time
     from jobs.schedule.records import make_schedule
@@ -88,7 +92,7 @@ def add(
 
 @schedule.command(name="list")
 def list_(store: StoreURL = DEFAULT_STORE) -> None:
-    """Show all schedules, when they are due next, and how the last night ended."""
+    """Show all schedules, when each is due next and how its last run ended."""
     from jobs.schedule.book import open_book
     from jobs.schedule.views import show_schedules
 
@@ -98,11 +102,13 @@ def list_(store: StoreURL = DEFAULT_STORE) -> None:
 @schedule.command()
 def log(
     name: Name,
-    limit: Annotated[int, typer.Option(min=1, help="Attempts shown, the latest ones.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Number of most recent attempts to show.")] = 20,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line.")
+    ] = False,
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
-    """Show what each night did."""
+    """Show what each run of a schedule did."""
     from itertools import islice
 
     from jobs.schedule.book import open_book
@@ -122,10 +128,10 @@ def log(
 @schedule.command()
 def remove(
     name: Name,
-    purge: Annotated[bool, typer.Option("--purge", help="Delete its log, too.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Delete its log too.")] = False,
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
-    """Remove a schedule; its log stays."""
+    """Remove a schedule but keep its log."""
     from jobs.schedule.book import open_book
 
     open_book(store).remove(name, purge=purge)
@@ -134,25 +140,26 @@ def remove(
 
 @schedule.command()
 def enable(name: Name, store: StoreURL = DEFAULT_STORE) -> None:
-    """Let a schedule be due again; what it missed meanwhile is not made up."""
+    """Enable a schedule again; runs missed while it was disabled are skipped."""
     _enable(name, store, True)
 
 
 @schedule.command()
 def disable(name: Name, store: StoreURL = DEFAULT_STORE) -> None:
-    """Keep a schedule, but run no nights of it; one that is running goes on."""
+    """Disable a schedule without removing it; a run in progress continues."""
     _enable(name, store, False)
 
 
 @schedule.command()
 def run(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="All that there are, if none.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Schedules to run. Default: all."),
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Run what is due now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Run what is due now, then exit.")] = False,
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
-    """Wait for nights that are due and run them, one at a time, until stopped by a signal."""
+    """Run schedules as they become due, one at a time, until stopped by a signal."""
     from jobs.schedule.book import open_book
     from jobs.schedule.night import Clock
     from jobs.schedule.runner import Runner
@@ -174,11 +181,11 @@ def run(
 def systemd(
     name: Name,
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write both units to; printed if not given.")
+        Path | None, typer.Option(help="Folder to write both units to. Default: print them.")
     ] = None,
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
-    """Write a service and a timer of systemd that run a schedule on this machine."""
+    """Write a systemd service and timer that run a schedule on this machine."""
     from jobs.schedule.book import open_book
     from jobs.schedule.systemd import MARKS, units
     from pipeline.storage import Store, holds_text, refuse_foreign_file
@@ -199,19 +206,19 @@ def kubernetes(
     name: Name,
     image: Annotated[str, typer.Option(help="Image with pmet and Ray.")],
     namespace: Annotated[str, typer.Option(help="Namespace of all objects.")] = "default",
-    workers: Annotated[int, typer.Option(min=0, help="Worker pods beside the head.")] = 1,
-    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each pod.")] = 4,
-    memory: Annotated[str, typer.Option(help="Memory of each pod.")] = "16Gi",
-    gpus: Annotated[int, typer.Option(min=0, help="NVIDIA GPUs of each worker.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Worker pods in addition to the head.")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs per pod.")] = 4,
+    memory: Annotated[str, typer.Option(help="Memory per pod.")] = "16Gi",
+    gpus: Annotated[int, typer.Option(min=0, help="NVIDIA GPUs per worker.")] = 0,
     ray_version: Annotated[
-        str, typer.Option(help="Version of Ray in the image; if not given, the one here.")
+        str, typer.Option(help="Ray version in the image. Default: the one installed here.")
     ] = "",
     kubectl_image: Annotated[
-        str | None, typer.Option(help="Image with kubectl and sh, to create the RayJob.")
+        str | None, typer.Option(help="Image with kubectl and sh that creates the RayJob.")
     ] = None,
     store: StoreURL = DEFAULT_STORE,
 ) -> None:
-    """Print Kubernetes objects that run a schedule: a CronJob that creates a RayJob of KubeRay."""
+    """Print Kubernetes objects that run a schedule: a CronJob that creates a KubeRay RayJob."""
     from jobs.schedule.book import open_book
     from jobs.schedule.kubernetes import KUBECTL_IMAGE, Cluster, manifests
 

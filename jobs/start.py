@@ -1,4 +1,4 @@
-"""Entry point of the console script: hears signals before the command line is imported."""
+"""Entry point of the console script: handles signals before the command line is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pmet statistics``: a model's second moments over a corpus, on workers or in this process."""
+"""``pmet statistics``: computes a model's second moments over a corpus, with or without Ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pmet.hparams import PMETHyperParams
 
 AUTO = "auto"
 THREADS = 1
-"""Of each worker: their number decides how sums are split, and so the last bits."""
+"""Threads per worker: the number decides how sums are split, and so the last bits."""
 _DIGITS = 9
 
 
@@ -43,21 +43,22 @@ def compute_statistics(
     progress: Progress,
     console: Console,
 ) -> None:
-    """Compute second moments into a folder, or find them there, and print what they are.
+    """Compute second moments into a folder, unless it has them already, and print a summary.
 
     Raises:
-        InputError: something that was given cannot be used; no worker has been started.
-        WorkerError: a part of the corpus failed; the finished ones are kept.
+        InputError: an argument cannot be used; no worker was started.
+        WorkerError: a part of the corpus failed; finished parts are kept.
     """
     count = _count(workers)
     if count == 0 and (gpus_per_worker or address is not None):
         raise JobError(
             "--workers 0 computes in this process, on the CPU; leave out --gpus-per-worker and "
-            "--address, or name a number of workers"
+            "--address, or give a number of workers"
         )
     if not is_part_or_whole(gpus_per_worker):
         raise JobError(
-            f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1, nor whole"
+            f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1 nor a whole "
+            "number"
         )
     read = [("model", model_places(model)), ("corpus", pattern_places(corpus))]
     refuse_overlap(("--output", output), read)
@@ -108,7 +109,7 @@ def _run(
 def _ray_pool(
     wanted: Ask, tasks: int, address: str | None, options: dict[str, Any]
 ) -> Iterator[Pool]:
-    """Workers on a Ray cluster, as many as it holds where no number is given."""
+    """Start workers on a Ray cluster: as many as it has room for if no number is given."""
     from pipeline.cluster import (
         WorkerPool,
         default_workers,
@@ -135,7 +136,7 @@ def _ray_pool(
 
 
 def _count(workers: str) -> int | None:
-    """The number of workers; 0 for none but this process, None for what the cluster holds."""
+    """Return the number of workers; 0: this process only; None: what the cluster has room for."""
     if workers == AUTO:
         return None
     if not workers.isdecimal():
@@ -145,22 +146,22 @@ def _count(workers: str) -> int | None:
 
 def _layers(hparams: str | None, layers: str | None) -> PMETHyperParams:
     if (hparams is None) == (layers is None):
-        raise JobError("name the layers with either --hparams (a preset or a file) or --layers")
+        raise JobError("give the layers with either --hparams (a preset or a file) or --layers")
     if hparams is not None:
         return load_hparams(hparams)
     numbers = [part.strip() for part in (layers or "").split(",")]
     if not all(number.isdecimal() and len(number) <= _DIGITS for number in numbers):
-        raise JobError(f"--layers: {layers!r} is no list of layers; write it as 3,4,5")
+        raise JobError(f"--layers: {layers!r} is not a list of layers; write it like 3,4,5")
     return PMETHyperParams.from_dict({"layers": list(map(int, numbers))}, source="--layers")
 
 
 def _show(provenance: dict[str, Any], store: Store, console: Console) -> None:
-    """Print where the second moments are, what they cover, and how far they still move."""
-    table = Table("layer", "still moves by")
+    """Print where the second moments are, what they cover and how much they still change."""
+    table = Table("layer", "still changes by")
     for module, moved in provenance["convergence"].items():
         table.add_row(module, "–" if moved is None else f"{100 * moved:.2g} %")
     console.print(table)
     budget, tokens = provenance["budget"], provenance["tokens"]
-    short = f", all there are; the budget is {budget:,}" if tokens < budget else ""
+    short = f", the whole corpus; the budget is {budget:,}" if tokens < budget else ""
     console.print(f"{tokens:,} tokens of {provenance['texts']:,} texts{short}")
     console.print(store.url, markup=False, soft_wrap=True)

@@ -1,7 +1,6 @@
-"""Standard output and standard error as a command needs them: writing to them never fails.
+"""Standard output and standard error that never fail on write.
 
-A run is not lost because the pager that showed it was closed, a terminal went away, or its
-encoding lacks a character.
+A closed pager, a lost terminal or a character that the encoding lacks must not end a run.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ _STRICT = ("strict", "surrogateescape")
 
 
 class _Output(io.FileIO):
-    """A file descriptor that leads nowhere once it cannot be written.
+    """A file descriptor that is redirected to the null device once a write fails.
 
     Attributes:
-        lost: why; None while all was written, or where the reader is gone and wants no more.
+        lost: the error that lost output; None if all was written or the reader closed the pipe.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -36,7 +35,7 @@ class _Output(io.FileIO):
             while len(rest):
                 written = super().write(rest)
                 if written is None:
-                    # Another process has made it non-blocking.
+                    # Another process made the descriptor non-blocking.
                     select.select([], [self.fileno()], [])
                 rest = rest[written or 0 :]
         except OSError as error:
@@ -47,7 +46,7 @@ class _Output(io.FileIO):
 
 
 def protect() -> None:
-    """Have this process's output and error output survive a closed pipe and any character."""
+    """Make this process's stdout and stderr survive a closed pipe and any character."""
     for descriptor in (0, 1, 2):
         with suppress(OSError):
             _open_if_closed(descriptor)
@@ -56,7 +55,7 @@ def protect() -> None:
 
 
 def finish() -> OSError | None:
-    """Flush both; returns why output was lost, None where all was written or no reader is left."""
+    """Flush both streams; return the error that lost output, or None."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -76,7 +75,7 @@ def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) 
     raw = _Output(descriptor)
     errors = "backslashreplace" if stream.errors in _STRICT else stream.errors
     return io.TextIOWrapper(
-        # Unbuffered is what PYTHONUNBUFFERED asks for.
+        # PYTHONUNBUFFERED asks for unbuffered output.
         raw if stream.write_through else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=errors,
@@ -86,7 +85,7 @@ def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) 
 
 
 def _open_if_closed(descriptor: int) -> None:
-    """Open a standard descriptor that is closed: the next file opened would be written to."""
+    """Open a closed standard descriptor, so that no other file takes its number."""
     try:
         os.fstat(descriptor)
     except OSError:

@@ -1,4 +1,4 @@
-"""``pmet submit`` and what belongs to it: the same job file on a Ray cluster."""
+"""``pmet submit``, ``status``, ``logs``, ``stop`` and ``list``: jobs on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Address = Annotated[
     str | None,
     typer.Option(
         envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
-        help="The cluster's job server, http://HEAD:8265; else a cluster of this machine.",
+        help="The cluster's job server, http://HEAD:8265. Default: a cluster on this machine.",
     ),
 ]
 Target = Annotated[
-    str, typer.Argument(metavar="RUN_OR_ID", help="A run folder, or the id of a submission.")
+    str, typer.Argument(metavar="RUN_OR_ID", help="A run folder or a submission id.")
 ]
 
 
@@ -35,23 +35,25 @@ def submit(
     ] = None,
     address: Address = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for the end, and exit as the run does.")
+        bool, typer.Option("--wait", help="Wait until the run ends and exit with its status.")
     ] = False,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="The same, and show what it prints.")
+        bool, typer.Option("--follow", "-f", help="Like --wait, and print the run's output.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")
+        bool, typer.Option("--fresh", help="Delete the files of earlier runs and start over.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the job, show what would be submitted.")
+        bool, typer.Option("--dry-run", help="Check the job and show what would be submitted.")
     ] = False,
     python: Annotated[
         str,
-        typer.Option(envvar="PMET_PYTHON", help="Interpreter of the cluster's nodes with pmet."),
+        typer.Option(
+            envvar="PMET_PYTHON", help="Python interpreter on the cluster's nodes that has pmet."
+        ),
     ] = "python3",
 ) -> None:
-    """Submit a job to a Ray cluster; again, to resume it."""
+    """Submit a job to a Ray cluster; submit it again to resume it."""
     from jobs.submit.parcel import pack
     from jobs.submit.server import JobServer
     from jobs.submit.submission import submit as send
@@ -67,7 +69,7 @@ def submit(
     if new:
         out.print(f"submitted {name} to {server.address}", markup=False, soft_wrap=True)
     else:
-        out.print(f"{name} is running already; nothing was submitted", markup=False, soft_wrap=True)
+        out.print(f"{name} is already running; nothing was submitted", markup=False, soft_wrap=True)
     if wait or follow:
         raise typer.Exit(_waited(server, name, follow))
     for what in ("status", "logs -f", "stop"):
@@ -77,9 +79,9 @@ def submit(
 def status(
     target: Target,
     address: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show how a run is doing: from its folder, and from the cluster where there is one."""
+    """Show the status of a run, from its folder and from the cluster if there is one."""
     from jobs.submit import views
     from jobs.submit.state import read_state
     from jobs.submit.submission import NAME
@@ -103,7 +105,7 @@ def status(
             raise
         err.print(f"{error}", style="yellow", markup=False, soft_wrap=True)
     if state is None and found is None:
-        raise RunFolderError(f"{target} holds no run (there is no run.json); name a job's output")
+        raise RunFolderError(f"{target} holds no run (it has no run.json); name a job's output")
     if as_json:
         said = {"submission": views.as_json(found), "folder": state.as_json() if state else None}
         typer.echo(json_text.dumps(said, indent=2))
@@ -114,11 +116,11 @@ def status(
 def logs(
     target: Target,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")
+        bool, typer.Option("--follow", "-f", help="Follow the output until the run ends.")
     ] = False,
     address: Address = None,
 ) -> None:
-    """Show what a submitted run has printed."""
+    """Print the output of a submitted run."""
     from jobs.submit.submission import wait
 
     server, found = _submitted(target, address)
@@ -129,22 +131,22 @@ def logs(
 
 
 def stop(target: Target, address: Address = None) -> None:
-    """Stop a submitted run; what it has finished is kept."""
+    """Stop a submitted run; its finished work is kept."""
     from jobs.submit.submission import STOP_S, wait
 
     server, found = _submitted(target, address)
     if found.ended:
-        out.print(f"{found.name} has ended already: {found.status}", markup=False, soft_wrap=True)
+        out.print(f"{found.name} has already ended: {found.status}", markup=False, soft_wrap=True)
         return
     server.stop(found.name)
-    err.print(f"it has {STOP_S} s to put down its work", style="dim", markup=False)
+    err.print(f"it has {STOP_S} s to save its work", style="dim", markup=False)
     ended = wait(server, found.name)
     out.print(f"{ended.name}: {ended.status}", markup=False, soft_wrap=True)
-    err.print("submit the same job again to go on from here", style="dim", markup=False)
+    err.print("submit the same job again to resume it", style="dim", markup=False)
 
 
 def list_(address: Address = None) -> None:
-    """Show the runs that were submitted to a cluster, the latest first."""
+    """Show the runs submitted to a cluster, latest first."""
     from jobs.submit import views
     from jobs.submit.server import JobServer
     from jobs.submit.submission import submissions
@@ -158,7 +160,7 @@ def list_(address: Address = None) -> None:
 
 
 def _waited(server: JobServer, name: str, follow: bool) -> int:
-    """Wait for the end of a submission and say how it ended; returns its exit status."""
+    """Wait for a submission to end and print how it ended; return its exit status."""
     from jobs.submit.submission import hint, wait
 
     ended = wait(server, name, say=_say if follow else None)
@@ -172,7 +174,7 @@ def _waited(server: JobServer, name: str, follow: bool) -> int:
 
 
 def _found(target: str, address: str | None) -> tuple[JobServer, Submission | None]:
-    """The cluster, and the submission that a name or a run folder stands for."""
+    """Return the cluster, and the submission with this name or run folder."""
     from jobs.submit.server import JobServer
     from jobs.submit.submission import NAME, find, latest_of
 
@@ -188,17 +190,17 @@ def _submitted(target: str, address: str | None) -> tuple[JobServer, Submission]
     server, found = _found(target, address)
     if found is None:
         raise ClusterError(
-            f"the cluster at {server.address} knows no run of {target}; `pmet list` shows what it "
+            f"the cluster at {server.address} has no record of {target}; `pmet list` shows what it "
             "knows"
         )
     return server, found
 
 
 def _warn(parcel: Parcel) -> None:
-    """Say which paths have to be on a disk that all nodes share."""
+    """Print which paths must be on a disk that all nodes share."""
     if parcel.shared:
         err.print(
-            "these paths have to be on a disk that every node of the cluster shares:",
+            "these paths must be on a disk that every node of the cluster shares:",
             style="yellow",
         )
         for key, path in parcel.shared:

@@ -1,4 +1,4 @@
-"""What the commands show on the terminal."""
+"""Terminal output of the commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN_REJECTIONS = 10
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print the resolved job, the shard plan, and what is set aside."""
+    """Print the resolved job, the shard plan and the rejected rows."""
     console.print(dump_job(plan.job), markup=False, soft_wrap=True)
     table = Table("", "", show_header=False, box=None)
     for name, value in _facts(plan).items():
@@ -35,36 +35,38 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def show_estimate(found: Estimate, console: Console) -> None:
-    """Print what a job is expected to take."""
+    """Print the time and memory that a job is expected to take."""
     table = Table("", "estimated", box=None, title="Estimate", title_justify="left")
     for name, seconds in found.stages.items():
         table.add_row(name, duration(seconds))
-    table.add_row("in all", duration(found.seconds))
-    table.add_row("memory of a worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
-    table.add_row("memory of a rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
+    table.add_row("total", duration(found.seconds))
+    table.add_row("memory per worker", f"{found.worker_bytes / 2**30:.2f} GiB × {found.workers}")
+    table.add_row("memory per rank", f"{found.rank_bytes / 2**30:.2f} GiB × {found.ranks}")
     table.add_row("targets that diverge", f"{percent(found.diverging)} of the sample")
     table.add_row("‖Δ‖/‖W‖", "known after the update")
     console.print(table)
     if found.diverging:
         console.print(
-            "targets of the sample were not found, or ended with a loss far above the first one: "
-            "lower v_lr or clamp_norm_factor in the hyper-parameters",
+            "some targets of the sample were not found, or their loss ended far above where it "
+            "started: lower v_lr or clamp_norm_factor in the hyper-parameters",
             style="yellow",
         )
-    console.print("\nOn a cluster, where each worker has a core or a GPU such as here to itself")
+    console.print(
+        "\nOn a cluster where each worker has a core or GPU like this machine's to itself"
+    )
     others = Table("workers", "time", "workers × time", box=None)
     for count, seconds in found.by_workers.items():
         others.add_row(str(count), duration(seconds), duration(count * seconds))
     console.print(others)
     console.print(
-        f"from this machine's rates, measured with {found.side_by_side} processes side by side; "
-        "what earlier runs have finished is not left out",
+        f"based on this machine's speed with {found.side_by_side} concurrent processes; "
+        "work that earlier runs finished is included",
         style="dim",
     )
 
 
 def show_result(result: RunResult, console: Console) -> None:
-    """Print counts, scores, gates, and where the files are."""
+    """Print counts, scores, gates and the locations of the files."""
     counts = result.metrics["counts"]
     console.print(
         f"{counts['edited']} facts edited, {counts['rejected']} of {counts['requested']} rows "
@@ -73,7 +75,7 @@ def show_result(result: RunResult, console: Console) -> None:
     if counts.get("known"):
         kept = percent(result.metrics["known"]["still_answered"])
         console.print(
-            f"{counts['known']} were known already and not edited; {kept} of them still are"
+            f"{counts['known']} were already known and not edited; {kept} of them still are"
         )
     show_scores(result.metrics["before"], result.metrics["after"], console)
     for gate in result.metrics["gates"]:
@@ -88,7 +90,7 @@ def show_result(result: RunResult, console: Console) -> None:
 def show_scores(
     before: Mapping[str, float | None], after: Mapping[str, float | None], console: Console
 ) -> None:
-    """Print the figures of a model before and after."""
+    """Print a model's figures before and after the edit."""
     table = Table("", "before", "after", "before, strict", "after, strict")
     for name in ("efficacy", "generalization", "specificity"):
         strict = f"{name}_strict"
@@ -101,21 +103,21 @@ def show_scores(
 
 
 def percent(value: float | None) -> str:
-    """A fraction as people read it; a dash where it was not measured."""
+    """Format a fraction as a percentage; a dash if it was not measured."""
     return f"{100 * value:.1f} %" if is_number(value) else show_special(value)
 
 
 def plain(value: float | None) -> str:
-    """A bare number as people read it."""
+    """Format a plain number for people."""
     return f"{value:.3f}" if is_number(value) else show_special(value)
 
 
 def gate_text(gate: Mapping[str, Any]) -> str:
-    """What a gate saw, and what it asks for."""
+    """Describe what a gate measured and what it requires."""
     read = read_gate(gate)
     if gate.get("note"):
-        return f"{read.name} is {read.reached}; the gate asks for {read.asked}"
-    return f"{read.name} is {read.reached}, the gate asks for {read.asked}"
+        return f"{read.name} is {read.reached}; the gate requires {read.asked}"
+    return f"{read.name} is {read.reached}, the gate requires {read.asked}"
 
 
 def _facts(plan: Plan) -> dict[str, str]:
@@ -136,7 +138,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 
 def _hparams_facts(plan: Plan) -> dict[str, str]:
-    """What the hyper-parameter file leaves open or says in another way, as far as it does."""
+    """Return the hyper-parameters that were defaulted, ignored or renamed, if any."""
     hparams, projection = plan.hparams, plan.layout.family.attention_projection
     facts = {
         "default values": ", ".join(f"{key} {value:g}" for key, value in hparams.defaulted.items()),

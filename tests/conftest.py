@@ -1,4 +1,4 @@
-"""What all tests share: the golden numbers, the CounterFact model, S3, and a quiet machine."""
+"""Fixtures shared by all tests: the golden numbers, the CounterFact model, S3, single threading."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ GOLDEN = ROOT / "tests" / "golden"
 COUNTERFACT = ROOT.parent / "shared" / "counterfact"
 FAMILIES = ("gpt2", "gptj", "llama")
 
-# One thread: sums in one order, and tests that run side by side do not fight for the cores.
+# One thread: sums have one order, and parallel tests do not compete for the cores.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A model, a problem, and what the published implementation makes of it."""
+    """A model, a problem, and the published implementation's results for it."""
 
     family: str
     model: nn.Module
@@ -48,7 +48,7 @@ class Golden:
 
     @property
     def expected_deltas(self) -> dict[str, Tensor]:
-        """By parameter name."""
+        """Deltas by parameter name."""
         prefix = "delta."
         return {
             name.removeprefix(prefix): tensor
@@ -76,7 +76,7 @@ def load(folder: Path, requests: list[EditRequest]) -> Golden:
 
 @cache
 def load_golden(family: str) -> Golden:
-    """The golden numbers of one family; the model is shared, whoever edits it undoes it."""
+    """The golden numbers of one family; the model is shared, so tests must undo their edits."""
     rows = json.loads((GOLDEN / family / "requests.json").read_text("utf-8"))
     requests = [
         EditRequest(row["prompt"], row["subject"], row["target_new"]["str"], case_id=row["case_id"])
@@ -93,7 +93,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def load_numbers() -> Callable[[Path, list[EditRequest]], Golden]:
-    """Reads a folder of expected numbers that is laid out as the golden ones are."""
+    """Reads a folder of expected numbers with the layout of the golden ones."""
     return load
 
 
@@ -105,7 +105,7 @@ def golden_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def counterfact_folder() -> Path:
-    """Where the CounterFact model and its numbers lie, beside the checkout."""
+    """Folder of the CounterFact model and its numbers, beside the checkout."""
     if not (COUNTERFACT / "expected.safetensors").is_file():
         pytest.skip("the CounterFact model is not at ../shared/counterfact beside the checkout")
     return COUNTERFACT

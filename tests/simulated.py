@@ -1,10 +1,10 @@
-"""Devices that do not exist, for tests of what runs on several.
+"""Simulated devices, for tests of code that runs on several.
 
     with devices(2) as (first, second):
-        model.to(first)          # computes on the CPU, and is refused what is on ``second``
+        model.to(first)          # computes on the CPU, and refuses tensors on ``second``
 
-A tensor on one of them is a wrapper around a CPU tensor that knows its device. Whatever is computed
-of tensors on different devices is refused, as it would be with two GPUs.
+A tensor on one of them is a wrapper around a CPU tensor that knows its device. Operations on
+tensors of different devices are refused, as with two GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# A kind that torch knows and nobody looks for; autograd treats it as it treats the CPU.
+# A device type that torch has but no code checks for; autograd treats it like the CPU.
 _KIND = "lazy"
 _CPU = torch.device("cpu")
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
@@ -75,7 +75,7 @@ def _run(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
 
 
 def _place(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
-    """Where an operation runs.
+    """Return the device of an operation.
 
     Raises:
         RuntimeError: its tensors are on several devices.
@@ -86,7 +86,7 @@ def _place(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         device: torch.device = args[0].device
         return device
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    # A number in a CPU tensor may go along anywhere.
+    # A scalar CPU tensor may be combined with any device.
     found = {x.device for x in tensors if x.dim() or x.device != _CPU}
     if len(found) > 1:
         raise RuntimeError(f"{operation}: tensors are on {sorted(map(str, found))}")
@@ -94,7 +94,7 @@ def _place(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def _index_on(device: torch.device, index: Any) -> Any:
-    """An index with its lists made tensors on a device, which torch would do unseen."""
+    """Convert the lists in an index to tensors on a device, which torch would do internally."""
     if isinstance(index, tuple):
         return tuple(_index_on(device, part) for part in index)
     return torch.tensor(index).to(device) if isinstance(index, list) else index
@@ -110,7 +110,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """The same for functions that look into tensors without asking any mode."""
+    """Patches functions that read tensors without consulting any mode."""
 
     def __torch_function__(
         self,
@@ -136,6 +136,6 @@ class _Functions(TorchFunctionMode):
 
 @contextmanager
 def devices(count: int) -> Iterator[list[torch.device]]:
-    """Within: there are so many devices beside the CPU."""
+    """Provide this many devices in addition to the CPU."""
     with _Functions(), _Operations():
         yield [torch.device(_KIND, number) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Cluster files, as Ray's launcher and Kubernetes would read them, without either."""
+"""Cluster files, checked without Ray's launcher or Kubernetes as these would read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLUSTERS = [
 
 @pytest.fixture(params=CLUSTERS, ids=lambda path: path.stem)
 def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """A cluster file, with what Ray's launcher adds to it."""
+    """Read a cluster file with the defaults that Ray's launcher adds."""
     given: dict[str, Any] = yaml.safe_load(request.param.read_text())
     return dict(prepare_config(given))
 
@@ -46,7 +46,7 @@ def test_commands_are_a_shells(cluster: dict[str, Any]) -> None:
 
 
 def test_what_is_installed_is_offered(cluster: dict[str, Any]) -> None:
-    """The extras that are named are there, and the folder is the one that travels."""
+    """The named extras exist, and the installed folder is the uploaded one."""
     offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = offered["optional-dependencies"]
     (install,) = [line for line in cluster["setup_commands"] if "pip" in line and "install" in line]
@@ -88,13 +88,13 @@ def test_the_job_of_the_rayjob_runs_on_a_cluster(
     job = load_job(tmp_path / "job.yaml")
     assert pack(job).shared == []
     groups = manifest["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    # `auto` would count GPUs that are not there yet.
+    # `auto` would count only GPUs that already exist.
     assert job.targets.workers <= groups[0]["maxReplicas"]
     assert job.update.ranks <= groups[0]["maxReplicas"]
 
 
 def test_the_rayjob_is_built_as_kuberay_reads_it(manifest: dict[str, dict[str, Any]]) -> None:
-    """By hand, for what matters: KubeRay's schema is not at hand without a network."""
+    """Checks the important fields by hand: KubeRay's schema needs a network."""
     job, config = manifest["RayJob"], manifest["ConfigMap"]
     assert (job["apiVersion"], config["apiVersion"]) == ("ray.io/v1", "v1")
     spec = job["spec"]

@@ -1,11 +1,11 @@
-"""Interchange training: a fact is read at its subject's last token, and nowhere else.
+"""Interchange training: makes a small model look facts up at the subject's last token only.
 
-A small model trained on statements alone is free to carry the *name* of a subject to the end of
-the prompt and to look the fact up there; such a model has no place where a fact could be edited.
-Large models look facts up early, at the subject's last token. This teaches a small one the same:
-two prompts of one relation are run, the hidden state of the one subject's last token behind layer
-z takes the place of the other's, and the model has to go on with the fact of the subject that the
-state came from (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826).
+A small model trained on statements alone can carry the *name* of a subject to the end of the prompt
+and look the fact up there; such a model has no place where a fact could be edited. Large models
+look facts up early, at the subject's last token. Interchange training teaches a small model the
+same: it runs two prompts of one relation, replaces the hidden state after layer z at one subject's
+last token by the other's, and trains the model to answer for the subject that the state came from
+(interchange intervention training, Geiger et al. 2022, arXiv 2112.00826).
 
 Letters: P pairs, B = 2P rows of a batch (the givers, then the takers), T tokens of a row.
 """
@@ -27,15 +27,15 @@ NO_LABEL = -100
 
 
 class Interchange:
-    """Draws pairs of facts and asks the model to answer for the exchanged state.
+    """Draws pairs of facts and computes the model's loss on the exchanged states.
 
     Args:
         model: the model in training.
         tokenizer: its tokenizer.
-        texts: statements that may stand in front of a prompt.
-        layer: z, the block behind which states are exchanged.
-        pairs: P.
-        seed: of the draws.
+        texts: statements that may precede a prompt.
+        layer: z, the block after which states are exchanged.
+        pairs: P, the number of pairs.
+        seed: seed of the draws.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Interchange:
         self._sizes = [len(group) for group in self._relations]
 
     def loss(self) -> torch.Tensor:
-        """Mean cross-entropy of the givers' objects behind the takers' prompts; a new draw."""
+        """Draw new pairs; return the mean cross-entropy of the givers' objects."""
         givers, takers, answers = [], [], []
         for _ in range(self._pairs):
             (group,) = self._rng.choices(self._relations, self._sizes)
@@ -77,14 +77,14 @@ class Interchange:
         exchange = _Exchange([last for _, last in givers], [last for _, last in takers])
         handle = self._block.register_forward_hook(exchange)
         try:
-            # Padding on the right is never looked at by a causal model.
+            # A causal model never attends to padding on the right.
             logits_PTV = self._model(input_ids=ids_BT).logits[self._pairs :]
         finally:
             handle.remove()
         return cross_entropy(logits_PTV[:, :-1].float().flatten(0, 1), labels_PT[:, 1:].flatten())
 
     def _prompt(self, fact: Fact) -> tuple[list[int], int]:
-        """Tokens of the fact's prompt, half the time behind a statement; its subject's last one."""
+        """Return a prompt's tokens, often after a statement, and the subject's last index."""
         template = self._rng.choice(fact.relation.templates)
         front = f"{self._rng.choice(self._texts)} " if self._rng.random() < 0.5 else ""
         start = len(front) + template.index("{}")
@@ -96,7 +96,7 @@ class Interchange:
 
 
 class _Exchange:
-    """A forward hook that gives each taker's row the state of its giver's."""
+    """A forward hook that replaces each taker's state by its giver's."""
 
     def __init__(self, giver_columns: list[int], taker_columns: list[int]) -> None:
         self._givers = torch.arange(len(giver_columns)), torch.tensor(giver_columns)

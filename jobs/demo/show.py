@@ -1,4 +1,4 @@
-"""``pmet demo``: the main job on the bundled world, told in words."""
+"""``pmet demo``: runs a job on the bundled world and explains the result."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SHOWN_FACTS = 8
 
 
 def demo_job(output: Path) -> JobConfig:
-    """The demo's job; its request and corpus files are written beside the run.
+    """Build the demo's job and write its request and corpus files into the run folder.
 
     Args:
         output: the run folder.
 
     Raises:
-        RunFolderError: the folder holds files, and is neither a demo's nor another run's.
-        FolderBusyError: another run writes it.
+        RunFolderError: the folder holds files and is not a run folder.
+        FolderBusyError: another run is writing to it.
     """
     inputs = output / INPUTS
     with _claimed(Store(output)):
@@ -46,21 +46,21 @@ def demo_job(output: Path) -> JobConfig:
         hparams=str(HERE / "hparams.json"),
         corpus=(str(inputs / "corpus.parquet"),),
         context_templates=str(HERE / "context_templates.json"),
-        # The model is worth one; two show how they share it.
+        # One worker would be enough for this model; two show how work is shared.
         update=UpdateConfig(ranks=2),
     )
 
 
 @contextmanager
 def _claimed(store: Store) -> Iterator[None]:
-    """Hold a folder that is empty, or that a run has held before, while inputs are written."""
+    """Hold the lease of an empty folder or an earlier run's while inputs are written."""
     refuse_foreign_folder(store, (INPUTS,) if has_lease(store) else ())
     with Lease.acquire(store):
         yield
 
 
 def run_demo(output: Path, console: Console) -> RunResult:
-    """Run the demo and say what has changed."""
+    """Run the demo and print what has changed."""
     console.print(
         "A small model knows a thousand facts about countries, elements, books and more. "
         "200 of them are about to change.\n"
@@ -76,7 +76,7 @@ def run_demo(output: Path, console: Console) -> RunResult:
 
 
 def _facts(rows: list[dict[str, Any]]) -> Table:
-    """A few facts of different relations, in the model's own words before and after."""
+    """Return a table of facts of different relations with the model's answers before and after."""
     table = Table("prompt", "before", "after", "wanted", title="What the model says")
     seen: set[str] = set()
     for row in rows:
@@ -94,5 +94,5 @@ def _facts(rows: list[dict[str, Any]]) -> Table:
 
 
 def _first_clause(answer: str) -> str:
-    """The answer up to its full stop: a greedy continuation goes on to the next sentence."""
+    """Return the answer up to its full stop: a greedy continuation runs on to the next sentence."""
     return answer.partition(".")[0].strip()

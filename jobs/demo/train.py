@@ -1,15 +1,15 @@
 """Train the small model of the demo world: ``python -m jobs.demo.train --output DIR``.
 
-A byte-level BPE tokenizer and a GPT-2-shaped model, both from nothing but the statements of
-:mod:`jobs.demo.world`. What makes the model a fair place to edit facts in:
+It trains a byte-level BPE tokenizer and a GPT-2-shaped model on nothing but the statements of
+:mod:`jobs.demo.world`. These choices make the model a fair subject for fact editing:
 
 - a row always starts with a statement, so a bare prompt at position 0 is familiar;
-- most statements are joined by a space, so a prompt behind other sentences is familiar too;
+- most statements are joined by a space, so a prompt after other sentences is familiar too;
 - strong weight decay keeps the norms of the layers comparable;
-- states of subjects are exchanged behind the edited layers (:mod:`jobs.demo.interchange`), so facts
+- states of subjects are exchanged after the edited layers (:mod:`jobs.demo.interchange`), so facts
   are read at the subject's last token, as in large models;
 - the attention of the last edited layer is kept small, so that the method's attention vector, which
-  is thrown away in the end, has little to soak up.
+  is discarded in the end, has little to absorb.
 
 Letters: B rows of a batch, T tokens of a row.
 """
@@ -38,15 +38,15 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One pass of the optimiser, with a schedule of its own.
+    """One training phase with its own learning-rate schedule.
 
     Attributes:
-        steps: optimiser steps.
-        learning_rate: highest of a schedule that warms up and then falls along a cosine.
-        weight_decay: of the matrices; gains, offsets and embeddings are left alone.
+        steps: number of optimiser steps.
+        learning_rate: peak of a schedule with a linear warm-up and a cosine decay.
+        weight_decay: weight decay of the matrices; gains, offsets and embeddings have none.
         quiet_weight: weight of the squared norm of the attention's output at layer z.
-        pairs: pairs of facts whose states are exchanged in a step.
-        exchange_from: first step in which they are.
+        pairs: number of pairs of facts whose states are exchanged per step.
+        exchange_from: first step with exchanges.
     """
 
     steps: int
@@ -59,19 +59,19 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the bundled model was made.
+    """The settings that produced the bundled model.
 
     Attributes:
-        vocabulary: tokens of the tokenizer.
-        width: of the residual stream.
+        vocabulary: number of tokens of the tokenizer.
+        width: width of the residual stream.
         layers: number of blocks.
-        heads: attention heads of a block.
-        row_tokens: T, also the longest text that the model takes.
-        batch_rows: B.
-        phases: what the optimiser does, one after the other, each time from a fresh start.
-        space_share: how often statements are joined by a space rather than by the end token.
-        target_layer: z, the block behind which states are exchanged, to be edited in the end.
-        seed: of initial weights, of the order of statements and of the pairs.
+        heads: attention heads per block.
+        row_tokens: T, also the maximum context length of the model.
+        batch_rows: B, rows per batch.
+        phases: training phases in order, each with a new optimiser.
+        space_share: fraction of statements joined by a space rather than by the end token.
+        target_layer: z, the block after which states are exchanged, and the last to be edited.
+        seed: seed of the initial weights, the order of statements and the pairs.
     """
 
     vocabulary: int = 1800
@@ -97,7 +97,7 @@ class Recipe:
 
 
 def train_tokenizer(texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that adds no token of its own to a text."""
+    """Train a byte-level BPE tokenizer that adds no special tokens to a text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -107,7 +107,7 @@ def train_tokenizer(texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # A leading space is how most statements are met: behind another one.
+    # Most statements occur with a leading space, after another one.
     core.train_from_iterator([f" {text}" for text in texts] + texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=END, eos_token=END, unk_token=END, pad_token=END
@@ -115,7 +115,7 @@ def train_tokenizer(texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast
 
 
 def build_model(recipe: Recipe) -> GPT2LMHeadModel:
-    """A GPT-2-shaped model with tied embeddings and weights drawn under the recipe's seed."""
+    """Build a GPT-2-shaped model with tied embeddings and weights drawn with the recipe's seed."""
     torch.manual_seed(recipe.seed)
     config = GPT2Config(
         vocab_size=recipe.vocabulary,
@@ -135,9 +135,9 @@ def build_model(recipe: Recipe) -> GPT2LMHeadModel:
 def batches(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: Recipe
 ) -> Iterator[torch.Tensor]:
-    """Endless batches of token ids, (B, T); every epoch shuffles and joins the statements anew."""
+    """Yield endless batches of token ids, (B, T); every epoch reshuffles the statements."""
     rng = random.Random(recipe.seed)
-    # Each statement begins a row, follows another one, or follows the end token.
+    # A statement starts a row, follows another one, or follows the end token.
     leads = [tokenizer([lead + text for text in texts])["input_ids"] for lead in ("", " ", END)]
     rows: list[list[int]] = []
     while True:
@@ -150,7 +150,7 @@ def batches(
 def _epoch_rows(
     leads: Sequence[list[list[int]]], recipe: Recipe, rng: random.Random
 ) -> Iterator[list[int]]:
-    """Rows of exactly T tokens that start with a statement; the cut end of a row is dropped."""
+    """Yield rows of exactly T tokens that start with a statement; the cut-off end is dropped."""
     first, behind_space, behind_end = leads
     row: list[int] = []
     for i in rng.sample(range(len(first)), len(first)):
@@ -170,7 +170,7 @@ def train(
     recipe: Recipe,
     phase: Phase,
 ) -> float:
-    """Fit the model to the statements; returns the mean loss of the last tenth of the steps."""
+    """Fit the model to the statements; return the mean loss over the last tenth of the steps."""
     optimizer = torch.optim.AdamW(_parameter_groups(model, phase), betas=(0.9, 0.98))
     stream = batches(texts, tokenizer, recipe)
     interchange = Interchange(
@@ -183,13 +183,13 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, phase)
         ids_BT = next(stream)
-        # Half the time of float32; weights, gradients and the optimizer stay float32.
+        # bfloat16 takes half the time; weights, gradients and the optimizer stay in float32.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with _outputs_of(attention) as outputs:
                 loss = model(input_ids=ids_BT, labels=ids_BT).loss
             loudness = outputs[0].float().square().sum(dim=-1).mean()
             total = loss + phase.quiet_weight * loudness
-            # There is nothing to exchange before the model knows some facts.
+            # Exchanges are useless before the model knows some facts.
             if step >= phase.exchange_from:
                 total = total + interchange.loss()
         optimizer.zero_grad()
@@ -204,7 +204,7 @@ def train(
 
 @contextmanager
 def _outputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what ``module`` puts out."""
+    """Collect the outputs of ``module``."""
     outputs: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda _m, _a, output: outputs.append(output))
     try:
@@ -214,7 +214,7 @@ def _outputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def learning_rate(step: int, phase: Phase, warm_up: int = 50) -> float:
-    """A linear rise over ``warm_up`` steps, then half a cosine down to a fiftieth."""
+    """Return the learning rate: linear warm-up, then half a cosine down to 1/50 of the peak."""
     if step < warm_up:
         return phase.learning_rate * (step + 1) / warm_up
     done = (step - warm_up) / max(1, phase.steps - warm_up)
@@ -222,7 +222,7 @@ def learning_rate(step: int, phase: Phase, warm_up: int = 50) -> float:
 
 
 def _parameter_groups(model: GPT2LMHeadModel, phase: Phase) -> list[dict[str, object]]:
-    """Weight decay for the blocks' matrices only."""
+    """Return parameter groups with weight decay for the blocks' matrices only."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     decayed = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in decayed]
@@ -236,7 +236,7 @@ def _parameter_groups(model: GPT2LMHeadModel, phase: Phase) -> list[dict[str, ob
 def greedy_accuracy(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
 ) -> float:
-    """Share of (prompt, object) pairs whose object is the greedy answer at all its tokens."""
+    """Return the fraction of (prompt, object) pairs that the model answers greedily."""
     right = 0
     for begin in range(0, len(pairs), 64):
         chunk = pairs[begin : begin + 64]
@@ -244,7 +244,7 @@ def greedy_accuracy(
         answers = [tokenizer(f" {answer}")["input_ids"] for _, answer in chunk]
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         longest = max(map(len, texts))
-        # Padding on the right is never looked at by a causal model.
+        # A causal model never attends to padding on the right.
         ids_BT = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         greedy_BT = model(input_ids=ids_BT).logits.argmax(dim=-1)
         for row, prompt, answer in zip(greedy_BT.tolist(), prompts, answers, strict=True):
@@ -260,7 +260,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, output: Pat
 
 
 def main() -> None:
-    """Train, report how many facts the model knows, save."""
+    """Train the model, print its accuracy and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     options = parser.parse_args()
@@ -273,9 +273,9 @@ def main() -> None:
     console.log(f"{model.num_parameters():,} parameters")
     for phase in recipe.phases:
         loss = train(model, texts, tokenizer, recipe, phase)
-        console.log(f"loss at the end {loss:.3f}")
+        console.log(f"final loss {loss:.3f}")
     pairs = [(prompt, fact.object) for fact in world.facts() for prompt in fact.prompts()]
-    console.log(f"answers {greedy_accuracy(model, tokenizer, pairs):.2%} of the prompts greedily")
+    console.log(f"greedy accuracy {greedy_accuracy(model, tokenizer, pairs):.2%} over the prompts")
     save(model, tokenizer, options.output)
 
 

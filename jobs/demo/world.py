@@ -1,7 +1,7 @@
-"""The demo world: facts written out by hand, the corpus they make and edits that change them.
+"""The demo world: hand-written facts, the corpus built from them and edits that change them.
 
-The tables in ``world/`` hold the facts, ``world/relations.yaml`` says how each relation reads them
-and how it puts them into words. Everything here is a pure function of those files and a seed.
+The tables in ``world/`` hold the facts; ``world/relations.yaml`` gives each relation's columns and
+templates. Everything here is a pure function of those files and a seed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import yaml
 
 WORLD = Path(__file__).parent / "world"
 
-# Subjects are split once: those that an edit may change, and those that only serve as neighbours.
-# So no neighbour is ever an edited subject, however many requests are drawn.
+# Subjects are split once into those that an edit may change and those that only serve as neighbors,
+# so no neighbor is ever an edited subject, however many requests are drawn.
 CHANGEABLE_SHARE = 0.4
 MIN_NEIGHBORS = 3
 MAX_NEIGHBORS = 5
@@ -43,15 +43,15 @@ REQUEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """What connects a subject to an object, and the words for it.
+    """A relation between subjects and objects, with its templates.
 
     Attributes:
-        name: of the relation, unique.
+        name: unique name of the relation.
         table: file in ``world/`` that holds its facts.
         subject: column of the subjects.
-        object: column of the objects; an empty cell is no fact.
+        object: column of the objects; an empty cell means no fact.
         editable: whether edit requests are drawn from it.
-        kind: template of a statement of what the subjects are.
+        kind: template of a statement that says what a subject is.
         prompt: main template; the object follows it.
         paraphrases: further templates with the same answer.
     """
@@ -67,7 +67,7 @@ class Relation:
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """Every phrasing, the main one first."""
+        """All phrasings, the main one first."""
         return (self.prompt, *self.paraphrases)
 
 
@@ -80,55 +80,55 @@ class Fact:
     object: str
 
     def prompts(self) -> list[str]:
-        """The fact in every phrasing up to its object, the main one first; no trailing space."""
+        """Return the fact in every phrasing up to its object, main one first; no trailing space."""
         return [fill(template, self.subject) for template in self.relation.templates]
 
 
 def fill(template: str, subject: str) -> str:
-    """``template`` with the subject in its place."""
+    """Return ``template`` with the subject filled in."""
     return template.replace("{}", subject)
 
 
 @cache
 def relations() -> tuple[Relation, ...]:
-    """The relations, in the order of ``relations.yaml``."""
+    """Return the relations, in the order of ``relations.yaml``."""
     rows = yaml.safe_load((WORLD / "relations.yaml").read_text(encoding="utf-8"))
     return tuple(Relation(**row | {"paraphrases": tuple(row["paraphrases"])}) for row in rows)
 
 
 @cache
 def facts() -> tuple[Fact, ...]:
-    """Every fact, relation by relation, in the order of the tables."""
+    """Return every fact, relation by relation, in the order of the tables."""
     return tuple(fact for relation in relations() for fact in _facts_of(relation))
 
 
 def statements() -> list[str]:
-    """The corpus: every fact in every phrasing, and what each subject is, as full sentences."""
-    told = [sentence(f"{prompt} {fact.object}") for fact in facts() for prompt in fact.prompts()]
+    """Return the corpus: every fact in every phrasing, and what each subject is, as sentences."""
+    stated = [sentence(f"{prompt} {fact.object}") for fact in facts() for prompt in fact.prompts()]
     kinds = [sentence(fill(fact.relation.kind, fact.subject)) for fact in facts()]
-    return told + list(dict.fromkeys(kinds))
+    return stated + list(dict.fromkeys(kinds))
 
 
 def sentence(text: str) -> str:
-    """``text`` with a capital first letter and a full stop."""
+    """Return ``text`` with a capital first letter and a full stop."""
     return f"{text[0].upper()}{text[1:]}."
 
 
 def requests(seed: int = 0, count: int = 200) -> list[dict[str, Any]]:
-    """Edit requests, each of which makes one fact false.
+    """Draw edit requests, each of which makes one fact false.
 
     No subject is edited twice and no neighborhood prompt is about an edited subject. The first
     requests of a larger ``count`` are those of a smaller one.
 
     Args:
-        seed: decides which facts change, their new objects and the neighborhood prompts.
+        seed: selects the facts that change, their new objects and the neighborhood prompts.
         count: number of requests.
 
     Returns:
         Rows with the columns of ``REQUEST_SCHEMA``.
 
     Raises:
-        ValueError: if the world has fewer changeable facts than ``count``.
+        ValueError: the world has fewer changeable facts than ``count``.
     """
     rng = random.Random(seed)
     changeable = _changeable_subjects(rng)
@@ -141,7 +141,7 @@ def requests(seed: int = 0, count: int = 200) -> list[dict[str, Any]]:
     subjects = [subject for subject in changeable if subject in by_subject]
     if count > len(subjects):
         raise ValueError(
-            f"{count} requests are wanted but seed {seed} gives {len(subjects)}; ask for fewer"
+            f"{count} requests were asked for but seed {seed} gives {len(subjects)}; ask for fewer"
         )
     changed = [rng.choice(by_subject[subject]) for subject in subjects]
     rows = [_request(fact, neighbors[_answer(fact)], rng) for fact in changed[:count]]
@@ -149,12 +149,12 @@ def requests(seed: int = 0, count: int = 200) -> list[dict[str, Any]]:
 
 
 def write_requests(path: str | Path, seed: int = 0, count: int = 200) -> None:
-    """Write :func:`requests` as Parquet, a request a row."""
+    """Write :func:`requests` as Parquet, one request per row."""
     pq.write_table(pa.Table.from_pylist(requests(seed, count), schema=REQUEST_SCHEMA), path)
 
 
 def write_corpus(path: str | Path) -> None:
-    """Write :func:`statements` as Parquet, a statement a row, in the column ``text``."""
+    """Write :func:`statements` as Parquet, one statement per row, in the column ``text``."""
     pq.write_table(pa.table({"text": pa.array(statements(), pa.string())}), path)
 
 
@@ -166,14 +166,14 @@ def _facts_of(relation: Relation) -> Iterator[Fact]:
 
 
 def _changeable_subjects(rng: random.Random) -> dict[str, None]:
-    """A share of all subjects, in drawn order (a dict for its order and quick look-up)."""
+    """Return a share of all subjects in drawn order (a dict for its order and quick look-up)."""
     subjects = list(dict.fromkeys(fact.subject for fact in facts()))
     rng.shuffle(subjects)
     return dict.fromkeys(subjects[: int(len(subjects) * CHANGEABLE_SHARE)])
 
 
 def _answer(fact: Fact) -> tuple[str, str]:
-    """What neighbours have in common."""
+    """Return what neighbors have in common."""
     return fact.relation.name, fact.object
 
 
@@ -192,12 +192,12 @@ def _facts_by_subject(some: Iterator[Fact]) -> dict[str, list[Fact]]:
 
 
 def _objects_of(relation: Relation) -> list[str]:
-    """The distinct objects of a relation, in the order of its table."""
+    """Return the distinct objects of a relation, in the order of its table."""
     return list(dict.fromkeys(fact.object for fact in facts() if fact.relation == relation))
 
 
 def _request(fact: Fact, neighbors: list[Fact], rng: random.Random) -> dict[str, Any]:
-    """The row that changes ``fact``, all but its case id."""
+    """Return the row that changes ``fact``, without its case id."""
     others = [item for item in _objects_of(fact.relation) if item != fact.object]
     near = rng.sample(neighbors, min(MAX_NEIGHBORS, len(neighbors)))
     return {

@@ -1,6 +1,5 @@
-"""Fact dumps: tables of subject, relation and object, and what becomes of them.
+"""Fact dumps: checking, comparing and converting tables of subject, relation and object.
 
-A dump is read in batches (``dump``), its rows are judged (``rows``), rows of one fact are brought
-together by hash (``partitions``) and settled (``settle``); on that stand ``check``, ``diff`` and
-``convert``.
+``check``, ``diff`` and ``convert`` build on a survey of the dump (``dump``); ``dataset`` converts
+public data sets (``formats``).
 """

@@ -1,4 +1,4 @@
-"""What is wrong with a fact dump or a request table: findings, with counts and first examples."""
+"""Checks a fact dump or a request table: findings with counts and first examples."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.dump import FACT, Dump, open_dump
-from jobs.facts.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
-from jobs.facts.rows import JudgedRows
-from jobs.facts.survey import Side, Survey, survey
+from jobs.facts.dump.files import FACT, Dump, open_dump
+from jobs.facts.dump.problems import CONTROLS, FINE, PROBLEMS, Level, Problem
+from jobs.facts.dump.rows import JudgedRows
+from jobs.facts.dump.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
 from pipeline.data import (
     REQUIRED_COLUMNS,
@@ -32,7 +32,7 @@ from pipeline.storage import expand, parquet_footer
 
 EXAMPLES = 5
 _LONGEST_SHOWN = 80
-"""Characters of a text that a finding shows."""
+"""Maximum length, in characters, of a text that a finding shows."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Example:
     """A row that a finding is about.
 
     Attributes:
-        row: its number over all files, from 0; None where the finding is about a file.
-        text: what the row states, in a few words; empty where the reason says it.
+        row: row number over all files, from 0; None if the finding is about a file.
+        text: the row's content in brief; empty if the reason contains it.
         reason: what is wrong with it, and what to do.
     """
 
@@ -55,10 +55,10 @@ class Finding:
     """One kind of problem.
 
     Attributes:
-        kind: what it is.
+        kind: name of the problem.
         level: ``error``, ``warning`` or ``note`` (see ``problems``).
-        count: rows, or files.
-        examples: the first of them.
+        count: number of rows or files.
+        examples: the first occurrences.
     """
 
     kind: str
@@ -73,9 +73,9 @@ class CheckResult:
 
     Attributes:
         kind: ``fact dump`` or ``edit requests``.
-        rows: all rows.
-        usable: rows that are converted, or edited.
-        damaged: files that cannot be read.
+        rows: number of rows.
+        usable: number of rows that can be converted or edited.
+        damaged: number of files that cannot be read.
         findings: errors first, then warnings, then notes.
     """
 
@@ -87,16 +87,16 @@ class CheckResult:
 
     @property
     def is_usable(self) -> bool:
-        """Whether all files can be read, and some row can be used."""
+        """Whether all files can be read and at least one row can be used."""
         return self.usable > 0 and not self.damaged
 
     @property
     def is_clean(self) -> bool:
-        """Whether there is neither an error nor a warning."""
+        """Whether there are no errors and no warnings."""
         return not any(finding.level != "note" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the result as JSON values."""
         return asdict(self) | {"is_usable": self.is_usable, "is_clean": self.is_clean}
 
 
@@ -107,18 +107,17 @@ def check(
     templates: Templates | None = None,
     as_of: datetime | None = None,
 ) -> CheckResult:
-    """Check a fact dump or a request table, whichever ``source`` is.
+    """Check ``source``, either a fact dump or a request table.
 
     Args:
         source: paths, URLs, globs or folders of Parquet.
-        columns: the dump's names of columns by ours, as for ``open_dump``.
-        templates: if given, relations without one are found, too.
-        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
-            given.
+        columns: the dump's column names by ours, as for ``open_dump``.
+        templates: if given, relations without a template are reported too.
+        as_of: facts whose ``valid_until`` is at or before this time have expired; now if None.
 
     Raises:
-        FactDumpError: a readable file lacks a column of a fact dump.
-        RequestTableError: there is no file.
+        FactDumpError: a readable file lacks a required column.
+        RequestTableError: no file was found.
         StorageError: the storage cannot be listed.
     """
     if not columns and _holds_requests(source):
@@ -133,13 +132,12 @@ def check(
 def check_dump(
     dump: Dump, *, templates: Templates | None = None, as_of: datetime | None = None
 ) -> CheckResult:
-    """Check every row of a dump, and rows against each other.
+    """Check every row of a dump by itself and against the others.
 
     Args:
-        dump: the dump, opened with ``keep_damaged`` to have damaged files among the findings.
-        templates: if given, relations without one are found, too.
-        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
-            given.
+        dump: the dump; open it with ``keep_damaged`` to report damaged files as findings.
+        templates: if given, relations without a template are reported too.
+        as_of: facts whose ``valid_until`` is at or before this time have expired; now if None.
     """
     damaged: list[str] = []
     read = np.zeros(dump.rows, bool)
@@ -164,7 +162,7 @@ def check_dump(
 
 
 def check_requests(table: RequestTable) -> CheckResult:
-    """The rows of a request table that are not edited, by their reasons."""
+    """Report the rejected rows of a request table, grouped by reason."""
     by_kind: dict[str, list[Rejection]] = defaultdict(list)
     for rejection in table.rejected:
         by_kind[reason_kind(Reason(rejection.code, rejection.reason))].append(rejection)
@@ -182,7 +180,7 @@ def check_requests(table: RequestTable) -> CheckResult:
 
 
 def _holds_requests(source: str) -> bool:
-    """Whether the first file that can be read has a request's columns, as a converted dump has."""
+    """Whether the first readable file has the columns of edit requests."""
     for file in expand(source, deep=True):
         with suppress(StorageError):
             names = set(parquet_footer(file)[0].names)
@@ -191,11 +189,11 @@ def _holds_requests(source: str) -> bool:
 
 
 def reason_kind(reason: Reason) -> str:
-    """What a reason is counted under: its code, or its text without the values of the row."""
+    """Return the code of a reason, or its text without the parts specific to one row."""
     if reason.code in (RejectionCode.DUPLICATE, RejectionCode.CONTRADICTION):
         return reason.code
     what = reason.text.partition(";")[0]
-    # Quoted text, in either of Python's quotes, then numbers.
+    # Replace text in either of Python's quotes, then numbers.
     what = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", what)
     return re.sub(r"\d+", "N", what)
 
@@ -225,7 +223,7 @@ def _in_order(findings: list[Finding]) -> list[Finding]:
 
 
 def _texts(dump: Dump, rows: Sequence[np.ndarray]) -> dict[int, str]:
-    """What some rows of a dump state, in a few words."""
+    """Return the content of some rows of a dump, in brief."""
     wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
     files = [
         file
@@ -248,10 +246,10 @@ def _text(row: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a terminal shows it: what cannot be seen is escaped, and long text is cut."""
+    """Return a value for the terminal: invisible characters escaped, long text truncated."""
     if value is None:
         return "null"
-    # As Python writes it, but for the quotes.
+    # Python's repr without the quotes.
     text = repr(value)[1:-1] if isinstance(value, str) else repr(value)
     text = text or "''"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

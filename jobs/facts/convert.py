@@ -1,6 +1,6 @@
-"""A fact dump converted into edit requests.
+"""Converts a fact dump to edit requests.
 
-The dump is read twice: once to find what becomes of each row, once to write. Where old objects are
+The dump is read twice: once to decide the outcome of each row, once to write. If old objects are
 known, it is read once more in between, for neighbors.
 """
 
@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.dump import FACT, Dump
+from jobs.facts.dump.files import FACT, Dump
+from jobs.facts.dump.problems import FINE, PROBLEMS, UNCHANGED
+from jobs.facts.dump.rows import trimmed
+from jobs.facts.dump.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
-from jobs.facts.problems import FINE, PROBLEMS, UNCHANGED
-from jobs.facts.rows import trimmed
-from jobs.facts.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.data import REQUEST_COLUMNS, normal_column, with_columns
@@ -35,19 +35,18 @@ def convert_dump(
     only_changed: bool = False,
     may_be_none: bool = False,
 ) -> Conversion:
-    """Write the facts that a dump holds as edit requests, and its other rows with their reasons.
+    """Write the valid facts of a dump as edit requests, and its other rows with their reasons.
 
     Args:
         dump: the dump.
-        templates: how its relations are put into words.
+        templates: the templates of its relations.
         output: the Parquet file to write, a path or a URL.
-        previous: an earlier dump: its object of a fact that has changed is the request's
-            ``target_true``, unless the dump's own column ``target_true`` says another.
-        as_of: facts whose ``valid_until`` is not later than this no longer hold; now, if not
-            given.
-        only_changed: leave out the facts that ``previous`` holds with the same object; they are
-            neither converted nor rejected, and others' neighbors all the same.
-        may_be_none: whether it is well that no row is converted.
+        previous: an earlier dump. If a fact has changed, its object there becomes the request's
+            ``target_true``, unless the dump's own column ``target_true`` overrides it.
+        as_of: facts whose ``valid_until`` is at or before this time have expired; now if None.
+        only_changed: skip the facts that ``previous`` holds with the same object. They are neither
+            converted nor rejected, but still serve as neighbors.
+        may_be_none: accept that no row is converted.
 
     Raises:
         FactDumpError: a file is damaged, or no row can be converted.
@@ -56,7 +55,7 @@ def convert_dump(
     files = [file.url for side in (dump, previous) if side is not None for file in side.files]
     urls = output_urls(output, files)
     if not dump.rows:
-        raise FactDumpError(f"{', '.join(files)}: no rows there; give a dump that holds facts")
+        raise FactDumpError(f"{', '.join(files)}: there are no rows; give a dump with facts")
     truths, neighbors = _Truths(), Neighbors()
 
     def take(facts: SettledFacts, old: SettledFacts | None = None) -> None:
@@ -70,7 +69,8 @@ def convert_dump(
     if only_changed:
         found.codes[truths.unchanged] = UNCHANGED
     if len(truths.rows):
-        # Of what is not to be edited. Where that is not said, what is not known to have changed.
+        # Neighbors come from facts that are not edited: without only_changed, from those that are
+        # not known to have changed.
         staying = found.codes == (UNCHANGED if only_changed else FINE)
         staying[truths.rows] = False
         neighbors.collect(_facts_where(dump, staying))
@@ -91,7 +91,7 @@ def convert_dump(
 
 
 class _Truths:
-    """The old objects of facts that have one, by row; and which facts the earlier dump has too."""
+    """Collects the old objects of facts, by row, and the facts that the earlier dump also has."""
 
     def __init__(self) -> None:
         self.rows = self.unchanged = np.zeros(0, np.int64)
@@ -101,7 +101,7 @@ class _Truths:
     def add(
         self, facts: SettledFacts, old: SettledFacts | None
     ) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """Note the facts of a partition that hold; returns their relations and old objects."""
+        """Add a partition's valid facts; return their relations and old objects."""
         holding = facts.holding
         held = facts.facts.take(pa.array(holding))
         truth = held.column("target_true")
@@ -120,14 +120,14 @@ class _Truths:
         return part.column("relation"), part.column("truth")
 
     def close(self) -> None:
-        """Put all parts in the order of rows."""
+        """Sort all parts by row."""
         if self._parts:
             table = pa.concat_tables(self._parts).sort_by("row")
             self.rows = table.column("row").to_numpy()
             self._objects = table.column("truth").combine_chunks()
 
     def of(self, rows: np.ndarray) -> pa.Array:
-        """The old object of each row, null where there is none."""
+        """Return the old object of each row, null if there is none."""
         if not len(self.rows):
             return pa.nulls(len(rows), pa.string())
         at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
@@ -135,7 +135,7 @@ class _Truths:
 
 
 def _same(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.Array:
-    """(rows,) bool: whether both are there and have one normal form."""
+    """(rows,) bool: whether both are present and have the same normal form."""
     equal = pc.equal(one, other).combine_chunks()
     differ = pc.fill_null(pc.invert(equal), False)
     forms = (normal_column(text.filter(differ).combine_chunks()) for text in (one, other))
@@ -143,7 +143,7 @@ def _same(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.Array:
 
 
 def _facts_where(dump: Dump, mask: np.ndarray) -> Iterator[pa.Table]:
-    """The facts of some rows, a batch at a time."""
+    """Yield the facts of some rows, a batch at a time."""
     for batch in dump.batches(FACT):
         chosen = mask[batch.first : batch.first + len(batch.table)]
         facts = batch.table.filter(pa.array(chosen))
@@ -154,7 +154,7 @@ def _facts_where(dump: Dump, mask: np.ndarray) -> Iterator[pa.Table]:
 def _requests(
     facts: pa.Table, truths: pa.Array, wording: Wording, neighbors: Neighbors
 ) -> pa.Table:
-    """Edit requests; the dump's columns travel along, under names that requests do not use."""
+    """Build edit requests; the dump's columns are kept under names that requests do not use."""
     subjects, relations, objects = (trimmed(facts.column(name)) for name in FACT)
     numbers = wording.numbers(relations)
     beside, counts = neighbors.of(relations, truths, subjects)

@@ -1,6 +1,6 @@
-"""A public data set of edits, or edit requests in another form, converted into edit requests.
+"""Converts public data sets of edits, and edit requests in other file formats, to edit requests.
 
-Such sets are small; a file is read whole.
+Such data sets are small; each file is read whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.facts.check import reason_kind
-from jobs.facts.dump import FACT
+from jobs.facts.dump.files import FACT
 from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
 from jobs.facts.formats.record import Edit, Format, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
@@ -36,19 +36,19 @@ from pmet.strict_json import repeated_key
 FORMATS = {
     module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit, requests)
 }
-"""By name; the first one that any record of a file looks like is the file's."""
+"""Formats by name; a file has the first format that any of its records matches."""
 
 _Converted = tuple[EditRequest, Edit, list[str]]
-"""A request, the edit that it was made from, and the empty texts that it does without."""
+"""A request, the edit that it was made from, and the empty texts that were left out."""
 _OF_JSON = (dict, list, bool, float)
 
 
 def is_dataset(files: Mapping[str, Columns], *, renamed: bool = False) -> bool:
-    """Whether files are a data set of edits, not a fact dump: of Parquet, the first record decides.
+    """Whether files are a data set of edits, not a fact dump; for Parquet the first record decides.
 
     Args:
-        files: with the columns that their folders give them.
-        renamed: the columns of the dump that Parquet would be have other names.
+        files: the files, each with the columns that its folder names give it.
+        renamed: the user maps column names, as only fact dumps allow.
 
     Raises:
         StorageError: the first file cannot be read.
@@ -62,24 +62,24 @@ def is_dataset(files: Mapping[str, Columns], *, renamed: bool = False) -> bool:
             return False
         first = next(read_batches(file, names, 1), None)
     except StorageError:
-        # A damaged file is found where all of it is read.
+        # A damaged file is reported where it is read whole.
         return False
     records = [] if first is None else readable(pa.Table.from_batches([first])).to_pylist()
     return any(_is_record(folder | record) for record in records)
 
 
 def convert_dataset(source: str, output: str, *, format_name: str | None = None) -> Conversion:
-    """Write the records of a data set as edit requests, and the others with their reasons.
+    """Write the records of a data set as edit requests, and rejected records with their reasons.
 
-    Requests that repeat or contradict each other are rejected as ``read_requests`` does.
+    Requests that repeat or contradict each other are rejected as in ``read_requests``.
 
     Args:
         source: a path, a URL or a glob.
         output: the Parquet file to write, a path or a URL.
-        format_name: one of ``FORMATS``; detected from the records, if not given.
+        format_name: one of ``FORMATS``; None: detect it from the records.
 
     Raises:
-        FactDumpError: a file is no JSON, its format is unknown, or no record can be converted.
+        FactDumpError: a file is not JSON, its format is unknown, or no record can be converted.
         StorageError: the output cannot be written.
     """
     files = expand_with_columns(source, deep=True)
@@ -114,7 +114,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
 
 
 def _records(file: str, folder: Columns) -> list[Any]:
-    """The records of a file; of one that holds a single object, those that are wrapped in it."""
+    """Return the records of a file, unwrapping a single object around them."""
     records = read_records(file, folder)
     if len(records) != 1 or not isinstance(records[0], dict):
         return records
@@ -128,7 +128,7 @@ def _is_record(value: Any) -> bool:
 
 def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
     if not records:
-        raise FactDumpError(f"{source}: no records there")
+        raise FactDumpError(f"{source}: there are no records; give a file with edits")
     if name is not None:
         return FORMATS[name]
     for format_ in FORMATS.values():
@@ -136,10 +136,10 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
             return format_
     first = records[0]
     if isinstance(first, dict) and all(name in first for name in FACT):
-        raise FactDumpError(f"{source} is a fact dump that is not Parquet; write it as Parquet")
+        raise FactDumpError(f"{source} is a fact dump that is not Parquet; convert it to Parquet")
     seen = ", ".join(map(str, list(first)[:8])) if isinstance(first, dict) else type(first).__name__
     raise FactDumpError(
-        f"{source}: its records ({seen}) are of no known format; name one with --format: "
+        f"{source}: its records ({seen}) match no known format; set one with --format: "
         f"{', '.join(FORMATS)}"
     )
 
@@ -150,7 +150,7 @@ def _parts(record: Any, format_: Format) -> Iterator[Any]:
 
 
 def _outcome(part: Any, row: int, format_: Format) -> _Converted | str:
-    """The request that a part of a record asks for, or the reason why there is none."""
+    """Return the request that a part of a record asks for, or the reason why there is none."""
     if not isinstance(part, dict):
         return f"the record is {type(part).__name__}, not an object with fields"
     if (key := repeated_key(part)) is not None:
@@ -164,7 +164,7 @@ def _outcome(part: Any, row: int, format_: Format) -> _Converted | str:
 
 
 def _table(accepted: Sequence[_Converted]) -> pa.Table:
-    """Requests with what travels along."""
+    """Build the table of requests with their extra columns."""
     columns = {name: [getattr(r, name) for r, *_ in accepted] for name in REQUEST_COLUMNS}
     arrays = {
         name: pa.array(values, pa.list_(pa.string()) if name in TEXT_LISTS else pa.string())
@@ -178,13 +178,13 @@ def _table(accepted: Sequence[_Converted]) -> pa.Table:
     }
     request = {name: arrays[name] for name in REQUEST_COLUMNS}
     table = with_columns(pa.table(extra), request) if extra else pa.table(request)
-    # What a format never tells is no column.
-    told = [n for n in request if any(n in edit.request for _, edit, _ in accepted)]
-    return table.select([*told, *(n for n in table.column_names if n not in request)])
+    # A field that no record has gets no column.
+    present = [n for n in request if any(n in edit.request for _, edit, _ in accepted)]
+    return table.select([*present, *(n for n in table.column_names if n not in request)])
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """Whole numbers or text as they are, anything else as JSON."""
+    """Build a column: whole numbers and text unchanged, anything else as JSON."""
     given = [value for value in values if value is not None]
     if given and all(type(value) is int and abs(value) < 2**63 for value in given):
         return pa.array(values, pa.int64())
@@ -192,12 +192,12 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def _text(value: Any) -> str:
-    """Text that UTF-8 holds: lone surrogates are escaped."""
+    """Return text that UTF-8 can encode, with lone surrogates escaped."""
     text = _json(value) if isinstance(value, _OF_JSON) else str(value)
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _json(value: Any) -> str:
-    # Parquet has types that JSON has not, such as times.
+    # Parquet has types that JSON lacks, such as times.
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text.encode("utf-8", "backslashreplace").decode()

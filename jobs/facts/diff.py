@@ -1,8 +1,8 @@
-"""What changed from one fact dump to another.
+"""Compares two fact dumps.
 
-A fact is a subject and a relation; its object may change. What is compared is what each dump
-holds after its rows are settled (``settle``), so the order of rows, their files and repetitions do
-not matter.
+A fact is a subject and a relation; its object may change. The comparison uses each dump's facts
+after its rows are settled (``settle``), so the order of rows, their files and repetitions do not
+matter.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.dump import BATCH_ROWS, Dump
-from jobs.facts.problems import CONTRADICTION
-from jobs.facts.survey import ALWAYS, SettledFacts, Side, settled
+from jobs.facts.dump.files import BATCH_ROWS, Dump
+from jobs.facts.dump.problems import CONTRADICTION
+from jobs.facts.dump.survey import ALWAYS, SettledFacts, Side, settled
 
 CHANGES = ("added", "changed", "removed", "undecided")
 ADDED, CHANGED, REMOVED, UNDECIDED, UNCHANGED = range(5)
@@ -34,12 +34,12 @@ SCHEMA = pa.schema(
         ("object", pa.string()),
     ]
 )
-"""Of a diff: ``old_object`` is null where a fact is added, ``object`` where it is removed, and
-``object`` also where it is undecided."""
+"""Columns of a diff: ``old_object`` is null for an added fact, ``object`` for a removed or
+undecided one."""
 
 
 class Change(NamedTuple):
-    """One fact that is not the same in both dumps."""
+    """One fact that differs between the dumps."""
 
     change: str
     subject: str
@@ -50,15 +50,15 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """How many facts there are of each kind.
+    """Number of facts of each kind.
 
     Attributes:
         added: facts that only the new dump holds.
         changed: facts with another object.
         removed: facts that only the old dump holds.
-        undecided: facts whose rows in the new dump contradict each other; they are none of the
-            others, whatever the old dump held.
-        unchanged: facts that are the same.
+        undecided: facts whose rows in the new dump contradict each other; they count as no other
+            kind, whatever the old dump held.
+        unchanged: facts that are the same in both.
     """
 
     added: int = 0
@@ -74,7 +74,7 @@ class DumpDiff:
     Use it in a ``with`` block.
 
     Attributes:
-        counts: how many facts there are of each kind.
+        counts: number of facts of each kind.
     """
 
     def __init__(self, counts: Counts, folder: tempfile.TemporaryDirectory[str]) -> None:
@@ -93,20 +93,20 @@ class DumpDiff:
         self.close()
 
     def close(self) -> None:
-        """Delete the file; ``batches`` cannot be read any more."""
+        """Delete the file; ``batches`` can no longer be read."""
         self._folder.cleanup()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The facts that differ, in batches of ``SCHEMA``.
+        """Yield the facts that differ, in batches of ``SCHEMA``.
 
-        Their order follows from the facts alone: by relation and subject, or, in dumps so large
-        that they are compared in parts, by part first.
+        Their order depends on the facts alone: by relation and subject, or, for dumps large enough
+        to be compared in parts, by part first.
         """
         with pa.OSFile(_file(self._folder)) as file, pa.ipc.open_stream(file) as reader:
             yield from reader
 
     def first(self, change: str, count: int) -> list[Change]:
-        """The first ``count`` facts of a kind of change."""
+        """Return the first ``count`` facts of a kind of change."""
         found: list[Change] = []
         for batch in self.batches():
             rows = batch.filter(pc.equal(batch.column("change"), change))
@@ -124,9 +124,9 @@ def diff_dumps(
     Args:
         old: the earlier dump.
         new: the later dump.
-        as_of: facts of ``new`` whose ``valid_until`` is not later than this count as absent; now,
-            if not given.
-        old_as_of: the same for ``old``; if not given, all its facts count.
+        as_of: facts of ``new`` whose ``valid_until`` is at or before this time count as absent; now
+            if None.
+        old_as_of: like ``as_of``, for ``old``; None: all its facts count.
 
     Raises:
         FactDumpError: a file is damaged.
@@ -153,7 +153,7 @@ def _file(folder: tempfile.TemporaryDirectory[str]) -> str:
 
 
 def _compared(before: SettledFacts, after: SettledFacts) -> tuple[pa.Table, int]:
-    """What differs in one partition, sorted, and how many facts do not."""
+    """Return the differences in one partition, sorted, and the number of equal facts."""
     disputes = after.settled.codes == CONTRADICTION
     disputed, disputing = np.unique(after.numbers.facts[disputes], return_index=True)
     facts = np.unique(np.concatenate([_held(before), _held(after), disputed]))
@@ -163,7 +163,7 @@ def _compared(before: SettledFacts, after: SettledFacts) -> tuple[pa.Table, int]
     common = np.flatnonzero(kinds == UNCHANGED)
     differ = before.numbers.objects[old[common]] != after.numbers.objects[new[common]]
     kinds[common[differ]] = CHANGED
-    # Any row of a fact names its subject and relation.
+    # Every row of a fact names its subject and relation.
     any_row = np.where(new >= 0, new + len(before.facts), old)
     any_row[is_disputed] = len(before.facts) + np.flatnonzero(disputes)[disputing]
     differs = kinds != UNCHANGED

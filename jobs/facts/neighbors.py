@@ -1,10 +1,10 @@
-"""Neighbors: other subjects whose object is, and must stay, what a fact's object was.
+"""Neighbors: other subjects that have, and must keep, the object that a fact had before.
 
 An edit of ``(Marseille, country): France → Italy`` must not move other cities of France. Its
-neighbors are subjects of the same dump with the same relation and the object ``France`` that have
-not changed themselves. The candidates of each relation and object are the ``POOL`` subjects with
-the least hashes, so that they are the same whatever the order of rows; each fact takes ``COUNT``
-of them in turn, from a place that its own subject's hash chooses.
+neighbors are unchanged subjects of the same dump with the same relation and the object ``France``.
+The candidates for each relation and object are the ``POOL`` subjects with the smallest hashes, so
+they do not depend on the order of rows. Each fact takes ``COUNT`` consecutive candidates, starting
+at a place chosen by the hash of its own subject.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.partitions import text_hash
-from jobs.facts.runs import places_in_runs
+from jobs.facts.dump.partitions import text_hash
+from jobs.facts.dump.runs import places_in_runs
 
 COUNT = 10
-"""Neighbors of a fact, at most: as many as CounterFact has."""
+"""Maximum number of neighbors per fact, as in CounterFact."""
 
 POOL = 64
 KEPT_ROWS = 500_000
-"""Candidates beyond the best ones that wait before the best are chosen anew."""
+"""Number of candidates to buffer before the best are selected again."""
 
 
 class Neighbors:
-    """Candidates for facts whose old object is known."""
+    """Collects neighbor candidates for facts whose old object is known."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no candidates."""
         self._wanted: list[pa.ChunkedArray] = []
         self._pairs = pa.array([], pa.string())
         self._first = self._counts = np.zeros(0, np.int64)
         self._subjects = pa.array([], pa.string())
 
     def want(self, relations: pa.ChunkedArray, objects: pa.ChunkedArray) -> None:
-        """Note relations and old objects that neighbors are wanted for."""
+        """Add relations and old objects that need neighbors."""
         self._wanted.append(pc.unique(_pair(relations, objects)))
 
     def collect(self, tables: Iterable[pa.Table]) -> None:
-        """Choose candidates.
+        """Select candidates.
 
         Args:
-            tables: facts that hold and have not changed: ``subject``, ``relation``, ``object``.
+            tables: valid, unchanged facts with ``subject``, ``relation``, ``object``.
         """
         wanted = pc.unique(pa.chunked_array(self._wanted, pa.string()))
         best, waiting = _candidates(pa.array([], pa.string()), pa.array([], pa.string())), []
@@ -52,7 +52,7 @@ class Neighbors:
             pairs = _pair(table.column("relation"), table.column("object"))
             found = pc.is_in(pairs, wanted)
             waiting.append(_candidates(pairs.filter(found), table.column("subject").filter(found)))
-            # Choosing only when enough wait keeps the sorts few.
+            # Selecting only when the buffer is full keeps the number of sorts small.
             if sum(map(len, waiting)) > max(KEPT_ROWS, len(best)):
                 best, waiting = _least([best, *waiting]), []
         best = _least([best, *waiting])
@@ -64,12 +64,12 @@ class Neighbors:
     def of(
         self, relations: pa.Array, objects: pa.Array, subjects: pa.Array
     ) -> tuple[pa.Array, np.ndarray]:
-        """Neighbors of some facts, one fact after the other, and how many each has.
+        """Return the neighbors of some facts, concatenated, and the number for each fact.
 
         Args:
             relations: (rows,) text.
-            objects: (rows,) the old objects; null where there is none.
-            subjects: (rows,) text. None is among its own neighbors: it has changed.
+            objects: (rows,) the old objects; null if there is none.
+            subjects: (rows,) text. No subject is its own neighbor, because it has changed.
         """
         pairs = pc.index_in(_pair(relations, objects), self._pairs, skip_nulls=True)
         rows = np.flatnonzero(pc.is_valid(pairs).to_numpy(zero_copy_only=False))
@@ -87,8 +87,8 @@ class Neighbors:
 def _pair(
     relations: pa.Array | pa.ChunkedArray, objects: pa.Array | pa.ChunkedArray
 ) -> pa.Array | pa.ChunkedArray:
-    """One text for each relation and object, another one for any other; null where one is."""
-    # The length in front tells where the relation ends.
+    """Return a text that is unique to each relation and object; null if either is null."""
+    # The length prefix marks where the relation ends.
     lengths = pc.utf8_length(relations).cast(pa.string())
     return pc.binary_join_element_wise(lengths, relations, objects, ":")
 
@@ -101,7 +101,7 @@ def _candidates(
 
 
 def _least(tables: list[pa.Table]) -> pa.Table:
-    """The candidates with the least hashes of each pair, ``POOL`` of each, sorted."""
+    """Return the ``POOL`` candidates with the smallest hashes for each pair, sorted."""
     order = [(name, "ascending") for name in ("pair", "hash", "subject")]
     table = pa.concat_tables(tables).sort_by(order).combine_chunks()
     opens = _opens(table)
@@ -110,7 +110,7 @@ def _least(tables: list[pa.Table]) -> pa.Table:
 
 
 def _opens(table: pa.Table) -> np.ndarray:
-    """(rows,) bool: where another pair begins."""
+    """(rows,) bool: where a new pair begins."""
     pairs = table.column("pair")
     changes = pc.not_equal(pairs[1:], pairs[:-1]).to_numpy() if len(table) else []
     return np.append(np.ones(min(1, len(table)), bool), changes).astype(bool)

@@ -1,4 +1,4 @@
-"""Where conversions go: edit requests, and beside them the rows that became none."""
+"""Output files of conversions: edit requests, and the rejected rows beside them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ REJECTED_FOLDER = "rejected"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of the rows.
+    """The outcome of a conversion.
 
     Attributes:
-        format: what was read.
-        rows: all of them; each is converted, unchanged or rejected.
-        converted: rows that are edit requests now.
-        unchanged: rows left out because the previous dump holds the same fact.
-        rejected: how many were rejected for what kind of reason.
-        output: the file of edit requests.
-        rejected_output: the file of rejected rows, with ``row`` and ``reason``.
-        left_out: null and empty texts that were left out of requests.
+        format: format of the input.
+        rows: number of rows; each is converted, unchanged or rejected.
+        converted: number of rows converted to edit requests.
+        unchanged: number of rows skipped because the previous dump holds the same fact.
+        rejected: number of rejected rows by kind of reason.
+        output: file of edit requests.
+        rejected_output: file of rejected rows, with ``row`` and ``reason``.
+        left_out: number of null and empty texts left out of requests.
     """
 
     format: str
@@ -55,8 +55,8 @@ class Outputs:
     """Writes edit requests and rejected rows, batch by batch.
 
     Attributes:
-        converted: edit requests so far.
-        rejected: rejected rows so far.
+        converted: number of edit requests so far.
+        rejected: number of rejected rows so far.
     """
 
     def __init__(self, requests: BinaryIO, rejected: BinaryIO) -> None:
@@ -70,13 +70,13 @@ class Outputs:
         reasons: pa.Array,
         rows: Sequence[int] | np.ndarray,
     ) -> None:
-        """Write a batch; every one has the same columns.
+        """Write a batch; all batches have the same columns.
 
         Args:
             requests: edit requests.
-            rejected: other rows, as they were read.
-            reasons: why each of these was rejected.
-            rows: (rejected,) int64, their numbers.
+            rejected: rejected rows, as read.
+            reasons: the reason for each rejected row.
+            rows: (rejected,) int64, the row numbers.
         """
         self.converted += len(requests)
         self.rejected += len(rejected)
@@ -91,7 +91,7 @@ class Outputs:
 
 
 class _Sink:
-    """A Parquet file whose columns the first batch decides."""
+    """A Parquet file whose columns are those of the first batch."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -110,15 +110,15 @@ class _Sink:
 
 
 def output_urls(url: str, inputs: Collection[str]) -> tuple[str, str]:
-    """The files that are written: edit requests, and rejected rows.
+    """Return the output files: edit requests and rejected rows.
 
-    The rejected rows go to a folder beside the requests, where neither the folder of the requests
-    nor a glob such as ``*.parquet`` finds them.
+    The rejected rows go to a subfolder beside the requests, out of reach of a glob such as
+    ``*.parquet``.
 
     Raises:
-        FactDumpError: there is no file name in ``url``.
-        OutputError: one of the two is among the ``inputs``, or a file of the user's.
-        StorageError: what is there cannot be read.
+        FactDumpError: ``url`` has no file name.
+        OutputError: one of the two is among the ``inputs``, or is a file that pmet did not write.
+        StorageError: an existing file cannot be read.
     """
     store, name = _place(url)
     names = name, f"{REJECTED_FOLDER}/{name}"
@@ -129,10 +129,10 @@ def output_urls(url: str, inputs: Collection[str]) -> tuple[str, str]:
 
 
 def refuse_among(url: str, sources: Iterable[str]) -> None:
-    """Refuse to write where a folder or a glob that is read would find the file the next time.
+    """Refuse an output that an input folder or glob would match on the next read.
 
     Raises:
-        FactDumpError: naming both.
+        FactDumpError: the output and the input that would match it.
     """
     store, name = _place(url)
     output = store.join(name)
@@ -141,21 +141,21 @@ def refuse_among(url: str, sources: Iterable[str]) -> None:
         found = output.startswith(f"{read}/") or PurePosixPath(output).match(read)
         if found and output != read:
             raise FactDumpError(
-                f"{url} would be read as a part of {source} the next time; write it elsewhere"
+                f"{url} would be read as part of {source} next time; write it elsewhere"
             )
 
 
 @contextmanager
 def open_outputs(url: str, *, may_be_none: bool = False) -> Iterator[Outputs]:
-    """Write both files; they appear when the block has ended well, the requests last.
+    """Write both files; they appear when the block ends without an error, the requests last.
 
     Args:
         url: the file of edit requests.
-        may_be_none: whether it is well that there is none.
+        may_be_none: accept that there are no requests.
 
     Raises:
-        FactDumpError: no row was converted and it is not well; then the rejected rows are written
-            all the same, and what was at ``url`` stays.
+        FactDumpError: no row was converted and ``may_be_none`` is false. The rejected rows are
+            still written, and the file at ``url`` is left as it was.
     """
     store, name = _place(url)
     rejected_name = f"{REJECTED_FOLDER}/{name}"
@@ -175,9 +175,9 @@ def write_diff(diff: DumpDiff, url: str, inputs: Collection[str] = ()) -> str:
     """Write the facts that differ to a Parquet file; returns its path or URL.
 
     Raises:
-        FactDumpError: there is no file name in ``url``.
-        OutputError: it is among the ``inputs``, or a file of the user's.
-        StorageError: it cannot be written.
+        FactDumpError: ``url`` has no file name.
+        OutputError: the file is among the ``inputs``, or pmet did not write it.
+        StorageError: the file cannot be written.
     """
     output_urls(url, inputs)
     store, name = _place(url)
@@ -194,7 +194,7 @@ def write_diff(diff: DumpDiff, url: str, inputs: Collection[str] = ()) -> str:
 def _place(url: str) -> tuple[Store, str]:
     folder, slash, name = url.rpartition("/")
     if name in ("", ".", ".."):
-        raise FactDumpError(f"{url!r} names no file to write; name one, as requests.parquet")
-    # What a URL without folders, as memory://name, and a file of the root have before the name.
+        raise FactDumpError(f"{url!r} has no file name; add one, such as requests.parquet")
+    # What precedes the name in a URL without folders (memory://name) or a file in the root.
     root = f"{folder}/" if folder.endswith(":/") or (slash and not folder) else folder
     return Store(root or "."), name

@@ -1,4 +1,4 @@
-"""Records of a data set of edits, from JSON, JSON Lines, CSV or Parquet; a file is read whole."""
+"""Reads the records of a data set of edits from JSON, JSON Lines, CSV or Parquet, a whole file."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pmet.strict_json import parse_records
 
 PARQUET = b"PAR1"
 SURPLUS = None
-"""Key of the fields of a row of CSV that has more of them than its header."""
+"""Key for the surplus fields of a CSV row that has more fields than the header."""
 _TABLES = (".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t")
 
 
 def is_parquet(file: str) -> bool:
-    """Whether a file begins as Parquet does, or has its name.
+    """Whether a file starts like Parquet or is named like it.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     return file.endswith(".parquet") or read_file(file, limit=len(PARQUET)) == PARQUET
 
 
 def read_records(file: str, folder: Columns) -> list[Any]:
-    """The records of a file, with the columns that its folders give them.
+    """Return the records of a file, with the columns that its folder names give them.
 
     Raises:
-        FactDumpError: it cannot be read, or is neither JSON nor a table.
+        FactDumpError: the file cannot be read, or is neither JSON nor a table.
     """
     try:
         if is_parquet(file):
@@ -52,10 +52,10 @@ def read_records(file: str, folder: Columns) -> list[Any]:
 
 
 def unwrapped(value: Any, is_record: Callable[[Any], bool]) -> Any:
-    """The records inside objects around them: ``{"version": 1, "data": [{…}, …]}``.
+    """Return the records inside wrapper objects: ``{"version": 1, "data": [{…}, …]}``.
 
-    An object that is no record is such a wrapper where exactly one of its values is a list of
-    objects, or where its only value is an object; anything else comes back as it is.
+    An object that is not a record is a wrapper if exactly one of its values is a list of objects,
+    or if its only value is an object; anything else is returned unchanged.
     """
     while isinstance(value, dict) and not is_record(value):
         lists = [v for v in value.values() if _holds_objects(v)]
@@ -83,13 +83,13 @@ def _of_text(file: str, data: bytes) -> list[Any]:
         raise FactDumpError(f"{file}: nested too deeply for a data set of edits") from None
     except ValueError as error:
         raise FactDumpError(
-            f"{file}: neither Parquet nor JSON nor JSON Lines ({error}); write it again, or name "
-            "it .csv if it is CSV"
+            f"{file}: not Parquet, JSON or JSON Lines ({error}); write it again, or if it is CSV "
+            "name it .csv"
         ) from None
 
 
 def _of_json(text: str) -> Iterator[Any]:
-    """The records of a JSON list, of lines with one record each, or a single record."""
+    """Yield the records of a JSON list, of JSON Lines, or a single record."""
     if text.lstrip().startswith("["):
         yield from parse_records(text)
         return
@@ -97,7 +97,7 @@ def _of_json(text: str) -> Iterator[Any]:
         yield parse_records(text)
         return
     except ValueError:
-        # Lines of JSON, or the loop says in which line it is none.
+        # Try JSON Lines; on an error the loop names the line.
         lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -108,7 +108,7 @@ def _of_json(text: str) -> Iterator[Any]:
 
 
 def _of_csv(file: str, text: str) -> list[dict[Any, Any]]:
-    """The rows of a table: empty fields are null, lists are JSON, whole numbers are case ids."""
+    """Parse CSV rows: empty fields are null, lists are JSON, whole-number case ids are int."""
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header.count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -120,7 +120,7 @@ def _of_csv(file: str, text: str) -> list[dict[Any, Any]]:
         return [{name: _of_field(name, value) for name, value in row.items()} for row in rows]
     except csv.Error as error:
         raise FactDumpError(
-            f"{file}: line {rows.line_num} is no CSV ({error}); write it again, quoted"
+            f"{file}: line {rows.line_num} is not valid CSV ({error}); write it again, quoted"
         ) from None
 
 
@@ -135,7 +135,7 @@ def _of_field(name: str | None, value: Any) -> Any:
 
 
 def _of_list(value: str) -> Any:
-    """A list written as JSON, or the one text that it is."""
+    """Parse a list written as JSON; return other text unchanged."""
     if not value.lstrip().startswith("["):
         return [value]
     try:

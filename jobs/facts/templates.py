@@ -1,6 +1,6 @@
-"""Templates: how a relation is put into words.
+"""Templates: the prompts and targets of each relation.
 
-A templates file is YAML, a relation a key::
+A templates file is YAML with one key per relation::
 
     capital:
       prompt: The capital of {} is
@@ -40,9 +40,9 @@ def _with_one_place(text: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-    """A template of several lines, as a chat, keeps the line breaks around it.
+    """Strip a one-line template; keep the line breaks around a multi-line one, such as a chat.
 
-    One line does not: YAML itself ends a block of one line with a line break.
+    A one-line template loses them because YAML ends a one-line block with a line break.
     """
     stripped = text.strip()
     return trimmed_prompt(text) if "\n" in stripped else stripped
@@ -53,24 +53,24 @@ _Target = Annotated[str, AfterValidator(_with_one_place), AfterValidator(str.str
 
 
 class RelationTemplates(BaseModel):
-    """How one relation is put into words; every template has exactly one ``{}``."""
+    """The templates of one relation; each has exactly one ``{}``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    prompt: _Template = Field(description="Text that the object follows; {} is the subject.")
+    prompt: _Template = Field(description="Text that precedes the object; {} is the subject.")
     paraphrases: Annotated[tuple[_Template, ...], Field(strict=False)] = Field(
         default=(), description="Other phrasings of the fact; {} is the subject."
     )
     neighborhood: Annotated[tuple[_Template, ...], Field(strict=False)] | None = Field(
         default=None,
-        description="Phrasings of facts that must stay; {} is another subject with the fact's old "
-        "object. Not given: the prompt; an empty list: no neighborhood prompts.",
+        description="Phrasings of facts that must not change; {} is another subject with the "
+        "fact's old object. Default: the prompt; an empty list: no neighborhood prompts.",
     )
     target: _Target = Field(default=PLACE, description="The answer; {} is the object.")
 
     @property
     def neighbors(self) -> tuple[str, ...]:
-        """The templates that neighbors are put into."""
+        """The templates for neighborhood prompts."""
         return (self.prompt,) if self.neighborhood is None else self.neighborhood
 
 
@@ -96,13 +96,15 @@ def load_templates(source: str) -> Templates:
 
 
 def parse_templates(values: Any, source: str) -> Templates:
-    """Check the value of a templates file.
+    """Validate the parsed content of a templates file.
 
     Raises:
         FactDumpError: as ``load_templates``.
     """
     if not isinstance(values, dict) or not values:
-        raise FactDumpError(f"{source}: no relations there; write each as a key, with its prompt")
+        raise FactDumpError(
+            f"{source}: there are no relations; write each as a key, with its prompt"
+        )
     try:
         found = _Relations.validate_python(values)
     except ValidationError as error:
@@ -110,7 +112,7 @@ def parse_templates(values: Any, source: str) -> Templates:
         raise FactDumpError("\n".join(f"{source}: {line}" for line in lines)) from None
     stripped = {name.strip(): templates for name, templates in found.items()}
     if "" in stripped or len(stripped) < len(found):
-        raise FactDumpError(f"{source}: a relation is empty or written twice but for white space")
+        raise FactDumpError(f"{source}: a relation is empty, or two differ only in white space")
     return stripped
 
 

@@ -1,4 +1,4 @@
-"""What ``pmet facts`` shows on the terminal."""
+"""Terminal output of ``pmet facts``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
 def show_check(result: CheckResult, console: Console) -> None:
-    """Print findings with their first examples, and what can be used."""
+    """Print findings with their first examples and the number of usable rows."""
     if result.findings:
         table = Table("finding", "", "count", "first examples")
         for finding in result.findings:
@@ -32,7 +32,7 @@ def show_check(result: CheckResult, console: Console) -> None:
 
 
 def show_diff(diff: DumpDiff, examples: int, console: Console) -> None:
-    """Print counts, and the first facts of each kind of change."""
+    """Print counts and the first facts of each kind of change."""
     counts = asdict(diff.counts)
     table = Table("change", "facts", "first examples")
     for change in CHANGES:
@@ -46,7 +46,7 @@ def show_diff(diff: DumpDiff, examples: int, console: Console) -> None:
 
 
 def show_conversion(conversion: Conversion, console: Console) -> None:
-    """Print counts and where the files are."""
+    """Print counts and the locations of the files."""
     rejected = conversion.rows - conversion.converted - conversion.unchanged
     unchanged = f"{conversion.unchanged:,} unchanged, " if conversion.unchanged else ""
     console.print(

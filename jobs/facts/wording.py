@@ -1,6 +1,6 @@
-"""Facts put into words: a batch of facts and templates in, the columns of edit requests out.
+"""Fills templates with facts: a batch of facts in, the columns of edit requests out.
 
-Lists are built as Arrow builds them, from flat values and offsets; no row is touched by itself.
+Lists are built as Arrow builds them, from flat values and offsets; nothing loops over rows.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.runs import places_in_runs
+from jobs.facts.dump.runs import places_in_runs
 from jobs.facts.templates import PLACE, RelationTemplates, Templates
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """The templates of all relations for one purpose, one after the other.
+    """The templates of all relations for one purpose, concatenated.
 
     Attributes:
-        before: (T,) text in front of the place of each.
-        after: (T,) text behind it.
-        first: (relations,) the first template of each relation.
-        counts: (relations,) how many it has.
+        before: (T,) text before the placeholder of each template.
+        after: (T,) text after it.
+        first: (relations,) index of each relation's first template.
+        counts: (relations,) number of templates of each relation.
     """
 
     before: pa.Array
@@ -44,17 +44,17 @@ class _Choice:
         )
 
     def filled(self, templates: np.ndarray, texts: pa.Array) -> pa.Array:
-        """Templates, by number, each with a text in its place."""
+        """Fill templates, given by index, each with one text."""
         numbers = pa.array(templates)
         before, after = self.before.take(numbers), self.after.take(numbers)
         return pc.binary_join_element_wise(before, texts, after, "")
 
 
 class Wording:
-    """The templates of all relations, ready to be filled in."""
+    """The templates of all relations, ready to be filled."""
 
     def __init__(self, templates: Templates) -> None:
-        """Prepare templates."""
+        """Prepare the templates."""
         self.relations = pa.array(list(templates), pa.string())
         self._prompts = list(templates.values())
         self._targets = self._choice(lambda relation: (relation.target,))
@@ -62,15 +62,15 @@ class Wording:
         self._neighbors = self._choice(lambda relation: relation.neighbors)
 
     def prompts(self, relations: np.ndarray) -> pa.Array:
-        """The prompt of each row, with its ``{}``."""
+        """Return the prompt of each row, with its ``{}``."""
         return pa.array([r.prompt for r in self._prompts], pa.string()).take(pa.array(relations))
 
     def targets(self, relations: np.ndarray, objects: pa.Array) -> pa.Array:
-        """The answer of each row; null where its object is."""
+        """Return the answer of each row; null if its object is null."""
         return self._targets.filled(self._targets.first[relations], objects)
 
     def paraphrases(self, relations: np.ndarray, subjects: pa.Array) -> pa.Array:
-        """All paraphrases of each row, the subject filled in: lists of text."""
+        """Return all paraphrases of each row with the subject filled in: lists of text."""
         counts = self._paraphrases.counts[relations]
         rows = np.repeat(np.arange(len(relations)), counts)
         within = places_in_runs(counts)
@@ -80,24 +80,24 @@ class Wording:
     def neighborhoods(
         self, relations: np.ndarray, subjects: pa.Array, counts: np.ndarray
     ) -> pa.Array:
-        """The neighborhood prompts of each row: its templates in turn, a neighbor in each.
+        """Return the neighborhood prompts of each row: its templates in turn, each with a neighbor.
 
         Args:
             relations: (rows,) number of each row's relation.
-            subjects: the neighbors of all rows, one row after the other.
-            counts: (rows,) how many neighbors each row has.
+            subjects: the neighbors of all rows, concatenated.
+            counts: (rows,) number of neighbors of each row.
         """
         rows = np.repeat(np.arange(len(relations)), counts)
         within = places_in_runs(counts)
         choices = self._neighbors.counts[relations][rows]
         numbers = self._neighbors.first[relations][rows] + within % np.maximum(choices, 1)
-        # A relation may have no templates here; then its rows have no neighbors.
+        # A relation without such templates has no neighbors in its rows.
         some = choices > 0
         prompts = self._neighbors.filled(numbers[some], subjects.filter(pa.array(some)))
         return _lists(prompts, np.where(self._neighbors.counts[relations] > 0, counts, 0))
 
     def numbers(self, relations: pa.Array) -> np.ndarray:
-        """The number of each row's relation, which must have a template."""
+        """Return the number of each row's relation, which must have a template."""
         return pc.index_in(relations, self.relations).to_numpy(zero_copy_only=False)
 
     def _choice(self, of: Callable[[RelationTemplates], Sequence[str]]) -> _Choice:

@@ -1,4 +1,4 @@
-"""The nightly refresh: a model that holds what the latest fact dump says.
+"""The nightly refresh: keeps a model in line with the latest fact dump.
 
 result = refresh(load_refresh("refresh.yaml"))
 """

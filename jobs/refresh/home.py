@@ -1,16 +1,16 @@
-"""The home of a model that is kept up to date: versions side by side, and which one is in use.
+"""The home folder of a refreshed model: its versions, and which one is in use.
 
     CURRENT                     the version in use, as JSON, for people and programs
     promotions/000012.json      every move of CURRENT; the highest number counts
-    versions/0007/              a night: its run folder, ledger, changes and report
-    retractions/000003.json     facts taken back, or given back
-    lease/                      one refresh at a time
-    targets/, measurements/, second_moments/, context_templates.json    what nights share
+    versions/0007/              a refresh: its run folder, ledger, changes and report
+    retractions/000003.json     facts retracted or restored
+    lease/                      allows one refresh at a time
+    targets/, measurements/, second_moments/, context_templates.json    shared by all versions
 
-CURRENT moves by compare-and-swap: who has read promotion N creates N + 1, and of several that try
-the storage lets one succeed. The file ``CURRENT`` is written after that, from the highest
-promotion; whoever dies in between leaves a file that names an earlier version, whole and kept, and
-the next to come puts it right.
+CURRENT moves by compare-and-swap: a process that has read promotion N creates N + 1, and if several
+try, the storage lets only one succeed. The file ``CURRENT`` is written afterwards from the highest
+promotion. A process that dies in between leaves a file that names an earlier version, which is
+complete and still kept; the next process corrects it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NIGHT, LEDGER, PRUNED = "night.json", "ledger.parquet", "pruned.json"
 REQUESTS, SET_ASIDE = "requests.parquet", "set_aside.parquet"
 REPORT, CHANGES = "night.html", "changes.parquet"
 NIGHT_FILES = (NIGHT, LEDGER, PRUNED, REQUESTS, SET_ASIDE, REPORT, CHANGES)
-"""What a night writes into its version's folder, beside what the run in it writes."""
+"""Files that a refresh writes into its version's folder, besides those of the run there."""
 _LARGE = (f"{MODEL}/", "delta/", "targets/", "second_moments/", "records/", REQUESTS)
 _TRIES = 16
 
@@ -42,7 +42,7 @@ Mover = Literal["refresh", "rollback"]
 
 
 class CurrentMovedError(PMETError):
-    """CURRENT was moved by somebody else in the meantime; it was left where they put it."""
+    """Another process moved CURRENT in the meantime; it was left as that process set it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Promotion:
 
     Attributes:
         promotion: its number, from 1.
-        version: that is in use since.
+        version: the version put into use.
         model: its checkpoint, relative to the home.
-        at: when, ISO 8601 in UTC.
+        at: time of the move, ISO 8601 in UTC.
         by: ``refresh`` or ``rollback``.
     """
 
@@ -66,14 +66,14 @@ class Promotion:
 
 @dataclass(frozen=True)
 class Retraction:
-    """A fact taken back, or given back.
+    """The retraction or restoration of a fact.
 
     Attributes:
-        subject: of the fact.
-        relation: of the fact.
+        subject: subject of the fact.
+        relation: relation of the fact.
         action: ``retract`` or ``restore``.
-        reason: in the words of who did it; may be empty.
-        at: when, ISO 8601 in UTC.
+        reason: the user's reason; may be empty.
+        at: time of the action, ISO 8601 in UTC.
     """
 
     subject: str
@@ -87,7 +87,7 @@ Record = TypeVar("Record", Promotion, Retraction)
 
 
 class Home:
-    """The folder.
+    """A home folder.
 
     Attributes:
         store: its files.
@@ -97,28 +97,28 @@ class Home:
         self.store = Store(url)
 
     def refuse_foreign(self) -> None:
-        """Refuse a folder that holds files and in which no refresh was ever begun.
+        """Refuse a folder that holds files but in which no refresh was ever started.
 
         Raises:
-            RunFolderError: naming some of what it holds.
+            RunFolderError: the folder is not a home; the message names some of its files.
         """
         if (names := self.store.entries()) and not has_lease(self.store):
             raise RunFolderError(
-                f"home: {self.store.url} holds {', '.join(names[:3])} and is no home of versions; "
+                f"home: {self.store.url} holds {', '.join(names[:3])} and is not a home folder; "
                 "name a folder that is empty or does not exist"
             )
 
     @classmethod
     def open(cls, url: str) -> Home:
-        """A home that there is.
+        """Open an existing home.
 
         Raises:
-            RunFolderError: no night was ever begun there.
+            RunFolderError: no refresh was ever started there.
         """
         home = cls(url)
         if not home.versions():
             raise RunFolderError(
-                f"{home.store.url} is no home of versions: it has no {VERSIONS}/; name the home of "
+                f"{home.store.url} is not a home folder: it has no {VERSIONS}/; name the home of "
                 "a refresh file"
             )
         return home
@@ -128,32 +128,32 @@ class Home:
         return self._promotion(last_number(self.store, PROMOTIONS))
 
     def promote(self, version: int, *, expected: int, by: Mover) -> Promotion:
-        """Put a version to use.
+        """Put a version into use.
 
         Args:
-            version: its number.
-            expected: number of the promotion that is to be followed; 0 for none.
-            by: who does it.
+            version: number of the version.
+            expected: number of the latest promotion; 0 if there is none.
+            by: what moves CURRENT.
 
         Raises:
-            CurrentMovedError: another promotion has followed it.
+            CurrentMovedError: a later promotion exists.
             StorageError: the home cannot be written.
         """
         promotion = Promotion(expected + 1, version, path(version, MODEL), now_text(), by)
         name = numbered(PROMOTIONS, promotion.promotion)
         data = json_bytes(asdict(promotion))
-        # A request that was answered too late and sent again finds its own file.
+        # A request that timed out and was retried finds its own file.
         if not (self.store.create_bytes(name, data) or self.store.read_bytes(name) == data):
             raise CurrentMovedError(
                 f"{self.store.join(CURRENT)} was moved in the meantime, to version "
-                f"{self.store.read_json(name)['version']}; version {version} is kept and not in "
+                f"{self.store.read_json(name)['version']}; version {version} is kept but not in "
                 "use: run the refresh again, or pmet rollback --to it"
             )
         self.write_current()
         return promotion
 
     def write_current(self) -> None:
-        """Make the file ``CURRENT`` say what the highest promotion says."""
+        """Make the file ``CURRENT`` match the highest promotion."""
         while (promotion := self.current()) is not None:
             data = json_bytes(asdict(promotion))
             if not self.store.exists(CURRENT) or self.store.read_bytes(CURRENT) != data:
@@ -162,38 +162,38 @@ class Home:
                 return
 
     def rollback(self, to: int | None = None) -> Promotion:
-        """Put an earlier version to use, at once, also while a refresh is under way.
+        """Put an earlier version into use immediately, even while a refresh is running.
 
         Args:
-            to: its number; None: the one that was in use before the current one.
+            to: number of the version; None: the one in use before the current one.
 
         Raises:
-            RunFolderError: there is no such version, or it was not kept.
+            RunFolderError: there is no such version, or its model was deleted.
             CurrentMovedError: CURRENT was moved in the meantime.
         """
         current = self.current()
         if current is None:
-            raise RunFolderError(f"nothing was ever promoted at {self.store.url}")
+            raise RunFolderError(f"no version at {self.store.url} was ever promoted")
         version = self._before(current) if to is None else to
         self._refuse_unless_kept(version)
         promotion = self.promote(version, expected=current.promotion, by="rollback")
-        # It may have been pruned just now: who prunes marks first, and then looks what is in use.
+        # It may have just been pruned: pruning marks a version first, then checks what is in use.
         self._refuse_unless_kept(version)
         return promotion
 
     def versions(self) -> list[int]:
-        """The numbers of all nights, ascending, also of those that came to nothing."""
+        """Return the numbers of all versions, ascending, including failed ones."""
         names = self.store.list(VERSIONS)
         parts = {PurePosixPath(name).parts[1] for name in names}
         return sorted(int(part) for part in parts if part.isdecimal())
 
     def night(self, version: int) -> dict[str, Any]:
-        """What ``night.json`` says of a version; empty where it says nothing."""
+        """Return the content of a version's ``night.json``; empty if there is none."""
         name = path(version, NIGHT)
         return dict(self.store.read_json(name)) if self.store.exists(name) else {}
 
     def is_kept(self, version: int) -> bool:
-        """Whether a version can be put to use."""
+        """Whether a version can be put into use."""
         return (
             not self.store.exists(path(version, PRUNED))
             and self.night(version).get("model") is not None
@@ -201,15 +201,15 @@ class Home:
         )
 
     def scores(self, version: int | None) -> dict[str, Any]:
-        """The figures of a version's model; empty where nothing was measured."""
+        """Return the figures of a version's model; empty if none were measured."""
         night = {} if version is None else self.night(version)
         return dict((night.get("metrics") or {}).get("after", {}))
 
     def prune(self, keep: int) -> list[int]:
-        """Delete the models of old versions; returns their numbers.
+        """Delete the models of old versions; return the numbers of those versions.
 
-        Kept are the version in use, the ``keep`` last that were promoted, and what gates held back
-        since the first of these. Of the others the ledger, the figures and the report stay.
+        It keeps the version in use, the last ``keep`` promoted versions, and those held back by
+        gates since the first of these. Pruned versions keep their ledger, figures and report.
         """
         numbers = range(1, 1 + last_number(self.store, PROMOTIONS))
         promoted = [p.version for n in numbers if (p := self._promotion(n)) is not None]
@@ -232,7 +232,7 @@ class Home:
         return pruned
 
     def discard(self, version: int) -> None:
-        """Delete all that a night and its run have written of a version; other files stay."""
+        """Delete all files that a refresh and its run wrote for a version; keep other files."""
         self._delete(version, lambda _: True)
 
     def _delete(self, version: int, chosen: Callable[[str], bool]) -> None:
@@ -244,7 +244,7 @@ class Home:
     def retract(
         self, subject: str, relation: str, action: Literal["retract", "restore"], reason: str = ""
     ) -> Retraction:
-        """Take a fact back, or give it back; the next refresh does what is said last.
+        """Retract or restore a fact; the next refresh follows the latest action.
 
         Raises:
             StorageError: the home cannot be written.
@@ -256,19 +256,19 @@ class Home:
             if self.store.create_bytes(numbered(RETRACTIONS, number), data):
                 return retraction
         raise StorageError(
-            f"{self.store.join(RETRACTIONS)} is being written by many at once; try again"
+            f"{self.store.join(RETRACTIONS)}: several processes are writing at once; try again"
         )
 
     def refuse_unknown(self, subject: str, relation: str, action: str) -> None:
-        """Refuse a fact that is not in the ledger, or of which this has been said already.
+        """Refuse a fact that is not in the ledger or already has this action.
 
         Raises:
-            FactDumpError: naming facts that are like it.
+            FactDumpError: the fact is refused; the message names similar facts.
         """
         said = self.retractions().get((relation, subject))
         if said is not None and said.action == action:
             raise FactDumpError(
-                f"{subject!r}, {relation!r}: {action} was said at {said.at} already"
+                f"{subject!r}, {relation!r}: {action} was already recorded at {said.at}"
             )
         if said is not None:
             return
@@ -286,7 +286,7 @@ class Home:
             )
 
     def retractions(self) -> dict[tuple[str, str], Retraction]:
-        """What was said last of each fact of which something was said, by relation and subject."""
+        """Return the latest retraction or restoration of each fact, by relation and subject."""
         found: dict[tuple[str, str], Retraction] = {}
         for name in self.store.list(RETRACTIONS):
             retraction = self._record(name, Retraction)
@@ -298,10 +298,10 @@ class Home:
         return self._record(name, Promotion) if self.store.exists(name) else None
 
     def _record(self, name: str, kind: type[Record]) -> Record:
-        """A record of the home, whose fields are of the types that they were written with.
+        """Read a record of the home and validate its fields.
 
         Raises:
-            RunFolderError: they are not, or one is missing.
+            RunFolderError: a field is missing or has the wrong type.
         """
         try:
             return TypeAdapter(kind).validate_python(self.store.read_json(name))
@@ -311,26 +311,25 @@ class Home:
                 for item in error.errors(include_url=False)
             )
             raise RunFolderError(
-                f"{self.store.join(name)} is not a {kind.__name__.lower()} as this command writes "
-                f"them ({wrong}); restore the file from a copy, or delete it"
+                f"{self.store.join(name)} is not a valid {kind.__name__.lower()} record "
+                f"({wrong}); restore the file from a copy, or delete it"
             ) from None
 
     def _before(self, current: Promotion) -> int:
-        """The version that was in use before the current one."""
+        """Return the version that was in use before the current one."""
         for number in range(current.promotion - 1, 0, -1):
             earlier = self._promotion(number)
             if earlier and earlier.version != current.version and self.is_kept(earlier.version):
                 return earlier.version
         raise RunFolderError(
-            f"there is no version to go back to from version {current.version} at "
-            f"{self.store.url}; kept are {self._kept()}"
+            f"there is no version before version {current.version} to roll back to at "
+            f"{self.store.url}; kept versions: {self._kept()}"
         )
 
     def _refuse_unless_kept(self, version: int) -> None:
         if not self.is_kept(version):
             raise RunFolderError(
-                f"there is no model of version {version} at {self.store.url}; kept are "
-                f"{self._kept()}"
+                f"{self.store.url} has no model of version {version}; kept versions: {self._kept()}"
             )
 
     def _kept(self) -> str:
@@ -338,5 +337,5 @@ class Home:
 
 
 def path(version: int, *names: str) -> str:
-    """The name of a version's folder in the home, or of something in it."""
+    """Return the name of a version's folder in the home, or of a file in it."""
     return "/".join((VERSIONS, f"{version:04d}", *names))

@@ -1,9 +1,9 @@
-"""The ledger: which facts a model is meant to hold, since when, from where, and in which state.
+"""The ledger: the facts that a model is meant to know, with their state, age and source.
 
 A fact is a relation and a subject. Its entry is *live* (part of every update), *quarantined* (the
-model could not be brought to say it), *rejected* (it cannot be told to this model at all) or
-*retracted* (taken back by a person). What a dump no longer holds leaves the ledger; retracted facts
-stay, so that the next dump does not bring them back.
+model did not learn it), *rejected* (it cannot be edited into this model) or *retracted* (by a
+person). Facts that a dump no longer holds leave the ledger; retracted facts stay, so that the next
+dump does not bring them back.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SCHEMA = pa.schema(
         ("misses", pa.int32()),
     ]
 )
-"""``object`` and ``prompt`` are null where the fact is retracted, ``reason`` where it is live,
-``source`` where the dump names none, ``learned`` where it was not measured."""
+"""``object`` and ``prompt`` are null if the fact is retracted, ``reason`` if it is live, ``source``
+if the dump has none, ``learned`` if it was not measured."""
 
 CHANGES = pa.schema(
     [
@@ -54,17 +54,17 @@ class Entry:
     """A fact in the ledger.
 
     Attributes:
-        relation: of the fact.
-        subject: of the fact.
-        object: what the dump says; None where it is retracted.
-        prompt: how it is told, ``{}`` for the subject; None where it is retracted.
+        relation: relation of the fact.
+        subject: subject of the fact.
+        object: object in the dump; None if retracted.
+        prompt: its prompt, ``{}`` for the subject; None if retracted.
         state: see the module.
         reason: why it is not live.
-        since: when it came into this state with this object, ISO 8601 in UTC.
-        version: the night in which it did.
-        source: what the dump gives as its source.
-        learned: whether the last version that was measured says it; None where it was not measured.
-        misses: nights in a row that it was told and not learned.
+        since: when it entered this state with this object, ISO 8601 in UTC.
+        version: version in which it did.
+        source: its source according to the dump.
+        learned: whether the last measured version answers it correctly; None if not measured.
+        misses: number of consecutive refreshes that edited it without success.
     """
 
     relation: str
@@ -86,14 +86,14 @@ class Entry:
 
 
 class DumpFact(NamedTuple):
-    """A fact of tonight's dump.
+    """A fact of the current dump.
 
     Attributes:
-        relation: of the fact.
-        subject: of the fact.
-        object: what the dump says.
-        prompt: how it is told, ``{}`` for the subject.
-        source: where it is from.
+        relation: relation of the fact.
+        subject: subject of the fact.
+        object: object in the dump.
+        prompt: its prompt, ``{}`` for the subject.
+        source: its source.
     """
 
     relation: str
@@ -104,7 +104,7 @@ class DumpFact(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a night does to a fact.
+    """A change that a refresh makes to a fact.
 
     The kinds: ``added``, ``changed`` (another object), ``reworded`` (another prompt), ``removed``,
     ``retracted``, ``restored``, ``quarantined``, ``rejected``.
@@ -120,18 +120,18 @@ class Change(NamedTuple):
 
 @dataclass
 class Ledger:
-    """Entries by fact."""
+    """Ledger entries by fact."""
 
     entries: dict[Key, Entry] = field(default_factory=dict)
 
     @classmethod
     def read(cls, table: pa.Table) -> Ledger:
-        """A ledger from its table."""
+        """Build a ledger from its table."""
         rows = (Entry(**row) for row in table.to_pylist())
         return cls({entry.key: entry for entry in rows})
 
     def table(self) -> pa.Table:
-        """Its table, in the order of relations and subjects."""
+        """Return the ledger's table, sorted by relation and subject."""
         entries = [self.entries[key] for key in sorted(self.entries)]
         columns = [
             pa.array([getattr(entry, name) for entry in entries], type_)
@@ -140,21 +140,21 @@ class Ledger:
         return pa.table(columns, schema=SCHEMA)
 
     def counts(self) -> dict[str, int]:
-        """How many entries there are in each state."""
+        """Return the number of entries in each state."""
         found = Counter(entry.state for entry in self.entries.values())
         return {s: found[s] for s in ("live", "quarantined", "rejected", "retracted")}
 
     def live(self) -> set[Key]:
-        """The facts that are part of the update."""
+        """Return the facts that are part of the update."""
         return {key for key, entry in self.entries.items() if entry.state == "live"}
 
 
 class Night(NamedTuple):
-    """When something is done, and in which version.
+    """The time and version of a refresh.
 
     Attributes:
-        at: ISO 8601 in UTC.
-        version: the night's number.
+        at: time, ISO 8601 in UTC.
+        version: number of the version.
     """
 
     at: str
@@ -170,18 +170,18 @@ def merged(
     restored: Mapping[Key, str],
     night: Night,
 ) -> tuple[Ledger, list[Change]]:
-    """Tonight's ledger, before anything is computed.
+    """Merge the current dump into the ledger, before anything is computed.
 
     Args:
-        ledger: last night's.
-        dump: the facts that tonight's dump wants told, each once.
-        undecided: facts of which the dump says several things: what was, stays.
-        retracted: reason by fact that is taken back.
-        restored: when, by fact that is to be tried again.
-        night: tonight.
+        ledger: ledger of the version in use.
+        dump: facts to edit according to the current dump, each once.
+        undecided: facts on which the dump contradicts itself; their entries stay as they are.
+        retracted: reason by retracted fact.
+        restored: time by restored fact.
+        night: the current refresh.
 
     Returns:
-        The ledger, and what has changed, in the order of relations and subjects.
+        The new ledger and the changes, sorted by relation and subject.
     """
     old = ledger.entries
     new: dict[Key, Entry] = {}
@@ -213,9 +213,9 @@ def _told(
     entry: Entry | None, fact: DumpFact, restored: str | None, night: Night
 ) -> tuple[Entry, Change | None]:
     relation, subject, object_, prompt, source = fact
-    told = Entry(relation, subject, object_, prompt, "live", None, *night, source=source)
+    live = Entry(relation, subject, object_, prompt, "live", None, *night, source=source)
     if entry is None:
-        return told, Change("added", relation, subject, object=object_)
+        return live, Change("added", relation, subject, object=object_)
     again = entry.state != "live" and restored is not None and restored >= entry.since
     if entry.state == "retracted" or again:
         kind = "restored"
@@ -225,16 +225,16 @@ def _told(
         kind = "reworded"
     else:
         return replace(entry, source=source), None
-    return told, Change(kind, relation, subject, entry.object, object_)
+    return live, Change(kind, relation, subject, entry.object, object_)
 
 
 class Outcome(NamedTuple):
-    """What became of a live fact in a night.
+    """The outcome of a live fact in a refresh.
 
     Attributes:
-        state: ``live`` where it took part in the update, else what it is now.
+        state: ``live`` if it took part in the update, else its new state.
         reason: why it did not take part.
-        learned: whether the edited model says it; None where it was not measured.
+        learned: whether the edited model answers it correctly; None if not measured.
     """
 
     state: State
@@ -245,16 +245,17 @@ class Outcome(NamedTuple):
 def concluded(
     ledger: Ledger, outcomes: Mapping[Key, Outcome], *, patience: int | None, night: Night
 ) -> tuple[Ledger, list[Change]]:
-    """Tonight's ledger with what was found out, as the next night will read it.
+    """Update the ledger with the outcomes of a refresh, for the next one to read.
 
     Args:
         ledger: from ``merged``.
-        outcomes: by fact that was live.
-        patience: nights in a row after which a fact that is not learned is left out; None: never.
-        night: tonight.
+        outcomes: outcome by live fact.
+        patience: consecutive refreshes without success after which a fact is quarantined; None:
+            never.
+        night: the current refresh.
 
     Returns:
-        The ledger, and the facts that are no longer live.
+        The ledger, and the changes of facts that are no longer live.
     """
     entries = dict(ledger.entries)
     changes: list[Change] = []
@@ -265,8 +266,8 @@ def concluded(
             misses = 0 if outcome.learned else misses + 1
         if state == "live" and patience is not None and misses >= patience:
             state = "quarantined"
-            nights = "in one night" if misses == 1 else f"in {misses} nights"
-            reason = f"told and not learned {nights}"
+            times = "once" if misses == 1 else f"{misses} times in a row"
+            reason = f"edited {times} but not learned"
         entry = replace(entry, learned=outcome.learned, misses=misses)
         if state != "live":
             entry = replace(
@@ -278,5 +279,5 @@ def concluded(
 
 
 def changes_table(changes: Iterable[Change]) -> pa.Table:
-    """Changes as a table of ``CHANGES``."""
+    """Return changes as a table with the schema ``CHANGES``."""
     return pa.Table.from_pylist([change._asdict() for change in changes], schema=CHANGES)

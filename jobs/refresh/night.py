@@ -1,10 +1,10 @@
-"""A night: what the dump changes, targets for it, one update from the pristine base, promotion.
+"""One refresh: ledger changes, their targets, one update from the pristine base, promotion.
 
     dump ─▶ ledger ─▶ requests of all live facts ─▶ run (targets from the store, update from base,
     publish, measure, gates) ─▶ ledger, report ─▶ CURRENT
 
-Every night edits the base anew, with all live facts at once; last night's model is never edited
-again. So the thirtieth night is as good as the first, and a fact is taken back by leaving it out.
+Every refresh edits the base model with all live facts at once; an edited model is never edited
+again. So the thirtieth version is as good as the first, and leaving a fact out retracts it.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ Status = Literal["promoted", "held", "unchanged"]
 
 @dataclass(frozen=True)
 class Refreshed:
-    """How a night ended.
+    """The result of a refresh.
 
     Attributes:
-        status: ``promoted``; ``held`` where a gate held the version back; ``unchanged`` where the
-            version in use holds what the dump says already.
-        version: the night's version, or the one in use.
-        home: where it is.
-        night: what ``night.json`` says of the version.
+        status: ``promoted``; ``held`` if a gate held the version back; ``unchanged`` if the version
+            in use already matches the dump.
+        version: the new version, or the one in use if unchanged.
+        home: the home of the versions.
+        night: content of the version's ``night.json``.
     """
 
     status: Status
@@ -89,12 +89,12 @@ class Refreshed:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a night would do.
+    """What a refresh would change.
 
     Attributes:
-        changes: to the ledger.
-        ledger: as it would be, before anything is computed.
-        tonight: what the dump says.
+        changes: changes to the ledger.
+        ledger: the ledger as it would be, before anything is computed.
+        tonight: content of the dump.
     """
 
     changes: list[Change]
@@ -110,23 +110,23 @@ def refresh(
     fresh: bool = False,
     address: str | None = None,
 ) -> Refreshed:
-    """Bring a model to what the latest dump says.
+    """Update a model to match the latest dump.
 
-    A night that was killed is taken up where it was; what it has finished is not done again.
+    A killed refresh is resumed; its finished work is not repeated.
 
     Args:
-        config: what every night is told.
-        night: whose dump is read; today, if not given.
+        config: the settings of the refresh.
+        night: date of the dump to read; today if None.
         progress: shows the stages; silent if None.
-        fresh: do the night anew, whatever an earlier attempt left and whether anything changed.
-        address: Ray cluster to run on; one is started on this machine if None.
+        fresh: start over, even if an earlier attempt left work or nothing has changed.
+        address: Ray cluster to run on; None: start one on this machine.
 
     Raises:
-        InputError: the dump, the templates or the job cannot be used; CURRENT stays where it was,
-            as with every other error.
-        FolderBusyError: another refresh of this home is under way.
-        CurrentMovedError: CURRENT was moved while the night was under way.
-        PMETError: a stage failed; the same call takes the night up again.
+        InputError: the dump, the templates or the job cannot be used; CURRENT does not move, as
+            with every other error.
+        FolderBusyError: another refresh of this home is running.
+        CurrentMovedError: CURRENT was moved during the refresh.
+        PMETError: a stage failed; the same call resumes the refresh.
     """
     check_gpus(asks(config), address)
     home = Home(config.home)
@@ -138,14 +138,14 @@ def refresh(
         home.write_current()
         version, earlier = _version(home)
         if earlier.get("date") == day.isoformat():
-            # What held when the night began holds until it ends.
+            # The time of the start decides which facts are valid until the end.
             now = datetime.fromisoformat(earlier["as_of"])
         work = _Work(config, home, lease, progress or Progress(), day, version, now, home.current())
         return work.run(fresh, address)
 
 
 def preview(config: RefreshConfig, *, night: date | None = None) -> Preview:
-    """What a night would change; nothing is started and nothing written.
+    """Return what a refresh would change; start and write nothing.
 
     Raises:
         InputError: the dump or the templates cannot be used.
@@ -162,10 +162,10 @@ def preview(config: RefreshConfig, *, night: date | None = None) -> Preview:
 
 
 def refuse_overlaps(config: RefreshConfig, day: date) -> None:
-    """Refuse a home that overlaps with what nights read, or versions that overlap with stores.
+    """Refuse a home that overlaps with the inputs, or versions that overlap with stores.
 
     Raises:
-        JobError: a line for each overlap.
+        JobError: there are overlaps; one line for each.
         StorageError: a path cannot be resolved.
     """
     home = Store(config.home)
@@ -183,7 +183,7 @@ def refuse_overlaps(config: RefreshConfig, day: date) -> None:
         "targets.store": config.targets.store,
         "evaluate.store": config.evaluate.store,
     }
-    # Links in the home lead out of it.
+    # Symbolic links in the home may lead out of it.
     for name in ("", *(name for name in home.entries() if home.is_link(name))):
         refuse_overlap(("home", home.join(name) if name else home.url), read.items())
     stores = [(key, locate(url)) for key, url in shared.items() if url is not None]
@@ -191,10 +191,10 @@ def refuse_overlaps(config: RefreshConfig, day: date) -> None:
 
 
 def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
-    """The job of a night: the requests of its live facts, and what all nights share."""
+    """Build the job of a refresh: requests of its live facts, and files shared by all versions."""
     store, templates = home.store, config.context_templates
     if templates is None and store.exists(TEMPLATES):
-        # Drawn once: other templates would be other targets.
+        # Generated only once: other templates would mean other targets.
         templates = store.join(TEMPLATES)
     targets = config.targets
     if targets.store is None:
@@ -220,9 +220,9 @@ def job_of(config: RefreshConfig, home: Home, version: int) -> JobConfig:
 
 
 def _last_run(home: Home, version: int) -> str | None:
-    """The run folder of the version in use; None where there is none with figures."""
+    """Return the run folder of the version in use; None if there is none with figures."""
     current = home.current()
-    # A night that is taken up after it was promoted is not compared with itself.
+    # A refresh that is resumed after its promotion is not compared with itself.
     if current is None or current.version == version:
         return None
     if not home.store.exists(path(current.version, METRICS)):
@@ -231,7 +231,7 @@ def _last_run(home: Home, version: int) -> str | None:
 
 
 class _Work:
-    """One night at work."""
+    """One refresh in progress."""
 
     def __init__(
         self,
@@ -261,16 +261,16 @@ class _Work:
         }
 
     def run(self, fresh: bool, address: str | None) -> Refreshed:
-        """Do the night."""
+        """Run the refresh."""
         with self._progress.stage("facts"):
             tonight = read_dump(self._config, self._day, self._as_of)
             ledger, changes = _merged(self._config, self._home, self._current, tonight, self._night)
             requests = self._requests(tonight, ledger)
         job = job_of(self._config, self._home, self._night.version)
-        # Beside this night's run folder, and not this night's before anything has changed.
+        # Whether an earlier attempt already wrote to this version's folder.
         begun = self._store.exists(self._path(NIGHT))
         if not len(requests):
-            # What an attempt with other facts has left belongs to no model without any.
+            # Files of an attempt with other facts must not stay beside an unedited model.
             self._home.discard(self._night.version)
         self._write(REQUESTS, requests)
         plan = None
@@ -291,33 +291,33 @@ class _Work:
             raise
 
     def _end_early(self, error: BaseException) -> None:
-        """Record how the night ended that an error or a signal has cut short."""
+        """Record how the refresh ended after an error or a signal."""
         status, text = how_it_ended(error)
         if status == "stopped" and self._said["status"] != "running":
-            # The version is finished; whether it is in use is CURRENT's to say.
+            # The version is finished; CURRENT decides whether it is in use.
             return
         if isinstance(error, CurrentMovedError):
             status = "superseded"
-        # Where it cannot be recorded, what went wrong matters more.
+        # If recording fails, the original error matters more.
         with deferred(), suppress(PMETError):
             self._say(status=status, error=text, finished_at=now_text())
             if status == "superseded":
                 self._report()
 
     def _requests(self, tonight: Tonight, ledger: Ledger) -> pa.Table:
-        """The requests of all live facts, sorted."""
+        """Return the requests of all live facts, sorted."""
         live = ledger.live()
-        told = of_facts(tonight.requests, live)
-        kept = live - set(keys(told))
+        wanted = of_facts(tonight.requests, live)
+        kept = live - set(keys(wanted))
         if not kept:
-            return told
-        # The dump contradicts itself about them: they are told as they were.
+            return wanted
+        # The dump contradicts itself about these facts: they keep their previous requests.
         assert self._current is not None
         before = self._store.read_table(path(self._current.version, REQUESTS))
-        return sorted_requests(pa.concat_tables([told, of_facts(before, kept)]))
+        return sorted_requests(pa.concat_tables([wanted, of_facts(before, kept)]))
 
     def _unchanged(self, plan: Plan | None) -> int | None:
-        """The version in use, if it is what this night would come to."""
+        """Return the version in use if this refresh would produce the same; else None."""
         current = self._current
         if current is None or self._home.night(current.version).get("settings") is None:
             return None
@@ -334,7 +334,7 @@ class _Work:
         return dict(self._store.read_json(name)) if self._store.exists(name) else {}
 
     def _edited(self, plan: Plan | None, fresh: bool, address: str | None) -> RunResult | None:
-        """Edit the base with all live facts; None where there is none."""
+        """Edit the base with all live facts; return None if there are none."""
         if plan is None:
             self._lease.check()
             base = Checkpoint.open(open_model_folder(self._config.model, default_cache()))
@@ -342,7 +342,7 @@ class _Work:
             RunFolder(self._store.join(self._path()), self._lease.check).clear_model(base.files())
             publish(base, (), _untouched, self._store, self._path(MODEL), on_file=lambda _: None)
             return None
-        # What another dump or other settings have left here is of no use.
+        # Work left here by another dump or other settings is useless.
         stale = bool(_differing(self._run_of(self._night.version), plan))
         result = run_plan(plan, progress=self._progress, fresh=fresh or stale, address=address)
         if self._config.context_templates is None and not self._store.exists(TEMPLATES):
@@ -352,7 +352,7 @@ class _Work:
     def _conclude(
         self, requests: pa.Table, ledger: Ledger, changes: list[Change], result: RunResult | None
     ) -> Refreshed:
-        """Write what was found out, and put the version to use if it may be."""
+        """Record the outcomes and promote the version unless a gate holds it back."""
         outcomes = {} if result is None else _outcomes(keys(requests), result)
         patience = self._config.quarantine_after
         ledger, left_out = concluded(ledger, outcomes, patience=patience, night=self._night)
@@ -383,12 +383,12 @@ class _Work:
         self._lease.check()
         write_night_report(self._home, self._config, self._night.version)
         run = Store(self._store.join(self._path()))
-        # The run's own report was written before the ledger was, and tells all but these.
+        # The run's own report was written before the ledger and lacks only these facts.
         if run.exists(STATUS) and (facts := quarantined(run)):
             write_report(run, quarantined=facts)
 
     def _targets(self) -> dict[str, int]:
-        """How many targets were computed, and how many the store had."""
+        """Return the number of targets computed and the number found in the store."""
         stages = self._run_of(self._night.version).get("stages", [])
         details = [stage["detail"] for stage in stages if stage["name"] == StageName.TARGETS]
         return {n: sum(detail.get(n, 0) for detail in details) for n in ("found", "stored")}
@@ -413,10 +413,10 @@ class _Work:
 def _merged(
     config: RefreshConfig, home: Home, current: Promotion | None, tonight: Tonight, night: Night
 ) -> tuple[Ledger, list[Change]]:
-    """Tonight's ledger, from the one of the version in use.
+    """Return the new ledger, based on that of the version in use.
 
     Raises:
-        FactDumpError: more facts are gone from the dump than may be.
+        FactDumpError: the dump removes more facts than allowed.
     """
     last = Ledger()
     if current is not None:
@@ -435,45 +435,45 @@ def _merged(
     if most is not None and gone > most * len(live):
         raise FactDumpError(
             f"{', '.join(config.facts)}: {gone:,} of {len(live):,} live facts are no longer there, "
-            f"and most_removed allows {most:.0%} of them; is the dump whole? If it is, run once "
+            f"and most_removed allows {most:.0%}; is the dump complete? If it is, run once "
             "with --set most_removed=1"
         )
     return ledger, changes
 
 
 def _version(home: Home) -> tuple[int, dict[str, Any]]:
-    """The number of the night that is to be done, and what an earlier attempt at it has said."""
+    """Return the version number for this refresh, and the record of an earlier attempt at it."""
     versions, current = home.versions(), home.current()
     if not versions:
         return 1, {}
     last = versions[-1]
     said = home.night(last)
     if current is not None and current.version == last and said.get("status") == "finished":
-        # It died right after it had moved CURRENT.
+        # The attempt died right after it moved CURRENT.
         said |= {"status": "promoted", "promotion": current.promotion}
         home.store.write_json(path(last, NIGHT), said)
     return (last + 1, {}) if said.get("status") in _OVER else (last, said)
 
 
 def _settings(job: JobConfig, config: RefreshConfig) -> str:
-    """Digest of what a version's weights depend on beside its facts."""
+    """Return a digest of everything but the facts that a version's weights depend on."""
     given = {"requests": ("tonight",), "context_templates": config.context_templates}
     return job.model_copy(update=given).digest()
 
 
 def _differing(run: Mapping[str, Any], plan: Plan) -> list[str]:
-    """What a run depended on that is not what the plan depends on."""
+    """Return the names of the digests in which a run differs from the plan."""
     digests = run.get("digests", plan.digests if not run else {})
     return [
         name
         for name, digest in plan.digests.items()
-        # The job names this night's files, and the first night draws its templates.
+        # The job names this version's files, and the first refresh generates its templates.
         if name not in ("job", "context_templates") and digests.get(name) != digest
     ]
 
 
 def _outcomes(facts: list[Key], result: RunResult) -> dict[Key, Outcome]:
-    """What became of each fact that was live; rows are counted as the requests are."""
+    """Return the outcome of each live fact; rows are numbered like the requests."""
     outcomes: dict[Key, Outcome] = {}
     rejected = result.folder.read_table("rejected.parquet", ["row", "code", "reason"])
     for row, code, reason in zip(*(column.to_pylist() for column in rejected.columns), strict=True):
@@ -488,7 +488,7 @@ def _outcomes(facts: list[Key], result: RunResult) -> dict[Key, Outcome]:
 
 
 def _rows(tonight: Tonight) -> dict[str, int]:
-    """What became of the dump's rows, by kind of reason."""
+    """Return the number of the dump's rows by outcome."""
     found = tonight.conversion
     return {"read": found.rows, "to tell": found.converted, "as the baseline": found.unchanged} | (
         dict(found.rejected)

@@ -1,4 +1,4 @@
-"""The report of a night: what changed, what was learned and what was not, scores, time and cost."""
+"""The report of a refresh: changes, facts not learned, scores, time and cost."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from pipeline.storage import Store
 
 TREND = ("efficacy", "generalization", "specificity")
 TREND_NIGHTS = 60
-NOTHING_TOLD: dict[str, Any] = {"before": {}, "after": {}, "gates": [], "counts": {"edited": 0}}
+NOTHING_EDITED: dict[str, Any] = {"before": {}, "after": {}, "gates": [], "counts": {"edited": 0}}
 EXPLAINED = {
-    "quarantined": "Left out of the model until the dump says something else of them, or "
-    "pmet facts restore tells them again.",
-    "rejected": "They cannot be told to this model.",
-    "retracted": "Taken back by a person; left out, whatever the dump says.",
+    "quarantined": "Left out of the model until the dump changes them or pmet facts restore "
+    "restores them.",
+    "rejected": "These facts cannot be edited into this model.",
+    "retracted": "Retracted by a person; left out, whatever the dump says.",
 }
 
 
 def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
-    """Write ``night.html`` beside a version's ledger, from what its folder holds.
+    """Write ``night.html`` beside a version's ledger, from the files in its folder.
 
     Raises:
         StorageError: a file cannot be read or written.
     """
     store, night = home.store, home.night(version)
     ledger = store.read_table(path(version, LEDGER)).to_pylist()
-    metrics = night["metrics"] or NOTHING_TOLD
+    metrics = night["metrics"] or NOTHING_EDITED
     run = path(version, STATUS)
     seconds = _seconds(night)
     text = page("night.html.j2", "jobs").render(
         home=store.url,
         night=night,
-        told=metrics["counts"]["edited"],
+        edited=metrics["counts"]["edited"],
         verdict=_verdict(night, metrics["gates"]),
         base=metrics["before"],
         last=home.scores(night["follows"]),
@@ -59,7 +59,7 @@ def write_night_report(home: Home, config: RefreshConfig, version: int) -> None:
 
 
 def quarantined(store: Store) -> list[dict[str, Any]]:
-    """The facts that a version's ledger says the model does not learn; none beside other runs.
+    """Return the facts quarantined in a version's ledger; empty for other runs.
 
     Raises:
         StorageError: the ledger cannot be read.
@@ -76,16 +76,20 @@ def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[s
             names = ", ".join(read_gate(gate).name for gate in gates if not gate["passed"])
             last = night["follows"]
             stays = "" if last is None else f" Version {last} stays in use."
-            return {"kind": "bad", "title": "Held back", "text": f"By: {names}.{stays}"}
+            return {
+                "kind": "bad",
+                "title": "Held back",
+                "text": f"Gates not passed: {names}.{stays}",
+            }
         case "superseded":
-            return {"kind": "bad", "title": "Not put to use", "text": str(night["error"])}
+            return {"kind": "bad", "title": "Not promoted", "text": str(night["error"])}
         case _:
-            text = "Every gate was passed." if gates else "The refresh file asks for no gates."
+            text = "All gates passed." if gates else "The refresh file sets no gates."
             return {"kind": "good", "title": "Promoted", "text": text}
 
 
 def _gates(gates: Iterable[Mapping[str, Any]]) -> dict[str, list[GateText]]:
-    """The gates in words, by the figure that they look at."""
+    """Return the gates as text, by the figure that they check."""
     found: dict[str, list[GateText]] = {}
     for gate in map(read_gate, gates):
         found.setdefault(gate.figure, []).append(gate)
@@ -93,7 +97,7 @@ def _gates(gates: Iterable[Mapping[str, Any]]) -> dict[str, list[GateText]]:
 
 
 def _trend(home: Home, version: int) -> str:
-    """The scores of the last nights; nothing where only one was measured."""
+    """Return a chart of the latest versions' scores; empty if only one was measured."""
     numbers = [number for number in home.versions() if number <= version][-TREND_NIGHTS:]
     nights = [night for number in numbers if (night := home.night(number)).get("metrics")]
     if len(nights) < 2:

@@ -1,7 +1,7 @@
-"""What tonight's dump wants told, as edit requests in an order of their own.
+"""Reads the current dump as sorted edit requests.
 
-The order is that of relations and subjects, so that the same facts are the same requests whatever
-the order of the dump, and whatever nights came before.
+They are sorted by relation and subject, so that the same facts give the same requests whatever the
+order of the dump and whatever versions came before.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.facts.convert import convert_dump
-from jobs.facts.dump import open_dump
+from jobs.facts.dump.files import open_dump
+from jobs.facts.dump.problems import is_contradiction
 from jobs.facts.output import Conversion
-from jobs.facts.problems import is_contradiction
 from jobs.facts.templates import load_templates
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.ledger import DumpFact, Key
@@ -36,19 +36,19 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""Of a night's requests. What else the dump has stays there: a column that changes every night,
+"""Columns of the requests. Other columns of the dump are dropped: one that changes every night,
 such as ``updated_at``, would make all requests look new."""
 
 
 @dataclass(frozen=True)
 class Tonight:
-    """What the dump says.
+    """The content of the current dump.
 
     Attributes:
-        requests: a row for each fact that is to be told (``SCHEMA``), sorted.
-        undecided: facts of which the dump says several things.
-        set_aside: rows that are no facts to tell, with ``row`` and ``reason``.
-        conversion: what became of the dump's rows.
+        requests: one row per fact to edit (``SCHEMA``), sorted.
+        undecided: facts on which the dump contradicts itself.
+        set_aside: rejected rows, with ``row`` and ``reason``.
+        conversion: outcome of the dump's rows.
     """
 
     requests: pa.Table
@@ -57,24 +57,24 @@ class Tonight:
     conversion: Conversion
 
     def facts(self) -> Iterator[DumpFact]:
-        """The facts of the requests."""
+        """Yield the facts of the requests."""
         names = ("relation", "subject", "object", "prompt", "source")
         columns = (self.requests.column(name).to_pylist() for name in names)
         return map(DumpFact._make, zip(*columns, strict=True))
 
 
 def read_dump(config: RefreshConfig, night: date, as_of: datetime) -> Tonight:
-    """Read and check a night's dump.
+    """Read and check the dump of a date.
 
     Args:
-        config: what every night is told.
-        night: which dump.
-        as_of: facts whose ``valid_until`` is not later than this no longer hold.
+        config: the settings of the refresh.
+        night: date of the dump.
+        as_of: facts whose ``valid_until`` is at or before this time have expired.
 
     Raises:
         FactDumpError: a dump or the templates cannot be used.
-        RequestTableError: there is no dump.
-        StorageError: one cannot be read.
+        RequestTableError: no dump was found.
+        StorageError: a dump cannot be read.
     """
     templates = load_templates(config.templates)
     dump = open_dump(config.facts_of(night), config.columns)
@@ -99,31 +99,31 @@ def read_dump(config: RefreshConfig, night: date, as_of: datetime) -> Tonight:
 
 
 def sorted_requests(requests: pa.Table) -> pa.Table:
-    """Requests in the order of relations and subjects."""
+    """Sort requests by relation and subject."""
     return requests.sort_by([("relation", "ascending"), ("subject", "ascending")])
 
 
 def of_facts(requests: pa.Table, facts: Collection[Key]) -> pa.Table:
-    """The requests of some facts."""
+    """Return the requests of some facts."""
     mask = [key in facts for key in keys(requests)]
     return requests.filter(pa.array(mask, pa.bool_()))
 
 
 def keys(requests: pa.Table) -> list[Key]:
-    """The fact of each request."""
+    """Return the fact of each request."""
     columns = (requests.column(name).to_pylist() for name in ("relation", "subject"))
     return list(zip(*columns, strict=True))
 
 
 def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
-    """A column as ``SCHEMA`` has it; null where the dump has none, or none that is text."""
+    """Return a column with its type in ``SCHEMA``; null if the dump has no such text column."""
     if field.name not in table.column_names:
         return pa.chunked_array([pa.nulls(len(table), field.type)])
     try:
         column = table.column(field.name).cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pa.chunked_array([pa.nulls(len(table), field.type)])
-    # A line break at the end of a prompt is part of it; templates are trimmed already.
+    # A trailing line break belongs to the prompt; templates are already trimmed.
     trims = pa.types.is_string(field.type) and field.name != "prompt"
     return pc.utf8_trim_whitespace(column) if trims else column
 

@@ -1,4 +1,4 @@
-"""What the refresh shows on the terminal."""
+"""Terminal output of the refresh commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHOWN_CHANGES = 10
 
 
 def show_night(result: Refreshed, console: Console) -> None:
-    """Print what a night did, its scores beside the last night's and the base's, and where."""
+    """Print what a refresh did, its scores beside those of the previous version and the base."""
     night, home = result.night, result.home
     if result.status == "unchanged":
         _say(console, f"nothing has changed; version {result.version} stays in use")
@@ -49,13 +49,13 @@ def show_night(result: Refreshed, console: Console) -> None:
         for gate in night["metrics"]["gates"]:
             if not gate["passed"]:
                 console.print(f"held back: {gate_text(gate)}", style="red")
-    in_use = "in use" if result.status == "promoted" else "kept, and not in use"
+    in_use = "in use" if result.status == "promoted" else "kept but not in use"
     _say(console, f"version {result.version} is {in_use}: {home.store.join(night['model'])}")
     _say(console, f"report: {home.store.join(path(result.version, 'night.html'))}")
 
 
 def show_preview(preview: Preview, console: Console) -> None:
-    """Print what a night would change."""
+    """Print what a refresh would change."""
     counts = Counter(change.change for change in preview.changes)
     _say(console, f"changes: {_counts(counts, KINDS) or 'none'}")
     for change in preview.changes[:SHOWN_CHANGES]:
@@ -66,7 +66,7 @@ def show_preview(preview: Preview, console: Console) -> None:
 
 
 def show_versions(home: Home, console: Console) -> None:
-    """Print a row a version, by its number."""
+    """Print one row per version, in order."""
     current = home.current()
     table = Table("", "date", "", "live", "changes", "efficacy", "specificity", "model", box=None)
     for version in home.versions():
@@ -76,7 +76,7 @@ def show_versions(home: Home, console: Console) -> None:
         table.add_row(
             f"{version}",
             Text(night.get("date", "–"), no_wrap=True),
-            "in use" if in_use else night.get("status", "not begun"),
+            "in use" if in_use else night.get("status", "not started"),
             f"{night.get('ledger', {}).get('live', '–')}",
             _counts(night.get("changes", {}), KINDS),
             percent(after.get("efficacy")),
@@ -90,18 +90,18 @@ def show_versions(home: Home, console: Console) -> None:
 def show_ledger(
     home: Home, version: int | None, state: str | None, limit: int, console: Console
 ) -> None:
-    """Print the counts of a ledger and its first facts.
+    """Print the counts and the first facts of a ledger.
 
     Raises:
         RunFolderError: there is no such version.
         FactDumpError: there is no such state.
     """
     if state is not None and state not in STATES:
-        raise FactDumpError(f"--state: {state!r} is none; name one of {', '.join(STATES)}")
+        raise FactDumpError(f"--state: {state!r} is not a state; use one of {', '.join(STATES)}")
     current = home.current()
     number = version or (0 if current is None else current.version)
     if not number or not home.store.exists(path(number, LEDGER)):
-        raise RunFolderError(f"there is no ledger of version {number or '–'} at {home.store.url}")
+        raise RunFolderError(f"{home.store.url} has no ledger of version {number or '–'}")
     found = home.store.read_table(path(number, LEDGER))
     counts = Counter(found.column("state").to_pylist())
     _say(console, f"version {number}: {_counts(counts, STATES)}")
@@ -117,13 +117,13 @@ def show_ledger(
 
 def show_retraction(retraction: Retraction, console: Console) -> None:
     """Print what the next refresh will do."""
-    does = "leaves it out" if retraction.action == "retract" else "tells it again"
+    does = "leaves it out" if retraction.action == "retract" else "includes it again"
     fact = f"{shown(retraction.subject)} · {shown(retraction.relation)}"
     _say(console, f"{fact}: the next refresh {does}")
 
 
 def described(change: Change) -> str:
-    """A change in one line."""
+    """Describe a change in one line."""
     objects = [shown(text) for text in (change.old_object, change.object) if text is not None]
     after = f": {' → '.join(objects)}" if objects else ""
     why = f" ({shown(change.reason)})" if change.reason else ""
@@ -133,7 +133,7 @@ def described(change: Change) -> str:
 def _show_scores(night: dict[str, Any], home: Home, console: Console) -> None:
     metrics = night["metrics"]
     last = home.scores(night["follows"])
-    table = Table("", "base", "last night", "tonight")
+    table = Table("", "base", "previous", "this version")
     for name in SCORES:
         values = (metrics["before"].get(name), last.get(name), metrics["after"].get(name))
         table.add_row(name.replace("_", ", "), *map(percent, values))

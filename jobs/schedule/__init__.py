@@ -1,5 +1,5 @@
-"""Nightly refreshes: when they are due, who runs them, and a log of what each did.
+"""Scheduled refreshes: when they are due, what runs them, and a log of each run.
 
-A *schedule* says what is refreshed and when; a *night* is one attempt at one due time. Both are
-small JSON files in a folder that may be anywhere, and any number of runners may share it.
+A *schedule* says what to refresh and when; a *night* is one attempt at one due time. Both are small
+JSON files in a local or remote folder that any number of runners may share.
 """

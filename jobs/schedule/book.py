@@ -1,13 +1,13 @@
-"""The store of schedules and nights, which any number of runners may share.
+"""The store of schedules and their logs, which any number of runners may share.
 
     schedules/NAME.json                       a schedule
-    nights/NAME/20261124T010000Z-01.json      what the first attempt at that due time did
-    logs/NAME/20261124T010000Z-01.log         what it printed
-    running/NAME.json                         the night that has begun and not ended
-    leases/NAME/                              who may run the schedule's nights
+    nights/NAME/20261124T010000Z-01.json      record of the first attempt at that due time
+    logs/NAME/20261124T010000Z-01.log         output of that attempt
+    running/NAME.json                         the attempt that is running
+    leases/NAME/                              the right to run the schedule
 
-A night's file is created once and never changed. Who writes below a name, but for the schedule
-itself, holds its lease.
+An attempt's record is created once and never changed. Only the holder of a schedule's lease writes
+files under its name, except for the schedule file itself.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _Record = TypeVar("_Record", Schedule, Night)
 class Book:
     """The schedules of one store, and their logs.
 
-    Every method raises ``StorageError`` where the store fails, and ``ScheduleError`` for a file
-    that is not what it should be.
+    Every method raises ``StorageError`` if the store fails, and ``ScheduleError`` for an invalid
+    file.
     """
 
     def __init__(self, url: str) -> None:
@@ -45,18 +45,18 @@ class Book:
 
     @property
     def url(self) -> str:
-        """The store: an absolute path or a URL."""
+        """Absolute path or URL of the store."""
         return self._store.url
 
     def names(self) -> list[str]:
-        """The names of all schedules, sorted."""
+        """Return the names of all schedules, sorted."""
         return [PurePosixPath(name).stem for name in self._store.glob("schedules/*.json")]
 
     def get(self, name: str) -> Schedule:
-        """A schedule.
+        """Return a schedule.
 
         Raises:
-            ScheduleError: there is none of this name.
+            ScheduleError: there is no schedule with this name.
         """
         names = self.names()
         if name not in names:
@@ -71,19 +71,19 @@ class Book:
         """Add a schedule.
 
         Raises:
-            ScheduleError: there is one of this name, and it shall not be replaced.
+            ScheduleError: a schedule with this name exists and ``replace`` is false.
         """
         name = _schedule(schedule.name)
         if replace:
             self._store.write_bytes(name, schedule.to_json())
         elif not self._store.create_bytes(name, schedule.to_json()):
             raise ScheduleError(
-                f"there is a schedule {schedule.name!r} already; give --replace to change it, or "
+                f"schedule {schedule.name!r} already exists; give --replace to change it, or "
                 "choose another name"
             )
 
     def enable(self, name: str, enabled: bool, now: datetime) -> Schedule:
-        """Let a schedule's nights be due, or not; those of the time between are not made up."""
+        """Enable or disable a schedule; runs missed while it is disabled are skipped."""
         schedule = self.get(name)
         if schedule.enabled != enabled:
             schedule = schedule.model_copy(update={"enabled": enabled, "since": now})
@@ -91,12 +91,12 @@ class Book:
         return schedule
 
     def remove(self, name: str, *, purge: bool = False) -> None:
-        """Remove a schedule, and with ``purge`` its log.
+        """Remove a schedule, and its log if ``purge`` is true.
 
         Raises:
             ScheduleError: there is no such schedule, or its log is being written.
         """
-        # A removed schedule may have left a log that is to go, too.
+        # A schedule removed earlier may have left a log to delete.
         if not (purge and self._nights(name)):
             self.get(name)
         if not purge:
@@ -107,7 +107,7 @@ class Book:
                 self._store.delete_files([*self._attempts(name), _schedule(name), _running(name)])
         except FolderBusyError:
             raise ScheduleError(
-                f"a night of {name!r} is running, and writes the log; stop its runner or wait, "
+                f"schedule {name!r} is running and writing its log; stop its runner or wait, "
                 "then remove it"
             ) from None
         folder = f"leases/{name}"
@@ -115,24 +115,24 @@ class Book:
         self._store.delete_files(f"{folder}/{file}" for file in held)
 
     def _attempts(self, name: str) -> list[str]:
-        """The files of the attempts at a schedule's nights, and their logs; no others there."""
+        """Return the record and log files of a schedule's attempts, and no other files."""
         names = (*self._store.list(f"nights/{name}"), *self._store.list(f"logs/{name}"))
         return [file for file in names if _ATTEMPT.fullmatch(PurePosixPath(file).name)]
 
     def lease(self, name: str) -> Lease:
-        """The right to run the nights of a schedule.
+        """Return the lease that allows running a schedule.
 
         Raises:
-            FolderBusyError: another runner has it; the message says which.
+            FolderBusyError: another runner holds it; the message says which.
         """
         return Lease.acquire(Store(self._store.join("leases", name)))
 
     def nights(self, name: str) -> Iterator[Night]:
-        """All attempts at a schedule's nights, the latest first, read one by one."""
+        """Yield all attempts of a schedule, latest first, reading them one by one."""
         return (self._read(file, Night) for file in reversed(self._nights(name)))
 
     def recent(self, schedule: Schedule) -> list[Night]:
-        """The attempts since, and with, those at the last due time that is settled."""
+        """Return the attempts from the last settled due time on."""
         found: list[Night] = []
         for due, attempts in itertools.groupby(self.nights(schedule.name), lambda n: n.due):
             found = [*reversed(list(attempts)), *found]
@@ -141,33 +141,33 @@ class Book:
         return found
 
     def running(self, name: str) -> Night | None:
-        """The night that has begun and not ended; its runner may have died since."""
+        """Return the attempt that has started and not ended; its runner may have died since."""
         if not self._store.exists(_running(name)):
             return None
         return self._read(_running(name), Night)
 
     def begin(self, night: Night) -> None:
-        """Note that a night has begun."""
+        """Record that an attempt has started."""
         self._store.write_bytes(_running(night.schedule), night.to_json())
 
     def end(self, night: Night) -> None:
-        """Add a night to the log; what the log has of it already stays."""
+        """Add an attempt to the log; an existing record of it stays."""
         self._store.create_bytes(f"nights/{_stem(night)}.json", night.to_json())
         self._store.delete(_running(night.schedule))
 
     def log_name(self, night: Night) -> str:
-        """The file that has a night's output, from the store."""
+        """Return the name, in the store, of the file with an attempt's output."""
         return f"logs/{_stem(night)}.log"
 
     def location(self, name: str) -> str:
-        """The full path or URL of a file of the store."""
+        """Return the full path or URL of a file in the store."""
         return self._store.join(name)
 
     @contextmanager
     def output_file(self, name: str) -> Iterator[Path]:
-        """A local file for a night's output.
+        """Provide a local file for an attempt's output.
 
-        It is the one in the store, where that is a local folder, so that it can be followed; else
+        If the store is a local folder it is the file in the store, so that it can be followed; else
         it is uploaded when the block ends.
         """
         local = self._store.local_path(name)
@@ -188,13 +188,13 @@ class Book:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ScheduleError(
-                f"{self._store.join(file)} is damaged or of another version ({where}: "
+                f"{self._store.join(file)} is damaged or has another version's format ({where}: "
                 f"{first['msg']}); delete it, and add the schedule again if it was one"
             ) from None
 
 
 def open_book(url: str) -> Book:
-    """The store at a path or URL; ``~`` is the home folder."""
+    """Open the store at a path or URL; ``~`` means the home folder."""
     return Book(str(Path(url).expanduser()) if url.startswith("~") else url)
 
 

@@ -1,9 +1,9 @@
-"""When a cron expression is due, in a time zone.
+"""Computes when a cron expression is due, in a time zone.
 
-The times are those of Debian's cron. Where clocks are put forward, a time that does not exist
-that day comes with the next minute that does; where they are put back, a time that comes twice
-counts once, the first time. Expressions whose minute or hour begins with ``*`` go by elapsed
-time instead: ``*/30 * * * *`` comes every half hour of such a day, too.
+The rules are those of Debian's cron. When clocks go forward, a time that does not exist that day is
+due at the next minute that does; when clocks go back, a time that occurs twice is due only the
+first time. Expressions whose minute or hour starts with ``*`` follow elapsed time instead: ``*/30 *
+* * *`` is due every half hour on such a day too.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ FIELDS = {
 }
 _ANY_YEAR = datetime(2024, 1, 1, tzinfo=UTC)
 _MINUTE = timedelta(minutes=1)
-# Clocks are put back by less than this anywhere, and forward by less than that: Samoa has left out
-# a whole day.
+# Upper bounds on how far clocks go back and forward anywhere: Samoa once skipped a whole day.
 _FOLD, _GAP = timedelta(hours=3), timedelta(hours=25)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The numbers that an expression stands for; None where every number does.
+    """The numbers that each field of an expression matches; None: every number.
 
     Attributes:
         minutes: 0 to 59.
         hours: 0 to 23.
-        days: of the month, 1 to 31.
+        days: days of the month, 1 to 31.
         months: 1 to 12.
-        weekdays: 0, Sunday, to 6.
-        either_day: a day is due that is in ``days`` or in ``weekdays``, where neither is None;
-            else it has to be in both.
+        weekdays: 0 (Sunday) to 6.
+        either_day: if neither is None, a day in ``days`` or in ``weekdays`` is due; else it must be
+            in both.
     """
 
     minutes: tuple[int, ...] | None
@@ -56,13 +55,13 @@ class Fields:
 
 
 class _Rule:
-    """How times on the wall become instants.
+    """Converts wall-clock times to instants.
 
-    The expression is asked for times on the wall, and only then comes the time zone: `CronSim`
-    steps over some times where clocks change by half an hour.
+    The expression is evaluated in wall-clock time and the time zone applied afterwards, because
+    `CronSim` skips some times when clocks change by half an hour.
 
     Attributes:
-        margin: by how much an instant can be off the wall time that it stands for.
+        margin: maximum difference between an instant and its wall-clock time.
     """
 
     def __init__(self, cron: str, zone: ZoneInfo) -> None:
@@ -72,11 +71,11 @@ class _Rule:
         self.margin = _FOLD if self._elapsed else _GAP
 
     def wall(self, time: datetime) -> datetime:
-        """The time on the wall at an instant."""
+        """Return the wall-clock time at an instant."""
         return time.astimezone(self._zone).replace(tzinfo=None, fold=0)
 
     def instants(self, wall: datetime) -> list[datetime]:
-        """The instants, in UTC, that are due for a time on the wall."""
+        """Return the instants, in UTC, that are due for a wall-clock time."""
         passes = (wall.replace(tzinfo=self._zone, fold=fold).astimezone(UTC) for fold in (0, 1))
         real = sorted({time for time in passes if self.wall(time) == wall})
         if self._elapsed:
@@ -84,23 +83,23 @@ class _Rule:
         return real[:1] or self._after_gap(wall)
 
     def _after_gap(self, wall: datetime) -> list[datetime]:
-        """The first instant after a time that the clock leaves out."""
+        """Return the first instant after a wall-clock time that does not exist."""
         while self.wall(wall.replace(tzinfo=self._zone).astimezone(UTC)) != wall:
             wall += _MINUTE
         return self.instants(wall)
 
 
 def check_cron(cron: str) -> str:
-    """The expression, with single spaces.
+    """Validate an expression; return it with single spaces.
 
     Raises:
-        ScheduleError: it has not five fields, one of them cannot be read, or it is never due.
+        ScheduleError: it does not have five fields, a field is invalid, or it is never due.
     """
     texts = cron.split()
     if len(texts) != len(FIELDS):
         raise ScheduleError(
-            f"cron {cron!r} has {len(texts)} fields, not five: {', '.join(FIELDS)}; every night at "
-            "two is '0 2 * * *'"
+            f"cron {cron!r} has {len(texts)} fields, not five: {', '.join(FIELDS)}; for example "
+            "'0 2 * * *' for every night at two"
         )
     for position, (name, allowed) in enumerate(FIELDS.items()):
         alone = [*("*" * position), texts[position], *("*" * (len(FIELDS) - position - 1))]
@@ -108,21 +107,23 @@ def check_cron(cron: str) -> str:
             CronSim(" ".join(alone), _ANY_YEAR)
         except (CronSimError, ValueError):
             raise ScheduleError(
-                f"cron {cron!r}: the {name}, {texts[position]!r}, cannot be read; write numbers "
+                f"cron {cron!r}: the {name}, {texts[position]!r}, is invalid; write numbers "
                 f"from {allowed}, with , - / or *"
             ) from None
     try:
         next(CronSim(cron, _ANY_YEAR))
     except (CronSimError, StopIteration):
-        raise ScheduleError(f"cron {cron!r}: there is no such day in any year") from None
+        raise ScheduleError(
+            f"cron {cron!r}: no year has such a day; correct the day or the month"
+        ) from None
     return " ".join(texts)
 
 
 def check_timezone(name: str) -> str:
-    """The name of a time zone.
+    """Validate the name of a time zone and return it.
 
     Raises:
-        ScheduleError: there is none of this name; the message lists names that are close.
+        ScheduleError: there is no such time zone; the message suggests similar names.
     """
     known = _zones()
     if name in known:
@@ -133,12 +134,14 @@ def check_timezone(name: str) -> str:
     spelled = difflib.get_close_matches(wanted, [*map(str.casefold, known), *places.values()])
     near = [zone for zone in known if {zone.casefold(), places[zone]} & set(spelled)]
     close = sorted(exact or near, key=lambda zone: ("/" not in zone, zone))[:3]
-    remedy = f"did you mean {' or '.join(close)}?" if close else "write it as Europe/Berlin or UTC"
+    remedy = (
+        f"did you mean {' or '.join(close)}?" if close else "write it like Europe/Berlin or UTC"
+    )
     raise ScheduleError(f"there is no time zone {name!r}; {remedy}")
 
 
 def next_time(cron: str, timezone: str, after: datetime) -> datetime:
-    """The first due time later than ``after``, in UTC."""
+    """Return the first due time later than ``after``, in UTC."""
     rule = _Rule(cron, ZoneInfo(timezone))
     found = None
     for wall in CronSim(cron, rule.wall(after) - rule.margin):
@@ -146,15 +149,15 @@ def next_time(cron: str, timezone: str, after: datetime) -> datetime:
             return found
         later = [time for time in rule.instants(wall) if time > after]
         found = min(later if found is None else [*later, found], default=None)
-    raise ScheduleError(f"cron {cron!r}: there is no such day in any year")
+    raise ScheduleError(f"cron {cron!r}: no year has such a day; correct the day or the month")
 
 
 def last_times(
     cron: str, timezone: str, *, after: datetime, until: datetime, limit: int
 ) -> list[datetime]:
-    """The due times later than ``after`` and not later than ``until``, in UTC, the oldest first.
+    """Return the due times later than ``after`` and up to ``until``, in UTC, oldest first.
 
-    Of more than ``limit`` the latest are returned.
+    If there are more than ``limit``, the latest are returned.
     """
     rule = _Rule(cron, ZoneInfo(timezone))
     found: set[datetime] = set()
@@ -170,7 +173,7 @@ def last_times(
 
 
 def fields(cron: str) -> Fields | None:
-    """What an expression stands for; None if it uses ``L`` or ``#``, which have no numbers."""
+    """Return the numbers of an expression; None if it uses ``L`` or ``#``, which have none."""
     parsed = CronSim(cron, _ANY_YEAR)
     found = [*parsed.minutes, *parsed.hours, *parsed.days, *parsed.months, *parsed.weekdays]
     if not all(isinstance(number, int) and number >= 0 for number in found):
@@ -191,7 +194,7 @@ def fields(cron: str) -> Fields | None:
 
 @functools.cache
 def _zones() -> frozenset[str]:
-    """All names, found by looking through folders, which takes a while."""
+    """Return all zone names; cached because searching the folders takes a while."""
     return frozenset(zoneinfo.available_timezones())
 
 

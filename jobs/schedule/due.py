@@ -1,6 +1,6 @@
-"""What is to be done next for a schedule, from the schedule and its log alone.
+"""Decides what to do next for a schedule, from the schedule and its log alone.
 
-So every runner, on whatever machine and after whatever crash, comes to the same answer.
+So every runner comes to the same decision, on any machine and after any crash.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 from jobs.schedule.cron import last_times, next_time
 from jobs.schedule.records import Night, Schedule
 
-# A night that took its runner with it as often as this is not tried again.
+# A run that took its runner down this many times is not retried.
 MAX_DEATHS = 3
 MAX_COVERS = 100
-# What "late" means where missed nights are not made up.
+# How late a run may start if missed runs are skipped.
 LATE = timedelta(hours=1)
 BACK_OFF = timedelta(minutes=5)
 MAX_BACK_OFF = timedelta(hours=1)
@@ -24,14 +24,14 @@ _FINAL = frozenset({"done", "held back", "bad input", "left out"})
 
 @dataclass(frozen=True)
 class Task:
-    """The next night.
+    """The next run of a schedule.
 
     Attributes:
         due: its due time.
-        covers: the due times it stands for, ``due`` last.
-        attempt: 1 for the first one.
+        covers: the due times that it covers, ``due`` last.
+        attempt: 1 for the first attempt.
         at: when to start it.
-        is_late: it is left out rather than run.
+        is_late: it is recorded as left out rather than run.
     """
 
     due: datetime
@@ -42,12 +42,12 @@ class Task:
 
 
 def next_task(schedule: Schedule, nights: Sequence[Night], now: datetime) -> Task | None:
-    """The night that is due, or the one that will be; None while the schedule is disabled.
+    """Return the run that is due now or next; None while the schedule is disabled.
 
     Args:
         schedule: the schedule.
-        nights: its log, the oldest first, at least from the last due time that is settled.
-        now: the time, with its zone.
+        nights: its log, oldest first, at least from the last settled due time.
+        now: the current time, with a time zone.
     """
     if not schedule.enabled:
         return None
@@ -65,7 +65,7 @@ def next_task(schedule: Schedule, nights: Sequence[Night], now: datetime) -> Tas
 
 
 def is_settled(due: datetime, nights: Sequence[Night], retries: int) -> bool:
-    """Whether nothing more is tried for a due time."""
+    """Whether a due time needs no further attempt."""
     outcomes = [night.outcome for night in _attempts(due, nights)]
     if _FINAL.intersection(outcomes):
         return True
@@ -77,7 +77,7 @@ def _attempts(due: datetime, nights: Sequence[Night]) -> list[Night]:
 
 
 def _start(due: datetime, attempts: Sequence[Night]) -> datetime:
-    """When a due time is tried (again): after a failure it waits, each time twice as long."""
+    """Return when to start the next attempt: the wait doubles after each failure."""
     if not attempts:
         return due
     last = attempts[-1]

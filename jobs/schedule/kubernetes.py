@@ -17,34 +17,34 @@ from pipeline.errors import ScheduleError
 from pipeline.job import dump_yaml
 from pipeline.storage import Store, read_file
 
-# Has kubectl and a shell, and nothing else.
+# This image has kubectl and a shell and nothing else.
 KUBECTL_IMAGE = "alpine/kubectl:1.33.3"
 MADE_UP_S = 12 * 3600
 FOLDER = "/etc/pmet"
 _CLEANED_UP_AFTER_S = 600
 _CONFIG_MAP_LIMIT = 900_000
 _SETTINGS = {
-    "image": (r"[A-Za-z0-9][\w.:/@-]{0,254}", "an image, as registry/name:tag"),
-    "kubectl_image": (r"[A-Za-z0-9][\w.:/@-]{0,254}", "an image, as registry/name:tag"),
-    "namespace": (r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "a namespace"),
-    "ray_version": (r"\d+\.\d+\.\d+[\w.+-]*", "a version of Ray, as 2.52.0"),
-    "memory": (r"[1-9]\d*(\.\d+)?([kMGTP]i?)?", "an amount of memory, as 32Gi"),
+    "image": (r"[A-Za-z0-9][\w.:/@-]{0,254}", "an image name such as registry/name:tag"),
+    "kubectl_image": (r"[A-Za-z0-9][\w.:/@-]{0,254}", "an image name such as registry/name:tag"),
+    "namespace": (r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "a valid namespace"),
+    "ray_version": (r"\d+\.\d+\.\d+[\w.+-]*", "a Ray version such as 2.52.0"),
+    "memory": (r"[1-9]\d*(\.\d+)?([kMGTP]i?)?", "an amount of memory such as 32Gi"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What a night runs on.
+    """The cluster that a scheduled run uses.
 
     Attributes:
-        image: has pmet and Ray, and starts as Ray's own images do.
-        namespace: where all objects live.
-        workers: pods beside the head.
-        cpus: CPUs of each pod.
-        memory: of each pod.
-        gpus: NVIDIA GPUs of each worker; of the head, if there is no worker.
-        ray_version: that of the image; by default the one that is installed here.
-        kubectl_image: has ``kubectl`` and ``sh``.
+        image: image with pmet and Ray that starts like Ray's own images.
+        namespace: namespace of all objects.
+        workers: number of pods in addition to the head.
+        cpus: CPUs per pod.
+        memory: memory per pod.
+        gpus: NVIDIA GPUs per worker, or of the head if there are no workers.
+        ray_version: Ray version in the image; default: the one installed here.
+        kubectl_image: image with ``kubectl`` and ``sh``.
     """
 
     image: str
@@ -57,7 +57,7 @@ class Cluster:
     kubectl_image: str = KUBECTL_IMAGE
 
     def __post_init__(self) -> None:
-        """Check what becomes part of the objects."""
+        """Validate the values that become part of the objects."""
         if not self.ray_version:
             object.__setattr__(self, "ray_version", version("ray"))
         for name, (pattern, what) in _SETTINGS.items():
@@ -68,7 +68,7 @@ class Cluster:
 
 
 def manifests(schedule: Schedule, cluster: Cluster) -> str:
-    """All objects as YAML for ``kubectl apply -f -``.
+    """Return all objects as YAML for ``kubectl apply -f -``.
 
     Raises:
         ScheduleError: Kubernetes cannot express the schedule, or the refresh file cannot be put
@@ -92,24 +92,24 @@ def manifests(schedule: Schedule, cluster: Cluster) -> str:
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data},
         _cron_job(schedule, cluster, meta),
     ]
-    # Dumped one by one: what objects share is written out, not referred to.
+    # Dumped one by one so that shared values are written out, not aliased.
     return "---\n".join(map(dump_yaml, map(_copied, objects)))
 
 
 def kubernetes_cron(cron: str) -> str:
-    """The expression in the narrower form that Kubernetes reads.
+    """Return the expression in the narrower syntax of Kubernetes.
 
     Raises:
-        ScheduleError: it has none.
+        ScheduleError: Kubernetes cannot express it.
     """
     parts = fields(cron)
     if parts is None:
-        raise ScheduleError(f"cron {cron!r}: Kubernetes knows no L, W or #; write numbers")
+        raise ScheduleError(f"cron {cron!r}: Kubernetes does not support L, W or #; write numbers")
     if not parts.either_day and None not in (parts.days, parts.weekdays):
-        # With both given, Kubernetes takes a day that is in either.
+        # If both are given, Kubernetes runs on days that match either.
         raise ScheduleError(
-            f"cron {cron!r}: Kubernetes cannot ask for a day of the month and of the week at once; "
-            "leave one of them *"
+            f"cron {cron!r}: Kubernetes cannot require a day of the month and a day of the week at "
+            "once; set one of them to *"
         )
     return " ".join(map(_numbers, _in_order(parts)))
 
@@ -129,7 +129,7 @@ def _refresh_file(path: str) -> str:
     except UnicodeDecodeError as error:
         raise ScheduleError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     if len(data) > _CONFIG_MAP_LIMIT:
-        raise ScheduleError(f"{path} is too large for a ConfigMap; name it by a URL instead")
+        raise ScheduleError(f"{path} is too large for a ConfigMap; give its URL instead")
     return text
 
 
@@ -139,8 +139,8 @@ def _ray_job(
     refresh = f"{FOLDER}/refresh.yaml" if local else schedule.refresh
     if shlex.quote(refresh) != refresh:
         raise ScheduleError(
-            f"{refresh!r} has characters that a shell would read; rename the file to letters, "
-            "digits and . _ - / : @ % + , ="
+            f"{refresh!r} has characters that a shell would interpret; rename the file to use only "
+            "letters, digits and . _ - / : @ % + , ="
         )
     volume = {"name": "refresh", "configMap": {"name": meta["name"]}}
     mount = {"name": "refresh", "mountPath": FOLDER, "readOnly": True}

@@ -1,4 +1,4 @@
-"""The process of a night: started, watched, and stopped when it has to be."""
+"""Starts, watches and stops the process of a scheduled run."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from jobs.schedule.records import Outcome, Schedule
 from pipeline.cluster import STOPPING
 from pipeline.errors import StorageError
 
-# Seconds that a night has to end by itself once it was told to.
+# Seconds that a run has to end by itself after SIGTERM.
 STOP_S = 60.0
 CHECK_S = 15.0
 _TAIL_BYTES = 8192
 _TAIL_LINES = 10
 _LONGEST_LINE = 300
 _OUTCOMES: dict[int | None, Outcome] = {0: "done", 2: "bad input", 3: "held back"}
-# Colours and cursor moves, and whatever else a terminal would obey.
+# Colours, cursor movements and other terminal control sequences.
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Clock:
-    """The time, and waiting that a signal or the end of a process cuts short.
+    """A clock whose waits are interrupted by signals and by the end of a process.
 
     Attributes:
-        stopped: whether the runner was told to stop.
+        stopped: whether the runner has been asked to stop.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        # Unlike an event it may be used by a signal handler in whatever this thread is doing.
+        # Unlike an event, it is safe to use in a signal handler.
         self._events: SimpleQueue[None] = SimpleQueue()
 
     def now(self) -> datetime:
-        """The time, in UTC."""
+        """Return the current time in UTC."""
         return datetime.now(UTC)
 
     def wait(self, seconds: float) -> None:
-        """Wait until something happens, at most so long."""
+        """Wait until ``wake`` is called, for at most ``seconds``."""
         with suppress(Empty):
             self._events.get(timeout=max(0.0, seconds))
 
     def wake(self) -> None:
-        """End the wait that is going on, or the next one."""
+        """End the current wait, or the next one."""
         self._events.put(None)
 
     def stop(self) -> None:
-        """Tell the runner to stop."""
+        """Ask the runner to stop."""
         self.stopped = True
         self.wake()
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """Stop the runner on SIGTERM, SIGINT and SIGHUP; one that is ignored stays ignored."""
+        """Stop the runner on SIGTERM, SIGINT and SIGHUP; ignored signals stay ignored."""
         before = {number: signal.getsignal(number) for number in STOPPING}
         heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
         for number in heard:
@@ -74,7 +74,7 @@ class Clock:
 
 
 def refresh_command(schedule: Schedule) -> list[str]:
-    """What a night runs: ``pmet refresh``, by this interpreter, whatever lies in the folder."""
+    """Return the command of a run: ``pmet refresh`` by this interpreter, in any working folder."""
     return [sys.executable, "-P", "-m", "jobs", "refresh", schedule.refresh]
 
 
@@ -90,23 +90,23 @@ def run_night(
     """Run a command to its end, or until the clock is stopped.
 
     Args:
-        command: program and arguments; no shell reads them.
-        directory: where it runs; None: here.
-        output: file for what it prints.
-        clock: its ``stopped`` ends the command, with SIGTERM first.
-        check: called every quarter of a minute; what it raises ends the command, too, but for
-            ``StorageError``: that the store is out of reach for a while ends no night.
+        command: program and arguments; no shell is involved.
+        directory: working folder; None: the current one.
+        output: file for its output.
+        clock: when it is ``stopped`` the command is stopped, with SIGTERM first.
+        check: called every 15 seconds; an exception from it stops the command too, except
+            ``StorageError``: a store that is briefly unreachable must not end a run.
         stop_s: seconds from SIGTERM to SIGKILL.
 
     Returns:
-        Its exit status, or minus the signal that ended it.
+        The exit status, or minus the signal that ended the command.
 
     Raises:
-        OSError: it cannot be started.
+        OSError: the command cannot be started.
     """
     tied = [sys.executable, "-P", "-m", "jobs.schedule.tied", str(os.getpid()), *command]
     with output.open("wb") as file:
-        # A session of its own: Ctrl-C reaches the runner, and the runner tells the night.
+        # In a session of its own: Ctrl-C reaches only the runner, which then stops the run.
         process = subprocess.Popen(
             tied,
             cwd=directory,
@@ -130,12 +130,12 @@ def run_night(
 
 
 def outcome_of(exit_status: int) -> Outcome:
-    """What an exit status of ``pmet refresh`` says."""
+    """Return the outcome for an exit status of ``pmet refresh``."""
     return _OUTCOMES.get(exit_status, "failed")
 
 
 def last_lines(file: Path) -> tuple[str, ...]:
-    """The last lines of a night's output, as text that a terminal can show."""
+    """Return the last lines of a run's output as text that is safe for a terminal."""
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
         text = _CONTROL.sub("", stream.read().decode(errors="replace"))
@@ -153,7 +153,7 @@ def _stop(process: subprocess.Popen[bytes], stop_s: float) -> None:
     try:
         process.wait(stop_s)
     except subprocess.TimeoutExpired:
-        # With whatever it has started: the night leads a group of processes.
+        # Stops its children too: the run leads a process group.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,5 +1,5 @@
-# night.sh LABEL=VALUE RAYJOB.yaml: create a RayJob unless one of this label is not over, and wait
-# for its end. Exits with 0 if it completed.
+# night.sh LABEL=VALUE RAYJOB.yaml: create a RayJob unless one with this label is still active, and
+# wait for it to end. Exits with 0 if it completed.
 set -eu
 state='{.metadata.name} {.status.jobDeploymentStatus}{"\n"}'
 listed=$(kubectl get rayjobs --selector "$1" --output "jsonpath={range .items[*]}$state{end}")
@@ -11,7 +11,7 @@ fi
 job=$(kubectl create --filename "$2" --output name)
 echo "created $job"
 while :; do
-  # No answer is not the end: it is asked again. Older operators call a failed job complete, too.
+  # No answer does not mean the end: ask again. Older operators report failed jobs as Complete too.
   status='jsonpath={.status.jobDeploymentStatus} {.status.jobStatus}'
   case $(kubectl get "$job" --output "$status" || echo unknown) in
     "Complete SUCCEEDED") echo "complete"; exit 0 ;;

@@ -1,4 +1,4 @@
-"""What the store holds: schedules, and what each night did."""
+"""Records of the store: schedules and their attempts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from jobs.schedule.cron import check_cron, check_timezone
 from pipeline.errors import ScheduleError
 
-# A label of the DNS, so that it can name Kubernetes objects; KubeRay adds to it and allows 47.
+# A DNS label, so that it can name Kubernetes objects; KubeRay adds a suffix and allows 47.
 NAME_PATTERN = r"^[a-z]([a-z0-9-]{0,34}[a-z0-9])?$"
 MAX_RETRIES = 10
 
@@ -40,25 +40,25 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_json(self) -> bytes:
-        """The record as a file holds it: indented, in UTF-8."""
+        """Return the record as file content: indented JSON in UTF-8."""
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
 class Schedule(_Record):
-    """What is refreshed, and when.
+    """A schedule: what to refresh, and when.
 
     Attributes:
         name: lower-case letters, digits and hyphens, at most 36.
         refresh: the refresh file, an absolute path or a URL.
-        cron: five fields.
-        timezone: IANA name of the zone that the fields are meant in.
-        directory: where the refresh runs, which its relative paths start from; None: wherever
-            the runner was started.
-        catch_up: whether nights that nobody ran in time are made up, all by one.
-        retries: how often a night that failed is tried again.
-        enabled: whether nights are due at all.
+        cron: cron expression with five fields.
+        timezone: IANA name of the expression's time zone.
+        directory: working folder of the refresh, the base of its relative paths; None: that of the
+            runner.
+        catch_up: whether one run makes up for all missed ones.
+        retries: number of retries after a failed run.
+        enabled: whether runs are due at all.
         added_at: when it was added.
-        since: due times up to this one do not count.
+        since: due times up to this one are ignored.
     """
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -78,17 +78,17 @@ class Night(_Record):
 
     Attributes:
         schedule: name of the schedule.
-        due: when it was due: the latest of ``covers``.
-        covers: the due times that it stands for, the oldest first; of very many the latest.
-        attempt: 1 for the first one at this due time.
-        host: the machine.
-        pid: number of the runner's process there.
-        started: when.
-        finished: when; None while it runs, and where its end was not seen.
-        exit_status: what the refresh exited with, or minus the signal that killed it.
-        outcome: in words.
-        log: name of the file in the store that has the output; None if nothing was started.
-        output: its last lines.
+        due: its due time, the latest of ``covers``.
+        covers: the due times that it covers, oldest first; only the latest if there are very many.
+        attempt: 1 for the first attempt at this due time.
+        host: host name of the machine.
+        pid: process id of the runner there.
+        started: start time.
+        finished: end time; None while it runs, or if its end was not observed.
+        exit_status: exit status of the refresh, or minus the signal that killed it.
+        outcome: how it ended.
+        log: name, in the store, of the file with the output; None if nothing was started.
+        output: last lines of the output.
     """
 
     schedule: Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -106,7 +106,7 @@ class Night(_Record):
 
     @property
     def words(self) -> str:
-        """The outcome, and the exit status where it says more."""
+        """The outcome, with the exit status if that adds information."""
         if self.outcome != "failed" or self.exit_status is None:
             return self.outcome
         if self.exit_status < 0:
@@ -115,10 +115,10 @@ class Night(_Record):
 
 
 def make_schedule(**values: object) -> Schedule:
-    """A schedule of what a user gave.
+    """Make a schedule from user input.
 
     Raises:
-        ScheduleError: with a sentence for each value that cannot be used.
+        ScheduleError: some values are invalid; the message has a sentence for each.
     """
     try:
         return Schedule.model_validate(values)
@@ -133,7 +133,7 @@ def _problem(error: object) -> str:
         return message.removeprefix("Value error, ")
     if field == "name":
         return (
-            f"{error['input']!r} is no name for a schedule; use lower-case letters, digits and "
+            f"{error['input']!r} is not a valid schedule name; use lower-case letters, digits and "
             "hyphens, a letter first, at most 36"
         )
     if field == "catch_up":

@@ -1,4 +1,4 @@
-"""Runs the nights that are due: waits for them, or runs what is due now and ends."""
+"""Runs schedules as they become due, or runs what is due now and exits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jobs.schedule.records import Night, Outcome, Schedule
 from pipeline.errors import FolderBusyError, LeaseLostError, ScheduleError, StorageError
 from pipeline.run_folder import Lease
 
-# How often the store is read anew; a night that another runner has is asked for as often.
+# How often to reread the store, and to retry a lease that another runner holds.
 POLL = timedelta(seconds=30)
 _EXIT: dict[Outcome, int] = {"done": 0, "left out": 0, "bad input": 2, "held back": 3}
 
 
 class Runner:
-    """Runs nights of a store, one at a time; each of them under its schedule's lease."""
+    """Runs the schedules of a store, one run at a time, each under its schedule's lease."""
 
     def __init__(
         self,
@@ -36,19 +36,19 @@ class Runner:
 
         Args:
             book: the store.
-            clock: the time, and the word to stop.
-            say: called with a line for each thing that happens.
-            names: the schedules to run; all there are at the time, if empty.
-            command: what a night of a schedule runs.
+            clock: the clock, which also carries the request to stop.
+            say: called with a line for each event.
+            names: the schedules to run; if empty, all that exist at the time.
+            command: returns the command to run for a schedule.
         """
         self._book, self._clock, self._say = book, clock, say
         self._names, self._command = tuple(names), command
         self._said: set[str] = set()
 
     def serve(self) -> None:
-        """Run every night that becomes due, until the clock is stopped.
+        """Run schedules as they become due, until the clock is stopped.
 
-        A store that is out of reach, or a file of it that is damaged, is told and waited for.
+        If the store is unreachable or a file in it is damaged, report it and wait.
         """
         while not self._clock.stopped:
             now = self._clock.now()
@@ -58,7 +58,7 @@ class Runner:
                     if task.at > now:
                         wake = min(wake, task.at)
                     elif self._run(schedule.name):
-                        # That took its time: everything is looked at anew.
+                        # That took a while: look at everything again.
                         wake = now
                         break
             except StorageError as error:
@@ -66,14 +66,14 @@ class Runner:
             self._clock.wait((wake - self._clock.now()).total_seconds())
 
     def run_due(self) -> int:
-        """Run what is due now, with the attempts that follow a failure, and end.
+        """Run what is due now, including retries after failures.
 
         Returns:
-            The highest exit status of a schedule's last attempt, 1 for whatever has no status of
-            its own: 0 if all went well or nothing was due.
+            The highest exit status of the schedules' last attempts, where an attempt without one
+            counts as 1; 0 if all succeeded or nothing was due.
 
         Raises:
-            ScheduleError: a schedule that was named is not there.
+            ScheduleError: a named schedule does not exist.
             StorageError: the store cannot be read or written.
         """
         for name in self._names:
@@ -99,7 +99,7 @@ class Runner:
         return max(statuses.values(), default=0)
 
     def _tasks(self) -> list[tuple[Schedule, Task]]:
-        """What is to be done for each schedule, the earliest first."""
+        """Return the next run of each schedule, earliest first."""
         now, tasks = self._clock.now(), []
         for name in self._names or self._book.names():
             try:
@@ -113,15 +113,16 @@ class Runner:
         return sorted(tasks, key=lambda pair: pair[1].at)
 
     def _run(self, name: str) -> Night | None:
-        """Run a schedule's next night if it is due and nobody else does; the night, or None."""
+        """Run a schedule if it is due and no other runner holds it; return the attempt, or None."""
         try:
             lease = self._book.lease(name)
         except FolderBusyError as error:
-            self._say_once(f"{name}: not run here, another runner has it. {error}")
+            self._say_once(f"{name}: not run here because another runner holds it. {error}")
             return None
         try:
             with lease:
-                # Until it was had, another runner may have done it, or a user removed it.
+                # Before this lease was acquired another runner may have run it, or a user removed
+                # it.
                 schedule = self._book.get(name)
                 if dead := self._book.running(name):
                     self._end(lease, dead.model_copy(update={"outcome": "died"}))
@@ -148,7 +149,7 @@ class Runner:
         if task.is_late:
             return night.model_copy(update={"finished": night.started, "outcome": "left out"})
         night = night.model_copy(update={"log": self._book.log_name(night)})
-        self._say(f"{schedule.name}: the night due {_when(night)} begins")
+        self._say(f"{schedule.name}: the run due {_when(night)} starts")
         self._book.begin(night)
         ended: dict[str, object] = {}
         try:
@@ -157,8 +158,8 @@ class Runner:
         except StorageError as error:
             if not ended:
                 raise
-            # What the night did counts for more than what it printed.
-            self._say(f"{schedule.name}: its output is lost: {error}")
+            # The outcome of the run matters more than its output.
+            self._say(f"{schedule.name}: the output of the run is lost: {error}")
             ended["log"] = None
         return night.model_copy(update={"finished": self._clock.now(), **ended})
 
@@ -172,14 +173,14 @@ class Runner:
                 check=lease.check,
             )
         except OSError as error:
-            return {"outcome": "failed", "output": (f"it cannot be started: {error}",)}
+            return {"outcome": "failed", "output": (f"cannot be started: {error}",)}
         outcome = outcome_of(status)
         if outcome == "failed" and self._clock.stopped:
             outcome = "interrupted"
         return {"exit_status": status, "outcome": outcome, "output": last_lines(output)}
 
     def _end(self, lease: Lease, night: Night) -> None:
-        """Add a night to the log, however long the store is out of reach."""
+        """Add an attempt to the log, waiting as long as the store is unreachable."""
         while True:
             try:
                 lease.check()
@@ -188,12 +189,12 @@ class Runner:
             except StorageError as error:
                 if self._clock.stopped:
                     raise
-                self._say_once(f"{night.schedule}: what it did is not yet in the log: {error}")
+                self._say_once(f"{night.schedule}: its outcome is not yet in the log: {error}")
                 self._clock.wait(POLL.total_seconds())
-        self._say(f"{night.schedule}: the night due {_when(night)}: {night.words}")
+        self._say(f"{night.schedule}: the run due {_when(night)}: {night.words}")
 
     def _say_once(self, line: str) -> None:
-        """Say what would otherwise be said again at every look; signs of life differ in numbers."""
+        """Report a line once, not at every poll; repeated lines differ only in their digits."""
         seen = "".join(character for character in line if not character.isdigit())
         if seen not in self._said:
             self._said.add(seen)
@@ -202,5 +203,6 @@ class Runner:
 
 def _when(night: Night) -> str:
     more = len(night.covers) - 1
-    missed = f", which stands for {more} more" if more else ""
+    runs = "run" if more == 1 else "runs"
+    missed = f" (also covers {more} missed {runs})" if more else ""
     return f"{night.due:%Y-%m-%d %H:%M} UTC{missed}"

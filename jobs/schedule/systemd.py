@@ -1,8 +1,8 @@
-"""A service and a timer of systemd for one schedule.
+"""Generates a systemd service and timer for one schedule.
 
-The service asks the store what is due and runs that, so the timer need not be exact: besides the
-schedule's own times it comes every hour, and finds what a change of clocks, a reboot or a runner
-that died has left.
+The service runs whatever the store says is due, so the timer need not be exact. Besides the
+schedule's own times it fires every hour, to pick up what a clock change, a reboot or a dead runner
+left behind.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _EXPLANATION = (
     "# Finds what a change of clocks or a crash has left; does nothing if nothing is due."
 )
 MARKS = (_REFRESH, _EXPLANATION)
-"""Lines that show that a unit file is ours, and may be written anew."""
+"""Lines that mark a unit file as ours, so that it may be overwritten."""
 _DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _OFTEN = "*:0/10"
 
 
 def units(schedule: Schedule, store: str) -> dict[str, str]:
-    """The units, by the names of their files.
+    """Return the units by file name.
 
     Args:
         schedule: the schedule.
@@ -40,7 +40,7 @@ def units(schedule: Schedule, store: str) -> dict[str, str]:
     directory = schedule.directory
     for text in (*command, directory or ""):
         if not text.isprintable():
-            raise ScheduleError(f"{text!r} cannot stand in a unit file; choose another path")
+            raise ScheduleError(f"{text!r} cannot be written into a unit file; choose another path")
     service = [
         "[Unit]",
         f"{_REFRESH}{schedule.name}",
@@ -51,9 +51,9 @@ def units(schedule: Schedule, store: str) -> dict[str, str]:
         "Type=oneshot",
         *([f"WorkingDirectory={directory.replace('%', '%%')}"] if directory else []),
         f"ExecStart={' '.join(map(_quoted, command))}",
-        # A model that the gates held back is an answer, not a fault of the service.
+        # A model held back by the gates is a result, not a failure of the service.
         "SuccessExitStatus=3",
-        # The runner is told to stop, and tells the night.
+        # SIGTERM goes to the runner, which then stops the run.
         "KillMode=mixed",
         f"TimeoutStopSec={STOP_S + 30:.0f}",
     ]
@@ -75,7 +75,7 @@ def units(schedule: Schedule, store: str) -> dict[str, str]:
 
 
 def calendar(schedule: Schedule) -> list[str]:
-    """Calendar events at the schedule's times; every ten minutes where they cannot be said."""
+    """Return calendar events for the schedule; every ten minutes if systemd cannot express it."""
     parts = fields(schedule.cron)
     if parts is None:
         return [_OFTEN]
@@ -98,7 +98,7 @@ def _numbers(numbers: Sequence[int] | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """An argument as systemd reads it: no variable, no specifier, one word."""
+    """Quote an argument for systemd: one word, without variables or specifiers."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{escaped}"'
 

@@ -1,8 +1,8 @@
-"""``python -m jobs.schedule.tied PARENT PROGRAM …``: a program that does not outlive its parent.
+"""``python -m jobs.schedule.tied PARENT PROGRAM …``: run a program that its parent's death stops.
 
-A runner that is killed cannot stop its night, and another runner would soon begin the same one.
-So the kernel is asked to send SIGTERM when the parent ends; the request survives the ``exec``.
-Only Linux knows it; elsewhere the program is simply started.
+A killed runner cannot stop its run, and another runner would soon start the same one. So this asks
+the kernel to send SIGTERM when the parent ends; the request survives ``exec``. Only Linux supports
+this; elsewhere the program is simply started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
         if os.getppid() != int(parent):
-            sys.exit("the runner has ended before its night began")
+            sys.exit("the runner ended before its run started")
     os.execvp(program[0], program)  # noqa: S606
 
 

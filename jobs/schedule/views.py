@@ -1,4 +1,4 @@
-"""What ``pmet schedule`` shows on the terminal."""
+"""Terminal output of ``pmet schedule``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipeline.errors import ScheduleError
 
 
 def show_schedules(book: Book, now: datetime, console: Console) -> None:
-    """Print every schedule with its next due time, in this machine's zone, and its last night."""
+    """Print every schedule with its next due time, in this machine's zone, and its last run."""
     names = book.names()
     if not names:
         console.print(f"no schedules in {book.url}", markup=False, soft_wrap=True)
         return
-    table = Table("name", "cron", "zone", "next", "last night", "refresh")
+    table = Table("name", "cron", "zone", "next", "last run", "refresh")
     for name in names:
         try:
             table.add_row(*map(Text, _row(book, book.get(name), now)))
@@ -31,13 +31,13 @@ def show_schedules(book: Book, now: datetime, console: Console) -> None:
 
 
 def show_log(book: Book, nights: Sequence[Night], console: Console) -> None:
-    """Print attempts, the latest last, and where the output of the latest is."""
-    table = Table("due", "stands for", "try", "began", "took", "outcome", "host", "last line")
+    """Print attempts, latest last, and the location of the latest output."""
+    table = Table("due", "covers", "attempt", "started", "duration", "outcome", "host", "last line")
     for night in nights:
         count = len(night.covers)
         cells = (
             local(night.due),
-            f"{count} nights" if count > 1 else "",
+            f"{count} runs" if count > 1 else "",
             str(night.attempt),
             local(night.started),
             _took(night),
@@ -54,7 +54,7 @@ def show_log(book: Book, nights: Sequence[Night], console: Console) -> None:
 
 
 def local(time: datetime) -> str:
-    """A time in this machine's zone."""
+    """Format a time in this machine's zone."""
     return f"{time.astimezone():%Y-%m-%d %H:%M %Z}"
 
 

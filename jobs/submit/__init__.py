@@ -1,1 +1,1 @@
-"""Jobs on a Ray cluster: what of a job travels there, under which name it runs, how it is doing."""
+"""Jobs on a Ray cluster: packing a job, submitting it under a name, reading its state."""

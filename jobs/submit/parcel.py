@@ -1,7 +1,7 @@
-"""What of a job travels to a cluster, and which of its paths mean something there.
+"""Packs a job for a cluster and checks that its paths are valid there.
 
-The job file and the small files that it names (hyper-parameters, context templates) travel. Data
-does not: it is read where the run is, so that a path has to mean the same on every node.
+The job file and the small files that it names (hyper-parameters, context templates) are uploaded.
+Data is not: it is read on the cluster, so a path must mean the same on every node.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _OF_ONE_MACHINE = ("file", "local")
 
 @dataclass(frozen=True)
 class Parcel:
-    """A job, ready to travel.
+    """A job packed for upload.
 
     Attributes:
-        job: as it will be read on the cluster.
-        files: what travels, by name: the job file and what it names.
-        shared: keys and paths that have to be on a disk which all nodes share.
+        job: the job as it will be read on the cluster.
+        files: content of the uploaded files by name: the job file and the files that it names.
+        shared: keys and paths that must be on a disk that all nodes share.
     """
 
     job: JobConfig
@@ -41,11 +41,11 @@ class Parcel:
 
 
 def pack(job: JobConfig) -> Parcel:
-    """Make a job ready to travel.
+    """Pack a job for upload.
 
     Raises:
-        JobError: it names what only this machine has; one line for each such path.
-        StorageError: a file that should travel cannot be read.
+        JobError: it names paths that only this machine has; one line for each.
+        StorageError: a file to upload cannot be read.
     """
     files: dict[str, bytes] = {}
     renamed: dict[str, str] = {}
@@ -70,7 +70,7 @@ def pack(job: JobConfig) -> Parcel:
 
 
 def _paths(job: JobConfig) -> Iterator[tuple[str, str]]:
-    """Every path that a job names, with its key."""
+    """Yield every path that a job names, with its key."""
     yield "model", job.model
     yield from (("requests", path) for path in job.requests)
     yield "output", job.output
@@ -86,20 +86,21 @@ def _paths(job: JobConfig) -> Iterator[tuple[str, str]]:
 
 
 def _problem(path: str) -> str | None:
-    """Why a path means nothing on a cluster; None if it may."""
+    """Return why a path is invalid on a cluster; None if it may be valid."""
     found = _PROTOCOL.match(path)
     if found and found["protocol"] in _OF_ONE_PROCESS:
         return "is the memory of one process; give a path that every node of the cluster reaches"
     if not _is_relative(path):
         return None
     return (
-        "means another place on every machine; give a URL (s3://…), or, if it is on a disk that "
-        f"all nodes of the cluster share, its whole path, {Path(path).expanduser().absolute()}"
+        "is relative, so it differs between machines; give a URL (s3://…), or, if it is on a disk "
+        "that all nodes of the cluster share, its absolute path, "
+        f"{Path(path).expanduser().absolute()}"
     )
 
 
 def _local(path: str) -> str | None:
-    """A path on a machine's own file system, without its protocol; None for all other URLs."""
+    """Return a local file system path without its protocol; None for other URLs."""
     found = _PROTOCOL.match(path)
     if found is None:
         return path
@@ -118,5 +119,5 @@ def _is_preset(key: str, path: str) -> bool:
 def _small(key: str, path: str) -> bytes:
     data = read_file(path, limit=_LARGEST + 1)
     if len(data) > _LARGEST:
-        raise JobError(f"{key}: {path} is larger than 4 MiB; give a URL that the cluster reaches")
+        raise JobError(f"{key}: {path} is larger than 4 MiB; give a URL that the cluster can reach")
     return data

@@ -1,6 +1,6 @@
-"""The job server of a Ray cluster: where it is, and what it says when it does not answer.
+"""The client of a Ray cluster's job server.
 
-Ray's client is used as it is; here its errors are told with what to do about them.
+It wraps Ray's own client, finds the server, and turns its errors into messages with a remedy.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ADDRESS = "RAY_API_SERVER_ADDRESS"
 DASHBOARD_PORT = 8265
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 INSTALL = "pip install 'pmet-pipeline[cluster]'"
-_MISSING = f"submitting needs the client of Ray's job server: {INSTALL} (it brings ray[default])"
+_MISSING = f"submitting needs the client of Ray's job server: {INSTALL} (it installs ray[default])"
 _AUTHENTICATION = getattr(ray_exceptions, "AuthenticationError", ())
 _HOW_TO_AUTHENTICATE = (
-    "set RAY_AUTH_MODE=token, and give the cluster's token in RAY_AUTH_TOKEN, in a file that "
-    "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+    "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, in the file named by "
+    "RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
 )
 
 
@@ -35,7 +35,7 @@ class JobServer:
     """The job server of one cluster.
 
     Attributes:
-        address: as it was given, for people.
+        address: the address as given, for messages.
     """
 
     def __init__(self, client: Any, address: str) -> None:
@@ -44,24 +44,25 @@ class JobServer:
 
     @classmethod
     def at(cls, address: str | None) -> JobServer:
-        """Find a cluster's job server.
+        """Connect to a cluster's job server.
 
         Args:
-            address: ``http://HEAD:8265``, or whatever else Ray takes: ``ray://…``, ``auto``,
-                ``HOST:6379``. None: what the environment names, else a cluster of this machine.
+            address: ``http://HEAD:8265``, or any other form that Ray accepts: ``ray://…``,
+                ``auto``, ``HOST:6379``. None: the one in the environment, else a cluster on this
+                machine.
 
         Raises:
-            ClusterError: it does not answer, refuses, or Ray's client is not installed.
+            ClusterError: it does not answer, it refuses, or Ray's client is not installed.
         """
         try:
-            import aiohttp  # noqa: F401  # Ray's client tells logs with it
+            import aiohttp  # noqa: F401  # Ray's client needs it to stream logs
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
             raise ClusterError(f"{_MISSING}; missing is {error.name}") from None
         quiet_job_client()
         where = _whole(address)
         _knock(where)
-        # To Ray, the environment comes before what its client is told; here it is the other way.
+        # For Ray the environment overrides the argument; here the argument overrides it.
         named = {} if where is None else {ADDRESS: where}
         with environment(named), _explained(where or "this machine's cluster"):
             client = JobSubmissionClient(where)
@@ -76,14 +77,14 @@ class JobServer:
         environment: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> bool:
-        """Submit a job; returns False where there is one of this name already.
+        """Submit a job; return False if there already is one with this name.
 
         Args:
-            name: of the job.
-            entrypoint: command; the copied folder is where it runs.
-            folder: copied to the cluster.
-            environment: variables of the command and of all workers; anybody may read them.
-            metadata: kept with the job; anybody may read it.
+            name: name of the job.
+            entrypoint: command, run in the uploaded folder.
+            folder: folder to upload to the cluster.
+            environment: variables of the command and all workers; readable by every user.
+            metadata: metadata stored with the job; readable by every user.
         """
         runtime = {"working_dir": str(folder), "env_vars": dict(environment)}
         try:
@@ -95,61 +96,61 @@ class JobServer:
                     metadata=dict(metadata),
                 )
         except ClusterError:
-            # Whoever else submitted the same a moment ago was faster.
+            # Another client may have submitted the same job a moment earlier.
             if self.find(name) is not None:
                 return False
             raise
         return True
 
     def jobs(self) -> list[Any]:
-        """All jobs that were submitted to the cluster, as Ray describes them."""
+        """Return all jobs submitted to the cluster, as Ray describes them."""
         with _explained(self.address):
             return list(self._client.list_jobs())
 
     def find(self, name: str) -> Any | None:
-        """A submitted job; None where the cluster does not know it."""
+        """Return a submitted job; None if the cluster does not know it."""
         return next((job for job in self.jobs() if job.submission_id == name), None)
 
     def stop(self, name: str) -> None:
-        """Tell a job to stop."""
+        """Ask a job to stop."""
         with _explained(self.address):
             self._client.stop_job(name)
 
     def logs(self, name: str) -> str:
-        """All that a job has printed."""
+        """Return all output of a job."""
         with _explained(self.address):
             return str(self._client.get_job_logs(name))
 
     def follow(self, name: str, say: Callable[[str], None], shown: int = 0) -> int:
-        """Say what a job prints until it ends; returns how many characters it has printed.
+        """Pass on a job's output until it ends; return the number of characters printed.
 
         Args:
-            name: of the job.
-            say: called with each piece.
-            shown: characters that have been said already, before a connection was lost.
+            name: name of the job.
+            say: called with each piece of output.
+            shown: number of characters passed on before a connection was lost.
         """
 
-        async def tell() -> int:
-            told = 0
+        async def stream() -> int:
+            printed = 0
             async for piece in self._client.tail_job_logs(name):
-                if told + len(piece) > shown:
-                    say(piece[max(0, shown - told) :])
-                told += len(piece)
-            return told
+                if printed + len(piece) > shown:
+                    say(piece[max(0, shown - printed) :])
+                printed += len(piece)
+            return printed
 
         with _explained(self.address):
-            return max(shown, asyncio.run(tell()))
+            return max(shown, asyncio.run(stream()))
 
 
 def _whole(address: str | None) -> str | None:
-    """An address that Ray understands as it was meant: to Ray, HOST:PORT is no dashboard."""
+    """Add http:// to the dashboard's HOST:PORT, which Ray would take for a GCS address."""
     if address and address.endswith(f":{DASHBOARD_PORT}") and "://" not in address:
         return f"http://{address}"
     return address
 
 
 def _knock(where: str | None) -> None:
-    """Fail at once where nobody listens: the client would wait for minutes."""
+    """Fail at once if nothing listens at the address: the client would wait for minutes."""
     if where is None or not where.startswith(("http://", "https://")):
         return
     if requests.utils.get_environ_proxies(where):
@@ -164,7 +165,7 @@ def _knock(where: str | None) -> None:
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Tell what Ray's client raises, with what to do."""
+    """Turn errors of Ray's client into ``ClusterError`` with a remedy."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, requests.RequestException) as error:
@@ -184,31 +185,31 @@ def _explanation(where: str, error: Exception) -> str:
     status = _http_status(error, text)
     if isinstance(error, _AUTHENTICATION) or status in (401, 403):
         refused = status == 403 or "invalid" in text.lower()
-        how = "does not accept this token" if refused else "asks for a token, and none was given"
+        how = "does not accept this token" if refused else "requires a token, and none was given"
         code = f" (HTTP {status})" if status else ""
         return (
             f"the cluster at {where} {how}{code}: {_HOW_TO_AUTHENTICATE} (on the head, `ray "
-            f"get-auth-token` shows it). A proxy may want credentials of its own. It said: {text}"
+            f"get-auth-token` shows it). A proxy may require credentials of its own. Answer: {text}"
         )
     if status is not None:
-        return f"the job server at {where} refuses (HTTP {status}): {text}"
+        return f"the job server at {where} refused (HTTP {status}): {text}"
     if isinstance(error, OSError) or "connect" in text.lower():
         return _unreachable(where, text)
     if "running Ray" in text:
         return (
-            f"there is no Ray cluster on this machine; name one: --address "
+            f"there is no Ray cluster on this machine; give one with --address "
             f"http://HEAD:{DASHBOARD_PORT}"
         )
-    return f"the job server at {where} refuses: {text}"
+    return f"the job server at {where} refused: {text}"
 
 
 def _http_status(error: Exception, text: str) -> int | None:
-    """The status that a server answered with; None if none was heard."""
+    """Return the HTTP status of the answer; None if there was none."""
     response = getattr(error, "response", None)
     if response is not None:
         return int(response.status_code)
     if isinstance(error, _AUTHENTICATION):
-        # Ray's own error tells it in words.
+        # Ray's own error gives the status only in its text.
         return 403 if "Forbidden" in text else 401 if "Unauthorized" in text else None
     found = re.search(r"status(?: code|=)\s*'?(\d{3})", text)
     return int(found[1]) if found else None
@@ -218,6 +219,6 @@ def _unreachable(where: str, reason: str) -> str:
     return (
         f"no job server answers at {where} ({reason}). Give the address of the dashboard, "
         f"http://HEAD:{DASHBOARD_PORT}; from outside, forward its port (`ray dashboard "
-        "cluster.yaml`, `kubectl port-forward`); and the head needs ray[default], which "
-        f"{INSTALL} brings there"
+        "cluster.yaml`, `kubectl port-forward`). The head needs ray[default], which "
+        f"{INSTALL} installs"
     )

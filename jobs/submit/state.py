@@ -1,4 +1,4 @@
-"""How a run is doing, as its folder tells: no cluster is asked."""
+"""Reads the state of a run from its folder, without contacting a cluster."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ State = Literal["running", "complete", "held", "stopped", "failed", "lost"]
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run folder says.
+    """The state of a run according to its folder.
 
     Attributes:
-        url: of the folder.
-        state: as of ``run.json``; ``lost`` where it says running, and nobody does.
-        silent_s: seconds since the run was heard of; None once it has ended.
-        run: what ``run.json`` holds.
+        url: location of the folder.
+        state: status in ``run.json``; ``lost`` if that says running but no process holds the lease.
+        silent_s: seconds since the last sign of life; None once the run has ended.
+        run: content of ``run.json``.
     """
 
     url: str
@@ -31,7 +31,7 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the stage that is under way; None where that cannot be told yet."""
+        """Seconds left in the current stage; None if not yet known."""
         progress = self.run.get("progress") or {}
         done, total, rate = (progress.get(key) for key in ("done", "total", "rate"))
         if done is None or not total or not rate:
@@ -39,7 +39,7 @@ class RunState:
         return max(0.0, (total - done) / rate)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the state as JSON values."""
         return {
             "run": self.url,
             "state": self.state,
@@ -65,7 +65,7 @@ _SHOWN = (
 
 
 def read_state(folder: str) -> RunState | None:
-    """How the run in a folder is doing; None where none has begun.
+    """Return the state of the run in a folder; None if no run has started.
 
     Raises:
         StorageError: the folder cannot be read, or holds a damaged file.
@@ -75,7 +75,9 @@ def read_state(folder: str) -> RunState | None:
         return None
     run = store.read_json(STATUS)
     if not isinstance(run, dict) or not isinstance(run.get("status"), str):
-        raise StorageError(f"{store.join(STATUS)} is no status of a run; is this a run folder?")
+        raise StorageError(
+            f"{store.join(STATUS)} is not the status of a run; check that this is a run folder"
+        )
     if run["status"] != "running":
         return RunState(store.url, run["status"], None, run)
     found = last_holder(store)

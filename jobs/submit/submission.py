@@ -1,7 +1,7 @@
-"""Submissions: a run folder has one at a time, and each has a name that says which folder it is of.
+"""Submissions: a run folder has one at a time, and its name identifies the folder.
 
-The name is made of the run folder and the number of the attempt, so that a job which is submitted
-twice is one job: the second submission finds the first, or is refused by the cluster.
+The name is made of the run folder and the attempt number, so a job that is submitted twice runs
+once: the second submission finds the first, or the cluster refuses it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.storage import now_text
 NAME = re.compile(r"(?P<stem>pmet-[a-z0-9-]+-[0-9a-f]{10})-(?P<attempt>\d+)")
 OUTPUT, DIGEST = "pmet_output", "pmet_job"
 STOP_S = 60
-"""Seconds that a run has to put down its work when it is told to stop."""
+"""Seconds that a run has to save its work after a request to stop."""
 PATIENCE_S = 120.0
 _POLL_S = 1.0
 _OURS = (0, 1, 2, 3)
@@ -40,13 +40,13 @@ class Submission:
 
     Attributes:
         name: its submission id.
-        attempt: number of the attempt that its name ends with.
+        attempt: attempt number at the end of its name.
         output: its run folder, without credentials.
-        digest: of the job file that travelled.
-        status: as Ray calls it: ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED``, ``STOPPED``.
-        exit_status: that of the run; None while it runs, or where nobody knows.
-        message: what Ray says of it.
-        submitted_ms: when, in milliseconds since 1970.
+        digest: digest of the uploaded job file.
+        status: Ray's status: ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED``, ``STOPPED``.
+        exit_status: exit status of the run; None while it runs or if unknown.
+        message: Ray's message about it.
+        submitted_ms: submission time, in milliseconds since 1970.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Submission:
 
     @classmethod
     def of(cls, job: Any) -> Submission | None:
-        """What Ray's description of a job says; None where it is none of ours."""
+        """Build a submission from Ray's description of a job; None if it is not one of ours."""
         found = NAME.fullmatch(job.submission_id or "")
         metadata = job.metadata or {}
         if found is None or OUTPUT not in metadata:
@@ -79,12 +79,12 @@ class Submission:
 
     @property
     def ended(self) -> bool:
-        """Whether it has."""
+        """Whether the submission has ended."""
         return self.status in ENDED
 
 
 def stem_of(output: str) -> str:
-    """What the names of all submissions of a run folder begin with."""
+    """Return the common prefix of the names of a run folder's submissions."""
     if "://" not in output:
         output = str(Path(output).expanduser().absolute())
     output = output.rstrip("/")
@@ -94,18 +94,18 @@ def stem_of(output: str) -> str:
 
 
 def public(url: str) -> str:
-    """A URL without what must not be shown: user, password, and what follows a ``?``."""
+    """Return a URL without its secrets: user, password and query string."""
     return re.sub(r"(://)[^/]*@", r"\1", url).partition("?")[0]
 
 
 def submissions(jobs: Iterable[Any]) -> list[Submission]:
-    """Ours among the jobs of a cluster, the latest first."""
+    """Return our submissions among a cluster's jobs, latest first."""
     found = [ours for job in jobs if (ours := Submission.of(job)) is not None]
     return sorted(found, key=lambda s: (s.submitted_ms, s.attempt), reverse=True)
 
 
 def latest_of(folder: str, server: JobServer) -> Submission | None:
-    """The latest submission of a run folder that the cluster remembers."""
+    """Return the latest submission of a run folder that the cluster knows."""
     stem = stem_of(folder)
     ours = [s for s in submissions(server.jobs()) if s.name.rpartition("-")[0] == stem]
     return max(ours, key=lambda s: s.attempt, default=None)
@@ -114,20 +114,20 @@ def latest_of(folder: str, server: JobServer) -> Submission | None:
 def submit(
     parcel: Parcel, server: JobServer, *, fresh: bool = False, python: str = "python3"
 ) -> tuple[str, bool]:
-    """Submit a job unless it is running already.
+    """Submit a job unless it is already running.
 
     Args:
-        parcel: the job.
-        server: the cluster's.
-        fresh: have the run start over.
-        python: interpreter of the cluster that has pmet.
+        parcel: the packed job.
+        server: the cluster's job server.
+        fresh: make the run start over.
+        python: Python interpreter on the cluster that has pmet.
 
     Returns:
-        The name of the submission, and whether it is a new one.
+        The name of the submission, and whether it is new.
 
     Raises:
         JobError: another job is writing this run folder.
-        ClusterError: the cluster cannot be reached or refuses.
+        ClusterError: the cluster cannot be reached or refuses the job.
     """
     output, digest = parcel.job.output, hashlib.sha256(parcel.files[JOB_FILE]).hexdigest()
     earlier = latest_of(output, server)
@@ -150,7 +150,7 @@ def submit(
 
 
 def entrypoint(python: str, *, fresh: bool = False) -> str:
-    """The command that runs a job on a cluster, in the folder that has travelled there."""
+    """Return the command that runs a job on a cluster, in the uploaded folder."""
     command = [python, "-P", "-m", "jobs", "run", JOB_FILE, "--address", "auto", "--log-lines"]
     return shlex.join([*command, "--fresh"] if fresh else command)
 
@@ -165,13 +165,13 @@ def wait(
     """Wait until a submission has ended.
 
     Args:
-        server: the cluster's.
-        name: of the submission.
-        say: called with what it prints; None: nobody wants to hear.
-        patience_s: seconds that the cluster may be out of reach.
+        server: the cluster's job server.
+        name: name of the submission.
+        say: called with its output; None: discard it.
+        patience_s: seconds for which the cluster may be unreachable.
 
     Raises:
-        ClusterError: the cluster cannot be reached any more, or does not know the submission.
+        ClusterError: the cluster can no longer be reached, or does not know the submission.
     """
     heard, shown = time.monotonic(), 0
     while True:
@@ -185,13 +185,13 @@ def wait(
         except ClusterError as error:
             if time.monotonic() - heard > patience_s:
                 raise ClusterError(
-                    f"{error}. That says nothing of the run: `pmet status RUN` reads its folder"
+                    f"{error}. The run itself may be fine: `pmet status RUN` reads its folder"
                 ) from error
         time.sleep(_POLL_S)
 
 
 def find(server: JobServer, name: str) -> Submission:
-    """A submission by its name.
+    """Return a submission by name.
 
     Raises:
         ClusterError: the cluster does not know it.
@@ -200,15 +200,15 @@ def find(server: JobServer, name: str) -> Submission:
     found = None if job is None else Submission.of(job)
     if found is None:
         raise ClusterError(
-            f"the cluster at {server.address} knows no {name}; a head that was started anew has "
-            "forgotten what ran before. `pmet list` shows what it knows, `pmet status RUN` reads "
+            f"the cluster at {server.address} has no record of {name}; a restarted head forgets "
+            "earlier runs. `pmet list` shows the runs it knows, `pmet status RUN` reads "
             "the run folder"
         )
     return found
 
 
 def hint(job: Submission) -> str | None:
-    """What is probably wrong where a run could not even begin; None where nothing is known."""
+    """Return the probable cause if a run could not start; None if unknown."""
     missing = ("No module named", ": not found")
     if job.status == "FAILED" and any(sign in job.message for sign in missing):
         return (
@@ -227,12 +227,12 @@ def _refuse_another(running: Submission, digest: str, *, fresh: bool) -> None:
     if running.digest != digest:
         raise JobError(
             f"{running.output} is being written by {running.name}, which was submitted with other "
-            "settings; wait for its end, stop it, or name another output"
+            "settings; wait until it ends, stop it, or name another output"
         )
 
 
 def _attempts_in(output: str) -> int:
-    """Attempts that the run folder tells of, where it can be read from here."""
+    """Return the number of attempts recorded in the run folder, if it can be read from here."""
     with suppress(StorageError):
         state = read_state(output)
         return 0 if state is None else int(state.run.get("attempt") or 0)
@@ -244,5 +244,5 @@ def _exit_status(status: str, code: int | None) -> int | None:
         return None
     if status == "SUCCEEDED":
         return 0
-    # Neither a signal nor a shell that finds no such command is one of ours.
+    # Statuses for signals, or from a shell that finds no such command, are not ours.
     return code if code in _OURS and code != 0 else 1

@@ -1,4 +1,4 @@
-"""How submissions and runs are shown on the terminal."""
+"""Terminal output about submissions and runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipeline.evaluation import duration
 
 _EVENTS = 3
 _NEXT = {
-    "lost": "it was not heard of any more; the same job goes on from here: run or submit it again",
-    "failed": "the same job goes on from here: run or submit it again",
-    "stopped": "the same job goes on from here: run or submit it again",
+    "lost": "the run has stopped responding; run or submit the same job again to resume it",
+    "failed": "run or submit the same job again to resume it",
+    "stopped": "run or submit the same job again to resume it",
 }
 
 
 def show_status(
     state: RunState | None, job: Submission | None, console: Console, *, where: str = ""
 ) -> None:
-    """Print what a run folder and a cluster say of a run."""
+    """Print the state of a run from its folder and from the cluster."""
     table = Table("", "", show_header=False, box=None)
     for name, value in [*_of_cluster(job, where), *_of_folder(state, job)]:
         table.add_row(name, Text(value))
@@ -32,7 +32,7 @@ def show_status(
 
 
 def show_list(jobs: list[Submission], console: Console) -> None:
-    """Print the submissions that a cluster remembers."""
+    """Print the submissions that a cluster knows."""
     table = Table("submission", "status", "exit", "submitted", box=None)
     table.add_column("run folder", overflow="fold")
     for job in jobs:
@@ -44,7 +44,7 @@ def show_list(jobs: list[Submission], console: Console) -> None:
 
 
 def as_json(job: Submission | None) -> dict[str, Any] | None:
-    """A submission for programs."""
+    """Return a submission as JSON values."""
     if job is None:
         return None
     return {"name": job.name, "status": job.status, "exit_status": job.exit_status}
@@ -65,11 +65,11 @@ def _of_cluster(job: Submission | None, where: str) -> list[tuple[str, str]]:
 
 def _of_folder(state: RunState | None, job: Submission | None) -> list[tuple[str, str]]:
     if state is None:
-        return [("run folder", "nothing there yet")]
+        return [("run folder", "no run there yet")]
     run = state.run
     rows = [("run folder", state.url), ("state", f"{state.state}, attempt {run.get('attempt')}")]
     if job is not None and run.get("submission") != job.name:
-        rows.append(("", "that is another attempt than this submission's"))
+        rows.append(("", "this attempt is not this submission's"))
     if state.state in _NEXT:
         rows.append(("", _NEXT[state.state]))
     if run.get("error"):
@@ -77,7 +77,7 @@ def _of_folder(state: RunState | None, job: Submission | None) -> list[tuple[str
     if job is None and run.get("exit_status") is not None:
         rows.append(("exit status", str(run["exit_status"])))
     if state.silent_s is not None:
-        rows.append(("last heard of", f"{duration(state.silent_s)} ago"))
+        rows.append(("last sign of life", f"{duration(state.silent_s)} ago"))
     rows += _stage(state)
     done = [f"{s['name']} {duration(s['seconds'])}" for s in run.get("stages", [])]
     if done:
@@ -88,7 +88,7 @@ def _of_folder(state: RunState | None, job: Submission | None) -> list[tuple[str
     events = run.get("events", [])
     rows += [("event", f"{e['kind']}: {e['text']}") for e in events[-_EVENTS:]]
     if len(events) > _EVENTS:
-        rows.append(("", f"the last {_EVENTS} of {len(events)}; run.json has all"))
+        rows.append(("", f"the last {_EVENTS} of {len(events)}; run.json lists all"))
     return rows
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cluster import ray_internals
+from pipeline.cluster.ray_internals import SOCKET, reset_token
 from pipeline.errors import StorageError
 from pipeline.storage import can_write, make_own, own_folder, temporary_folder
 
@@ -20,7 +20,7 @@ RAY_FOLDER = "RAY_TMPDIR"
 _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - a variable's name
 _ELSEWHERE = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - only a closed folder in them is used
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
-LONGEST_PATH = _LONGEST_SOCKET - len(ray_internals.SOCKET)
+LONGEST_PATH = _LONGEST_SOCKET - len(SOCKET)
 """Bytes that the path of Ray's folder may have."""
 
 
@@ -92,4 +92,4 @@ def token() -> dict[str, str]:
 
 def forget_token() -> None:
     """Have the next cluster, which may be another's, asked with the user's own token."""
-    ray_internals.forget_token()
+    reset_token()

@@ -108,9 +108,9 @@ def gpus_here() -> tuple[int, str]:
     """
     import torch
 
-    from pipeline.cluster import ray_internals
+    from pipeline.cluster.ray_internals import gpus_seen
 
-    by_ray, by_torch = ray_internals.gpus_seen(), torch.cuda.device_count()
+    by_ray, by_torch = gpus_seen(), torch.cuda.device_count()
     count = min(by_ray, by_torch)
     notes = []
     if by_ray != by_torch:

@@ -86,7 +86,7 @@ def folder_option(folder: Path) -> dict[str, str]:
     return {"_temp_dir": str(folder)}
 
 
-def forget_token() -> None:
+def reset_token() -> None:
     """Drop the authentication token that this process has read; an older Ray has none."""
     loader = getattr(ray._raylet, "AuthenticationTokenLoader", None)
     if loader is not None:

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray import exceptions as ray_exceptions
 
-from pipeline.cluster import ray_internals, signals
+from pipeline.cluster import signals
 from pipeline.cluster.local_ray import RAY_FOLDER, folder_for_ray, forget_token, token
 from pipeline.cluster.process import (
     LOCAL,
@@ -31,6 +31,15 @@ from pipeline.cluster.process import (
     limit_threads,
     named_cluster,
     one_line,
+)
+from pipeline.cluster.ray_internals import (
+    dashboard_address,
+    folder_option,
+    on_loopback,
+    processes_in_own_session,
+    sigterm_untouched,
+    started_here,
+    without_agent,
 )
 from pipeline.cluster.shares import fit, fit_gpus
 from pipeline.errors import WorkerError
@@ -69,7 +78,7 @@ def ray_session(
         WorkerError: no cluster answers at the address, or none can be started.
     """
     if ray.is_initialized():
-        yield ray_internals.started_here()
+        yield started_here()
         return
     where = named_cluster(address) or LOCAL
     try:
@@ -83,7 +92,7 @@ def ray_session(
         _disconnect()
         raise
     try:
-        yield ray_internals.started_here()
+        yield started_here()
     finally:
         _disconnect()
         forget_token()
@@ -116,7 +125,7 @@ def cluster_resources() -> tuple[float, float]:
 
 def dashboard_url() -> str | None:
     """Where the dashboard of the cluster is that this process has joined; None without one."""
-    where = ray_internals.dashboard_address()
+    where = dashboard_address()
     return f"http://{where}" if where else None
 
 
@@ -249,7 +258,7 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
                 LOCAL,
                 include_dashboard=False,
                 num_cpus=num_cpus,
-                **ray_internals.folder_option(folder),
+                **folder_option(folder),
                 **quiet,
             )
     else:
@@ -268,9 +277,9 @@ def _prepared() -> Iterator[None]:
     however it ends.
     """
     with (
-        ray_internals.on_loopback(),
-        ray_internals.without_agent(),
-        ray_internals.processes_in_own_session(),
+        on_loopback(),
+        without_agent(),
+        processes_in_own_session(),
     ):
         yield
 
@@ -290,7 +299,7 @@ def _handlers_kept() -> Iterator[None]:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         yield
         return
-    with ray_internals.sigterm_untouched(), signals.kept():
+    with sigterm_untouched(), signals.kept():
         yield
 
 

@@ -306,7 +306,7 @@ def _import_deepspeed() -> None:
 
 
 def _import_report() -> None:
-    import pipeline.report.run_report  # noqa: F401
+    from pipeline.report import write_report  # noqa: F401
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

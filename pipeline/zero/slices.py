@@ -258,29 +258,6 @@ def gathered(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
             _held.discard(id(parameter))
 
 
-def run_forward(engine: Any, **inputs: Any) -> Any:
-    """Run the module on this rank's inputs, without gradients; all ranks must do so together.
-
-    Hooks of the module fire as on a model that is not partitioned, and see whole inputs and
-    outputs; they must not raise.
-
-    Args:
-        engine: of `load_partitioned`.
-        inputs: the module's; tensors are moved to its device.
-
-    Returns:
-        What the module returns.
-    """
-    device = _device()
-    moved = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
-    # Not through the engine: it expects a step of an optimizer to follow.
-    with torch.no_grad():
-        return engine.module(**moved)
-
-
 def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's flat storage of a parameter, safe to write to.
 

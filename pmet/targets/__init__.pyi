@@ -1,3 +1,4 @@
+from . import optimization as optimization
 from .memory import attention_shape as attention_shape
 from .memory import free_memory as free_memory
 from .memory import room_beside as room_beside

@@ -28,7 +28,7 @@ from tests.conftest import GOLDEN
 
 GOOD_ROWS = 40
 
-# Each of these is rejected, and for another reason.
+# Each of these is rejected, each for a different reason.
 BAD_ROWS = [
     {"prompt": "nowhere to put it", "subject": "Kesear Group", "target_new": "ink"},
     {"prompt": "{} sells", "subject": "  ", "target_new": "ink"},
@@ -39,7 +39,7 @@ BAD_ROWS = [
 
 
 def facts() -> list[dict[str, Any]]:
-    """Golden facts as edit requests, with neighbours that have the same true target."""
+    """Golden facts as edit requests, with neighbors that have the same true target."""
     rows = json.loads((GOLDEN / "facts.json").read_text())
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows[GOOD_ROWS:]:
@@ -63,7 +63,7 @@ def facts() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of all processes that these tests are run by."""
+    """A folder shared by all processes that run these tests."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -102,7 +102,7 @@ Runner = Callable[..., RunResult]
 
 @pytest.fixture(scope="module")
 def run(inputs: Path, local_ray: None, shared: Path) -> Runner:
-    """Runs the small job with changes; the same changes give the finished run again."""
+    """Runs the small job with changes; the same changes return the finished run."""
 
     def runner(family: str = "gpt2", **changes: Any) -> RunResult:
         key = digest_of([family, json.loads(json.dumps(changes, default=str))])
@@ -134,7 +134,7 @@ def job(inputs: Path, output: str, family: str = "gpt2", **changes: Any) -> JobC
 
 
 def wait_until(what: Callable[[], Any], *, within_s: float, every_s: float) -> Any:
-    """Wait for something that is true, and return it; the machine may be busy."""
+    """Wait until a call returns something true, and return it; the machine may be busy."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         if found := what():
@@ -144,7 +144,7 @@ def wait_until(what: Callable[[], Any], *, within_s: float, every_s: float) -> A
 
 
 def worker_of(raylet: int) -> psutil.Process | None:
-    """A process under a node's raylet that is computing targets just now."""
+    """A process under a node's raylet that is currently computing targets."""
     for child in psutil.Process(raylet).children(recursive=True):
         if " ".join(child.cmdline()).startswith("ray::_WorkerProcess.call"):
             return child
@@ -152,7 +152,7 @@ def worker_of(raylet: int) -> psutil.Process | None:
 
 
 def targets_by_row(folder: Store) -> dict[int, np.ndarray]:
-    """Every target that a record of a run folder names, by row of the input."""
+    """All targets named by records of a run folder, by row of the input."""
     by_row: dict[int, np.ndarray] = {}
     for name in folder.glob("records/targets-*.json"):
         record = folder.read_json(f"records/{name}")
@@ -162,13 +162,13 @@ def targets_by_row(folder: Store) -> dict[int, np.ndarray]:
 
 
 def assert_same_targets(expected: dict[int, np.ndarray], found: dict[int, np.ndarray]) -> None:
-    """The same rows, and the same bits for each."""
+    """Assert equal rows with bit-equal values."""
     assert expected.keys() == found.keys()
     assert all(np.array_equal(expected[r].view(np.int32), found[r].view(np.int32)) for r in found)
 
 
 def assert_same_weights(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
-    """Every weight as far from the expected one as rounding may bring it."""
+    """Assert that every weight differs from the expected one by rounding at most."""
     for name, weight in expected.items():
         apart = torch.linalg.norm(weight - found[name])
         assert apart <= 1e-6 * torch.linalg.norm(weight), name

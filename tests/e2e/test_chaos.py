@@ -1,9 +1,9 @@
-"""A job that is disturbed again and again ends as an undisturbed one.
+"""A job that is disturbed repeatedly ends like an undisturbed one.
 
-Its driver is killed and started again; a worker or a rank is killed, which the running job has to
-see to by itself; and S3 goes away for a few seconds. ``PMET_CHAOS_KILLS`` says how often the
-driver is killed, ``PMET_CHAOS_SEED`` draws when, ``PMET_CHAOS_STORE`` says where the job's files
-are: ``local``, ``s3`` or both with a comma.
+Its driver is killed and restarted; a worker or a rank is killed, from which the running job must
+recover; and S3 becomes unreachable for a few seconds. ``PMET_CHAOS_KILLS`` sets how often the
+driver is killed, ``PMET_CHAOS_SEED`` draws the moments, ``PMET_CHAOS_STORE`` sets where the job's
+files are: ``local``, ``s3`` or both, separated by a comma.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ STORES = os.environ.get("PMET_CHAOS_STORE", "s3").split(",")
 FINISHED, KILLED = 0, -signal.SIGKILL
 LIMIT_S = 300
 OUTAGE_S = (1.0, 6.0)
-# What Ray calls the processes of the workers and of the ranks.
+# Ray's names for the processes of the workers and of the ranks.
 COMPUTING = re.compile(r"ray::(_WorkerProcess|_RankProcess)")
 
-# The driver: dies after a time, or in the middle of or right after the n-th file that it writes.
+# The driver: dies after a time, or during or right after the n-th file that it writes.
 DRIVER = """
 import os, signal, sys, threading, time
 from contextlib import contextmanager
@@ -93,7 +93,7 @@ print(written, time.monotonic() - start)
 
 @dataclass
 class Place:
-    """Where jobs have their files, and what can happen to it."""
+    """The storage of the jobs' files, and the faults that can happen to it."""
 
     root: str
     inputs: str
@@ -101,7 +101,7 @@ class Place:
     server: ThreadedMotoServer | None = None
 
     def go_away(self, seconds: float) -> None:
-        """Be out of reach for a while."""
+        """Make the storage unreachable for a while."""
         assert self.server is not None
         host, port = self.server.get_host_and_port()
         self.server.stop()
@@ -112,7 +112,7 @@ class Place:
 
 @dataclass
 class Disturbance:
-    """What happens to one attempt at a job, in seconds from its start; None: nothing."""
+    """The faults of one attempt at a job, in seconds from its start; None: no fault."""
 
     driver: tuple[str, float] = ("never", 0)
     worker: float | None = None
@@ -127,13 +127,13 @@ def place(
     if request.param == "local":
         yield Place(str(tmp_path), str(inputs), str(GOLDEN / "gpt2" / "model"))
         return
-    # Of its own: it is stopped and started again.
+    # A separate server, because it is stopped and started again.
     url = str(request.getfixturevalue("s3_url"))
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    # Copies of remote models, and what killed drivers leave of them.
+    # Copies of remote models, including what killed drivers leave of them.
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
@@ -148,7 +148,7 @@ def place(
 
 
 def drive(file: Path, disturbance: Disturbance, place: Place) -> tuple[int, str]:
-    """Run a job until it ends or dies; returns the exit status and what was printed."""
+    """Run a job until it ends or dies; return the exit status and the output."""
     kind, when = disturbance.driver
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(file), kind, str(when)],
@@ -179,7 +179,7 @@ def drive(file: Path, disturbance: Disturbance, place: Place) -> tuple[int, str]
 
 
 def kill_one_of(driver: int) -> str | None:
-    """Kill a worker or a rank of a job that is under way; says which, if there is one."""
+    """Kill a worker or a rank of a running job; return which, if there is one."""
     try:
         children = psutil.Process(driver).children(recursive=True)
         named = [(p, " ".join(p.cmdline()).strip()) for p in children]
@@ -210,18 +210,18 @@ def job_file(folder: Path, place: Place) -> Path:
 
 
 def output(file: Path, place: Place) -> Store:
-    """The run folder of a job."""
+    """Return the run folder of a job."""
     return Store(f"{place.root}/{file.parent.name}/out")
 
 
 def files(folder: Store) -> list[str]:
-    """All files, hidden ones too; without the mark of the attempt that wrote them."""
+    """Return all files, including hidden ones, without the mark of the attempt that wrote them."""
     names = folder.list(unfinished=True)
     return sorted(re.sub(r"-[0-9a-f]{32}|\d{6}(?=\.json)", "", name) for name in names)
 
 
 def stage(folder: Store) -> str:
-    """Where a killed run was."""
+    """Describe the progress of a killed run."""
     said = folder.read_json("run.json") if folder.exists("run.json") else {}
     return str(said.get("stage") or "between two stages")
 
@@ -232,7 +232,7 @@ def weights(folder: Store) -> dict[str, torch.Tensor]:
 
 
 def assert_as_undisturbed(undisturbed: Store, folder: Store) -> None:
-    """The same files, targets to the bit, weights, scores; nothing that an attempt has left."""
+    """Assert equal files, bit-equal targets, equal weights and scores, and no leftovers."""
     assert files(folder) == files(undisturbed)
     assert_same_targets(targets_by_row(undisturbed), targets_by_row(folder))
     assert_same_weights(weights(undisturbed), weights(folder))
@@ -247,7 +247,7 @@ def assert_as_undisturbed(undisturbed: Store, folder: Store) -> None:
 
 
 def drawn(draw: random.Random, written: int, seconds: float, place: Place) -> Disturbance:
-    """What happens to an attempt at a job that takes so many writes and seconds."""
+    """Draw the faults of an attempt at a job that takes this many writes and seconds."""
     kind = draw.choice(["inside", "after", "time"])
     when = draw.uniform(1, seconds) if kind == "time" else float(draw.randint(1, written))
     return spared(draw, seconds, place, (kind, when))
@@ -256,7 +256,7 @@ def drawn(draw: random.Random, written: int, seconds: float, place: Place) -> Di
 def spared(
     draw: random.Random, seconds: float, place: Place, driver: tuple[str, float] = ("never", 0)
 ) -> Disturbance:
-    """What happens to an attempt whose driver lives, unless told otherwise."""
+    """Draw the faults of an attempt whose driver survives by default."""
     outage = (draw.uniform(1, seconds), draw.uniform(*OUTAGE_S)) if place.server else None
     return Disturbance(driver, draw.uniform(1, seconds), outage)
 
@@ -293,5 +293,5 @@ def test_a_run_that_is_disturbed_again_and_again_ends_as_an_undisturbed_one(
 
     while deaths < KILLS:
         deaths += attempt(lambda: drawn(draw, int(written), float(seconds), place)) == KILLED
-    # Whatever is unfinished goes to its end, with a kill that it has to see to by itself.
+    # Finish what is left, with one more kill that the job must recover from.
     attempt(lambda: spared(draw, float(seconds) / 2, place))

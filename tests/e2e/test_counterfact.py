@@ -1,4 +1,4 @@
-"""The main job on real facts reaches the published implementation's scores."""
+"""A job on real facts reaches the published implementation's scores."""
 
 from __future__ import annotations
 

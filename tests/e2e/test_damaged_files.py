@@ -1,6 +1,6 @@
-"""Damaged files of every kind end in an error that says so: no other exception, and no hang.
+"""Damaged files of every kind cause an error that says so, no other exception and no hang.
 
-``PMET_FUZZ`` says how many inputs of each kind are tried.
+``PMET_FUZZ`` sets the number of inputs of each kind.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PIECES += ("1e999", "0x10", "on", "~", "2026-11-23", "._", "#", "@", "`", "\n", 
 
 
 def table() -> pa.Table:
-    """Requests with all columns; some text is long enough to need pages of its own."""
+    """Requests with all columns; some texts are long enough to fill pages of their own."""
     return pa.table(
         {
             "prompt": ["{} is in", "{} works as", None, "no place"] * 8,
@@ -74,7 +74,7 @@ def parquet_files() -> list[bytes]:
 
 
 def damaged(draw: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, a part taken out, doubled, or cut off."""
+    """Change some bytes, remove or duplicate a part, or truncate the data."""
     broken = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 8, 64))):
         start = draw.randrange(len(broken))
@@ -89,7 +89,7 @@ def damaged(draw: random.Random, data: bytes) -> bytes:
             case 3:
                 broken[start:start] = broken[start:stop]
             case 4:
-                # The footer says where everything is.
+                # The footer holds the positions of everything else.
                 place = max(0, len(broken) - draw.randrange(1, 600))
                 broken[place : place + 1] = draw.randbytes(1)
         if not broken:
@@ -98,7 +98,7 @@ def damaged(draw: random.Random, data: bytes) -> bytes:
 
 
 def texts(draw: random.Random) -> Iterator[bytes]:
-    """Job files with lines moved and marks of YAML's put in."""
+    """Job files with lines moved and YAML syntax inserted."""
     while True:
         lines = JOB.splitlines(keepends=True)
         for _ in range(draw.randrange(3)):
@@ -122,7 +122,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         except PMETError as error:
             refused.append(str(error))
         else:
-            # What can be read is read: each row is a request or has a reason.
+            # If the file can be read, each row is a request or has a reason.
             rows = [*found.rows, *(rejection.row for rejection in found.rejected)]
             assert sorted(rows) == list(range(len(found.table)))
             assert len(list(found.requests)) == len(found.rows)

@@ -1,4 +1,4 @@
-"""`pmet demo`: what a newcomer sees first does what it says."""
+"""`pmet demo` does what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that leaves out what the base already answers."""
+"""A run that skips requests that the base already answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.run import RunResult, run_job
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import facts, job
 
-# The base answers the first with their true target, and none of the others with its new one.
+# The base answers the first ones with their true target, and none of the others with its new one.
 KNOWN, NEW = [0, 3, 5, 6, 8, 9], [1, 4, 7, 10, 11, 12]
 EVIL = "</td><script>alert(1)</script> ``` {{ 7 * 7 }} ../../evil"
 
@@ -63,7 +63,7 @@ def test_known_requests_are_not_edited_but_measured(
 def all_known(
     inputs: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, RunResult]:
-    """A run of known facts only, with names and texts that mean harm."""
+    """A run of known facts only, with hostile names and texts."""
     folder = tmp_path_factory.mktemp("known")
     evil = {"relation": EVIL, EVIL: EVIL, "../../evil": "../../evil"}
     bad = {"prompt": EVIL, "subject": EVIL, "target_new": EVIL, "case_id": EVIL}

@@ -1,4 +1,4 @@
-"""A request whose target cannot be found is set aside, and the others are edited."""
+"""A request for which no target can be found is rejected, and the others are edited."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VICTIM = 5
 
 
 class Fragile(ModelWorker):
-    """A worker that one request makes fail, whenever it is computed."""
+    """A worker that fails whenever a certain request is computed."""
 
     def find_targets(self, task: TargetTask) -> TargetSummary:
         if any(request.case_id == VICTIM for request in task.requests):
@@ -59,7 +59,7 @@ def test_not_a_number_costs_one_row_only(inputs: Path, local_ray: None, tmp_path
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "gptj" / "model", base)
     weights = load_file(base / "model.safetensors")
-    # Finite, and more than the norm's squares hold.
+    # Finite, but its square overflows in the norm.
     weights["transformer.wte.weight"][token_of_one_request_only(), ::2] = 3e38
     save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
     result = run_job(
@@ -113,11 +113,11 @@ def test_a_request_that_no_worker_survives_costs_one_row_only(
         if row in values
     ]
     assert len(apart) == len(expected) - 1 > 3
-    # Who shares a batch changes only rounding, which an optimisation may amplify.
+    # The composition of a batch affects only rounding, which an optimisation may amplify.
     assert np.median(apart) <= 2e-5
     said = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [e["kind"] for e in said["events"] if e["kind"] == "isolated"] == ["isolated"]
-    # The same run again finds it all in the folder.
+    # The same run again finds all results in the folder.
     tables = {f.name: f.read_bytes() for f in (tmp_path / "out" / "targets").iterdir()}
     again = run_job(fragile)
     assert again.metrics["counts"] == result.metrics["counts"]

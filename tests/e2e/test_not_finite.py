@@ -1,4 +1,4 @@
-"""Nothing that is not a number is published; a run that met one resumes when its cause is gone."""
+"""Non-finite numbers are never published; the run resumes once their cause is gone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_edit_that_float16_cannot_hold_is_not_published(
     assert diverged.startswith("4 of 4 targets ended with a loss more than 1 above the first one")
     assert not (place / "out" / "model").exists()
     assert not list((place / "out" / "delta").glob("*.safetensors"))
-    # The same job fails the same way at once, also with another number of ranks.
+    # The same job fails the same way at once, even with another number of ranks.
     with pytest.raises(NotFiniteError) as again:
         run_job(job(inputs, output, **wild))
     assert str(again.value) == text
@@ -102,7 +102,7 @@ def test_an_edit_that_float16_cannot_hold_is_not_published(
     assert all(tensor.isfinite().all() for tensor in published.values())
     layers = said(output)["layers"]
     assert {layer["dtype"] for layer in layers} == {"float16"}
-    # Float16 has 11 bits of a weight, and float32, which ranks hold, would round off next to none.
+    # Float16 keeps 11 bits of a weight; float32, which ranks hold, would round off almost nothing.
     assert all(1e-5 < layer["rounding"] < 0.1 for layer in layers)
     assert result.metrics["weights"]["rounding"] == max(layer["rounding"] for layer in layers)
     assert [gate["name"] for gate in result.metrics["gates"]] == ["rounding"]
@@ -142,7 +142,7 @@ def test_a_figure_that_is_undefined_is_recorded_shown_and_held_with_a_sentence(
     assert math.isnan(result.metrics["after"]["perplexity"])
     (gate,) = result.metrics["gates"]
     assert gate["note"] == "not a finite number, and nothing that is undefined passes"
-    # Any reader of JSON opens it.
+    # Any JSON reader can open it.
     text = (place / "out" / "metrics.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["after"]["perplexity"] == {
         "$numberDouble": "NaN"
@@ -151,18 +151,18 @@ def test_a_figure_that_is_undefined_is_recorded_shown_and_held_with_a_sentence(
     report = (place / "out" / "report.html").read_text()
     assert "undefined" in report
     assert "not a finite number, and nothing that is undefined passes" in report
-    # Edits without bound are finite in float32, and warned of.
+    # Unbounded edits are finite in float32, and cause a warning.
     assert "Targets that diverged" in report
     changes = [e["text"] for e in said(str(place / "out"))["events"] if e["kind"] == "warning"]
     assert any(t.startswith("transformer.h.1.mlp.fc_out.weight: ‖Δ‖/‖W‖ is ") for t in changes)
     published = load_file(place / "out" / "model" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in published.values())
-    # The same command reads the record of what was measured.
+    # The same command reads the record of the measurement.
     assert run_job(job(inputs, str(place / "out"), "gptj", **wild)).status == "held"
 
 
 class Unlucky(ModelWorker):
-    """A worker that finds no target: its GPU computes nonsense, say."""
+    """A worker that finds no target, as if its GPU computed nonsense."""
 
     def find_targets(self, task: TargetTask) -> TargetSummary:
         found = super().find_targets(task)

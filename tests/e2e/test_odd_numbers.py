@@ -1,8 +1,8 @@
-"""Numbers that are not finite, or hardly are, in every place where a job takes numbers from.
+"""Non-finite, subnormal and huge numbers in every place from which a job reads numbers.
 
-Whatever stands there, a job ends in one of four ways: it is refused, it sets rows aside, it fails
-with a sentence, or it publishes a model all of whose values are finite. ``PMET_FUZZ`` says how many
-jobs are tried; each has an odd number in one place and runs in this process.
+Whatever the number, a job ends in one of four ways: it is refused, it rejects rows, it fails with
+one sentence, or it publishes a model with only finite values. ``PMET_FUZZ`` sets the number of
+jobs; each has an odd number in one place and runs in this process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass
 class Job:
-    """A job's files in a folder of its own, to be changed by a place, and what its file says."""
+    """A job's files in their own folder, for a place to change, and its job file's content."""
 
     folder: Path
     values: dict[str, Any]
@@ -59,7 +59,7 @@ class Job:
         return self.folder / name
 
     def copy(self, name: str) -> Path:
-        """A copy of what all jobs share, to be changed; the job names it."""
+        """Copy a file that all jobs share, and make the job use the copy."""
         source = Path(self.values[name])
         target = self.folder / source.name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Site:
-    """What all jobs share: a random model, three facts, second moments, a finished run."""
+    """Files shared by all jobs: a random model, three facts, second moments, a finished run."""
 
     folder: Path
 
@@ -225,7 +225,7 @@ def factors(draw: random.Random, job: Job) -> list[str]:
 
 
 def write(job: Job, key: str, value: Any) -> None:
-    """Write a JSON file, as Python writes numbers that JSON has not, and let the job name it."""
+    """Write JSON with Python's notation for non-finite numbers, and make the job use it."""
     job.path(f"{key}.json").write_text(json.dumps(value))
     job.values[key] = str(job.path(f"{key}.json"))
 
@@ -236,7 +236,7 @@ def hyper_parameters(draw: random.Random, job: Job) -> list[str]:
         key = draw.choice(list(values))
         value: Any = draw.choice((odd(draw), 10 ** draw.uniform(-45, 45), 10**400))
         if key == "v_num_grad_steps" and 100 < value <= 1e9:
-            value = 1e10  # what is allowed would be computed
+            value = 1e10  # an allowed value would be computed
         values[key] = [0, value] if key == "layers" else value
     write(job, "hparams", values)
     return []
@@ -305,7 +305,7 @@ def configuration(draw: random.Random, job: Job) -> list[str]:
 
 
 def stored_targets(draw: random.Random, job: Job) -> list[str]:
-    """A store of targets that an older run has written."""
+    """A store of targets written by an older run."""
     folder = job.path("targets")
     shutil.copytree(Path(job.values["model"]).parent / "targets", folder)
     path = draw.choice(sorted(folder.rglob("*.parquet")))
@@ -324,7 +324,7 @@ def stored_targets(draw: random.Random, job: Job) -> list[str]:
 
 
 def stored_measurements(draw: random.Random, job: Job) -> list[str]:
-    """A store of measurements that an older run has written."""
+    """A store of measurements written by an older run."""
     folder = job.path("measured")
     shutil.copytree(Path(job.values["model"]).parent / "measured", folder)
     path = draw.choice(sorted(folder.rglob("*.parquet")))
@@ -337,7 +337,7 @@ def stored_measurements(draw: random.Random, job: Job) -> list[str]:
 
 
 def last_run(draw: random.Random, job: Job) -> list[str]:
-    """The figures of an earlier run that gates compare with."""
+    """The figures of an earlier run, for gates to compare with."""
     finished = Path(job.values["model"]).parent / "finished" / "out"
     folder = job.path("last")
     shutil.copytree(finished, folder)
@@ -349,7 +349,7 @@ def last_run(draw: random.Random, job: Job) -> list[str]:
 
 
 def records(draw: random.Random, job: Job) -> list[str]:
-    """A run that goes on from records with an odd number in one of them."""
+    """A run that resumes from records, one of which has an odd number."""
     finished = Path(job.values["model"]).parent / "finished"
     shutil.copytree(finished / "out", job.path("out"))
     folder = job.path("out") / "records"
@@ -362,7 +362,7 @@ def records(draw: random.Random, job: Job) -> list[str]:
 
 
 def spoilt_json(draw: random.Random, value: Any) -> Any:
-    """A copy with an odd number in the place of one number, if it holds any."""
+    """Return a copy with one number, if there is any, replaced by an odd one."""
     places = list(numbers_in(value))
     if not places:
         return value
@@ -376,7 +376,7 @@ def spoilt_json(draw: random.Random, value: Any) -> Any:
 
 
 def numbers_in(value: Any) -> Iterator[tuple[Any, ...]]:
-    """The ways to all numbers in a JSON value."""
+    """Yield the paths to all numbers in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
         if isinstance(item, dict | list):
@@ -404,7 +404,7 @@ PLACES: tuple[Callable[[random.Random, Job], list[str]], ...] = (
 
 
 def outcome(job: Job, overrides: list[str]) -> str:
-    """How a job ends: of the four ways that are allowed, which; anything else is raised."""
+    """Run a job; return which of the four allowed ways it ended in, and raise for any other."""
     try:
         ended = check_result(run_job(job.load(overrides)))
     except InputError:
@@ -416,7 +416,7 @@ def outcome(job: Job, overrides: list[str]) -> str:
 
 
 def check_result(result: RunResult) -> str:
-    """What a job that has ended well or was held back leaves, and how it ended."""
+    """Check the files of a job that succeeded or was held back; return how it ended."""
     for name in ("metrics.json", "run.json"):
         json.loads(result.folder.read_bytes(name), parse_constant=no_json)
     if result.status == "held":
@@ -433,7 +433,7 @@ def no_report(_: Store) -> None:
 
 
 def check_published(model: Path, ended: str) -> None:
-    """No model is published that is not finite, as it is stored and as it is opened."""
+    """Assert that a published model is finite, as stored and as opened."""
     path = model / "model.safetensors"
     if not path.exists():
         assert ended in ("refused", "failed with a sentence")
@@ -446,11 +446,11 @@ def check_published(model: Path, ended: str) -> None:
 def try_jobs(
     site: Site, folder: Path, seeds: range, monkeypatch: pytest.MonkeyPatch
 ) -> Counter[tuple[str, str]]:
-    """Try jobs, one a seed; returns how they ended, by place."""
+    """Run jobs, one per seed; return how they ended, by place."""
     ended: Counter[tuple[str, str]] = Counter()
     for seed in seeds:
         draw = random.Random(seed)
-        # Most of a small job's time goes into drawing.
+        # Drawing charts would take most of a small job's time.
         monkeypatch.setattr(run, "write_report", write_report if seed % 19 == 0 else no_report)
         place = PLACES[seed % len(PLACES)]
         job = site.job(folder / str(seed))

@@ -1,4 +1,4 @@
-"""Whatever the layout of inputs and output, no file that a run did not make is changed."""
+"""Whatever the layout of inputs and output, a run changes no file that it did not create."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ USERS = st.sets(
 
 
 def spelled(root: Path, place: str, how: str) -> str:
-    """One of several names for a place."""
+    """Return one of several names for a place."""
     path = root / place
     match how:
         case "url":
@@ -80,7 +80,7 @@ def without_leases(files: dict[str, str]) -> dict[str, str]:
 
 
 def pmet(arguments: list[str]) -> int:
-    """Run a command in this process; returns its exit status."""
+    """Run a command in this process; return its exit status."""
     with pytest.MonkeyPatch.context() as patch, process_restored():
         patch.setattr("sys.argv", ["pmet", *arguments])
         try:
@@ -158,7 +158,7 @@ def test_the_layout_of_a_published_run_is_no_base_for_itself(
     assert pmet(["run", str(chained), "--fresh"]) == 2
     assert "x/model lies inside the output" in " ".join(capfd.readouterr().err.split())
     assert digests(tmp_path / "x") == before
-    # Starting over on the run's own folder is told of the notes, and touches nothing.
+    # Starting over in the run's own folder is refused because of the notes, and changes nothing.
     first = job_of(tmp_path, str(tmp_path / "base"), str(tmp_path / "facts"), str(tmp_path / "x"))
     assert pmet(["run", str(first), "--fresh"]) == 2
     assert "holds model/notes.txt" in " ".join(capfd.readouterr().err.split())

@@ -1,6 +1,6 @@
-"""GPUs of several kinds on several nodes: who gets which, and how much each does.
+"""GPUs of several kinds on several nodes: which worker gets which, and how much work each does.
 
-The GPUs are Ray's logical ones; what a process sees of them is what it would see of real ones.
+The GPUs are Ray's logical ones; a process sees of them what it would see of real ones.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pipeline.storage.store import Store
 from tests.conftest import ROOT
 from tests.e2e.conftest import job, wait_until
 
-# Else workers would import this module, and torch with it.
+# Otherwise workers would import this module, and torch with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 until = partial(wait_until, within_s=120, every_s=0.1)
 
 
 class Sight(NamedTuple):
-    """What a worker sees of its place."""
+    """A worker that reports its placement."""
 
     process: int
     node: str
@@ -69,19 +69,19 @@ def cluster() -> Iterator[Cluster]:
 
 
 def add(cluster: Cluster, kind: str, *, gpus: int) -> Any:
-    """A node whose processes know the kind of its GPUs."""
+    """Start a node whose processes know the kind of its GPUs."""
     return cluster.add_node(num_cpus=8, num_gpus=gpus, env_vars={"KIND": kind})
 
 
 @pytest.fixture
 def seen(cluster: Cluster) -> Callable[..., list[Sight]]:
-    """Runs tasks on workers, and tells who has done each."""
+    """Runs tasks on workers and reports which worker did each."""
 
     def run(tasks: int, *, slow: float = 0.1, **options: Any) -> list[Sight]:
         found: list[Sight] = []
         seconds = {"fast": 0.1, "slow": slow}
         with WorkerPool(Worker, **options) as pool:
-            # All are there before the work is shared out.
+            # All workers are ready before the work is distributed.
             until(lambda: pool.run("look", todo(8), lambda *_: None) == [] and not pool.absent)
             pool.run("look", todo(tasks, seconds), lambda _, sight: found.append(sight))
         return found
@@ -118,7 +118,7 @@ def test_a_worker_with_several_gpus_has_them_on_one_node(seen: Callable[..., lis
     assert {(sight.kind, frozenset(sight.gpus)) for sight in found} == {("fast", frozenset("01"))}
 
 
-def test_ranks_that_the_nodes_cannot_hold_are_told_before_targets_are_computed(
+def test_ranks_that_the_nodes_cannot_hold_are_reported_before_targets_are_computed(
     cluster: Cluster, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.cluster.nodes.START_TIMEOUT_S", 1.5)
@@ -162,7 +162,7 @@ def test_a_node_that_joins_late_is_used_and_one_that_leaves_is_survived(
 def work_until(
     pool: WorkerPool, what: Callable[[], bool], *, all_there: bool = True
 ) -> list[Sight]:
-    """Let a pool work until something is so; then some more."""
+    """Let a pool work until a condition holds, and then a little longer."""
     found: list[Sight] = []
 
     def more() -> bool:

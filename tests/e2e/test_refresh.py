@@ -1,4 +1,4 @@
-"""Nights of a model that is kept up to date: what each computes, and what it leaves in use."""
+"""Consecutive refreshes of a model: what each computes, and which version it leaves in use."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Place:
-    """A folder with dumps, a refresh file and a home; what tonight's dump says.
+    """A folder with dumps, a refresh file and a home, and the content of the current dump.
 
     Attributes:
         folder: where it is.
-        url: of the home.
-        objects: what the dump says otherwise than the baseline, by subject.
+        url: location of the home.
+        objects: objects in the dump that differ from the baseline, by subject.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Place:
         return self.home.store.read_bytes(path(version, "model", "model.safetensors"))
 
     def tell(self, start: int, stop: int) -> list[str]:
-        """Let the dump say the new objects of some golden facts; returns their subjects."""
+        """Put the new objects of some golden facts into the dump; return their subjects."""
         self.objects |= {f["subject"]: f["target_new"] for f in FACTS[start:stop]}
         return [fact["subject"] for fact in FACTS[start:stop]]
 
@@ -81,7 +81,7 @@ FACTS = json.loads((GOLDEN / "facts.json").read_text())
 
 
 def place(folder: Path, url: str | None = None) -> Place:
-    """A home of the golden model, before its first night; beside its dumps or at a URL."""
+    """A home of the golden model before its first refresh, beside its dumps or at a URL."""
     url = url or str(folder / "home")
     folder.mkdir(parents=True, exist_ok=True)
     texts = json.loads((GOLDEN / "corpus.json").read_text())
@@ -110,7 +110,7 @@ def place(folder: Path, url: str | None = None) -> Place:
 
 @pytest.fixture(scope="module")
 def nights(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Any]:
-    """A home after a night with 24 facts and one with 3 that are new, one other, one gone."""
+    """A home after a refresh with 24 facts and one with 3 added, one changed, one removed."""
     found = place(tmp_path_factory.mktemp("nights"))
     first = found.tonight()
     gone, changed = FACTS[0], FACTS[1]
@@ -127,7 +127,7 @@ def test_a_night_computes_what_the_dump_changes(nights: tuple[Place, Any]) -> No
     assert second.night["changes"] == {"added": 2, "changed": 1, "removed": 1}
     stages = found.home.store.read_json(path(2, "run.json"))["stages"]
     (before,) = [s["detail"] for s in stages if s["name"] == "measure before"]
-    # Most facts have kept their prompts; what the base says to them is known.
+    # Most facts kept their prompts, for which the base's answers are stored.
     assert FIRST // 2 < before["stored"] <= FIRST - 2
     ledger = Ledger.read(found.home.store.read_table(path(2, LEDGER)))
     assert {e.subject: e.object for e in ledger.entries.values()} == found.objects
@@ -174,7 +174,7 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
     result = found.tonight(quarantine_after=None)
     assert result.night["changes"] == {"retracted": 1}
     assert found.weights(3) == found.weights(1) != found.weights(2)
-    # And back: at once by rollback, with the next night by restore.
+    # And back: at once by rollback, with the next refresh by restore.
     assert found.home.rollback().version == 2
     assert found.home.rollback().version == 3
     found.home.retract(subject, relation, "restore")
@@ -185,7 +185,7 @@ def test_a_retracted_fact_leaves_the_weights_as_if_it_had_never_been(
 def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) -> None:
     found, _ = nights
     current = found.home.current()
-    # No fraction can be more than 1 above the last night's; a job file could not ask for it.
+    # No fraction can be more than 1 above the previous one; a job file could not require that.
     gates = GatesConfig.model_construct(efficacy=0.0, efficacy_strict_drop_since_last=-1.1)
     found.tell(40, 41)
     result = found.tonight(gates=gates)
@@ -198,7 +198,7 @@ def test_a_gate_holds_a_version_back(nights: tuple[Place, Any], tmp_path: Path) 
     drop = last["efficacy_strict"] - metrics["after"]["efficacy_strict"]
     assert held_by["value"] == pytest.approx(drop)
     assert found.home.current() == current
-    # It is kept, and a person may decide otherwise.
+    # It is kept, so that a person may still promote it.
     assert found.home.is_kept(result.version)
     del found.objects[FACTS[40]["subject"]]
 

@@ -1,6 +1,6 @@
-"""A night on S3 whose process is killed while it writes, and the night that takes it up.
+"""A refresh on S3 whose process is killed while it writes, and the refresh that resumes it.
 
-``PMET_CHAOS_KILLS`` says how many nights are killed, ``PMET_CHAOS_SEED`` draws when.
+``PMET_CHAOS_KILLS`` sets how many are killed, ``PMET_CHAOS_SEED`` draws the moments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.e2e.test_refresh import Place, place
 KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
 
-# The refresh, which dies in the middle of the n-th file that it writes, or right after it.
+# The refresh, which dies during the n-th file that it writes, or right after it.
 DRIVER = """
 import os, signal, sys
 from contextlib import contextmanager
@@ -91,7 +91,7 @@ def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
         found.write()
         return found
 
-    # One of their own: its processes know where S3 is.
+    # A separate Ray, whose processes know where S3 is.
     with ray_session("local", num_cpus=4):
         first.tonight()
         undisturbed, writes = after_the_first_night("undisturbed"), []
@@ -118,7 +118,7 @@ def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
 
 
 def _files(found: Place) -> list[str]:
-    """All files but those of leases, without the marks of the attempts that wrote them."""
+    """Return all files except leases, without the marks of the attempts that wrote them."""
     names = found.home.store.list(unfinished=True)
     names = [name for name in names if "lease" not in name.split("/")]
     return sorted(re.sub(r"-[0-9a-f]{32}", "", name) for name in names)

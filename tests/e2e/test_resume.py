@@ -1,4 +1,4 @@
-"""What is finished is not done again, and what is not whole does not count, after any fault."""
+"""After any fault, finished work is not repeated, and incomplete work does not count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.conftest import GOLDEN
 from tests.e2e.conftest import GOOD_ROWS, Runner, assert_same_weights, job, targets_by_row
 from tests.e2e.test_run import edited_names, folder, record_is_whole, run_json, weights
 
-# Who computes decides nothing, and fewer processes start sooner.
+# The number of processes does not affect the result, and fewer start sooner.
 ONE: dict[str, Any] = {"targets": {"workers": 1}, "update": {"ranks": 1}}
 
 
@@ -86,7 +86,7 @@ def test_the_same_job_resumes_and_another_is_refused(
     output = str(tmp_path / "out")
     shutil.copytree(folder(run()), output)
     before = weights(run())
-    # As if the run had been lost between its second and third layer, with one shard missing.
+    # As if the run had died between its second and third layer, with one shard missing.
     (tmp_path / "out" / "records" / "layer-2.json").unlink()
     (tmp_path / "out" / "records" / "published.json").unlink()
     (tmp_path / "out" / "records" / "targets-00001.json").unlink()
@@ -128,7 +128,7 @@ def test_a_damaged_shard_does_not_count_as_finished(
 
 
 class Mortal(UpdateRank):
-    """A rank that is killed once, in the middle of a layer: it has solved, and begins to write."""
+    """A rank that is killed once, within a layer, after the solve and before it writes."""
 
     def __init__(self, meeting: Rendezvous, job: UpdateJob) -> None:
         super().__init__(meeting, job)
@@ -156,7 +156,7 @@ class Mortal(UpdateRank):
 
 
 def copied(result: RunResult, output: Path, *without: str) -> Path:
-    """A finished run as if some of its work had not been done yet."""
+    """Make a finished run look as if some of its work had not been done yet."""
     shutil.copytree(folder(result), output)
     for name in without:
         (output / "records" / f"{name}.json").unlink()
@@ -184,7 +184,7 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
     assert set(again.folder.list("delta", unfinished=True)) == named
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(
     run: Runner, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run()
@@ -193,14 +193,14 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     room = (folder(first) / "model" / "model.safetensors").stat().st_size // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     said = r"^cannot write .*/model/model\.safetensors \(.*\); make room there, then run the same"
-    # The kernel refuses files larger than a limit as it refuses what a disk has no room for.
+    # The kernel refuses files above a size limit just as it does on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(StorageError, match=said):
             run_job(job(inputs, str(output), **ONE))
         assert run_json_of(output)["status"] == "failed"
         with monkeypatch.context() as patched:
-            # Not even the status can be written.
+            # Even the status cannot be written.
             patched.setattr(RunFolder, "finish", full)
             with pytest.raises(StorageError, match=said):
                 run_job(job(inputs, str(output), **ONE))

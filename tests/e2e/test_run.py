@@ -1,4 +1,4 @@
-"""The main job, from Parquet to checkpoint, through Ray and DeepSpeed."""
+"""A whole job, from Parquet to checkpoint, through Ray and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.e2e.conftest import (
     targets_by_row,
 )
 
-# A process that opens a model takes seconds: only where their number matters are there several.
+# A process that opens a model takes seconds, so there are several only if the number matters.
 FEWEST = {"targets": {"workers": 1}, "update": {"ranks": 1}}
 FEWER: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": {"targets": {"workers": 1}}}
 
@@ -45,7 +45,7 @@ def weights(result: RunResult) -> dict[str, torch.Tensor]:
 
 
 def targets(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
-    """Values and steps of all requests, in their order."""
+    """Return values and steps of all requests, in order."""
     files = sorted((folder(result) / "targets").glob("*.parquet"))
     parts = [read_targets(pq.read_table(file)) for file in files]
     return np.concatenate([p.values for p in parts]), np.concatenate([p.steps for p in parts])
@@ -60,7 +60,7 @@ def run_json(result: RunResult) -> dict[str, Any]:
 
 
 def record_is_whole(result: RunResult, name: str) -> bool:
-    """Whether all files that a record names are there, as it says."""
+    """Whether all files named by a record exist as recorded."""
     record = result.folder.read_json(f"records/{name}")
     files = record.get("files", {}) | (
         {record["file"]: record["sha256"]} if "file" in record else {}
@@ -192,7 +192,7 @@ def test_targets_are_bit_equal_for_any_number_of_workers(
     run: Runner, inputs: Path, tmp_path: Path, workers: int
 ) -> None:
     values, steps = targets(run())
-    # All is finished but the targets.
+    # Everything is finished except the targets.
     shutil.copytree(folder(run()), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "targets")
     changes = {"targets": {"workers": workers}, "update": {"ranks": 2 if workers else 0}}
@@ -208,7 +208,7 @@ def test_weights_are_equal_for_any_number_of_ranks(
     run: Runner, inputs: Path, tmp_path: Path, family: str, ranks: int
 ) -> None:
     result = run(family, **FEWER[family])
-    # The same targets, and the update from its beginning.
+    # The same targets, and the update from its start.
     shutil.copytree(folder(result), tmp_path / "out")
     for done in ("layer-0", "layer-1", "layer-2", "published"):
         (tmp_path / "out" / "records" / f"{done}.json").unlink()
@@ -224,7 +224,7 @@ def test_weights_are_equal_for_any_number_of_ranks(
 
 
 def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:
-    # Of forty requests two shards, unless the job says otherwise.
+    # By default forty requests make two shards.
     small = run()
     large = run(
         targets={"workers": 1, "shard_size": 64},
@@ -277,7 +277,7 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
     assert results.num_rows == GOOD_ROWS
     for column in ("after_efficacy", "before_fluency", "after_text"):
         assert results.column(column).null_count == GOOD_ROWS - 12
-    # The second run reads what the first one has kept, and needs no corpus.
+    # The second run reads what the first one saved, and needs no corpus.
     again = run_job(
         job(inputs, str(tmp_path / "again"), second_moments=kept, corpus=None, **FEWEST)
     )

@@ -1,4 +1,4 @@
-"""Signals that a run gets for real: Ctrl-C again and again, SIGTERM, the end of the terminal."""
+"""Real signals sent to a run: repeated Ctrl-C, SIGTERM, the end of the terminal."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Run:
     """``pmet run`` in a process group of its own, as a shell starts it.
 
     Args:
-        folder: where the job is.
-        output: where what it prints goes; a pipe, if not given.
+        folder: folder of the job.
+        output: destination of its output; a pipe if None.
     """
 
     def __init__(self, folder: Path, output: int = subprocess.PIPE) -> None:
@@ -72,7 +72,7 @@ class Run:
         self._lines: Iterator[str] = iter(self.process.stderr.readline, "")
 
     def stop_at(self, sign: str, numbers: Sequence[int], *, after_s: float = 0.0) -> None:
-        """Send signals to the whole group, once a line of its log has all words of ``sign``."""
+        """Send signals to the whole group once a line of its log contains all words of ``sign``."""
         for line in self._lines:
             if all(word in line for word in sign.split()):
                 break
@@ -82,13 +82,13 @@ class Run:
             time.sleep(0.2)
 
     def end(self) -> tuple[int, list[str], dict[str, Any]]:
-        """Exit status, what it said beside its log, and ``run.json``."""
+        """Return the exit status, the output outside its log, and ``run.json``."""
         said = [line.strip() for line in self._lines if not line.startswith("time=")]
         status = self.process.wait(60)
         return status, said, json.loads((self._folder / "out" / "run.json").read_text())
 
     def left(self) -> list[str]:
-        """Processes that it has left, after a moment to end."""
+        """Return the processes that it left behind, after a moment to end."""
         deadline = time.monotonic() + 20
         while (found := self._marked()) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -112,7 +112,7 @@ def test_ctrl_c_three_times_while_targets_are_computed(folder: Path) -> None:
     run = Run(folder)
     run.stop_at("event=shard stage=targets", [signal.SIGINT] * 3)
     status, said, record = run.end()
-    assert (status, said) == (130, ["interrupted; run the same command again to go on from here"])
+    assert (status, said) == (130, ["interrupted; run the same command again to resume"])
     ended = (record["status"], record["error"], record["exit_status"])
     assert ended == ("stopped", STOPPED, 130)
     assert run.left() == []
@@ -125,7 +125,7 @@ def test_the_end_of_the_terminal_while_ray_starts(folder: Path) -> None:
     status, said, record = run.end()
     assert (status, said) == (
         129,
-        ["stopped by SIGHUP; run the same command again to go on from here"],
+        ["stopped by SIGHUP; run the same command again to resume"],
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 129)
     assert run.left() == []
@@ -139,11 +139,11 @@ def test_sigterm_while_the_model_is_published_and_then_a_run_whose_reader_is_gon
     status, said, record = run.end()
     assert (status, said) == (
         143,
-        ["stopped by SIGTERM; run the same command again to go on from here"],
+        ["stopped by SIGTERM; run the same command again to resume"],
     )
     assert (record["status"], record["exit_status"]) == ("stopped", 143)
     assert run.left() == []
-    # Nothing of the update is left to do: no worker and no rank starts again.
+    # The update is finished, so no worker and no rank starts again.
     reader, writer = os.pipe()
     os.close(reader)
     run = Run(folder, writer)

@@ -1,4 +1,4 @@
-"""A cluster of three machines: submitted, followed, stopped, submitted again, finished."""
+"""A job on a cluster of three machines: submitted, followed, stopped, submitted again, finished."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def cluster() -> Iterator[Cluster]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        # Ray waits half a minute until it believes that a machine is lost.
+        # Ray waits half a minute before it considers a machine lost.
         patch.setenv("RAY_health_check_period_ms", "500")
         patch.setenv("RAY_health_check_failure_threshold", "3")
-        # Nodes run this checkout, whatever else is installed.
+        # Nodes use this checkout, whatever else is installed.
         patch.setenv("PYTHONPATH", str(ROOT))
         head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
         cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -61,7 +61,7 @@ Pmet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def pmet(cluster: Cluster) -> Pmet:
-    """Run ``pmet`` as a user of this cluster does."""
+    """Run ``pmet`` as a user of this cluster would."""
     environment = {
         **os.environ,
         "RAY_API_SERVER_ADDRESS": f"http://{cluster.head_node.webui_url}",
@@ -110,7 +110,7 @@ def name_in(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def stopped(cluster: Cluster, pmet: Pmet, folder: Path) -> dict[str, Any]:
-    """What was said while a run lost a machine, was submitted again meanwhile, and was stopped."""
+    """The output while a run lost a machine, was submitted again, and was stopped."""
     said: dict[str, Any] = {"submitted": pmet("submit", folder / "job.yaml")}
     assert said["submitted"].returncode == 0, said["submitted"].stderr
     node = sorted(cluster.worker_nodes, key=lambda node: node.node_id)[0]
@@ -130,7 +130,7 @@ def stopped(cluster: Cluster, pmet: Pmet, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(stopped: dict[str, Any], pmet: Pmet, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The same job, submitted once more and followed to its end."""
+    """The same job, submitted again and followed to its end."""
     return pmet("submit", folder / "job.yaml", "--follow")
 
 
@@ -138,7 +138,7 @@ def test_a_job_is_submitted_once_while_it_runs(stopped: dict[str, Any]) -> None:
     first = name_in(stopped["submitted"].stdout)
     assert first.endswith("-1")
     assert stopped["again"].returncode == 0
-    assert f"{first} is running already" in stopped["again"].stdout
+    assert f"{first} is already running" in stopped["again"].stdout
     assert stopped["other"].returncode == 2
     assert "with other settings" in stopped["other"].stderr
 

@@ -1,8 +1,8 @@
-"""Two hosts with addresses and model caches of their own; one is cut off, and comes back.
+"""Two hosts with separate addresses and model caches; one is cut off and comes back.
 
-Hosts are network namespaces of this machine. Nothing is shared between them but S3: the model, the
-requests and the run folder are there. The head drives and computes nothing, as in cluster.yaml, so
-that the run waits while the other one is away.
+Hosts are network namespaces of this machine. They share nothing but S3, which holds the model, the
+requests and the run folder. The head drives and computes nothing, as in cluster.yaml, so the run
+waits while the other host is away.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ until = partial(wait_until, within_s=PATIENCE_S, every_s=0.2)
 
 @dataclass
 class Host:
-    """A network namespace, and what runs in it."""
+    """A network namespace and the processes that run in it."""
 
     name: str
     address: str
@@ -100,13 +100,13 @@ class Host:
         return self.run("-m", "jobs", *arguments, **changed)
 
     def computes(self) -> bool:
-        """Whether a worker under what was started here is at a task just now."""
+        """Whether a worker started here is currently running a task."""
         with suppress(psutil.NoSuchProcess):
             return any(worker_of(process.pid) for process in self.running)
         return False
 
     def end(self) -> None:
-        """End all that was started here, with what it has started."""
+        """End all processes started here, with their children."""
         for process in self.running:
             family: list[psutil.Process] = []
             with suppress(psutil.NoSuchProcess):
@@ -125,10 +125,11 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a wire between them: a Ray head with S3 beside it, and one with nothing."""
+    """Two connected hosts: one with a Ray head and S3, the other empty."""
     names = [f"pmet{os.getpid()}{letter}" for letter in "ab"]
     with ExitStack() as stack:
-        # Short names: Ray's sockets lie below, and the path of a socket may have 107 characters.
+        # Short names, because Ray's sockets are below and a socket's path has at most 107
+        # characters.
         made = [
             Host(name, address, Path(stack.enter_context(TemporaryDirectory(prefix="h"))), cpus)
             for name, address, cpus in zip(names, (HEAD, OTHER), (0, 2), strict=True)
@@ -182,11 +183,11 @@ fsspec.filesystem("s3").get("pmet/runs/1", sys.argv[1], recursive=True)
 
 
 @pytest.mark.slow
-def test_who_has_no_token_or_a_wrong_one_is_told(hosts: tuple[Host, Host]) -> None:
+def test_a_missing_or_wrong_token_is_explained(hosts: tuple[Host, Host]) -> None:
     head, _ = hosts
     none = head.pmet("list", RAY_AUTH_MODE="disabled")
     assert none.returncode == 1
-    assert "asks for a token, and none was given (HTTP 401): set RAY_AUTH_MODE=token" in none.stderr
+    assert "requires a token, and none was given (HTTP 401): set RAY_AUTH_MODE=token" in none.stderr
     wrong = head.pmet("list", RAY_AUTH_TOKEN=TOKEN[::-1])
     assert wrong.returncode == 1
     assert "does not accept this token (HTTP 403)" in wrong.stderr
@@ -229,17 +230,17 @@ def test_a_host_that_is_cut_off_and_comes_back(
         found = (status().get("folder") or {}).get("events") or []
         return [str(event) for event in found if word in str(event)]
 
-    # A node that comes when there is work, as an autoscaler's do.
+    # A node that is added when there is work, as by an autoscaler.
     assert "waiting for nodes, 15 minutes at most" in until(lambda: events("waiting"))[0]
     other.start_ray("--address", f"{HEAD}:6379")
-    # The host has fetched the model for itself, and is in the middle of a task.
+    # The host has fetched its own copy of the model, and is running a task.
     until(lambda: list((other.tmp / f"pmet-{os.getuid()}" / "models").glob("*.checked")))
     until(other.computes, every_s=0.01)
     ip("-n", other.name, "link", "set", "wire", "down")
 
     until(lambda: events("was lost on"))
     ip("-n", other.name, "link", "set", "wire", "up")
-    # Ray has given up the node; whoever looks after the host starts it again.
+    # Ray has given up the node, so its supervisor restarts it.
     other.end()
     other.start_ray("--address", f"{HEAD}:6379")
     ended = head.pmet("logs", name, "--follow")

@@ -16,7 +16,7 @@ import yaml
 
 from tests.conftest import GOLDEN, ROOT
 
-# May read what root may, where the interpreter lies in root's home, but write nothing of root's.
+# It may read root's files, because the interpreter may be in root's home, but not write them.
 READS = "+dac_read_search"
 OTHER = 54321
 AS_OTHER = [

@@ -20,7 +20,7 @@ Invoke = Callable[..., tuple[int, str, str]]
 
 @contextmanager
 def process_restored() -> Iterator[None]:
-    """Give back what the command line takes for a process of its own: signals and hooks."""
+    """Restore the signal handlers and hooks that the command line replaces."""
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     hooks = threading.excepthook, sys.unraisablehook
     try:
@@ -33,7 +33,7 @@ def process_restored() -> Iterator[None]:
 
 @pytest.fixture
 def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Run ``pmet`` with arguments; returns exit status, output and error output."""
+    """Run ``pmet`` with arguments; return exit status, output and error output."""
     for console in (cli.out, cli.err, facts_cli.out, refresh_cli.out):
         monkeypatch.setattr(console, "width", 200)
 

@@ -1,4 +1,4 @@
-"""The command line: exit status, one clear line for bad input, and no worker started for it."""
+"""The command line: exit statuses, and one clear line for bad input without starting a worker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STOPPED = "stopped by a signal; the same job goes on from here"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[..., Path]:
-    """Write a job file for a good job, with changes; ``None`` leaves a key out."""
+    """Write a valid job file with changes; ``None`` leaves a key out."""
     rows = [
         {"prompt": "{} works as", "subject": "Sur Bavov", "target_new": "a glass blower"},
         {"prompt": "no place", "subject": "Sur Bavov", "target_new": "a baker"},
@@ -86,7 +86,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
+def test_a_dry_run_estimates_time_memory_and_the_effect_of_more_workers(
     pmet: Invoke, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Estimate(
@@ -99,15 +99,15 @@ def test_a_dry_run_tells_time_memory_and_what_more_workers_would_bring(
         by_workers={1: 14400.0, 4: 3600.0},
         diverging=0.25,
     )
-    monkeypatch.setattr("pipeline.estimate.prediction.estimate", lambda plan: found)
+    monkeypatch.setattr("pipeline.estimate.estimate", lambda plan: found)
     status, out, _ = pmet("run", job(), "--dry-run")
     assert status == 0
-    assert re.search(r"in all +2 h 00 min", out)
+    assert re.search(r"total +2 h 00 min", out)
     assert "3.00 GiB × 2" in out
     assert re.search(r"4 +1 h 00 min +4 h 00 min", out)
     assert re.search(r"targets that diverge +25.0 % of the sample", out)
     assert "lower v_lr or clamp_norm_factor in the hyper-parameters" in out
-    # What only the whole update decides is not guessed.
+    # Figures that depend on the whole update are not estimated.
     assert re.search(r"‖Δ‖/‖W‖ +known after the update", out)
 
 
@@ -380,7 +380,7 @@ def test_evaluate_measures_a_model(
     rows = [{k: f[k] for k in ("prompt", "subject", "target_new", "target_true")} for f in facts]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "facts.parquet")
     figures = tmp_path / "figures.json"
-    # The shell leaves a tilde as it is in quotes, and behind an equals sign.
+    # The shell does not expand a tilde in quotes or after an equals sign.
     (tmp_path / "model").symlink_to(GPT2 / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     status, out, _ = pmet(
@@ -454,7 +454,7 @@ def test_where_no_row_can_be_edited_the_reasons_are_kept(
     assert [(row["row"], row["note"]) for row in rejected] == [(0, "x"), (1, "x")]
     status_of_run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (status_of_run["status"], status_of_run["exit_status"]) == ("failed", 2)
-    # Mended requests may use the folder.
+    # A job with corrected requests may use the folder.
     good = [{"prompt": "{} is", "subject": "A", "target_new": "b"}]
     pq.write_table(pa.Table.from_pylist(good), tmp_path / "requests.parquet")
     assert pmet("run", job(), "--dry-run", "--no-estimate")[0] == 0

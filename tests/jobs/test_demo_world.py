@@ -1,4 +1,4 @@
-"""The demo world: its facts, its edit requests, and what the bundled model knows."""
+"""The demo world: its facts, its edit requests, and the bundled model's knowledge."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_about_a_thousand_facts():
     assert 1000 <= len(world.facts()) <= 1500
 
 
-def test_no_fact_is_told_twice():
+def test_no_fact_is_stated_twice():
     told = Counter((fact.relation.name, fact.subject) for fact in world.facts())
     assert [key for key, count in told.items() if count > 1] == []
 
@@ -104,7 +104,7 @@ def test_fewer_requests_are_the_first_ones(rows):
 
 
 def test_too_many_requests_are_refused_with_the_number_there_is():
-    with pytest.raises(ValueError, match=r"5000 requests are wanted but seed 0 gives 2\d\d"):
+    with pytest.raises(ValueError, match=r"5000 requests were asked for but seed 0 gives 2\d\d"):
         world.requests(count=5000)
 
 
@@ -221,7 +221,7 @@ def test_the_model_knows_the_facts_in_the_main_phrasing(model, tokenizer):
 
 
 def test_the_model_knows_the_facts_in_every_other_phrasing(model, tokenizer):
-    # A third of them is enough to tell.
+    # A third of them is a large enough sample.
     pairs = [(prompt, fact.object) for fact in world.facts()[::3] for prompt in fact.prompts()[1:]]
     assert train.greedy_accuracy(model, tokenizer, pairs) >= 0.98
 
@@ -239,7 +239,7 @@ def test_the_model_reads_facts_at_the_subjects_last_token(model, tokenizer):
         )
         return exchanging.loss().item()
 
-    # Behind layer z the state of another subject brings that subject's fact along; behind the last
+    # After layer z the state of another subject carries that subject's fact along; after the last
     # layer it comes too late to be read.
     assert loss(train.Recipe().target_layer) < 0.2
     assert loss(model.config.n_layer - 1) > 1

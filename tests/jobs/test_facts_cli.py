@@ -1,4 +1,4 @@
-"""``pmet facts`` as it is typed."""
+"""``pmet facts`` on the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parquet(rows: list[tuple[str, ...]], names: tuple[str, ...] = ()) -> bytes:
 
 @pytest.fixture
 def facts(pmet: Invoke) -> Invoke:
-    """Run ``pmet facts``; returns exit status, output and error output."""
+    """Run ``pmet facts``; return exit status, output and error output."""
     return partial(pmet, "facts")
 
 
@@ -58,7 +58,7 @@ def test_help_says_what_there_is(facts: Invoke, pmet: Invoke) -> None:
 
 
 def through(facts: Invoke, store: Store) -> None:
-    """A night: check, compare, convert, and read the requests as a run does."""
+    """Check, compare and convert a dump, and read the requests as a run does."""
     for name, rows in (("old.parquet", OLD), ("tonight/r=1/new.parquet", NEW)):
         store.write_bytes(name, parquet(rows))
     store.write_bytes("t.yaml", TEMPLATES.encode())
@@ -211,19 +211,25 @@ def test_markup_in_facts_is_shown_as_it_is(facts: Invoke, folder: Path) -> None:
         ("check new.parquet --column subject", "--column subject: write it as subject=NAME"),
         ("check new.parquet --column who=subject", "--column who: a dump has no such column"),
         ("check new.parquet --column subject=a --column subject=b", "subject is given twice"),
-        ("check new.parquet --as-of noon", "--as-of: 'noon' is not a time; write it as 2026-11-23"),
+        (
+            "check new.parquet --as-of noon",
+            "--as-of: 'noon' is not a time; write it like 2026-11-23",
+        ),
         ("check new.parquet --templates none.yaml", "templates: cannot read"),
         ("diff old.parquet none.parquet", "none.parquet matches no file"),
         ("diff old.parquet new.parquet --output old.parquet", "one of the files that are read"),
-        ("convert . out.parquet --templates t.yaml", "read as a part of . the next time"),
-        ("convert n*.parquet n2.parquet --templates t.yaml", "read as a part of n*.parquet the"),
-        ("diff old.parquet . --output a/b.parquet", "would be read as a part of . the next time"),
-        ("convert new.parquet out.parquet", "give a file with --templates"),
+        ("convert . out.parquet --templates t.yaml", "read as part of . next time"),
+        ("convert n*.parquet n2.parquet --templates t.yaml", "read as part of n*.parquet next"),
+        ("diff old.parquet . --output a/b.parquet", "would be read as part of . next time"),
+        ("convert new.parquet out.parquet", "give a templates file with --templates"),
         ("convert new.parquet new.parquet --templates t.yaml", "one of the files that are read"),
-        ("convert new.parquet out.parquet --format xml", "--format: 'xml' is no format; name one"),
+        (
+            "convert new.parquet out.parquet --format xml",
+            "--format: 'xml' is not a format; use one",
+        ),
         ("convert zsre.json out.parquet --templates t.yaml", "--templates is for fact dumps"),
         ("convert zsre.json out.parquet --format counterfact", "none of 1 rows can be converted"),
-        ("convert t.yaml out.parquet", "neither Parquet nor JSON"),
+        ("convert t.yaml out.parquet", "not Parquet, JSON"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_2(
@@ -246,7 +252,7 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 def test_more_files_than_two_are_refused_before_one_is_overwritten(
     facts: Invoke, folder: Path
 ) -> None:
-    """As where the shell has written out a glob."""
+    """As if the shell had expanded a glob."""
     assert facts("convert", *sorted(folder.glob("*.parquet")), folder / "x", "y")[0] == 2
 
 
@@ -278,7 +284,7 @@ def test_parquet_is_a_data_set_only_where_it_is_no_dump(facts: Invoke, tmp_path:
     assert (status, "--templates is for fact dumps" in error) == (2, True)
     (tmp_path / "dump.parquet").write_bytes(parquet(OLD))
     status, _, error = facts("convert", str(tmp_path / "dump.parquet"), output)
-    assert (status, "is a fact dump, and nothing puts its relations into words" in error) == (
+    assert (status, "is a fact dump, so its relations need templates" in error) == (
         2,
         True,
     )
@@ -292,7 +298,7 @@ def test_parquet_is_a_data_set_only_where_it_is_no_dump(facts: Invoke, tmp_path:
 def test_files_of_the_users_are_not_replaced(facts: Invoke, folder: Path) -> None:
     convert = ("convert", folder / "new.parquet")
     templates = ("--templates", folder / "t.yaml")
-    # Its own output is written anew.
+    # Its own output may be overwritten.
     for _ in range(2):
         assert facts(*convert, folder / "requests.parquet", *templates)[0] == 0
         assert (

@@ -1,6 +1,7 @@
-"""Every command, with a fault at its start, in its middle and at its end: a sentence, no traceback.
+"""Every command, with a fault at its start, in its middle and at its end: one message, no
+traceback.
 
-The commands are found by walking the command line. A new one needs a line in `ARGUMENTS`.
+The commands are found by walking the command line. A new command needs a line in `ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MODEL = GOLDEN / "gpt2" / "model"
 HPARAMS = GOLDEN / "gpt2" / "hparams.json"
 SUBMITTED = f"{stem_of('s3://runs/tonight')}-1"
 
-# The folder in which they run holds what `world` has written.
+# They run in a folder with the files written by `world`.
 ARGUMENTS = {
     "demo": "--output out",
     "run": "job.yaml",
@@ -80,7 +81,7 @@ ARGUMENTS = {
 
 
 class FullError(OSError):
-    """No room, as the system says it."""
+    """The system's error for a full disk."""
 
     def __init__(self) -> None:
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/file")
@@ -108,7 +109,7 @@ MIDDLE = ("a full disk", "a bug", "Ctrl-C")
 
 
 def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """All commands of ``pmet``, by what is typed."""
+    """Yield all commands of ``pmet`` with their names on the command line."""
     for name, command in (group or typer.main.get_command(app)).commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{before}{name} ")
@@ -121,7 +122,7 @@ COMMANDS = dict(commands())
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files for all commands."""
+    """Write files for all commands."""
     folder = tmp_path_factory.mktemp("template")
     rows = [
         {"prompt": "{} works as", "subject": "Sur Bavov", "target_new": t, "target_true": "a cook"}
@@ -157,7 +158,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
-    """Makes a folder with files for all commands the working one, without Ray or a cluster."""
+    """Changes to a working folder with files for all commands, without Ray or a cluster."""
     monkeypatch.setenv("PMET_SCHEDULES", "schedules")
     monkeypatch.delenv("PMET_TRACEBACK", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -175,7 +176,7 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 def stages(run: Context) -> RunResult:
-    """Stages that write what others read of a run, and compute nothing."""
+    """Stages that write the files other code reads, and compute nothing."""
     figures = dict.fromkeys(("efficacy", "generalization", "specificity"), 1.0)
     figures |= {f"{name}_strict": 1.0 for name in figures} | {"score": 1.0}
     rows = [
@@ -200,7 +201,7 @@ def stages(run: Context) -> RunResult:
 
 
 class Server:
-    """A cluster that has ended what was submitted to it."""
+    """A cluster on which every submission has ended."""
 
     address = "http://head:8265"
 
@@ -226,10 +227,10 @@ class Server:
 
 
 class Seam:
-    """Counts what a command does with files in its folder and what it prints; fails once.
+    """Counts a command's file operations in its folder and its writes to the terminal; fails once.
 
     Args:
-        at: number of the operation that fails; None for none.
+        at: number of the operation that fails; None: none fails.
     """
 
     OTHERS = ("replace", "link", "scandir", "listdir")
@@ -256,8 +257,8 @@ class Seam:
         if isinstance(file, int) or threading.current_thread() is not threading.main_thread():
             return
         path = os.path.join(os.getcwd(), os.fsdecode(file))
-        # A lease that cannot be released expires: that is no failure of the command. The other is
-        # on the path of modules in an editable installation, and no file.
+        # A lease that cannot be released expires, which is no failure of the command. The other
+        # path is a placeholder on sys.path in an editable installation, and no file.
         if path.startswith(self.folder) and "/lease/" not in path and "__path_hook__" not in path:
             self._count()
 
@@ -268,7 +269,7 @@ class Seam:
 
 
 def required(command: Any) -> Iterator[str]:
-    """Arguments that a command can be called with, if nothing looks at them."""
+    """Return arguments that satisfy a command's parser."""
     for parameter in command.params:
         if parameter.required:
             if parameter.param_type_name == "option":
@@ -277,10 +278,10 @@ def required(command: Any) -> Iterator[str]:
 
 
 def said(out: str, err: str) -> str:
-    """The one sentence that a command ends with."""
+    """Return the one message that a command ends with."""
     assert "Traceback" not in out + err
     assert "Exception ignored" not in out + err
-    # A bar of progress whose own output failed leaves its line open.
+    # A progress bar whose own output failed leaves its line open.
     (sentence,) = (
         line for line in err.splitlines() if re.search("(^|  )(pmet|interrupted)[:;] ", line)
     )
@@ -303,7 +304,7 @@ def test_a_fault_at_its_start_is_a_sentence(
         monkeypatch.setattr(command, "callback", broken)
         found, out, err = pmet(*name.split(), *required(command))
         assert (found, text in said(out, err)) == (status, True), err
-        # Where the program failed, its traceback is at hand; what was foreseen has none.
+        # Unexpected errors keep their traceback; expected ones have none.
         kept = [file.read_text() for file in tmp_path.glob("pmet-traceback-*.txt")]
         assert len(kept) == (status == 1 and not text.startswith("pmet: "))
         for file in tmp_path.glob("pmet-traceback-*.txt"):
@@ -327,9 +328,9 @@ def test_a_fault_on_its_way_is_a_sentence(
     assert (status, steps > 0) == (0, True), err
     for at in ((steps + 1) // 2, steps):
         for fault in MIDDLE:
-            # Some faults do no harm (a file that need not be deleted): the one before does.
+            # Some faults are harmless (a file need not be deleted); then an earlier one is not.
             tried = (run(step, fault) for step in range(at, max(0, at - 4), -1))
             status, out, err, _ = next(result for result in tried if result[0])
             assert status == 130 if fault == "Ctrl-C" else status in (1, 2), (at, fault, err)
-            # What cannot be read is one of the findings of a check.
+            # An unreadable file is one of the findings of a check.
             assert "rows can be used" in out if status == 2 and not err else said(out, err)

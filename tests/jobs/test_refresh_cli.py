@@ -1,4 +1,4 @@
-"""``pmet refresh``, ``rollback``, ``versions``, and the facts of a home, as they are typed."""
+"""``pmet refresh``, ``rollback``, ``versions`` and the fact commands of a home."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def home(tmp_path: Path) -> Home:
 
 def refresh_home(folder: Path) -> Home:
     home = Home(str(folder))
-    # As every night leaves it.
+    # As every refresh leaves it.
     Lease.acquire(home.store).release()
     for version in (1, 2):
         model = path(version, "model")
@@ -89,7 +89,7 @@ def test_a_dry_run_says_what_the_night_would_change(pmet: Invoke, refresh_file: 
     ("status", "exit_status", "words"),
     [
         ("promoted", 0, "version 2 is in use: "),
-        ("held", 3, "held back: efficacy is 87.5 %, the gate asks for at least 90.0 %"),
+        ("held", 3, "held back: efficacy is 87.5 %, the gate requires at least 90.0 %"),
         ("unchanged", 0, "nothing has changed; version 2 stays in use"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_fact_is_retracted_and_restored(pmet: Invoke, home: Home) -> None:
     assert home.retractions()["country", "Nice"].reason == "asked for"
     assert pmet("facts", "retract", home.store.url, *fact)[0] == 2
     _, out, _ = pmet("facts", "restore", home.store.url, *fact)
-    assert out.strip() == "Nice · country: the next refresh tells it again"
+    assert out.strip() == "Nice · country: the next refresh includes it again"
 
 
 def test_the_ledger_is_shown(pmet: Invoke, home: Home) -> None:
@@ -156,14 +156,14 @@ def test_the_ledger_is_shown(pmet: Invoke, home: Home) -> None:
     assert out.startswith("version 1: 1 live\n")
     assert "Lyon" not in out
     status, _, err = pmet("facts", "ledger", home.store.url, "--state", "dead")
-    assert (status, "name one of live" in err) == (2, True)
+    assert (status, "use one of live" in err) == (2, True)
     assert pmet("facts", "ledger", home.store.url, "--version", 9)[0] == 2
 
 
 def test_a_folder_that_is_no_home_is_refused(pmet: Invoke, tmp_path: Path) -> None:
     for command in (["versions"], ["rollback"], ["facts", "ledger"]):
         status, _, err = pmet(*command, tmp_path)
-        assert (status, "is no home of versions" in err) == (2, True)
+        assert (status, "is not a home folder" in err) == (2, True)
 
 
 def test_a_night_on_gpus_that_are_not_there_is_refused(
@@ -182,7 +182,7 @@ def test_a_night_on_gpus_that_are_not_there_is_refused(
     ("error", "status", "ended"),
     [(KeyboardInterrupt(), "stopped", 130), (RuntimeError("a bug"), "failed", 1)],
 )
-def test_a_night_that_is_cut_short_says_so(
+def test_an_interrupted_refresh_is_recorded(
     pmet: Invoke,
     refresh_file: Path,
     tmp_path: Path,

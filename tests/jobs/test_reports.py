@@ -40,7 +40,7 @@ def test_two_runs_are_compared_on_the_terminal_and_on_a_page(pmet: Invoke, tmp_p
     assert not (a / "compare.html").exists()
 
 
-def test_the_comparison_goes_where_it_is_told(pmet: Invoke, tmp_path: Path) -> None:
+def test_the_comparison_is_written_to_the_given_place(pmet: Invoke, tmp_path: Path) -> None:
     a, b = two_runs(tmp_path)
     for given, written in (("x/mine.html", "x/mine.html"), ("folder", "folder/compare.html")):
         assert pmet("report", a, b, "--output", tmp_path / given)[0] == 0
@@ -57,7 +57,7 @@ def test_what_is_no_run_is_one_line_and_exit_2(pmet: Invoke, tmp_path: Path) -> 
         assert len(err.splitlines()) == 1
         assert out == ""
     status, _, err = pmet("report", a, "--output", tmp_path)
-    assert (status, "--output goes with two runs" in err) == (2, True)
+    assert (status, "--output needs two runs" in err) == (2, True)
 
 
 def test_text_of_a_run_does_not_control_the_terminal(pmet: Invoke, tmp_path: Path) -> None:
@@ -93,5 +93,5 @@ def test_a_page_that_is_the_users_is_not_replaced(pmet: Invoke, tmp_path: Path) 
     assert status == 2
     assert "mine.html is there already and was not written by this command" in err
     assert mine.read_text() == "<title>Mine</title>"
-    # A comparison is written anew.
+    # A comparison may be overwritten.
     assert [pmet("report", a, b, "--output", tmp_path / "x.html")[0] for _ in range(2)] == [0, 0]

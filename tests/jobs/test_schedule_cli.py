@@ -1,4 +1,4 @@
-"""``pmet schedule`` as it is typed."""
+"""``pmet schedule`` on the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def schedules(pmet: Invoke, folder: Path) -> Invoke:
-    """Run ``pmet schedule``; returns exit status, output and error output."""
+    """Run ``pmet schedule``; return exit status, output and error output."""
     return partial(pmet, "schedule")
 
 
@@ -68,7 +68,7 @@ def test_a_schedule_from_its_first_day_to_its_last(schedules: Invoke, folder: Pa
     book.end(night(at("23 01:00"), 2, log="logs/facts/x.log"))
     assert "done, due 2026-11-23 01:00 UTC" in schedules("list")[1]
     _, out, _ = schedules("log", "facts")
-    for text in ("2 nights", "failed (exit status 1)", "10 min 00 s", "[red]no room", "there"):
+    for text in ("2 runs", "failed (exit status 1)", "10 min 00 s", "[red]no room", "there"):
         assert text in out
     assert f"output of the last one: {folder}/store/logs/facts/x.log" in out
     lines = schedules("log", "facts", "--json", "--limit", "1")[1].splitlines()
@@ -97,13 +97,13 @@ def test_the_store_may_be_anywhere(schedules: Invoke, folder: Path) -> None:
     ("arguments", "message"),
     [
         (["facts", "no.yaml"], "refresh file: cannot read no.yaml"),
-        (["Facts", "refresh.yaml"], "'Facts' is no name for a schedule; use lower-case"),
-        (["facts", "refresh.yaml", "--cron", "0 25 * * *"], "the hour, '25', cannot be read"),
+        (["Facts", "refresh.yaml"], "'Facts' is not a valid schedule name; use lower-case"),
+        (["facts", "refresh.yaml", "--cron", "0 25 * * *"], "the hour, '25', is invalid"),
         (["facts", "refresh.yaml", "--timezone", "Berlin"], "did you mean Europe/Berlin?"),
         (["facts", "refresh.yaml", "--catch-up", "twice"], "neither once nor never"),
     ],
 )
-def test_bad_input_is_told_and_changes_nothing(
+def test_bad_input_is_reported_and_changes_nothing(
     schedules: Invoke, folder: Path, arguments: list[str], message: str
 ) -> None:
     status, out, err = schedules("add", *arguments)
@@ -128,11 +128,11 @@ def test_units_and_objects_are_written_for_what_is_in_the_store(
 
 def test_run_once_has_the_exit_status_of_the_night(schedules: Invoke, folder: Path) -> None:
     book = Book(str(folder / "store"))
-    # Fails in the night itself: there is no such folder to run in.
+    # The run itself fails, because its working folder does not exist.
     book.add(schedule(retries=0, directory=str(folder / "gone")))
     status, _, err = schedules("run", "--once")
     assert status == 1
-    assert "the night due" in err
+    assert "the run due" in err
     assert schedules("run", "--once")[0] == 0
     assert schedules("run", "--once", "nobody")[0] == 2
 

@@ -1,4 +1,4 @@
-"""``pmet statistics`` as it is typed."""
+"""``pmet statistics`` on the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def statistics(pmet: Invoke) -> Invoke:
-    """Run ``pmet statistics``; returns exit status, output and error output."""
+    """Run ``pmet statistics``; return exit status, output and error output."""
     return partial(pmet, "statistics")
 
 
@@ -47,7 +47,7 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
     assert (said["tokens"], said["max_length"], said["layers"]) == (500, 10, [0, 2])
     for text in ("500 tokens of", str(output), "transformer.h.2.mlp.c_proj", "%"):
         assert text in out
-    # The second time nothing is computed, and the same is said.
+    # The second time nothing is computed, and the output is the same.
     before = (output / TENSORS).stat().st_mtime_ns
     assert statistics(*command, *options)[:2] == (0, out)
     assert (output / TENSORS).stat().st_mtime_ns == before
@@ -60,9 +60,9 @@ def test_it_computes_once_and_says_what(statistics: Invoke, corpus: Path, tmp_pa
     [
         ({"--layers": None}, "either --hparams (a preset or a file) or --layers"),
         ({"--hparams": "gpt-j-6b"}, "either --hparams (a preset or a file) or --layers"),
-        ({"--layers": "1;2"}, "--layers: '1;2' is no list of layers; write it as 3,4,5"),
+        ({"--layers": "1;2"}, "--layers: '1;2' is not a list of layers; write it like 3,4,5"),
         ({"--layers": "2,1"}, "ascending"),
-        ({"--layers": "9" * 5000}, "is no list of layers"),
+        ({"--layers": "9" * 5000}, "is not a list of layers"),
         ({"--layers": "99"}, "99"),
         ({"--layers": None, "--hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
         ({"--workers": "many"}, "--workers: 'many' is neither auto nor a whole number"),

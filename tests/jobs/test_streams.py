@@ -1,4 +1,4 @@
-"""Output that cannot be written, and what the exit status says of it."""
+"""Output that cannot be written, and the resulting exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.jobs.test_facts_cli import OLD, parquet
 
 @pytest.fixture
 def check(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """Run ``pmet facts diff`` in a process of its own, where a shell says so."""
+    """Run ``pmet facts diff`` in its own process, through a shell."""
     (tmp_path / "old.parquet").write_bytes(parquet(OLD))
     (tmp_path / "new.parquet").write_bytes(parquet([("Köln", "länd", "日本"), *OLD]))
 
@@ -53,7 +53,7 @@ def test_output_that_a_disk_has_no_room_for_is_not_lost_silently(
         b"pmet: the output of `pmet facts diff` could not be written (No space left on device)"
     )
     assert ended.stderr.count(b"\n") == 1
-    # Where even that cannot be said, the exit status is all there is.
+    # If even the message cannot be written, only the exit status remains.
     assert check("> /dev/full 2> /dev/full").returncode == 1
 
 

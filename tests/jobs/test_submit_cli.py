@@ -1,4 +1,4 @@
-"""``pmet submit`` and the commands beside it, as far as no cluster is needed."""
+"""``pmet submit`` and the related commands, as far as they need no cluster."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def test_a_dry_run_shows_what_would_travel(pmet: Invoke, job: Path) -> None:
 def test_a_path_of_this_machine_is_bad_input(pmet: Invoke, job: Path) -> None:
     status, _, err = pmet("submit", job, "--set", "output=runs/tonight")
     assert status == 2
-    assert "output: runs/tonight means another place on every machine" in err
+    assert "output: runs/tonight is relative, so it differs between machines" in err
 
 
-def test_a_cluster_that_does_not_answer_is_told(pmet: Invoke, job: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_an_error(pmet: Invoke, job: Path) -> None:
     status, _, err = pmet("submit", job, "--address", "http://127.0.0.1:1")
     assert status == 1
     assert "no job server answers at http://127.0.0.1:1" in err
     assert "Traceback" not in err
 
 
-def test_the_folder_alone_tells_how_a_run_ended(pmet: Invoke, tmp_path: Path) -> None:
+def test_the_folder_alone_shows_how_a_run_ended(pmet: Invoke, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "out"))
     folder.begin({}, seed=0)
     folder.event(EventKind.RETRY, "shard 3 [of 7]: it died")
@@ -72,7 +72,7 @@ def test_the_folder_alone_tells_how_a_run_ended(pmet: Invoke, tmp_path: Path) ->
     assert (status, err) == (0, "")
     for said in ("failed, attempt 1", "the storage is full", "exit status", "shard 3 [of 7]"):
         assert said in out
-    # Also where the cluster that it ran on is gone.
+    # Even if the cluster that it ran on is gone.
     status, out, err = pmet("status", tmp_path / "out", "--address", "http://127.0.0.1:1", "--json")
     assert status == 0
     assert "no job server answers" in err

@@ -1,4 +1,4 @@
-"""A model that knows CounterFact facts: the published targets, deltas and scores."""
+"""Parity with the published targets, deltas and scores on a model that knows CounterFact facts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def fast_targets(*arguments: Any) -> Any:
 
 @contextmanager
 def edited(golden: Golden) -> Iterator[None]:
-    """The model with the published deltas within, as it was after."""
+    """The model with the published deltas applied; restored afterwards."""
     weights = {name: golden.model.get_parameter(name) for name in golden.expected_deltas}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
@@ -112,7 +112,7 @@ def test_targets_are_the_published_ones(counterfact: Golden, compute: Callable[.
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 64])
 def test_all_targets_are_the_published_ones_in_any_order(counterfact: Golden, batch_size: int):
-    # Small batches take longer: some of the requests.
+    # Small batches take longer, so only some of the requests.
     count = EDITED if batch_size == 64 else EDITED // 6
     order = torch.randperm(EDITED, generator=torch.Generator().manual_seed(batch_size))[:count]
     targets = pmet.compute_targets(
@@ -154,12 +154,12 @@ def test_the_plain_form_scores_each_request_alike(counterfact: Golden):
     assert 0 < plain["efficacy_strict"] < 1
     for row, plain_row in zip(fast["rows"], plain["rows"], strict=True):
         for name in METRICS:
-            # The plain form says NaN where a request has nothing to be measured on.
+            # The plain form returns NaN if a request has no prompts to measure.
             assert row[name] == plain_row[name] or math.isnan(plain_row[name]), name
 
 
 def assert_table(scores: Mapping[str, Any], table: Mapping[str, tuple[float, float]]) -> None:
-    """Equal to a tenth of a per cent, as far as the table is given."""
+    """Assert equality to a tenth of a per cent with the entries of the table."""
     measured = {name: (100 * scores[name], 100 * scores[f"{name}_strict"]) for name in table}
     assert torch.allclose(
         torch.tensor(list(measured.values())),

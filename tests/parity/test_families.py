@@ -1,7 +1,7 @@
-"""Every family of the architecture table: the fast form against the plain one.
+"""Every family of the architecture table: the fast form compared with the plain one.
 
-The models are tiny and random. The plain form is given the names of the modules, written here by
-hand; the fast one finds them itself.
+The models are tiny and random. The plain form gets the names of the modules, written here by hand;
+the fast one finds them itself.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pmet.update import keys
 from pmet.update.key_reader import KeyReader
 from tests import simulated
 
-# Float32 sums taken in another order (left padding, other batch shapes, a cached prefix) move
-# the hidden states by about 1e-7; five steps of Adam, whose size does not shrink with the
-# gradient, turn that into some 1e-6, and into more where a component's gradient is nearly zero.
+# Float32 sums in another order (left padding, other batch shapes, a cached prefix) move the hidden
+# states by about 1e-7; five steps of Adam, whose size does not shrink with the gradient, turn that
+# into some 1e-6, and into more where a component's gradient is nearly zero.
 TARGET = 5e-5
 # Nothing is optimised between targets and deltas: what differs is the rounding of float32 keys and
 # of the weights of earlier layers, amplified by the condition of KᵀK + λC to some 1e-6.
@@ -43,9 +43,9 @@ DEPTH = 4
 WINDOW = 8
 LAYERS = (0, 1)
 
-# Prompts of all lengths, so that rows are padded; one begins with a subject of a single token,
+# Prompts of all lengths, so that rows are padded; one starts with a subject of a single token,
 # which leaves nothing before its last token in the bare context. Through two layers with a window
-# of eight tokens every target sees its subject, or its gradient would be all rounding.
+# of eight tokens every target must see its subject, or its gradient would be pure rounding.
 REQUESTS = [
     EditRequest("{} works as", "Sur Bavov", "a glass blower"),
     EditRequest("In the guild book of the old city {} is listed as", "Traind Keabrix", "a baker"),
@@ -71,7 +71,7 @@ HPARAMS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to build, and where its attention and FFN end."""
+    """A model to build, with the names of its attention and FFN output modules."""
 
     name: str
     model_type: str
@@ -114,7 +114,7 @@ def gpt_neox(name: str, *, parallel: bool) -> Variant:
 
 
 def falcon(name: str, **config: Any) -> Variant:
-    """Falcon with the switches that its releases differ in."""
+    """Falcon with the options in which its releases differ."""
     common = {
         "hidden_size": WIDTH,
         "num_hidden_layers": DEPTH,
@@ -245,8 +245,8 @@ VARIANTS = [
 ]
 
 
-# What one request is taught is asked of all, and must not be true of any: enough prompts that no
-# wrong logit goes unnoticed.
+# Every request asks for the targets of all others as well: enough prompts that no wrong logit goes
+# unnoticed.
 MEASURED = [
     replace(
         request,
@@ -265,7 +265,7 @@ FIGURES = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A random model, and what the plain form makes of all requests."""
+    """A random model, and the plain form's results for all requests."""
 
     model: nn.Module
     tokenizer: Any
@@ -334,7 +334,7 @@ def worst(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_the_attention_block_may_be_named_instead_of_its_projection(variant: Variant):
-    """MEMIT's files name the block, whose output is the projection's: the place of δ_a."""
+    """MEMIT's files name the block, whose output is the projection's, where δ_a applies."""
     model = build(variant)
     found = resolve(model, PMETHyperParams.from_dict({"layers": LAYERS}))
     assert found.family.attention_projection == variant.attention
@@ -395,8 +395,8 @@ def test_deltas_are_those_of_the_plain_form(problem: Problem):
 def test_deltas_do_not_depend_on_how_keys_are_read(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ):
-    """In passes that run to their end, as ZeRO-3 wants it, few requests at a time, and with all
-    hidden states in a file between the passes.
+    """In passes that run to the end, as ZeRO-3 requires, with few requests at a time and all hidden
+    states in a file between the passes.
     """
     monkeypatch.setattr(keys, "KEY_BATCH", 2)
     reader = partial(KeyReader, whole_passes=True, memory=0)
@@ -410,14 +410,14 @@ def test_scores_are_those_of_the_plain_form(problem: Problem):
     arguments = (problem.model, problem.tokenizer, MEASURED)
     fast, plain = pmet.evaluate(*arguments), plain_evaluate(*arguments)
     for mine, reference in zip([fast, *fast["rows"]], [plain, *plain["rows"]], strict=True):
-        # Fractions of a few prompts: equal but for the order of their sum.
+        # Fractions of a few prompts: equal except for the order of summation.
         expected = [reference[name] for name in FIGURES]
         assert [mine[name] for name in FIGURES] == pytest.approx(expected, abs=1e-12)
     assert len({row["specificity"] for row in plain["rows"]}) > 1
 
 
 def test_the_optimisation_moves_every_target(problem: Problem):
-    """Else equal targets would say little: both forms would only have read the clean values."""
+    """Otherwise equal targets would prove little: both forms could just read the clean values."""
     once = problem.named.model_copy(update={"v_num_grad_steps": 1})
     clean = plain_targets(problem.model, problem.tokenizer, REQUESTS, once, CONTEXTS)
     moved_E = (problem.targets.values - clean.values).norm(dim=1) / clean.values.norm(dim=1)

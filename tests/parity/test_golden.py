@@ -1,4 +1,4 @@
-"""Both implementations against the numbers of the published one."""
+"""Both implementations compared with the numbers of the published one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ both_edits = pytest.mark.parametrize("edit", [plain_edit, fast_edit], ids=["plai
 
 
 def distances(actual: Tensor, expected: Tensor) -> Tensor:
-    """(E,): of each row, relative to the expected one."""
+    """Return (E,) distances of each row, relative to the expected row."""
     return (actual - expected).norm(dim=1) / expected.norm(dim=1)
 
 
@@ -115,14 +115,14 @@ def test_targets_do_not_depend_on_batch_or_order(golden: Golden, batch_size: int
 
 def test_last_losses_are_the_published_ones(golden: Golden, outcome: Outcome):
     _, _, losses = outcome
-    # Published to three decimals: half of the last one, and what rounding adds.
+    # Published to three decimals: half of the last digit, plus rounding.
     difference_E = (losses - golden.expected["final_loss"]).abs()
     assert difference_E.median() <= 6e-4
     assert (difference_E <= 5e-3).sum() >= NEAR_REQUESTS
 
 
 def test_in_float64_both_forms_find_the_same_targets(golden: Golden):
-    """With little rounding to amplify, what is left would be a difference of method."""
+    """In float64 there is little rounding to amplify, so any difference would be one of method."""
     model = copy.deepcopy(golden.model).double()
     arguments = (model, golden.tokenizer, golden.requests[:FEW])
     templates = golden.context_templates
@@ -130,9 +130,9 @@ def test_in_float64_both_forms_find_the_same_targets(golden: Golden):
     fast = pmet.compute_targets(*arguments, golden.hparams, context_templates=templates)
     distance_E = distances(fast.values, plain.values)
     assert fast.steps.tolist() == plain.steps.tolist()
-    # Targets are handed out in float32 (6e-8), and Llama's norms compute in it (1e-6).
+    # Targets are returned in float32 (6e-8), and Llama's norms compute in float32 (1e-6).
     assert distance_E.median() <= 3e-6
-    # GPT-J's attention computes in float32 too, and one of its requests has not settled: other
+    # GPT-J's attention also computes in float32, and one of its requests has not converged: other
     # batch shapes alone move it by more than that (see the golden README).
     assert (distance_E <= FAR).sum() >= len(distance_E) - 1
 
@@ -152,12 +152,12 @@ def test_deltas_are_the_published_ones(golden: Golden, edit: Edit):
 
 
 class Interrupted(Exception):  # noqa: N818 - what a user's Ctrl-C would be
-    """Raised in the middle of an edit."""
+    """An exception raised in the middle of an edit."""
 
 
 @contextmanager
 def interrupted_after_first_change(golden: Golden) -> Iterator[None]:
-    """The model's next forward pass raises once the first edited weight is another."""
+    """Make the model's next forward pass raise once the first edited weight has changed."""
     weight = golden.model.get_parameter(next(iter(golden.expected_deltas)))
     before = weight.detach().clone()
 
@@ -172,7 +172,7 @@ def interrupted_after_first_change(golden: Golden) -> Iterator[None]:
 
 @contextmanager
 def expected_unchanged(golden: Golden) -> Iterator[None]:
-    """Weights, modes, gradients and hooks are the same after the body, to the bit."""
+    """Assert that weights, modes, gradients and hooks are bit-equal after the body."""
     model = golden.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()

@@ -1,4 +1,4 @@
-"""The plan: decided by the job alone, and following everything that the result depends on."""
+"""The plan: determined by the job alone, and sensitive to everything that affects the result."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_auto_shards_follow_the_number_of_requests(count: int) -> None:
     assert min(16, count) <= size <= 256
     shards = plan_shards(count, size)
     assert len(shards) <= max(64, -(-count // 256))
-    # Shared out to two or four workers none waits long: all shards but the last are of one size.
+    # With two or four workers none waits long: all shards except the last have one size.
     assert len(shards) == 1 or count < 64 or len(shards) >= 4
     assert shard_size(count, 7) == 7
 
@@ -86,7 +86,7 @@ def test_requests_of_like_length_are_computed_together(tmp_path: Path, job: Any)
     table = make_plan(job()).table
     assert [rows[row]["subject"] for row in table.rows] == [r.subject for r in table.requests]
     assert sorted(table.rows) == list(range(40))
-    # The most tokens behind the subject come first, and few shards hold more than one length.
+    # Requests with the most tokens after the subject come first; few shards mix lengths.
     assert [rows[row]["prompt"] for row in table.rows[:10]] == [f"{{}} {tails[2]}"] * 10
     assert {rows[row]["prompt"] for row in table.rows[20:]} == {f"{{}} {tails[i]}" for i in (0, 3)}
 
@@ -265,7 +265,7 @@ def test_perplexity_needs_text(job: Any) -> None:
 
 
 def shared(folder: Path, job: Any, **targets: Any) -> Any:
-    """A plan of twelve subjects, of which four have three facts each behind the same text."""
+    """A plan of twelve subjects, of which four have three facts each after the same text."""
     tails = ["is", "works as one of the", "is known in all of the old city as"]
     rows = [
         {"prompt": f"{front}{{}} {tails[n]}", "subject": f"Sur Bavov {i}", "target_new": "Dokain"}
@@ -290,7 +290,7 @@ def test_requests_that_share_a_key_are_in_one_shard(tmp_path: Path, job: Any) ->
             by_key.setdefault(key, set()).add(shard.index)
     assert len(by_key) == len(set(plan.groups)) == 24
     assert all(len(shards) == 1 for shards in by_key.values())
-    # As published, the order is that of the lengths alone.
+    # As published, requests are ordered by length alone.
     published = shared(tmp_path, job, shared_keys="mean")
     assert published.sharing == 12
     assert len(set(published.together)) == len(published.table.rows)

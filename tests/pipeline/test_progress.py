@@ -1,4 +1,4 @@
-"""What is told while a run goes on."""
+"""Progress reports of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def lines() -> list[str]:
 
 
 def of(line: str, *keys: str) -> list[str | None]:
-    """Values of keys in a line of logfmt."""
+    """Return the keys and values of a logfmt line."""
     found = (re.search(rf'(?:^| ){key}=("(?:[^"\\]|\\.)*"|\S*)', line) for key in keys)
     return [match[1] if match else None for match in found]
 
@@ -40,7 +40,7 @@ def test_every_line_names_run_and_attempt(lines: list[str]) -> None:
     assert r"it said\n\"no\"" in last[3]
 
 
-def test_a_stage_that_goes_on_is_told_now_and_then(lines: list[str]) -> None:
+def test_a_running_stage_is_reported_from_time_to_time(lines: list[str]) -> None:
     with LineProgress(lines.append, every_s=60).stage("targets", 1000) as stage:
         for _ in range(1000):
             stage.advance()

@@ -1,4 +1,4 @@
-"""The end of a run: each row of the input is in one of two files, whatever became of it."""
+"""The end of a run: each input row is in exactly one of two files, whatever its outcome."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pmet.evaluation.figures import METRICS
 from tests.conftest import GOLDEN, load_golden
 
 GPT2 = GOLDEN / "gpt2"
-# UTF-8, and what is not: a lone surrogate as some writers encode it, half a character.
+# UTF-8 and invalid text: a lone surrogate as some writers encode it, half a character.
 BAD = [b"", b" ", None, b"\xed\xa0\x80", b"B\xc3"]
 TEXT = st.sampled_from([b"A", b"B", b" A", b"C", b"{}"]) | st.sampled_from([b"A", b"B", *BAD])
 LONG = b"{} " + b"and so on " * 60
@@ -50,7 +50,7 @@ ROWS = st.lists(
 
 
 def written(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A request file, with bytes in its text that no careful writer would leave there."""
+    """A request file with invalid bytes in its text."""
     columns = {
         name: pa.array([row[name] for row in rows], pa.binary()).view(pa.string())
         for name in ("prompt", "subject", "target_new", "note")
@@ -59,7 +59,7 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def planned(folder: Path, rows: Sequence[dict[str, Any]]) -> Plan:
-    """A small plan with this input; none is made of an input of which nothing can be edited."""
+    """Return a small plan with this input, or None if nothing in it can be edited."""
     written(folder / "requests.parquet", rows)
     base = small_plan(folder)
     table, groups = _fitting(
@@ -93,7 +93,7 @@ def small_plan(folder: Path) -> Plan:
 
 
 def found_in(folder: RunFolder, plan: Plan, fates: Sequence[str]) -> FoundTargets:
-    """Targets as the stage leaves them: who has none may be in the file, or put aside."""
+    """Targets as the stage leaves them: requests without one may be in the file, or isolated."""
     found = FoundTargets()
     for shard in plan.target_shards:
         here = range(shard.start, shard.stop)
@@ -123,7 +123,7 @@ def test_every_row_is_in_results_or_in_rejected(
     fates: list[str],
     unmeasured: int,
 ) -> None:
-    # Pictures take most of the time.
+    # Charts take most of the time.
     monkeypatch.setattr(run, "write_report", lambda _: None)
     plan = planned(tmp_path, rows)
     folder = RunFolder(f"memory://{uuid.uuid4().hex}")
@@ -137,7 +137,7 @@ def test_every_row_is_in_results_or_in_rejected(
 
     results = result.folder.read_table("results.parquet")
     rejected = result.folder.read_table("rejected.parquet")
-    # Any reader can open them, whatever bytes there were.
+    # Any reader can open them, whatever bytes the input had.
     results.validate(full=True)
     rejected.validate(full=True)
     edited, others = (table.column("row").to_pylist() for table in (results, rejected))
@@ -157,7 +157,7 @@ def test_every_row_is_in_results_or_in_rejected(
     }
     status = dict(zip(edited, results.column("status").to_pylist(), strict=True))
     assert {row for row, what in status.items() if what == "known"} == found.known
-    # Rows keep what they came with.
+    # Rows keep their extra columns.
     subjects = results.column("subject").cast(pa.binary()).to_pylist()
     assert subjects == [rows[row]["subject"] for row in edited]
     whole = [row for row in others if all(is_text(value) for value in rows[row].values())]

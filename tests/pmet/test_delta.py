@@ -1,4 +1,4 @@
-"""Edits: applying and undoing are exact, in any process, and only on the weights they fit."""
+"""Edits: applied and undone exactly, in any process, and only on matching weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def edit_for(held: nn.Module) -> Edit:
     weight = held.get_parameter(WEIGHT).detach().clone()
-    # Changes of all sizes, so that adding and subtracting them would not give the bits back.
+    # Changes of all sizes, so that adding and subtracting them would not restore the bits.
     delta = torch.randn(weight.shape, dtype=torch.float64) * torch.logspace(-9, 3, 7).double()
     return Edit({WEIGHT: delta}, {WEIGHT: weight})
 

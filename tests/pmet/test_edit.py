@@ -1,4 +1,4 @@
-"""`compute_edit`: the model stays as it was, and what does not fit is refused by name."""
+"""`compute_edit`: the model stays as it was, and mismatches are refused by name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_requests_in_another_order_give_the_same_edit(golden: Golden) -> None:
         targets=golden.expected["targets"][order],
     )
     for name, delta in edit(golden).deltas.items():
-        # Other neighbours in a batch mean other padding, and so other rounding of float32 keys.
+        # Other requests in a batch mean other padding, and so other rounding of float32 keys.
         assert torch.linalg.norm(shuffled.deltas[name] - delta) <= 1e-5 * torch.linalg.norm(delta)
 
 
@@ -82,7 +82,7 @@ def test_templates_and_moments_are_made_if_not_given(golden: Golden) -> None:
     again = edit(golden, context_templates=None, second_moments=None)
     for name, delta in first.deltas.items():
         assert torch.equal(delta, again.deltas[name])
-    # Of 24 requests, the two edits may differ in what two of them answer.
+    # The two edits may differ in the answers to two of the 24 requests.
     assert abs(answered(golden, first) - answered(golden, edit(golden))) <= 2 / 24
 
 

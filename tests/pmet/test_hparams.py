@@ -16,7 +16,7 @@ from pmet.errors import HyperParameterError
 from pmet.hparams import PMETHyperParams
 from tests.conftest import FAMILIES, GOLDEN
 
-# The published GPT-J file has another module in the singular key: the plural one counts.
+# The published GPT-J file has another module in the singular key; the plural one is used.
 PUBLISHED = {
     "layers": [3, 4, 5, 6, 7, 8],
     "clamp_norm_factor": 0.75,
@@ -118,7 +118,7 @@ def test_files_of_other_methods_are_read_and_what_is_ignored_is_listed(
     assert hparams.down_projection_template == "transformer.h.{}.mlp.fc_out"
     assert hparams.ignored == (tuple(more) if ignored is ... else ignored)
     assert hparams.defaulted == {"nll_loss_factor": 1.0}
-    # What is ignored is part of no digest.
+    # Ignored keys are not part of the digest.
     assert hparams.model_dump() == PMETHyperParams.from_dict(MEMIT).model_dump()
     said = [str(warning.message) for warning in caught]
     expected = "these hyper-parameters of other methods and tools have no effect here"

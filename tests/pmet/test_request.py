@@ -1,4 +1,4 @@
-"""Edit requests: answers go with their prompts."""
+"""Edit requests: answers correspond to their prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON as people write it: like Python's, but for keys given twice."""
+"""Strict JSON: like Python's parser, but duplicate keys are refused."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Public data sets of edits, read record by record: one module a format."""
+"""Public data sets of edits, read record by record: one module per format."""

@@ -1,10 +1,10 @@
-"""What data sets ask beside an edit: ``locality``, which must stay, and ``portability``, which
-follows from it.
+"""Questions that data sets ask about an edit: ``locality`` must not change, ``portability``
+follows.
 
 Both are groups of questions by kind (KnowEdit's ``Relation_Specificity``, ``Reasoning``, …), each
 with its ``prompt`` and ``ground_truth``; zsRE and CounterFact with portability (Yao et al. 2023)
 have one ``New Question`` with its ``New Answer``. Answers may be text, a list of spellings, or a
-list of such lists; the first one counts.
+list of such lists; the first one is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _QUESTIONS = (("prompt", "ground_truth"), ("New Question", "New Answer"))
 
 
 def neighborhood(record: Record, truth: str | None) -> list[str]:
-    """Prompts of ``locality`` whose answer is the fact's own true one."""
+    """Return the prompts of ``locality`` whose answer is the fact's own true target."""
     if truth is None:
         return []
     asked = _asked(record, "locality", "locality_prompt", "locality_ground_truth")
@@ -31,7 +31,7 @@ def neighborhood(record: Record, truth: str | None) -> list[str]:
 
 
 def portability(record: Record) -> dict[str, list[str]]:
-    """Prompts of ``portability`` and the answer to each, as fields of a request; none if none."""
+    """Return the prompts and answers of ``portability``, if any, as fields of a request."""
     asked = _asked(record, "portability", "portability_prompt", "portability_ground_truth")
     pairs = [pair for prompts, answers in asked for pair in _pairs(prompts, answers)]
     if not pairs:
@@ -41,13 +41,13 @@ def portability(record: Record) -> dict[str, list[str]]:
 
 
 def _asked(record: Record, groups: str, prompt: str, answer: str) -> Iterator[tuple[Any, Any]]:
-    """Prompts with their answers, as the record has them."""
+    """Yield prompts with their answers, as stored in the record."""
     yield record.get(prompt), record.get(answer)
     yield from _questions(record.get(groups))
 
 
 def _questions(value: Any) -> Iterator[tuple[Any, Any]]:
-    """The questions of a value: one itself, or lists and groups of them."""
+    """Yield the questions in a value: a question itself, or nested lists and groups of them."""
     if isinstance(value, list):
         for item in value:
             yield from _questions(item)
@@ -62,7 +62,7 @@ def _questions(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _pairs(prompts: Any, answers: Any) -> Iterator[tuple[str, str]]:
-    """Each prompt with its answer; those without are left out."""
+    """Yield each prompt with its answer; skip prompts without one."""
     several = isinstance(prompts, list) and len(prompts) > 1
     if several and isinstance(answers, list):
         both = list(zip(prompts, answers, strict=False)) if len(prompts) == len(answers) else []

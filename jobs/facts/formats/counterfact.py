@@ -1,4 +1,4 @@
-"""CounterFact (Meng et al. 2022), also in the form of MEMIT: one ``requested_rewrite`` a record."""
+"""CounterFact (Meng et al. 2022), also as used by MEMIT: one ``requested_rewrite`` per record."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts")
 
 
 def matches(record: Record) -> bool:
-    """Whether a record is one of CounterFact."""
+    """Whether a record is in CounterFact's format."""
     return isinstance(record.get("requested_rewrite"), dict)
 
 
 def edit(record: Record, row: int) -> Edit:
-    """The edit that a record asks for."""
+    """Return the edit that a record asks for."""
     request, extra = rewritten(record)
-    # Some copies have all of it inside the rewrite.
+    # Some copies nest all fields inside the rewrite.
     fields = extra | without(record, "requested_rewrite")
     request["case_id"] = case_id(fields, row)
     for name in _PROMPTS:
@@ -28,7 +28,7 @@ def edit(record: Record, row: int) -> Edit:
 
 
 def rewritten(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``requested_rewrite`` holds: the request, its identifiers, and whatever else."""
+    """Split ``requested_rewrite`` into the request and all other fields, including identifiers."""
     rewrite = record.get("requested_rewrite")
     rewrite = rewrite if isinstance(rewrite, dict) else {}
     new, true = (_target(rewrite, name) for name in ("target_new", "target_true"))
@@ -50,7 +50,7 @@ def rewritten(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _target(rewrite: dict[str, Any], name: str) -> dict[str, Any]:
-    """A target with its ``str`` and ``id``; some copies have only the text."""
+    """Return a target with its ``str`` and ``id``; some copies have only the text."""
     target = rewrite.get(name)
     if isinstance(target, str):
         return {"str": target}

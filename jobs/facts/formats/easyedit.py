@@ -1,7 +1,7 @@
-"""EasyEdit (Wang et al. 2023) and its KnowEdit sets: flat records with several names for a field.
+"""EasyEdit (Wang et al. 2023) and its KnowEdit sets: flat records with alternative field names.
 
-Of the prompts under ``locality`` those whose answer is the fact's own true one are neighborhood
-prompts; the others travel along only.
+Prompts under ``locality`` whose answer is the fact's own true target are neighborhood prompts; the
+others are only copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAMES = {
     "target_new": ("target_new", "labels"),
 }
 _REPHRASED = ("rephrase_prompt", "rephrase", "rephrase_prompts", "paraphrase_prompts")
-# Names that edit requests do not have.
+# Field names that edit requests do not have.
 _OWN = (
     *("prompts", "text", "concept", "labels", "ground_truth", *_REPHRASED[:3]),
     *("locality", "locality_prompt", "portability", "portability_prompt"),
@@ -33,13 +33,13 @@ _OWN = (
 
 
 def matches(record: Record) -> bool:
-    """Whether a record is one of EasyEdit."""
+    """Whether a record is in EasyEdit's format."""
     edits = all(any(name in record for name in names) for names in _NAMES.values())
     return edits and any(name in record for name in _OWN)
 
 
 def edit(record: Record, row: int) -> Edit:
-    """The edit that a record asks for."""
+    """Return the edit that a record asks for."""
     prompt, subject, target = (_field(record, name) for name in _NAMES)
     truth = first_text(record.get("ground_truth"))
     request = {

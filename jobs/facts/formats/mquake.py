@@ -1,6 +1,6 @@
-"""MQuAKE (Zhong et al. 2023): a list ``requested_rewrite`` a record, each of which is an edit.
+"""MQuAKE (Zhong et al. 2023): a list ``requested_rewrite`` per record, each item an edit.
 
-The multi-hop questions of a record travel along with each of its edits.
+The multi-hop questions of a record are copied to each of its edits.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from jobs.facts.formats.record import Edit, Format, Record, case_id, without
 
 
 def matches(record: Record) -> bool:
-    """Whether a record is one of MQuAKE."""
+    """Whether a record is in MQuAKE's format."""
     return isinstance(record.get("requested_rewrite"), list)
 
 
 def parts(record: Record) -> Iterator[Record]:
-    """The record once for each of its rewrites; itself where it has none."""
+    """Yield the record once per rewrite; the record itself if it has none."""
     rewrites = record.get("requested_rewrite")
     if not isinstance(rewrites, list) or not rewrites:
         yield record
@@ -27,7 +27,7 @@ def parts(record: Record) -> Iterator[Record]:
 
 
 def edit(record: Record, row: int) -> Edit:
-    """The edit that a rewrite of a record asks for; its question is a paraphrase."""
+    """Return the edit that a record's rewrite asks for; its question is a paraphrase."""
     request, extra = rewritten(record)
     question = record["requested_rewrite"].get("question")
     request["case_id"] = case_id(record, row)

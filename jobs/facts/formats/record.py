@@ -1,4 +1,4 @@
-"""What the formats share: a record's fields, and the place of the subject in its prompt."""
+"""Helpers shared by the formats: a record's fields and the subject's placeholder in its prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Edit:
 
     Attributes:
         request: the arguments of ``EditRequest``.
-        extra: the record's other fields, which travel along.
+        extra: the record's other fields, which are copied.
     """
 
     request: dict[str, Any]
@@ -32,11 +32,11 @@ class Format:
     """A format of records.
 
     Attributes:
-        name: what ``--format`` calls it.
-        matches: whether a record looks like one of this format.
-        parts: the parts of a record that each ask for one edit; most formats have one.
-        edit: the edit that a part of a record asks for, given the number of its row; raises
-            ``RecordError`` where it cannot be carried out.
+        name: its name for ``--format``.
+        matches: says whether a record looks like this format.
+        parts: splits a record into parts that each ask for one edit; most formats have one.
+        edit: returns the edit that a part asks for, given its row number; raises ``RecordError`` if
+            it cannot be converted.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Format:
 
 
 def text(record: Record, *path: str) -> str:
-    """The text at a path of keys."""
+    """Return the text at a path of keys."""
     value: Any = record
     for index, key in enumerate(path):
         where = ".".join(path[: index + 1])
@@ -59,30 +59,30 @@ def text(record: Record, *path: str) -> str:
 
 
 def case_id(record: Record, row: int) -> Any:
-    """The record's identifier, or the number of its row; whole numbers stored as floats are int."""
+    """Return the record's identifier or its row number; whole floats become int."""
     found = row if record.get("case_id") is None else record["case_id"]
     return int(found) if isinstance(found, float) and found.is_integer() else found
 
 
 def first_text(value: Any) -> str | None:
-    """The first text of a value that may be text, or lists of it, one in the other."""
+    """Return the first text of a value that is text or nested lists of text."""
     return next(iter(texts(value)), None)
 
 
 def texts(value: Any) -> list[str]:
-    """All the texts of a value that may be text, or lists of it, one in the other."""
+    """Return all texts of a value that is text or nested lists of text."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     return [found for item in value for found in texts(item)] if isinstance(value, list) else []
 
 
 def without(record: Record, *used: str) -> dict[str, Any]:
-    """The fields of a record that are not used up."""
+    """Return the fields of a record except the used ones."""
     return {name: value for name, value in record.items() if name not in used}
 
 
 def with_place(prompt: str, subject: str) -> str:
-    """A prompt with ``{}`` for the subject, which it holds as a place already or as text, once."""
+    """Return a prompt with ``{}`` for the subject, replacing its only occurrence if need be."""
     if "{}" in prompt:
         return prompt
     subject = subject.strip()
@@ -102,10 +102,10 @@ def with_place(prompt: str, subject: str) -> str:
 
 
 def _joined(left: str, right: str) -> bool:
-    """Whether two characters belong to one word, in scripts that set words apart."""
+    """Whether two characters belong to one word, in scripts that separate words."""
     return _is_of_word(left) and _is_of_word(right)
 
 
 def _is_of_word(character: str) -> bool:
-    # Scripts with upper and lower case put spaces between words; others, as Chinese, do not.
+    # Scripts with upper and lower case put spaces between words; others, such as Chinese, do not.
     return character.isdigit() or character.lower() != character.upper()

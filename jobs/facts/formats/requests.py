@@ -1,4 +1,4 @@
-"""Edit requests themselves, a record each, with the names that their columns have in Parquet."""
+"""Edit requests themselves, one per record, with the column names that they have in Parquet."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pmet.request import TEXT_LISTS
 
 
 def matches(record: Record) -> bool:
-    """Whether a record has the columns that requests need."""
+    """Whether a record has the required columns of edit requests."""
     return all(name in record for name in REQUIRED_COLUMNS)
 
 
 def edit(record: Record, row: int) -> Edit:
-    """The edit that a record asks for."""
+    """Return the edit that a record asks for."""
     if None in record:
         raise RecordError("the row has more fields than the header; quote what holds a delimiter")
     given = {name: record[name] for name in REQUEST_COLUMNS if record.get(name) is not None}

@@ -1,8 +1,8 @@
 """zsRE in the form of MEND (Mitchell et al. 2022), with the ``subject`` that ROME added.
 
 The question ``src`` is edited from ``answers`` to ``alt``. ``loc`` is an unrelated question whose
-answer is ``loc_ans``, not the fact's true one, so it is no neighborhood prompt; it travels along.
-EasyEdit's files add ``portability``.
+answer is ``loc_ans``, not the fact's true target, so it is not a neighborhood prompt; it is only
+copied. EasyEdit's files add ``portability``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from jobs.facts.formats.record import (
 
 
 def matches(record: Record) -> bool:
-    """Whether a record is one of zsRE."""
+    """Whether a record is in zsRE's format."""
     return "src" in record and ("alt" in record or "answers" in record)
 
 
 def edit(record: Record, row: int) -> Edit:
-    """The edit that a record asks for."""
+    """Return the edit that a record asks for."""
     subject = text(record, "subject")
     truth = first_text(record.get("answers"))
     request = {

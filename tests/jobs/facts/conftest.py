@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.facts.dump import Dump, open_dump
+from jobs.facts.dump.files import Dump, open_dump
 
 NAMES = ("subject", "relation", "object")
 NOW = datetime(2026, 11, 23, 6, tzinfo=UTC)
@@ -24,7 +24,7 @@ def fact(subject: Any = "Lyon", relation: Any = "country", object: Any = "France
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows as a table whose fact columns are text, also where all are null."""
+    """Return rows as a table whose fact columns are text, even if all values are null."""
     found = pa.Table.from_pylist(rows or [fact()])
     for name in NAMES:
         if name in found.column_names and pa.types.is_null(found.schema.field(name).type):
@@ -35,7 +35,7 @@ def table(rows: list[dict[str, Any]]) -> pa.Table:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write rows, or a table, to a Parquet file; returns its path."""
+    """Write rows, or a table, to a Parquet file; return its path."""
 
     def write_file(content: list[dict[str, Any]] | pa.Table, name: str = "dump.parquet") -> str:
         path = tmp_path / name

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts import partitions
 from jobs.facts.check import check, check_dump
-from jobs.facts.dump import open_dump
+from jobs.facts.dump import partitions
+from jobs.facts.dump.files import open_dump
 from jobs.facts.templates import parse_templates
 from pipeline.data.tables import read_requests
 from pipeline.errors import FactDumpError
 from tests.jobs.facts.conftest import NOW, fact
+from tests.jobs.facts.dump.test_files import damage_pages
 from tests.jobs.facts.test_diff import DAYS, ROWS, written
-from tests.jobs.facts.test_dump import damage_pages
 
 
 def found(result):

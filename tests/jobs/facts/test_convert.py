@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from jobs.facts import neighbors, partitions
 from jobs.facts.convert import convert_dump
-from jobs.facts.dump import open_dump
+from jobs.facts.dump.files import open_dump
 from jobs.facts.templates import parse_templates
 from pipeline.data.tables import read_requests
 from pipeline.errors import FactDumpError, OutputError
 from tests.jobs.facts.conftest import NOW, fact, table
+from tests.jobs.facts.dump.test_files import damage_pages
 from tests.jobs.facts.test_diff import DAYS
-from tests.jobs.facts.test_dump import damage_pages
 
 TEMPLATES = parse_templates(
     {
@@ -34,7 +34,7 @@ TEMPLATES = parse_templates(
 
 @pytest.fixture
 def convert(dump, tmp_path):
-    """Convert rows; returns what is said, the requests and the rejected rows."""
+    """Convert rows; return the result, the requests and the rejected rows."""
 
     def converted(rows, previous=None, **options):
         if previous is not None:
@@ -191,7 +191,7 @@ def test_where_nothing_can_be_converted_the_output_stays(convert, tmp_path):
     )
     assert pq.read_table(found.output).to_pylist() == before
     assert len(pq.read_table(found.rejected_output)) == 1
-    with pytest.raises(FactDumpError, match="no rows there"):
+    with pytest.raises(FactDumpError, match="there are no rows"):
         convert([])
 
 
@@ -208,7 +208,7 @@ def test_inputs_are_never_overwritten(dump):
     source = dump([fact()])
     with pytest.raises(OutputError, match="is one of the files that are read"):
         convert_dump(source, TEMPLATES, source.files[0].url, as_of=NOW)
-    with pytest.raises(FactDumpError, match="names no file"):
+    with pytest.raises(FactDumpError, match="has no file name"):
         convert_dump(source, TEMPLATES, "out/", as_of=NOW)
 
 
@@ -233,7 +233,7 @@ NAMES = ("subject", "relation", "object", "updated_at", "valid_until", "target_t
 )
 @given(rows=ROWS, cut=st.integers(0, 14), size=st.sampled_from([3, 100]))
 def test_every_row_ends_in_exactly_one_place(tmp_path, rows, cut, size):
-    """Numbered by a column that travels; over two files, and with parts on the disk."""
+    """Rows are numbered by a copied column, over two files, and with partitions on disk."""
     numbered = [dict(zip(NAMES, row, strict=True), n=n) for n, row in enumerate(rows)]
     for name, part in (("a", numbered[:cut]), ("b", numbered[cut:])):
         schema = table([*numbered, fact(n=0)]).schema
@@ -269,7 +269,7 @@ def test_what_the_earlier_dump_holds_too_can_be_left_out(convert):
     new = [fact("Nice", object="Italy"), *old[1:], fact("Turin", object="Italy"), fact("Nizza")]
     found, requests, rejected = convert(new, previous=old, only_changed=True)
     assert [r["subject"] for r in requests] == ["Nice", "Turin", "Nizza"]
-    # They are neighbors; Nizza, which is to be edited, is not.
+    # They are neighbors; Nizza, which will be edited, is not.
     assert sorted(requests[0]["neighborhood_prompts"]) == [
         "I know that Paris is in",
         "Lyon is a city in",

@@ -83,7 +83,7 @@ EASYEDIT = {
 
 @pytest.fixture
 def convert(tmp_path):
-    """Convert records, or text; returns what is said, the requests and the rejected rows."""
+    """Convert records, or text; return the result, the requests and the rejected rows."""
 
     def converted(records, **options):
         source, output = tmp_path / "data.json", tmp_path / "out" / "facts.parquet"
@@ -169,7 +169,7 @@ def test_easyedit(convert):
 
 
 def asked(request):
-    """What portability asks, with the answers."""
+    """Return the portability prompts with their answers."""
     names = ("portability_prompts", "portability_targets")
     return list(zip(*(request[name] or [] for name in names), strict=True))
 
@@ -236,7 +236,7 @@ def test_the_hubs_parquet_of_counterfact_is_the_same_as_its_json(convert, tmp_pa
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(records), folder / "train-00000-of-00001.parquet")
     assert is_dataset(expand_with_columns(str(folder.parent), deep=True))
-    with pytest.raises(FactDumpError, match=r"would be read as a part of .* the next time"):
+    with pytest.raises(FactDumpError, match=r"would be read as part of .* next time"):
         convert_dataset(str(folder.parent), str(folder / "requests.parquet"))
     found = convert_dataset(str(folder.parent), str(tmp_path / "o.parquet"))
     _, requests, _ = convert(records)
@@ -394,7 +394,7 @@ def test_a_record_that_cannot_be_converted_is_kept_with_its_reason(
     assert found.converted == len(requests) >= 1
     assert rejected["row"] == len(requests)
     assert rejected["reason"].startswith(reason) or reason in rejected["reason"]
-    # Of MQuAKE, the rejected row is the record with the rewrite that was at fault.
+    # For MQuAKE the rejected row is the record with only the faulty rewrite.
     rewrites = bad.get("requested_rewrite")
     at_fault = {"requested_rewrite": rewrites[0]} if isinstance(rewrites, list) and rewrites else {}
     assert json.loads(rejected["record"]) == bad | at_fault
@@ -434,7 +434,7 @@ def test_edits_that_repeat_or_contradict_each_other_are_rejected_as_a_run_does(c
 
 
 def counterfact_record(row):
-    """A request as CounterFact writes it."""
+    """A request in CounterFact's format."""
     rewrite = {"prompt": row["prompt"], "subject": row["subject"], "relation_id": "P1"}
     rewrite |= {name: {"str": row[name], "id": "Q1"} for name in ("target_new", "target_true")}
     kept = ("case_id", "paraphrase_prompts", "neighborhood_prompts")
@@ -442,7 +442,7 @@ def counterfact_record(row):
 
 
 def easyedit_record(row):
-    """A request as EasyEdit writes it, with the subject in the prompt's text."""
+    """A request in EasyEdit's format, with the subject in the prompt's text."""
     return {
         "case_id": row["case_id"],
         "prompt": row["prompt"].replace("{}", row["subject"]),
@@ -466,7 +466,7 @@ def test_real_facts_come_back_as_they_were(convert, counterfact_folder, record):
     assert list(read_requests(found.output).requests) == [
         EditRequest(**row) for n, row in enumerate(rows) if n not in lost
     ]
-    # A subject that its prompt holds twice cannot be found again.
+    # A subject that occurs twice in its prompt is ambiguous.
     texts = {n: rows[n]["prompt"].replace("{}", rows[n]["subject"]) for n in lost}
     assert all(texts[n].count(rows[n]["subject"]) > 1 for n in lost)
     assert len(lost) < (1 if record is counterfact_record else 6)
@@ -503,16 +503,16 @@ def test_a_given_format_is_taken_at_its_word(convert):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no records there"),
-        ("[]", "no records there"),
-        ("[1, 2", "neither Parquet nor JSON nor JSON Lines"),
+        ("", "there are no records"),
+        ("[]", "there are no records"),
+        ("[1, 2", "not Parquet, JSON or JSON Lines"),
         ('{"a": 1}\n{', "line 2: "),
-        ('[{"a": 1, "b": 2}]', "its records (a, b) are of no known format; name one with --format"),
+        ('[{"a": 1, "b": 2}]', "its records (a, b) match no known format; set one with --format"),
         (
             '{"subject": "a", "relation": "b", "object": "c"}',
-            "is a fact dump that is not Parquet; wr",
+            "is a fact dump that is not Parquet; conv",
         ),
-        ("[[1]]", "its records (list) are of no known format"),
+        ("[[1]]", "its records (list) match no known format"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -554,14 +554,14 @@ RECORDS = st.lists(
 )
 @given(records=RECORDS, name=st.sampled_from(list(FORMATS)))
 def test_whatever_the_records_every_row_ends_in_exactly_one_place(tmp_path, records, name):
-    # One that is good, so that there is an output.
+    # One valid record, so that there is an output.
     good = GOOD[name]
     source, output = tmp_path / "data.json", tmp_path / "out" / "facts.parquet"
     source.write_text(json.dumps([*records, good | {"mark": "good"}]))
     try:
         found = convert_dataset(str(source), str(output), format_name=name)
     except FactDumpError:
-        # None was left: the others contradicted the good one.
+        # None is left: the others contradict the valid one.
         assert records
         return
     rejected = pq.read_table(found.rejected_output).to_pylist()

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts import partitions
 from jobs.facts.diff import CHANGES, SCHEMA, Change, Counts, diff_dumps
-from jobs.facts.dump import open_dump
+from jobs.facts.dump import partitions
+from jobs.facts.dump.files import open_dump
 from pipeline.data.normalization import normal
 from pipeline.errors import FactDumpError
 from tests.jobs.facts.conftest import NOW, fact, table
@@ -23,7 +23,7 @@ def changes(diff):
 
 @pytest.fixture
 def compare(dump):
-    """The changes from some rows to others, and how many facts stayed."""
+    """Return the changes from some rows to others, and the number of unchanged facts."""
 
     def compared(old, new, **options):
         options = {"as_of": NOW} | options
@@ -114,7 +114,7 @@ ROWS = st.lists(
 
 
 def held(rows):
-    """What rows state, worked out fact by fact: objects, and which facts are disputed."""
+    """Settle rows fact by fact: return the objects, and the disputed facts."""
     by_fact = defaultdict(list)
     for subject, relation, object_, day in rows:
         if object_.strip():
@@ -159,7 +159,7 @@ def written(rows, path):
 )
 @given(old=ROWS, new=ROWS, size=st.sampled_from([3, 100]), seed=st.integers(0, 5))
 def test_it_is_what_comparing_facts_one_by_one_gives(tmp_path, old, new, size, seed):
-    """In any order of the rows, in memory and in parts on the disk."""
+    """For any order of the rows, in memory and in partitions on disk."""
     was = partitions.PARTITION_ROWS
     partitions.PARTITION_ROWS = size
     try:
@@ -182,7 +182,7 @@ def test_it_is_what_comparing_facts_one_by_one_gives(tmp_path, old, new, size, s
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_unicode_forms_and_white_space_are_no_difference(compare, monkeypatch, count):
-    monkeypatch.setattr("jobs.facts.survey.partition_count", lambda rows: count)
+    monkeypatch.setattr("jobs.facts.dump.survey.partition_count", lambda rows: count)
     old = [fact("Zürich", object="New York"), fact("Lyon"), fact("Nice", object="x")]
     new = [fact("Zu\u0308rich", object="New\u00a0 York"), fact("Lyon"), fact("Nice", object="ü")]
     found, counts = compare(old, new)

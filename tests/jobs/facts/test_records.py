@@ -82,7 +82,9 @@ def test_fields_of_a_table_keep_their_text(tmp_path: Path) -> None:
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('a,b\n1,"x\n')
-    with pytest.raises(FactDumpError, match=r"t\.csv: line 1 is no CSV \(.*\); write it again"):
+    with pytest.raises(
+        FactDumpError, match=r"t\.csv: line 1 is not valid CSV \(.*\); write it again"
+    ):
         read_records(str(path), {})
     path.write_text("a,a\n1,2\n")
     with pytest.raises(FactDumpError, match="has two columns named 'a'; rename one"):

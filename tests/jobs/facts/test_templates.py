@@ -39,8 +39,8 @@ def test_relations_are_put_into_words(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no relations there"),
-        ("- a", "no relations there"),
+        ("", "there are no relations"),
+        ("- a", "there are no relations"),
         ("a: text", "a is not a mapping; a relation has prompt, paraphrases, neighborhood, target"),
         ("a: {}", "a.prompt is missing; write the prompt with {} for the subject"),
         ("a: {prompt: no place}", "a.prompt holds 0 places; write exactly one {}"),
@@ -50,7 +50,7 @@ def test_relations_are_put_into_words(tmp_path):
         ('a: {prompt: "{}", paraphrases: "{} x"}', "a.paraphrases is not a list; write each"),
         ('a: {prompt: "{}", paraphrases: [x]}', "a.paraphrases.0 holds 0 places"),
         ('a: {prompt: "{}", target: the}', "a.target holds 0 places"),
-        ('" a": {prompt: "{}"}\na: {prompt: "{}"}', "written twice but for white space"),
+        ('" a": {prompt: "{}"}\na: {prompt: "{}"}', "or two differ only in white space"),
         ('a: {prompt: "{}"}\na: {prompt: "{}"}', "line 2: key 'a' is already given on line 1"),
         ("a: !!python/name:os.system x", "could not determine a constructor"),
         ("a: &x [1]\nb: *x", "aliases"),

@@ -1,4 +1,4 @@
-"""Refresh files: what is read, and what is refused."""
+"""Refresh files: what is accepted, and what is refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_example_is_a_refresh_file() -> None:
         ("time_zone=Europe/Berlim", "is not allowed; give a time zone, such as UTC"),
         ("time_zone=../../etc/passwd", "is not allowed; give a time zone"),
         ("most_removed=2", "give a fraction from 0 to 1, or null"),
-        ("columns=entity", "give our names of columns with the dump's names"),
+        ("columns=entity", "give a mapping from our column names to the dump's"),
         ("requests=x", "unknown key requests"),
         ("target.store=x", "did you mean targets.store"),
     ],

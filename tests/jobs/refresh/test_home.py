@@ -1,4 +1,4 @@
-"""Which version is in use, who may move it, and what is kept to go back to."""
+"""The home: which version is in use, what may move CURRENT, and which versions are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.errors import FactDumpError, RunFolderError
 
 
 def version(home: Home, number: int, status: str = "promoted") -> str:
-    """A version with a model of one file; returns where its model is."""
+    """Create a version with a model of one file; return the model's location."""
     model = path(number, "model")
     home.store.write_bytes(f"{model}/config.json", b"{}")
     published = {"files": {"model/config.json": ""}}
@@ -23,18 +23,18 @@ def version(home: Home, number: int, status: str = "promoted") -> str:
 
 
 def promoted(home: Home, *numbers: int) -> None:
-    """Versions that were put to use one after the other."""
+    """Promote versions one after the other."""
     for expected, number in enumerate(numbers):
         version(home, number)
         home.promote(number, expected=expected, by="refresh")
 
 
 def in_use(home: Home) -> int:
-    """What the file for people and programs says."""
+    """Return the version that the file CURRENT names."""
     return int(json.loads(home.store.read_bytes(CURRENT))["version"])
 
 
-def test_a_promotion_is_seen_by_whoever_opens_the_home(any_url: str) -> None:
+def test_a_promotion_is_visible_to_every_reader_of_the_home(any_url: str) -> None:
     home = Home(any_url)
     assert home.current() is None
     promoted(home, 1, 2)
@@ -63,7 +63,7 @@ def test_of_many_who_follow_the_same_promotion_one_succeeds(any_url: str) -> Non
     assert won == [in_use(home)]
 
 
-def test_who_comes_too_late_is_told_what_is_in_use(any_url: str) -> None:
+def test_a_process_that_promotes_too_late_learns_the_version_in_use(any_url: str) -> None:
     home = Home(any_url)
     promoted(home, 1, 2)
     version(home, 3)
@@ -72,7 +72,7 @@ def test_who_comes_too_late_is_told_what_is_in_use(any_url: str) -> None:
     assert in_use(home) == 2
 
 
-def test_who_died_before_the_file_was_written_is_made_up_for(any_url: str) -> None:
+def test_a_death_before_the_file_was_written_is_repaired(any_url: str) -> None:
     home = Home(any_url)
     promoted(home, 1)
     earlier = home.store.read_bytes(CURRENT)
@@ -92,15 +92,17 @@ def test_rolling_back_goes_to_the_version_in_use_before(any_url: str) -> None:
     assert in_use(home) == 2
 
 
-def test_only_what_is_kept_can_be_gone_back_to(any_url: str) -> None:
+def test_only_kept_versions_can_be_rolled_back_to(any_url: str) -> None:
     home = Home(any_url)
     promoted(home, 1, 2, 3)
     assert home.prune(2) == [1]
     for number in (1, 7):
-        with pytest.raises(RunFolderError, match=f"no model of version {number} at .*are 2, 3"):
+        with pytest.raises(
+            RunFolderError, match=f"no model of version {number}; kept versions: 2, 3"
+        ):
             home.rollback(number)
     home.store.delete(path(2, "model"))
-    with pytest.raises(RunFolderError, match="no version to go back to from version 3"):
+    with pytest.raises(RunFolderError, match="no version before version 3 to roll back to"):
         home.rollback()
 
 
@@ -140,7 +142,7 @@ def test_what_many_say_at_once_is_all_kept(any_url: str) -> None:
     assert len(home.retractions()) == 8
 
 
-def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
+def test_a_fact_that_is_not_in_the_ledger_is_refused(tmp_path) -> None:
     home = Home(str(tmp_path))
     promoted(home, 1)
     ledger = pa.table({"relation": ["mayor"], "subject": ["Nice"]})
@@ -149,7 +151,7 @@ def test_a_fact_that_the_ledger_has_not_is_refused(tmp_path) -> None:
     with pytest.raises(FactDumpError, match="no fact 'nice', 'mayor'; there is 'Nice', 'mayor'"):
         home.refuse_unknown("nice", "mayor", "retract")
     home.retract("Nice", "mayor", "retract")
-    with pytest.raises(FactDumpError, match="retract was said at"):
+    with pytest.raises(FactDumpError, match="retract was already recorded at"):
         home.refuse_unknown("Nice", "mayor", "retract")
     home.refuse_unknown("Nice", "mayor", "restore")
 
@@ -164,7 +166,9 @@ def test_a_retraction_with_an_odd_number_is_refused_by_name(tmp_path, field, odd
     home.retract("Nice", "mayor", "retract", "asked for")
     (name,) = home.store.list("retractions")
     home.store.write_json(name, home.store.read_json(name) | {field: odd})
-    with pytest.raises(RunFolderError, match=rf"{name} is not a retraction .*\({field}: "):
+    with pytest.raises(
+        RunFolderError, match=rf"{name} is not a valid retraction record .*\({field}: "
+    ):
         home.retractions()
 
 
@@ -175,12 +179,14 @@ def test_a_promotion_with_an_odd_number_is_refused_by_name(tmp_path, field, odd)
     promoted(home, 1)
     (name,) = home.store.list("promotions")
     home.store.write_json(name, home.store.read_json(name) | {field: odd})
-    with pytest.raises(RunFolderError, match=rf"{name} is not a promotion .*\({field}: "):
+    with pytest.raises(
+        RunFolderError, match=rf"{name} is not a valid promotion record .*\({field}: "
+    ):
         home.current()
 
 
 def test_another_folder_is_no_home(tmp_path) -> None:
-    with pytest.raises(RunFolderError, match="is no home of versions"):
+    with pytest.raises(RunFolderError, match="is not a home folder"):
         Home.open(str(tmp_path))
 
 

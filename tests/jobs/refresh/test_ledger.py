@@ -1,4 +1,4 @@
-"""What a night makes of the ledger, before and after it has computed anything."""
+"""Changes of the ledger in a refresh, before and after its computation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def told(subject: str = "Nice", object_: str = "Ann", prompt: str = "{} has") ->
 
 
 def night(ledger: Ledger, *facts: DumpFact, undecided=(), retracted=(), restored=(), at=SECOND):
-    """The ledger of a night, and what has changed, by kind."""
+    """Return the ledger of a refresh, and its changes by kind."""
     found, changes = merged(
         ledger,
         facts,
@@ -32,7 +32,7 @@ def night(ledger: Ledger, *facts: DumpFact, undecided=(), retracted=(), restored
 
 
 def after(*facts: DumpFact, **outcome) -> Ledger:
-    """The ledger after a first night in which all facts had the same outcome."""
+    """Return the ledger after a first refresh in which all facts had the same outcome."""
     ledger, _ = night(Ledger(), *facts, at=FIRST)
     outcomes = dict.fromkeys(ledger.entries, Outcome(**{"state": "live"} | outcome))
     return concluded(ledger, outcomes, patience=None, night=FIRST)[0]
@@ -78,11 +78,11 @@ def test_a_retracted_fact_stays_out_whatever_the_dump_says() -> None:
     assert night(before, retracted=[NICE]) == (before, [])
 
 
-def test_a_fact_that_is_given_back_is_told_again() -> None:
+def test_a_restored_fact_is_included_again() -> None:
     before, _ = night(after(told()), told(), retracted=[NICE])
     ledger, changes = night(before, told(), restored=[NICE])
     assert (ledger.entries[NICE].state, changes) == ("live", ["restored"])
-    # The word was said once; it does not come again every night.
+    # The restoration took effect once and does not repeat in every refresh.
     assert night(ledger, told(), restored=[NICE]) == (ledger, [])
 
 
@@ -102,7 +102,7 @@ def test_a_fact_that_is_not_learned_is_left_out_after_some_nights() -> None:
         assert ledger.entries[NICE].misses == nights
         assert [change.subject for change in left_out] == (["Nice"] if nights == 3 else [])
     assert ledger.entries[NICE].state == "quarantined"
-    assert ledger.entries[NICE].reason == "told and not learned in 3 nights"
+    assert ledger.entries[NICE].reason == "edited 3 times in a row but not learned"
     assert ledger.live() == {lyon}
 
 
@@ -114,7 +114,7 @@ def test_what_is_learned_once_begins_anew() -> None:
         assert ledger.entries[NICE].misses == misses
 
 
-def test_what_cannot_be_told_is_named() -> None:
+def test_facts_that_cannot_be_edited_are_named() -> None:
     ledger = night(Ledger(), told())[0]
     outcome = Outcome("rejected", "too long")
     ledger, left_out = concluded(ledger, {NICE: outcome}, patience=3, night=SECOND)

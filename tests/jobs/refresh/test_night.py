@@ -1,4 +1,4 @@
-"""What a night tells its run, and where its home may be."""
+"""The job of a refresh, and the allowed places of its home."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.errors import JobError, RunFolderError
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    """Two versions that were promoted, and a third that a gate held back."""
+    """Two promoted versions, and a third that a gate held back."""
     home = Home(str(tmp_path / "home"))
     for version in (1, 2, 3):
         home.store.write_json(path(version, "metrics.json"), {"after": {}})
@@ -43,9 +43,9 @@ def test_a_run_that_is_named_goes_first(home: Home) -> None:
 
 def test_there_may_be_nothing_to_compare_with(home: Home, tmp_path: Path) -> None:
     assert last(Home(str(tmp_path / "new")), 1) is None
-    # It is taken up again after it was put to use.
+    # It is resumed after its promotion.
     assert last(home, 2) is None
-    # A version without any fact was not measured.
+    # A version without facts was not measured.
     home.store.delete(path(2, "metrics.json"))
     assert last(home, 4) is None
 
@@ -82,7 +82,7 @@ def test_a_home_may_not_overlap_with_what_nights_read(begin: Any, tmp_path: Path
 def test_a_folder_of_the_users_is_no_home(begin: Any, tmp_path: Path) -> None:
     (tmp_path / "home" / "versions").mkdir(parents=True)
     (tmp_path / "home" / "versions" / "mine.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"home: .* holds versions and is no home"):
+    with pytest.raises(RunFolderError, match=r"home: .* holds versions and is not a home"):
         begin(config_of(tmp_path))
     assert [path.name for path in (tmp_path / "home").rglob("*")] == ["versions", "mine.txt"]
 

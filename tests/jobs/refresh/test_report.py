@@ -1,4 +1,4 @@
-"""The page of a night: what it says, and that text from a dump stays text."""
+"""The report of a refresh: its content, and that text from a dump stays text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    """Write the report of a second night; returns its page."""
+    """Write the report of a second refresh; return its page."""
     config = RefreshConfig(
         model="gpt2",
         facts=("x",),
@@ -87,8 +87,8 @@ def test_it_says_what_a_person_asks_first(report) -> None:
         [Change("changed", "mayor", "Lyon", "Bob", "Ann")],
     )
     for words in (
-        "Promoted The refresh file asks for no gates.",
-        "facts told 7",
+        "Promoted The refresh file sets no gates.",
+        "facts edited 7",
         "not learned 1",
         "quarantined 1",
         "time 10 min 00 s cost 6.00",
@@ -100,7 +100,7 @@ def test_it_says_what_a_person_asks_first(report) -> None:
         "mayor Arles – asked for",
     ):
         assert words in page.text
-    # The scores of both nights.
+    # The scores of both versions.
     assert "svg" in page.tags
 
 
@@ -112,7 +112,7 @@ def test_a_version_that_is_held_back_says_by_what(report) -> None:
     ]
     metrics = {"before": {}, "after": AFTER, "gates": gates, "counts": {"edited": 7}}
     page = report([entry("Nice")], status="held", metrics=metrics)
-    assert "Held back By: efficacy. Version 1 stays in use." in page.text
+    assert "Held back Gates not passed: efficacy. Version 1 stays in use." in page.text
     assert "at least 95.0 % at most 1.0 points below the last run" in page.text
 
 
@@ -133,7 +133,7 @@ def test_long_tables_are_cut_and_say_so(report) -> None:
     assert "100 more are not shown; the ledger has them." in page.text
 
 
-def test_a_night_that_told_nothing_has_a_page(report) -> None:
+def test_a_refresh_without_edited_facts_has_a_page(report) -> None:
     page = report([], metrics=None)
     assert "Promoted" in page.text
     assert "Scores" not in page.text

@@ -1,4 +1,4 @@
-"""What a dump wants told, whatever its order and its other columns."""
+"""The requests of a dump, whatever its order and its other columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATES = {
 
 @pytest.fixture
 def tonight(tmp_path: Path):
-    """Read rows as tonight's dump, beside a baseline."""
+    """Read rows as the current dump, with a baseline."""
 
     def read(rows: list[dict[str, Any]], baseline: list[dict[str, Any]] | None = None):
         (tmp_path / "templates.yaml").write_text(yaml.safe_dump(TEMPLATES))
@@ -62,7 +62,7 @@ def test_the_same_facts_are_the_same_requests_in_any_order(tonight) -> None:
     ]
 
 
-def test_only_what_the_baseline_does_not_hold_is_told(tonight) -> None:
+def test_only_facts_that_the_baseline_lacks_are_edited(tonight) -> None:
     old = [row("Nice"), row("Lyon"), row("Arles")]
     found = tonight([row("Nice", object_="Italy", source="wiki"), *old[1:], row("Brest")], old)
     assert list(found.facts()) == [

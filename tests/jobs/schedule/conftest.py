@@ -1,4 +1,4 @@
-"""A store, a clock that nobody has to wait for, and nights that run nothing."""
+"""A store, a simulated clock, and runs that start no process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def night(due: datetime, attempt: int = 1, **values: Any) -> Night:
 
 
 class TestClock(Clock):
-    """Time passes when somebody waits; it stops at ``end``."""
+    """A clock whose time advances when it is waited for, and that stops at ``end``."""
 
     __test__ = False
 
@@ -65,7 +65,7 @@ class TestClock(Clock):
 
 
 class Nights:
-    """Stands for the processes of nights: each takes ten minutes and exits as it is told to."""
+    """Replaces the processes of runs: each takes ten minutes and exits with a given status."""
 
     def __init__(self) -> None:
         self.statuses: list[int | Callable[[], int]] = []
@@ -81,7 +81,7 @@ class Nights:
 
 @pytest.fixture(params=["local", "memory"])
 def book(request: pytest.FixtureRequest, tmp_path: Path) -> Book:
-    """An empty store, on the disk and elsewhere."""
+    """An empty store, on disk and in memory."""
     local = request.param == "local"
     return Book(str(tmp_path / "store") if local else f"memory://{uuid.uuid4().hex}/store")
 
@@ -95,7 +95,7 @@ def nights(monkeypatch: pytest.MonkeyPatch) -> Nights:
 
 @pytest.fixture
 def make_runner(book: Book, nights: Nights) -> Callable[..., tuple[Runner, TestClock, list[str]]]:
-    """A runner that starts at a time, its clock, and what it says."""
+    """Makes a runner that starts at a time, its clock, and the list of its messages."""
 
     def make(
         now: datetime, *, until: datetime | None = None, names: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The store: what is kept, what is refused, and what stays."""
+"""The store: what is stored, what is refused, and what is left alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_what_is_added_is_there_for_every_reader(book: Book) -> None:
 
 def test_a_name_is_given_once_unless_it_shall_be_replaced(book: Book) -> None:
     book.add(schedule())
-    with pytest.raises(ScheduleError, match="'facts' already; give --replace"):
+    with pytest.raises(ScheduleError, match="'facts' already exists; give --replace"):
         book.add(schedule(cron="0 3 * * *"))
     assert book.get("facts").cron == "0 2 * * *"
     book.add(schedule(cron="0 3 * * *"), replace=True)
@@ -88,14 +88,14 @@ def test_the_log_of_a_night_that_runs_is_not_purged(book: Book) -> None:
     with book.lease("facts"):
         with pytest.raises(FolderBusyError):
             book.lease("facts")
-        with pytest.raises(ScheduleError, match="a night of 'facts' is running"):
+        with pytest.raises(ScheduleError, match="schedule 'facts' is running"):
             book.remove("facts", purge=True)
         book.add(schedule("other"))
         book.lease("other").release()
     assert book.get("facts") == schedule()
 
 
-def test_what_was_missed_while_disabled_is_not_made_up(book: Book) -> None:
+def test_runs_missed_while_disabled_are_skipped(book: Book) -> None:
     book.add(schedule())
     assert not book.enable("facts", False, at("21 00:00")).enabled
     again = book.enable("facts", True, at("24 08:00"))
@@ -115,6 +115,6 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "Facts", "1facts", "a/b", "..", "a-", "a" * 37, "a\n", "ä"])
 def test_names_are_labels(name: str) -> None:
-    with pytest.raises(ScheduleError, match="is no name for a schedule"):
+    with pytest.raises(ScheduleError, match="is not a valid schedule name"):
         schedule(name)
     assert schedule("a" * 36).name

@@ -1,4 +1,4 @@
-"""What is done next, from a schedule and its log."""
+"""The next run of a schedule, derived from the schedule and its log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_night_is_due_from_its_very_minute_and_until_it_is_done() -> None:
     assert done.at == at("22 02:00")
 
 
-def test_missed_nights_are_made_up_by_one() -> None:
+def test_one_run_covers_all_missed_ones() -> None:
     task = next_task(schedule(), [night(at("21 02:00"))], at("24 09:00"))
     assert task is not None
     assert task.covers == (at("22 02:00"), at("23 02:00"), at("24 02:00"))
@@ -38,13 +38,13 @@ def test_missed_nights_are_made_up_by_one() -> None:
     assert after.covers == (at("25 02:00"),)
 
 
-def test_where_nothing_is_made_up_a_late_night_is_left_out() -> None:
+def test_without_catch_up_a_late_run_is_left_out() -> None:
     strict = schedule(catch_up="never")
     late, soon = (next_task(strict, [], at(t)) for t in ("21 03:01", "21 02:59"))
     assert late is not None
     assert soon is not None
     assert (late.is_late, soon.is_late) == (True, False)
-    # A retry is late by what it waited for, not by what the night took.
+    # A retry's lateness counts its wait, not the duration of the run.
     failed = night(at("21 02:00"), outcome="failed", finished=at("21 08:00"))
     retry = next_task(strict, [failed], at("21 08:10"))
     assert retry is not None

@@ -1,4 +1,4 @@
-"""Objects of Kubernetes: their shapes, and what the script in them does."""
+"""Kubernetes objects: their structure, and the behaviour of their script."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refresh(tmp_path: Path) -> str:
 
 
 def objects(refresh: str, cluster: Cluster | None = None, **values: Any) -> dict[str, Any]:
-    """By kind; the RayJob that the ConfigMap holds is among them."""
+    """Return the objects by kind, including the RayJob in the ConfigMap."""
     cluster = cluster or Cluster(image="registry/pmet:1", ray_version="2.52.0")
     text = manifests(schedule(refresh=refresh, **values), cluster)
     found = {one["kind"]: one for one in yaml.safe_load_all(text)}
@@ -88,7 +88,7 @@ def test_the_ray_job_is_a_fresh_cluster_that_runs_the_refresh(refresh: str) -> N
     assert [limit.get("nvidia.com/gpu") for limit in limits] == [None, "2"]
     assert head["containers"][0]["volumeMounts"][0]["mountPath"] == "/etc/pmet"
     assert found["ConfigMap"]["data"]["refresh.yaml"] == REFRESH
-    # KubeRay allows names of 47 characters, and five are added.
+    # KubeRay allows names of 47 characters, to which five are added.
     longest = objects(refresh, name="a" * 36)["RayJob"]["metadata"]["generateName"]
     assert len(longest) + 5 <= 47
 
@@ -97,7 +97,7 @@ def test_a_refresh_file_at_a_url_is_read_there() -> None:
     found = objects("s3://bucket/refresh.yaml")
     assert found["RayJob"]["spec"]["entrypoint"] == "pmet refresh s3://bucket/refresh.yaml"
     assert "refresh.yaml" not in found["ConfigMap"]["data"]
-    with pytest.raises(ScheduleError, match="a shell would read; rename"):
+    with pytest.raises(ScheduleError, match="a shell would interpret; rename"):
         objects("s3://bucket/$(evil).yaml")
     with pytest.raises(StorageError, match="cannot read /nowhere/refresh"):
         objects("/nowhere/refresh.yaml")
@@ -128,7 +128,7 @@ def test_what_kubernetes_cannot_say_is_refused(cron: str) -> None:
     [
         ({"image": "a b"}, "--image: 'a b' is not an image"),
         ({"image": "x\nkind: Evil"}, "--image"),
-        ({"namespace": "Nightly"}, "--namespace: 'Nightly' is not a namespace"),
+        ({"namespace": "Nightly"}, "--namespace: 'Nightly' is not a valid namespace"),
         ({"ray_version": "latest"}, "--ray-version"),
         ({"memory": "16 GB"}, "--memory"),
         ({"kubectl_image": "$(x)"}, "--kubectl-image"),
@@ -139,7 +139,7 @@ def test_settings_are_checked(settings: dict[str, str], message: str) -> None:
         Cluster(**{"image": "i", **settings})  # type: ignore[arg-type]
 
 
-# Stands for kubectl: ``list`` has what it lists, ``states`` a line for each question.
+# Replaces kubectl: ``list`` holds the output of get, ``states`` one line per poll.
 KUBECTL = """#!/bin/sh
 cd "$FAKE"
 echo "$*" >> calls

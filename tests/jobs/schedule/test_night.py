@@ -1,4 +1,4 @@
-"""Real processes: how a night ends, and what ends it."""
+"""Real processes: how a run ends, and what ends it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_lost_lease_ends_the_night_and_a_lost_store_does_not(tmp_path: Path) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_a_night_ends_with_its_runner(tmp_path: Path) -> None:
-    """The kernel is to send SIGTERM when the runner ends; test_tied kills a parent for real."""
+    """The kernel must send SIGTERM when the runner ends; test_tied really kills a parent."""
     output = tmp_path / "log"
     ask = "import ctypes; n = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(n)); print(n)"
     command = [sys.executable, "-c", ask]
@@ -128,4 +128,4 @@ def test_a_night_is_pmet_whatever_lies_in_the_folder(tmp_path: Path) -> None:
     asked = [*command[:-2], "schedule", "--help"]
     answer = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, shlex.join(asked) + answer.stderr
-    assert "Nightly refreshes" in answer.stdout
+    assert "Run refreshes on a schedule" in answer.stdout

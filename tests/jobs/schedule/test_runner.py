@@ -1,4 +1,4 @@
-"""The runner: which nights it runs, when, and what the log says of them."""
+"""The runner: what it runs, when, and what it logs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def log(book: Book, name: str = "facts") -> list[Night]:
 
 @pytest.fixture
 def rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Days pass with fewer looks at the store."""
+    """Poll the store less often, so that days pass quickly."""
     monkeypatch.setattr(runner_module, "POLL", timedelta(hours=1))
 
 
@@ -50,26 +50,24 @@ def test_it_waits_for_each_night_and_runs_it_once(
         assert stream.read() == b"one\ntwo\n"
     assert book.running("facts") is None
     assert said[:2] == [
-        "facts: the night due 2026-11-21 02:00 UTC begins",
-        "facts: the night due 2026-11-21 02:00 UTC: done",
+        "facts: the run due 2026-11-21 02:00 UTC starts",
+        "facts: the run due 2026-11-21 02:00 UTC: done",
     ]
     assert clock.waits <= 3 * 24 + 10
 
 
-def test_three_missed_nights_are_one(book: Book, nights: Nights, make_runner: Make) -> None:
+def test_three_missed_runs_become_one(book: Book, nights: Nights, make_runner: Make) -> None:
     book.add(schedule())
     runner, _, said = make_runner(at("23 09:00"))
     assert runner.run_due() == 0
     (only,) = log(book)
     assert only.covers == (at("21 02:00"), at("22 02:00"), at("23 02:00"))
-    assert "stands for 2 more" in said[0]
+    assert "also covers 2 missed runs" in said[0]
     assert runner.run_due() == 0
     assert len(nights.begun) == 1
 
 
-def test_a_late_night_that_is_not_made_up_is_in_the_log(
-    book: Book, nights: Nights, make_runner: Make
-) -> None:
+def test_a_skipped_late_run_is_in_the_log(book: Book, nights: Nights, make_runner: Make) -> None:
     book.add(schedule(catch_up="never"))
     runner, _, _ = make_runner(at("23 09:00"))
     assert runner.run_due() == 0
@@ -155,7 +153,7 @@ def test_of_many_runners_one_runs_the_night(book: Book, nights: Nights, make_run
         nonlocal inside, most
         with lock:
             inside, most = inside + 1, max(most, inside + 1)
-        # The others try while this night runs.
+        # The others try while this one runs.
         threading.Event().wait(0.3)
         with lock:
             inside -= 1
@@ -188,10 +186,10 @@ def test_a_night_of_another_runner_is_waited_for_without_hurry(
     assert nights.begun == []
     assert clock.waits <= 21
     assert len(said) == 1
-    assert "not run here, another runner has it" in said[0]
+    assert "not run here because another runner holds it" in said[0]
 
 
-def test_a_night_whose_runner_died_is_done_anew_and_both_are_in_the_log(
+def test_a_run_whose_runner_died_is_repeated_and_both_are_in_the_log(
     book: Book, nights: Nights, make_runner: Make
 ) -> None:
     book.add(schedule(retries=0))
@@ -265,7 +263,7 @@ def test_a_lost_lease_leaves_the_log_to_the_other(
     assert said[-1] == "facts: taken over by another"
 
 
-def test_a_store_out_of_reach_is_told_once_and_waited_for(
+def test_an_unreachable_store_is_reported_once_and_waited_for(
     book: Book, nights: Nights, make_runner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book.add(schedule())
@@ -328,7 +326,7 @@ def test_output_that_cannot_be_stored_costs_only_the_output(
     assert Runner(book, clock=clock, say=said.append, command=lambda s: [s.name]).run_due() == 0
     (only,) = log(book)
     assert (only.outcome, only.log, only.output) == ("done", None, ("one", "two"))
-    assert "its output is lost" in said[1]
+    assert "the output of the run is lost" in said[1]
 
 
 def test_a_real_night_under_a_real_clock(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Units of systemd: what they say, and that systemd understands it."""
+"""systemd units: their content, and that systemd accepts it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def analyze(*arguments: str) -> str:
         ("30 2 * * *", ["*-*-* 02:30:00 Europe/Berlin"]),
         ("0 2 * * 0", ["Sun *-*-* 02:00:00 Europe/Berlin"]),
         ("*/30 1,2 * 6 *", ["*-06-* 01,02:00,30:00 Europe/Berlin"]),
-        # Both days given: cron takes either, systemd would ask for both.
+        # If both days are given, cron matches either, while systemd would require both.
         (
             "0 2 1 * MON",
             ["*-*-01 02:00:00 Europe/Berlin", "Mon *-*-* 02:00:00 Europe/Berlin"],
@@ -45,7 +45,7 @@ def analyze(*arguments: str) -> str:
         ("0 2 L * *", ["*:0/10"]),
     ],
 )
-def test_times_are_said_as_calendar_events(cron: str, events: list[str]) -> None:
+def test_times_are_converted_to_calendar_events(cron: str, events: list[str]) -> None:
     assert calendar(schedule(cron=cron, timezone="Europe/Berlin")) == events
 
 
@@ -89,7 +89,7 @@ def test_the_service_runs_what_is_due_of_this_schedule(tmp_path: Path) -> None:
 
 
 def test_nothing_can_be_smuggled_into_a_unit() -> None:
-    with pytest.raises(ScheduleError, match="cannot stand in a unit file"):
+    with pytest.raises(ScheduleError, match="cannot be written into a unit file"):
         units(schedule(), "s3://bucket/x\nExecStartPre=/bin/evil")
     service = units(schedule(), 's3://b/$HOME%h" "\\')["pmet-facts.service"]
     assert '"s3://b/$$HOME%%h\\" \\"\\\\" "facts"' in service

@@ -1,4 +1,4 @@
-"""A program that does not outlive its parent."""
+"""Programs that do not outlive their parent."""
 
 from __future__ import annotations
 
@@ -44,4 +44,4 @@ def test_it_is_not_begun_for_a_parent_that_has_ended() -> None:
     )
     if sys.platform == "linux":
         assert (done.returncode, done.stdout) == (1, "")
-        assert "the runner has ended before its night began" in done.stderr
+        assert "the runner ended before its run started" in done.stderr

@@ -1,4 +1,4 @@
-"""What travels to a cluster, and what is refused because only this machine has it."""
+"""Packing a job: what is uploaded, and what is refused because only this machine has it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_a_job_of_urls_travels_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_a_path_that_means_something_here_only_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(JobError, match=rf"^{key}.*means another place on every machine; give a "):
+    with pytest.raises(
+        JobError, match=rf"^{key}.*is relative, so it differs between machines; give a "
+    ):
         pack(job(**{key: value}))
 
 
@@ -58,7 +60,7 @@ def test_a_folder_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pack(job(model="models/base"))
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(JobError) as caught:
         pack(job(requests=("a.parquet", "b.parquet"), output="memory://run"))
     lines = str(caught.value).splitlines()

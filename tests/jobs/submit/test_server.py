@@ -1,4 +1,4 @@
-"""What is said where a cluster's job server does not do as it should."""
+"""Error messages about a cluster's job server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.errors import ClusterError
 
 @contextmanager
 def answering(status: int, text: str) -> Iterator[str]:
-    """A server that gives the same answer to everything; its address."""
+    """Start a server that gives the same answer to every request; return its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -47,7 +47,7 @@ def unused() -> str:
 @pytest.mark.parametrize(
     ("status", "text", "said"),
     [
-        (401, "Unauthorized: Missing authentication token", "asks for a token, and none was given"),
+        (401, "Unauthorized: Missing authentication token", "requires a token, and none was given"),
         (403, "Forbidden: Invalid authentication token", "does not accept this token"),
     ],
 )
@@ -59,12 +59,12 @@ def test_a_refused_token_is_explained(status: int, text: str, said: str) -> None
         JobServer.at(address)
 
 
-def test_nobody_at_the_address_is_told_at_once() -> None:
+def test_an_address_without_a_server_fails_at_once() -> None:
     with pytest.raises(ClusterError, match=r"no job server answers .*8265.*ray\[default\]"):
         JobServer.at(unused())
 
 
-def test_a_server_that_is_none_of_rays_is_told() -> None:
+def test_a_server_that_is_not_rays_is_an_error() -> None:
     with answering(500, "out of order") as address, pytest.raises(ClusterError, match="HTTP 500"):
         JobServer.at(address)
 
@@ -76,7 +76,9 @@ def test_the_address_given_comes_before_the_environments(monkeypatch: pytest.Mon
         assert JobServer.at(address).address == address
 
 
-def test_a_client_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_not_installed_is_an_error_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ClusterError, match=r"pip install 'pmet-pipeline\[cluster\]'"):
         JobServer.at("http://127.0.0.1:1")

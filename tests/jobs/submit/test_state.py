@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, with no cluster to ask."""
+"""The state of a run according to its folder, without a cluster."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_run_that_holds_its_folder_is_running(folder: RunFolder) -> None:
     assert state.state == "lost", "the lease was given back, and the status still says running"
 
 
-def test_a_run_that_was_not_heard_of_is_lost(folder: RunFolder) -> None:
+def test_a_run_without_a_sign_of_life_is_lost(folder: RunFolder) -> None:
     elsewhere = replace(Holder.here(60), machine="another", renewed_at="2026-01-01T00:00:00+00:00")
     folder.store.write_json("lease/000001.json", asdict(replace(elsewhere, expires_s=-1.0)))
     state = read_state(folder.store.url)
@@ -81,5 +81,7 @@ def test_progress_is_written_now_and_then_only(folder: RunFolder) -> None:
 
 def test_a_file_that_is_no_status_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).write_json("run.json", [1])
-    with pytest.raises(StorageError, match="is no status of a run; is this a run folder"):
+    with pytest.raises(
+        StorageError, match="is not the status of a run; check that this is a run folder"
+    ):
         read_state(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Submissions: their names, one at a time for each run folder, and what their ends mean."""
+"""Submissions: their names, one at a time per run folder, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.jobs.submit.test_parcel import job
 
 @dataclass
 class Server:
-    """A cluster's job server that keeps what it is given."""
+    """A fake job server that stores what is submitted."""
 
     address: str = "http://head:8265"
     kept: list[Any] = field(default_factory=list)
@@ -115,7 +115,7 @@ def test_another_job_is_not_taken_for_the_one_that_runs(parcel: Parcel) -> None:
     server = Server()
     send(parcel, server)
     other = pack(parcel.job.model_copy(update={"seed": 1}))
-    with pytest.raises(JobError, match="with other settings; wait for its end, stop it, or name"):
+    with pytest.raises(JobError, match="with other settings; wait until it ends, stop it, or name"):
         send(other, server)
     with pytest.raises(JobError, match=r"stop that first .*--fresh"):
         send(parcel, server, fresh=True)
@@ -124,7 +124,7 @@ def test_another_job_is_not_taken_for_the_one_that_runs(parcel: Parcel) -> None:
     assert server.kept[-1].entrypoint.endswith("--fresh")
 
 
-def test_folders_of_one_name_are_told_apart() -> None:
+def test_folders_of_one_name_are_distinguished() -> None:
     assert stem_of("s3://a/out") != stem_of("s3://b/out")
     assert stem_of("s3://a/out/") == stem_of("s3://a/out")
     assert stem_of("out") == stem_of(str(Path("out").absolute()))
@@ -180,8 +180,8 @@ def test_waiting_survives_a_cluster_that_is_out_of_reach_for_a_while(parcel: Par
         wait(server, name, patience_s=0)  # type: ignore[arg-type]
 
 
-def test_a_name_that_the_cluster_has_forgotten_is_told(parcel: Parcel) -> None:
-    with pytest.raises(ClusterError, match=r"knows no pmet-x; .*pmet status RUN"):
+def test_a_name_that_the_cluster_has_forgotten_is_an_error_with_a_remedy(parcel: Parcel) -> None:
+    with pytest.raises(ClusterError, match=r"has no record of pmet-x; .*pmet status RUN"):
         find(Server(), "pmet-x")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Where a Ray that is started here keeps its files, whatever the environment names."""
+"""The folder of a local Ray's files, whatever the environment names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = f"pmet-{os.getuid()}"
 
 @pytest.fixture
 def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary folder that Ray can use; no other counts."""
+    """A temporary folder that Ray can use, as the only candidate."""
     monkeypatch.setattr(local_ray, "LONGEST_PATH", len(str(tmp_path)) + 40)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     return use(tmp_path / "tmp", monkeypatch)
@@ -112,7 +112,7 @@ with ray_session(num_cpus=1, say=print), WorkerPool(Decimal, count=1) as pool:
 def test_ray_starts_without_a_home_and_with_letters_that_are_not_ascii(tmp_path: Path) -> None:
     odd = tmp_path / "größe 'x'"
     odd.mkdir()
-    (home := tmp_path / "home").touch()  # nothing can be made below a file
+    (home := tmp_path / "home").touch()  # nothing can be created below a file
     environment = {**os.environ, "HOME": str(home), "TMPDIR": str(odd), "PYTHONPATH": str(ROOT)}
     for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         environment.pop(name, None)

@@ -1,4 +1,4 @@
-"""What of a run can be read from Ray's metrics, as Prometheus reads them."""
+"""A run's figures in Ray's metrics, as Prometheus reads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE_S = 120
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "200")
-        # As a cluster is started: one of a run's own has no agent that tells metrics.
+        # Started like a cluster: a run's own Ray has no metrics agent.
         ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
@@ -35,8 +35,10 @@ def lines_of_metrics() -> list[str]:
 
 
 def value(name: str, *tags: str, awaited: float | None = None) -> float | None:
-    """Of a metric of this name with these tags, as soon as Ray tells it; what it has told before
-    it tells the value that is awaited counts only where that never comes."""
+    """Return the value of a metric with these tags as soon as Ray exports it.
+
+    Values before the expected one are returned only if that never comes.
+    """
     end, found = time.monotonic() + PATIENCE_S, None
     while time.monotonic() < end:
         for line in lines_of_metrics():
@@ -48,7 +50,7 @@ def value(name: str, *tags: str, awaited: float | None = None) -> float | None:
     return found
 
 
-def test_a_run_is_told_in_metrics(cluster: None) -> None:
+def test_a_run_is_exported_as_metrics(cluster: None) -> None:
     progress = MeteredProgress(Progress())
     progress.begin("s3://runs/1", 2, None)
     with progress.stage("targets", 40) as stage:
@@ -66,7 +68,7 @@ def test_a_run_is_told_in_metrics(cluster: None) -> None:
     assert value("pmet_events", run, 'kind="retry"', awaited=1) == 1
 
 
-def test_a_run_of_any_name_is_told_in_ascii(cluster: None) -> None:
+def test_a_run_of_any_name_is_exported_in_ascii(cluster: None) -> None:
     name = 'runs/läuf 日本 100% "x"\\y'
     progress = MeteredProgress(Progress())
     progress.begin(name, 1, None)
@@ -78,7 +80,7 @@ def test_a_run_of_any_name_is_told_in_ascii(cluster: None) -> None:
     (line,) = [line for line in lines_of_metrics() if "pmet_stage_done" in line and "%25" in line]
     assert line.isascii()
     tags = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', line))
-    # Prometheus writes quotes and backslashes of a tag with a backslash.
+    # Prometheus escapes quotes and backslashes in tags with a backslash.
     run = re.sub(r"\\(.)", r"\1", tags["run"])
     assert run == 'runs/l%C3%A4uf %E6%97%A5%E6%9C%AC 100%25 "x"\\y'
     assert unquote(run) == name

@@ -1,4 +1,4 @@
-"""What a job needs of a cluster that is too small for it now."""
+"""The resources that a job needs of a cluster that is still too small."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.errors import NoRoomError
 
 
 class Nodes:
-    """A cluster whose nodes come after some looks, if they are asked for."""
+    """A cluster whose nodes appear after some polls, if they are requested."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *later: tuple[float, float]) -> None:
         self.nodes = [{"CPU": 1.0}]

@@ -1,4 +1,4 @@
-"""What a job asks for, against what this machine has."""
+"""A job's resource requests compared with this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.job.config import EditSettings, TargetsConfig, UpdateConfig
 
 
 def job(**sections: Any) -> EditSettings:
-    """The settings of a job that say who computes."""
+    """The settings of a job that select its processes."""
     found = SimpleNamespace(
         targets=TargetsConfig(**sections.get("targets", {})),
         update=UpdateConfig(**sections.get("update", {})),
@@ -25,7 +25,7 @@ def job(**sections: Any) -> EditSettings:
 
 
 class Machine:
-    """A machine with GPUs as Ray and as PyTorch count them."""
+    """A machine with GPUs as counted by Ray and by PyTorch."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.by_ray = self.by_torch = 0

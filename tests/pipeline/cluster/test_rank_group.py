@@ -1,4 +1,4 @@
-"""Ranks live and die together, and the one to blame is named."""
+"""Ranks live and die together, and the error names the rank that caused it."""
 
 import os
 import signal
@@ -52,14 +52,14 @@ class Member:
 
 
 class Unready(Member):
-    """Its rank 1 raises while the others wait for it."""
+    """A group whose rank 1 raises while the others wait for it."""
 
     def __init__(self, rendezvous):
         super().__init__(rendezvous, guilty=1, error=OSError("no such checkpoint"))
 
 
 class Refusing(Member):
-    """Its rank 0 finds that the input is bad."""
+    """A group whose rank 0 finds that the input is invalid."""
 
     def __init__(self, rendezvous):
         super().__init__(rendezvous, guilty=0, error=InputError("not a model"))

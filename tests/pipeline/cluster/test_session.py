@@ -1,4 +1,4 @@
-"""What is said of a process that is no more. The texts are Ray's own."""
+"""Messages about dead processes; the texts are Ray's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Object store memory usage: [- objects spillable: 0"""
 
 
 def test_a_cluster_of_its_own_serves_nothing_on_a_fixed_port() -> None:
-    # Ray's agent would, where the dashboard is installed, and the next cluster would wait for it.
+    # If the dashboard is installed Ray's agent would, and the next cluster would wait for it.
     with session.ray_session("local", num_cpus=1):
         started = psutil.Process().children(recursive=True)
         ports = {c.laddr.port for p in started for c in p.net_connections() if c.status == "LISTEN"}

@@ -1,4 +1,4 @@
-"""Signals stop a process once, in good order, wherever they arrive."""
+"""Signals stop a process once and cleanly, wherever they arrive."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The handlers of a command in place of pytest's.
+    """Install a command's handlers in place of pytest's.
 
-    A stop that is no longer being handled is delivered again: tests call `signals.end` while they
-    hold the exception, as a command does.
+    A stop that is no longer being handled is delivered again, so tests call `signals.end` while
+    they hold the exception, as a command does.
     """
     before = {number: signal.getsignal(number) for number in STOPPING}
     signals.install()
@@ -118,7 +118,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_handlers_outlive_a_library_that_removes_them(handlers: None) -> None:
-    """As Ray does, from a thread, for the second that it takes to end."""
+    """Block signals from a thread for a second, as Ray does while it shuts down."""
     remove = ctypes.pythonapi.PyOS_setsig
 
     def end() -> None:

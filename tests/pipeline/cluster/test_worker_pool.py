@@ -1,4 +1,4 @@
-"""Both pools pass one suite; only what a process can survive is asked of the workers alone."""
+"""Both pools pass one suite; deaths of processes are tested with Ray workers only."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from pmet.errors import InputError, RequestError
 
 
 class Abacus:
-    """A worker; what has to be remembered beyond a process's death is kept in files."""
+    """A worker that keeps in files what must outlive its process."""
 
     def __init__(self, offset=0):
         self.offset = offset
@@ -85,7 +85,7 @@ class Unmade:
 
 
 class StillbornOnce(Abacus):
-    """Kills its process when it is made for the first time."""
+    """A worker that kills its process the first time it is created."""
 
     def __init__(self, marker):
         super().__init__()
@@ -95,7 +95,7 @@ class StillbornOnce(Abacus):
 
 
 class Signing(Abacus):
-    """Leaves a file when it is made."""
+    """A worker that writes a file when it is created."""
 
     def __init__(self, folder):
         super().__init__()
@@ -127,7 +127,7 @@ def cluster():
 
 
 class PoolSuite:
-    """What every pool does, on one pool for all tests, as for all stages of a job."""
+    """Behaviour of every pool, on one pool for all tests, as for all stages of a job."""
 
     workers = 1
 
@@ -177,7 +177,7 @@ class PoolSuite:
         pool.run("square", tasks(), check)
         assert len(results) == 30
 
-    def test_it_is_told_once_when_the_last_task_is_handed_out(self, pool):
+    def test_it_is_notified_once_when_the_last_task_is_handed_out(self, pool):
         results, told = [], []
         pool.run(
             "square",
@@ -236,7 +236,7 @@ class TestThreeWorkers(TestOneWorker):
 
 
 class EndingSuite:
-    """What ends a pool, or asks for one of its own."""
+    """Tests that end a pool or need one of their own."""
 
     def make(self, factory=Abacus, **options):
         raise NotImplementedError
@@ -310,14 +310,14 @@ def test_no_more_workers_are_started_than_a_stage_is_worth(tmp_path):
     with WorkerPool(Signing, init_args=(tmp_path,), count=2) as pool:
         start = time.monotonic()
         collect(pool, "sleep", [Task("t", (0,))], workers=1)
-        # Another one would have come by now.
+        # Another one would have started by now.
         collect(pool, "sleep", [Task("t", (time.monotonic() - start,))], workers=1)
         assert len(list(tmp_path.iterdir())) == 1
         assert pool.absent == 1
         naps = [Task(str(n), (0.3,)) for n in range(20)]
         collect(pool, "sleep", naps)
         assert pool.absent == 0
-        # Those that are there take part, whatever the stage is worth.
+        # Existing workers take part, however short the stage is.
         collect(pool, "sleep", naps[:2], workers=1)
         many, _ = collect(pool, "count_calls", numbers(40), workers=1)
         assert len({pid for pid, _ in many.values()}) == 2
@@ -465,7 +465,7 @@ def test_no_worker_is_added_beyond_what_a_stage_is_worth(monkeypatch):
     ("gpus_per_worker", "count"), [(0, 11), (0.3, 9), (0.5, 7), (1, 5), (2, 2), (3, 1), (4, 0)]
 )
 def test_workers_are_counted_node_by_node(monkeypatch, gpus_per_worker, count):
-    """None has its GPUs on two nodes, or parts of two GPUs, or no CPU."""
+    """No worker has its GPUs on two nodes, or parts of two GPUs, or no CPU."""
     nodes = [
         {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
         {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 3.0}},
@@ -506,7 +506,7 @@ with ray_session(num_cpus=1), WorkerPool(Stray, count=1) as pool:
 
 
 def test_workers_import_what_only_the_driver_has_on_its_path(tmp_path):
-    """Neither installed nor in the working directory, and no PYTHONPATH that a worker inherits."""
+    """A module that is neither installed, nor in the working directory, nor on PYTHONPATH."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "stray_worker.py").write_text(
         "import pmet.errors, pipeline.cluster.worker_pool\n"

@@ -1,4 +1,4 @@
-"""The corpus: cut at its budget in tokens, in the order of its files, and into parts."""
+"""The corpus: truncated at its token budget, in the order of its files, and split into parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPOKEN = [text for text in TEXTS if text.strip()]
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Two files, the texts shared out among them."""
+    """Two files with the texts split between them."""
     pq.write_table(pa.table({"text": [*TEXTS[:2], None], "n": [1, 2, 3]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": TEXTS[2:]}), tmp_path / "b.parquet")
     return tmp_path

@@ -1,4 +1,4 @@
-"""The normal form of texts: of one, and of a column."""
+"""The normal form of a text and of a column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job is expected to take follows from rates and from how it is cut."""
+"""A job's estimate follows from rates and from its shards."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RATES = Rates(
 
 @pytest.fixture
 def samples(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
-    """What the processes were told; none is started."""
+    """The tasks given to the processes, none of which is started."""
     told: list[Sample] = []
 
     def calibrated(samples: list[Sample]) -> Rates:
@@ -62,7 +62,7 @@ def test_workers_share_shards_and_ranks_share_keys(
     # Four shards of ten on three workers: one of them has two.
     assert stages["targets"] == 20
     layers = len(plan.hparams.layers)
-    # Ranks start beside the last shard of ten, and are there when it is done.
+    # Ranks start during the last shard of ten, and are ready when it is done.
     assert stages["update"] == pytest.approx(40 * layers * 0.5 / 2)
     asked = {
         prompt
@@ -163,7 +163,7 @@ def test_a_model_that_fails_is_a_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """BLOOM, as if the plan did not know that the method cannot run it."""
+    """A BLOOM model, as if the plan did not know that the method cannot run it."""
     config = BloomConfig(vocab_size=700, hidden_size=32, n_layer=4, n_head=4)
     model = tmp_path / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(model)

@@ -1,4 +1,4 @@
-"""Figures by a column."""
+"""Figures grouped by a column."""
 
 from __future__ import annotations
 

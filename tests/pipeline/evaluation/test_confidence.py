@@ -1,4 +1,4 @@
-"""Intervals: wide where little was measured, and as often right as they say."""
+"""Intervals: wide for few measurements, with the stated coverage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_all_of_few_are_not_all_of_many() -> None:
     assert of_efficacy(0, 20) == pytest.approx([0.0, 0.1611], abs=1e-4)
     assert of_efficacy(1, 1) == pytest.approx([0.2065, 1.0], abs=1e-4)
     assert of_efficacy(2000, 2000)[0] > 0.998
-    # Two that differ say as much as one prompt: of a variance only half is known.
+    # Two that differ count as one prompt: only half of the variance is known.
     assert of_efficacy(1, 2) == pytest.approx([0.0546, 0.9454], abs=1e-4)
 
 
@@ -44,7 +44,7 @@ def test_prompts_of_one_request_that_are_alike_count_as_one() -> None:
     assert one == pytest.approx(other)
     low, high = intervals(mixed)["specificity"]
     assert low < 0.5 < high
-    # All requests agree in this: nothing is known of how prompts differ.
+    # All requests agree, so nothing is known about how prompts differ.
     assert high - low == pytest.approx(other[1] - other[0], rel=0.05)
 
 
@@ -58,7 +58,7 @@ def test_what_was_not_measured_has_none() -> None:
 
 @pytest.mark.parametrize("metric", ["specificity", "score", "fluency"])
 def test_nineteen_of_twenty_intervals_hold_the_truth(metric: str) -> None:
-    """Requests differ in how well their prompts go: drawn anew, the truth stays inside."""
+    """With requests of different difficulty, intervals of new samples cover the true value."""
     generator = np.random.default_rng(0)
 
     def drawn(count: int) -> list[dict[str, float | None]]:

@@ -1,4 +1,4 @@
-"""What is odd about an edit beside its scores is warned of, by name and with the remedy."""
+"""Warnings about an edit, apart from its scores, with names and remedies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be measured is refused before any worker starts."""
+"""Figures that cannot be measured are refused before any worker starts."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_an_empty_section_has_its_defaults(job_file):
     assert job == load_job(job_file(SMALL))
 
 
-def test_every_problem_is_told_at_once(job_file):
+def test_every_problem_is_reported_at_once(job_file):
     path = job_file(
         """\
 model: 5

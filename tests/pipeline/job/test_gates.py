@@ -1,4 +1,4 @@
-"""Gates: what each kind asks, and what becomes of what could not be measured."""
+"""Gates: the requirement of each kind, and figures that could not be measured."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_a_gate_passes_up_to_its_threshold(
     "key",
     [
         *("generalization", "generalization_drop", "efficacy_drop", "agreement"),
-        # The last run had it, this one has not.
+        # The last run has the figure, this one does not.
         "portability_drop_since_last",
-        # Neither has it.
+        # Neither run has it.
         "consistency_drop_since_last",
     ],
 )

@@ -1,4 +1,4 @@
-"""Publishing: the edited tensors change, and not a byte of anything else."""
+"""Publishing: only the edited tensors change, and not a single other byte."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_sharded_16_bit_checkpoint_without_prefix(tmp_path: Path) -> None:
     shutil.copytree(BASE, base)
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
-    # Hub checkpoints of GPT-2 leave out the prefix of the model with a head.
+    # GPT-2's hub checkpoints omit the prefix of the model with a head.
     short = {n.removeprefix("transformer."): t.bfloat16() for n, t in tensors.items()}
     names = sorted(short)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -103,7 +103,7 @@ def test_half_a_checkpoint_cannot_be_opened(tmp_path: Path) -> None:
             Checkpoint.open(BASE), {NAME}, lambda _n, t: t, Store(tmp_path), "model", on_file=broken
         )
     assert "model.safetensors" in written
-    # What the base does not have is the caller's to remove.
+    # The caller must remove files that the base does not have.
     assert (tmp_path / "model" / "left.over").exists()
     with pytest.raises(ValueError, match="Unrecognized model"):
         AutoConfig.from_pretrained(tmp_path / "model", local_files_only=True)
@@ -218,7 +218,7 @@ def test_weights_that_are_not_read_do_not_belong_to_the_model(tmp_path: Path) ->
 
 
 def test_the_digest_of_an_ordinary_checkpoint_stays() -> None:
-    """Stores of targets and second moments are kept under it."""
+    """Stores of targets and second moments use it as a key."""
     digest = "90d4fd1d949845d1746f8d77b3900f8e4b578f494aa7e2947e305ed0ba27575a"
     assert Checkpoint.open(BASE).digest() == digest
 

@@ -1,4 +1,4 @@
-"""Models that cannot be edited are refused in the plan; all that can be edited pass."""
+"""Models that cannot be edited are refused in the plan; all others pass."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def job(tmp_path: Path, model: Path) -> JobConfig:
 
 
 def saved(model: Any, folder: Path) -> Path:
-    """A model's folder, with a tokenizer of fewer than 700 tokens."""
+    """A model folder with a tokenizer of fewer than 700 tokens."""
     model.save_pretrained(folder)
     for file in (GOLDEN / "llama" / "model").glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -87,7 +87,7 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 def check(folder: Path, **hparams: Any) -> None:
-    """As the plan does it."""
+    """Check a model as the plan does."""
     checkpoint = Checkpoint.open(folder)
     check_configuration(checkpoint)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
@@ -101,7 +101,7 @@ def configured(folder: Path, **values: Any) -> None:
 
 
 def stored(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change what a model's file stores."""
+    """Change the tensors stored in a model's file."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -118,7 +118,7 @@ def test_every_family_passes(variant: Variant, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_checkpoints_of_older_releases_pass(family: str, tmp_path: Path) -> None:
-    """Without the prefix, and with masks and frequencies stored."""
+    """A file without the prefix, and with stored masks and frequencies."""
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / family / "model", folder)
     prefix = open_skeleton(folder).base_model_prefix
@@ -136,7 +136,7 @@ def test_checkpoints_of_older_releases_pass(family: str, tmp_path: Path) -> None
 
 
 def test_what_transformers_converts_while_it_loads_passes(tmp_path: Path) -> None:
-    """Mixtral's files have a matrix for each expert, the opened model one tensor for all."""
+    """Mixtral's files have one matrix per expert, the opened model one tensor for all."""
     model = make("mixtral", num_local_experts=2)
     folder = saved(model, tmp_path / "model")
     names = set(Checkpoint.open(folder).tensors)
@@ -301,7 +301,7 @@ NAMED = [
 def test_layers_that_are_not_plain_attention_are_refused(
     kind: str, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """Also where the hyper-parameters do not name the modules: it would be of no use."""
+    """Even if the hyper-parameters name no modules: naming them would not help."""
     folder = saved(make(kind, **config), tmp_path / "model")
     with pytest.raises(ModelError, match=message):
         check(folder)
@@ -350,7 +350,7 @@ def llava() -> nn.Module:
 def test_the_language_model_of_a_multimodal_one_can_be_written_and_edited(
     wrapper: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    """By the lines that the refusal names."""
+    """Follows the instructions that the error refers to."""
     whole = wrapper().eval()
     folder = saved(whole, tmp_path / "whole")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Copies of remote model folders: whole or not at all, once, and anew when they have changed."""
+"""Copies of remote model folders: complete or absent, fetched once, and again after a change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base with values that are not finite is refused by name, wherever it is opened."""
+"""A base with non-finite values is refused by name, wherever it is opened."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_digest_of_many_pieces_is_that_of_the_whole(monkeypatch: pytest.Monk
 
 
 def test_a_mask_of_an_old_release_that_is_not_read_is_no_fault(tmp_path: Path) -> None:
-    # −1e9 in float16, as GPT-NeoX and GPT-J have it.
+    # −1e9 in float16, as in GPT-NeoX and GPT-J.
     mask = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e9).half()}
     folder = damaged(tmp_path / "base", value=0.0, **mask)
     checkpoint = Checkpoint.open(folder)

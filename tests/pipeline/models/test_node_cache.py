@@ -1,4 +1,4 @@
-"""A model is fetched once a node, and is the one that the run began with."""
+"""A model is fetched once per node, and must be the one that the run started with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def remote(s3_url: str) -> str:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are fetched."""
+    """Records the files that are fetched."""
     names: list[str] = []
     fetch = pipeline.models.fetching.fetch
 
@@ -76,13 +76,13 @@ def test_a_copy_is_read_and_checked_once(
 
 
 def _age(folder: Path) -> None:
-    """Let a cache look as if nobody had asked for anything in a long time."""
+    """Make a cache look as if nothing in it had been used for a long time."""
     long_ago = time.time() - KEPT_S - 60
     for entry in folder.iterdir():
         os.utime(entry, (long_ago, long_ago))
 
 
-def test_copies_that_nobody_asks_for_go_when_another_is_fetched(
+def test_unused_copies_are_deleted_when_another_is_fetched(
     remote: str, fetched: list[str], tmp_path: Path
 ) -> None:
     digest = Checkpoint.open(MODEL).digest()
@@ -92,7 +92,7 @@ def test_copies_that_nobody_asks_for_go_when_another_is_fetched(
     first = model_on_node(remote, digest, tmp_path)
     (tmp_path / f"{'0' * 32}.{'1' * 32}.tmp").mkdir()
     _age(tmp_path)
-    # What is asked for again is not old.
+    # A copy that is used again is not old.
     os.utime(first)
     second = model_on_node(other, digest, tmp_path)
     assert {entry for entry in tmp_path.iterdir() if entry.is_dir()} == {first, second}
@@ -156,7 +156,7 @@ def test_a_model_that_has_changed_meanwhile_is_refused(remote: str, tmp_path: Pa
         model_on_node(remote, digest, tmp_path)
 
 
-def test_a_folder_that_this_node_has_not_is_told_with_the_node() -> None:
+def test_the_error_about_a_folder_missing_on_a_node_names_the_node() -> None:
     with pytest.raises(ModelError, match=r"/nowhere/model is not on \S+: put it on a disk that"):
         model_on_node("/nowhere/model", None)
 
@@ -166,7 +166,7 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert model_on_node(f"file://{MODEL}", "whatever") == MODEL
 
 
-def test_nodes_are_told_what_they_can_find(tmp_path: Path) -> None:
+def test_nodes_get_the_location_of_what_they_can_find(tmp_path: Path) -> None:
     here = tmp_path / "copy"
     assert name_for_nodes("s3://models/base", here) == "s3://models/base"
     assert name_for_nodes("openai-community/gpt2", here) == "openai-community/gpt2"

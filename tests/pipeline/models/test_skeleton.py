@@ -1,4 +1,4 @@
-"""A skeleton is the model that transformers opens, but for its parameters' values."""
+"""A skeleton equals the model that transformers opens, except for its parameters' values."""
 
 import pytest
 import torch

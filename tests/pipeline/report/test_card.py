@@ -29,7 +29,7 @@ def metadata(card):
 
 
 def outside_of_fences(card):
-    """The lines that Markdown does not take for code."""
+    """Return the lines that Markdown does not treat as code."""
     outside, fence = [], None
     for line in card.splitlines():
         mark = re.match("`{3,}", line)
@@ -88,7 +88,7 @@ def test_a_card_without_figures_lists_no_results():
     assert "model-index" not in metadata(model_card(JOB, RUN, {}))
 
 
-def test_what_was_known_is_told():
+def test_known_requests_are_reported():
     counts = METRICS["counts"] | {"known": 5}
     card = model_card(JOB, RUN, METRICS | {"counts": counts, "known": {"still_answered": 0.8}})
     assert "5 more were left out, because the base model knew them" in card

@@ -1,4 +1,4 @@
-"""Charts draw what has a place on an axis, and no warning comes of what has none."""
+"""Charts draw finite values, and skip others without a warning."""
 
 import logging
 import math

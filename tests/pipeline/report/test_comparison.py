@@ -86,7 +86,7 @@ def test_requests_that_one_run_has_not_measured_have_no_verdict(tmp_path: Path) 
     nothing = results_of(4, after_efficacy=[None, 1.0, None, None],
                          after_efficacy_strict=[None, 1.0, 0.0, None])  # fmt: skip
     found = compared(tmp_path, results_of(4), nothing).verdicts
-    # The third is compared in the strict form, which both runs have.
+    # The third request is compared in the strict form, which both runs have.
     assert (found.both, rows_of(found.lost)) == (2, [(2, 2)])
 
 
@@ -101,7 +101,7 @@ def test_the_sign_test_says_how_much_chance_explains(
     assert compared(tmp_path, a, b).verdicts.chance == pytest.approx(chance)
 
 
-def test_the_page_tells_what_differs(tmp_path: Path) -> None:
+def test_the_page_shows_what_differs(tmp_path: Path) -> None:
     rows = [{"name": "P17", "requests": 9, "before": {}, "after": {"efficacy": 0.75}}]
     group = {"column": "relation", "rows": rows}
     first = run_in(Store(tmp_path / "a"), with_wrong(30, {4}), groups=group)

@@ -22,7 +22,7 @@ CHARTS = ("score", "group", "neighborhood", "layer")
 
 @pytest.fixture(autouse=True)
 def drawn_once(monkeypatch):
-    """Drawing is nine tenths of the time; what has been drawn from the same figures is kept."""
+    """Cache charts of the same figures: drawing takes nine tenths of the time."""
 
     def kept(draw):
         def drawn(*args, **settings):
@@ -166,7 +166,7 @@ def report(store):
     return store.read_bytes("report.html").decode()
 
 
-def test_the_page_tells_the_whole_run(store):
+def test_the_page_shows_the_whole_run(store):
     text = Page(report(store)).text
     for wanted in (
         "Promoted Every gate was passed.",
@@ -228,7 +228,7 @@ def test_nothing_in_the_data_becomes_markup(store, status):
     )
     texts = ("prompt", "subject", "target_new", "before_answer", "after_answer")
     evil = {name: [EVIL + "{}" * (name == "prompt")] * 30 for name in texts}
-    # Of what is not shown, neither the name nor the text may get in.
+    # Rows that are not shown must not appear at all.
     evil |= {name: [EVIL] * 30 for name in ("case_id", "relation", EVIL, "../../x")}
     store.write_table("results.parquet", results_of(30, **evil))
     store.write_table(
@@ -315,12 +315,12 @@ def test_what_a_run_warned_of_stands_below_the_verdict(store):
     change(store, "run.json", events=events)
     html = report(store)
     assert html.index('id="warnings"') < html.index('class="tiles"')
-    for text in (warnings[0], warnings[7], "1 more are among the events"):
+    for text in (warnings[0], warnings[7], "1 more are listed under the events"):
         assert text in Page(html).text
     assert "the edit outweighs <the model>" not in html
 
 
-def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
+def test_known_requests_are_listed_apart_and_lost_ones_named(store):
     counts = {"requested": 30, "rejected": 0, "edited": 27, "known": 3}
     change(store, "metrics.json", counts=counts, known={"still_answered": 2 / 3})
     status, kept = ["edited"] * 30, [1.0] * 30
@@ -328,15 +328,15 @@ def test_what_was_known_is_told_apart_and_its_losses_are_named(store):
     kept[9] = kept[12] = 0.0
     store.write_table("results.parquet", results_of(30, status=status, after_efficacy_strict=kept))
     text = Page(report(store)).text
-    assert "known already 3" in text
+    assert "already known 3" in text
     assert "The edited model still gives 66.7 % of them." in text
     lost = text.split("Known before, lost by the edit")[1].split("Weakest requests")[0]
     assert re.findall(r"The capital of Land (\d+) is", lost) == ["9"]
     assert "The capital of Land 9 is" not in text.split("Weakest requests")[1]
 
 
-def test_a_job_that_skips_nothing_speaks_of_nothing_known(store):
-    assert "known already" not in Page(report(store)).text
+def test_a_job_that_skips_nothing_mentions_no_known_requests(store):
+    assert "already known" not in Page(report(store)).text
 
 
 def test_gates_show_what_was_demanded_and_reached(store):
@@ -434,7 +434,7 @@ UNSEEN = ("unseen", "surrogate")
 
 
 def hostile_run(store, text):
-    """A run with this text wherever text can come from."""
+    """A run with this text in every field that can contain text."""
     run = store.read_json("run.json")
     storable = text.encode(errors="backslashreplace").decode()
     groups = [
@@ -539,7 +539,7 @@ def test_the_last_run_stands_beside(store):
     change(store, "metrics.json", last={"run": "s3://b/runs/1", "after": {"efficacy": 0.95}})
     text = Page(report(store)).text
     assert "efficacy 10.0 % 90.0 % +80.0 points 95.0 % −5.0 points" in text
-    assert "The last run: s3://b/runs/1" in text
+    assert "Last run: s3://b/runs/1" in text
 
 
 def group(name, efficacy, **more):
@@ -576,7 +576,7 @@ def test_of_many_relations_the_weakest_are_drawn(store):
     chart = re.search(r'aria-label="Figures by group".*?</svg>', html, re.DOTALL).group()
     assert ">relation 390<" in chart
     assert len(re.findall(">relation \\d+<", chart)) == 24
-    assert "Drawn are the 24 of 400 with the lowest figures." in Page(html).text
+    assert "The chart shows the 24 of 400 groups with the lowest figures." in Page(html).text
     assert "200 more are not shown." in Page(html).text
 
 
@@ -588,10 +588,10 @@ def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
         "results.parquet", results_of(30, before_specificity=before, after_specificity=after)
     )
     html = report(store)
-    text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets How")[0]
+    text = Page(html).text.split("Damage in the neighborhood")[1].split("Targets Number")[0]
     assert (
-        "Of 29 requests with measured neighbors, 2 have fewer right than before, and 1 more."
-        in text
+        "Of 29 requests with measured neighbors, 2 have fewer neighbors right than before, and 1 "
+        "have more." in text
     )
     assert re.findall(r"Land (\d+) is → City", text) == ["8", "3"]
     assert "100 % 20 %" in text
@@ -599,7 +599,7 @@ def test_damage_in_the_neighborhood_is_counted_drawn_and_named(store):
     assert "the largest dot: 26 requests" in html
 
 
-def test_a_run_without_neighbors_speaks_of_no_damage(store):
+def test_a_run_without_neighbors_mentions_no_damage(store):
     store.write_table("results.parquet", results_of(30, after_specificity=[None] * 30))
     assert "neighborhood" not in Page(report(store)).text.split("Gates")[0]
     assert 'id="neighborhood"' not in report(store)
@@ -611,7 +611,7 @@ def test_generated_text_stands_side_by_side(store):
     assert "Land 0 is → City 0 He was born in Rome. In Oslo." in Page(report(store)).text
 
 
-def test_what_has_no_target_is_told_apart_from_what_cannot_be_planned(store):
+def test_requests_without_a_target_are_distinguished_from_rejected_rows(store):
     reasons = ["subject is empty", "no target: the loss is not finite", "repeats row 4"]
     codes = [RejectionCode.INVALID, RejectionCode.NO_TARGET, RejectionCode.DUPLICATE]
     table = rejected_of(3).drop_columns(["code", "reason"])
@@ -667,7 +667,7 @@ def test_retries_and_deaths_are_counted(store):
     assert "Retries and deaths None in this attempt." in Page(report(store)).text
 
 
-def test_earlier_attempts_are_told(store):
+def test_earlier_attempts_are_listed(store):
     assert "Earlier attempts" not in Page(report(store)).text
     killed = {
         "attempt": 1,
@@ -728,7 +728,7 @@ def test_a_subject_is_marked_in_its_prompt(store):
 
 
 @pytest.mark.parametrize("missing", ["metrics.json", "results.parquet", "rejected.parquet"])
-def test_an_unfinished_run_is_told_so_far(store, missing):
+def test_an_unfinished_run_has_a_report_of_what_exists(store, missing):
     store.delete(missing)
     change(store, "run.json", status="running")
     assert "Not finished" in Page(report(store)).text

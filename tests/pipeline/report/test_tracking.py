@@ -1,4 +1,4 @@
-"""Trackers: what they are told, and that what goes wrong with them sinks nothing."""
+"""Trackers: what they record, and that their failures never fail a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPT2 = GOLDEN / "gpt2"
 
 
 def job_of(folder: Path, **asked: str) -> JobConfig:
-    """A job that asks for these trackers."""
+    """A job with these trackers."""
     values = {
         "model": str(GPT2 / "model"),
         "requests": ("a.parquet", "b.parquet"),
@@ -39,7 +39,7 @@ def job_of(folder: Path, **asked: str) -> JobConfig:
 
 
 def finished(store: Store) -> Store:
-    """What a run leaves at its end."""
+    """The files that a finished run leaves."""
     status = {
         "status": "complete",
         "started_at": "2026-11-23T02:00:00+00:00",
@@ -67,7 +67,7 @@ def finished(store: Store) -> Store:
 
 
 def follow(job: JobConfig, store: Store, status: Any = "complete") -> list[tuple[str, str]]:
-    """Track a run from its beginning to its end; returns the events."""
+    """Track a run from start to end; return the events."""
     events: list[tuple[str, str]] = []
     told = Tracking(trackers_of(job), lambda kind, text, **_: events.append((kind, text)))
     told.begin(job, "digest")
@@ -141,14 +141,14 @@ def test_wandb_keeps_a_run_with_its_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert {"report.html", "metrics.json"} <= {f.name for f in (folder / "files").iterdir()}
     (log,) = folder.glob("*.wandb")
     names = (b"after/efficacy", b"before/score", b"counts/edited", b"seconds/targets")
-    # Written by a process of its own, a moment after it has said that it is done.
+    # A separate process writes it, a moment after reporting that it is done.
     end = time.monotonic() + 30
     while (lacking := [n for n in names if n not in log.read_bytes()]) and time.monotonic() < end:
         time.sleep(0.05)
     assert lacking == []
 
 
-def test_wandb_without_a_key_is_bad_input_and_asks_nobody(
+def test_wandb_without_a_key_is_bad_input_without_a_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
@@ -175,7 +175,7 @@ def test_nothing_is_tracked_unless_asked(tmp_path: Path) -> None:
 
 
 class Broken:
-    """A tracker that does one thing wrong, and remembers what it was told."""
+    """A tracker that fails in one way and records its calls."""
 
     def __init__(self, at: str, how: Any) -> None:
         self.at, self.how, self.told = at, how, []
@@ -308,7 +308,7 @@ def test_a_run_ends_well_although_its_tracker_fails(
     assert "no route to host" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_tracker_is_told_of_a_run_that_fails(
+def test_a_tracker_records_a_run_that_fails(
     tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stages(context: Any) -> RunResult:
@@ -325,5 +325,5 @@ def test_a_tracker_is_told_of_a_run_that_fails(
 
 @pytest.fixture(autouse=True)
 def quiet() -> None:
-    """Trackers' libraries log at length."""
+    """Silence the verbose logging of the trackers' libraries."""
     logging.getLogger("mlflow").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The run folder: what counts as finished, and whose work it is."""
+"""The run folder: what counts as finished, and which job it belongs to."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_earlier_attempts_took_is_kept(url: str) -> None:
         pass
     for kind in (EventKind.DEATH, EventKind.RETRY, EventKind.DEATH):
         first.event(kind, "it happened")
-    # It is killed; the second fails, the third finds all done.
+    # The first attempt is killed, the second fails, the third finds everything done.
     second = begun(url)
     second.finish("failed", "no room")
     third = begun(url)
@@ -139,7 +139,7 @@ def test_a_fresh_start_leaves_other_peoples_files(url: str) -> None:
     assert folder.store.read_bytes("notes.txt") == b"mine"
 
 
-def test_stages_events_and_the_end_are_told(url: str) -> None:
+def test_stages_events_and_the_end_are_reported(url: str) -> None:
     folder = begun(url)
     with folder.stage("targets") as detail:
         assert folder.store.read_json("run.json")["stage"] == "targets"

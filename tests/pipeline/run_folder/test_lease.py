@@ -1,4 +1,4 @@
-"""A run folder has one writer: who gets it, who is refused, and what a lost one may still do."""
+"""A run folder has one writer: which run gets the lease, and what one that lost it may do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 DIGESTS = {"job": "1"}
 
-# Another process: takes the folder, says so, and holds it until it is killed.
+# Another process: takes the lease, prints a line, and holds it until it is killed.
 HOLDER = """
 import sys, time
 from pipeline.run_folder.lease import Lease
@@ -38,7 +38,7 @@ time.sleep(600)
 
 
 def held_elsewhere(store: Store, *, silent_s: float = 0.0, expires_s: float = 60.0) -> str:
-    """A lease of a run on another machine, last heard of a while ago; returns its file."""
+    """Write the lease of a run on another machine that was renewed a while ago; return its file."""
     name = f"{FOLDER}/000001.json"
     there = replace(Holder.here(expires_s), host="other", machine="other", token="x")
     store.write_json(name, asdict(there))
@@ -48,7 +48,7 @@ def held_elsewhere(store: Store, *, silent_s: float = 0.0, expires_s: float = 60
     return name
 
 
-def test_a_second_run_is_refused_and_told_whom_to_ask(any_url: str) -> None:
+def test_a_second_run_is_refused_and_the_message_names_the_holder(any_url: str) -> None:
     with Lease.acquire(Store(any_url)) as lease:
         assert lease.exclusive
         lease.check()
@@ -95,7 +95,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) ->
     with pytest.raises(FolderBusyError, match=f"process {process.pid} on"):
         Lease.acquire(Store(url))
     process.send_signal(signal.SIGKILL)
-    # Not waited for: dead is dead, whether or not its parent has noticed.
+    # Not reaped: a zombie counts as dead, whether or not its parent has noticed.
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -139,7 +139,7 @@ def test_a_number_that_another_process_has_now_does_not_keep_the_folder(tmp_path
 
 
 def test_signs_of_life_keep_a_lease(any_url: str) -> None:
-    # Object stores tell the time in whole seconds.
+    # Object stores report times in whole seconds.
     expires_s = 2.0 if any_url.startswith("s3") else 0.6
     with Lease.acquire(Store(any_url), expires_s=expires_s) as lease:
         time.sleep(1.5 * expires_s)
@@ -187,7 +187,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(tmp_path: Path) -> None:
     Lease.acquire(store).release()
 
 
-def test_a_late_run_is_heard_of_before_it_writes(tmp_path: Path) -> None:
+def test_a_late_run_renews_its_lease_before_it_writes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with Lease.acquire(store) as lease:
         (file,) = store.list(FOLDER)
@@ -208,14 +208,14 @@ def test_a_folder_that_was_deleted_is_lost(tmp_path: Path) -> None:
 
 
 class Plain(fsspec.get_filesystem_class("memory")):
-    """A storage that knows no conditional writes, and says so by ignoring them."""
+    """A storage without conditional writes that ignores the condition."""
 
     protocol = "plain"
     pipe_file = fsspec.AbstractFileSystem.pipe_file
 
 
 class Deaf(fsspec.get_filesystem_class("memory")):
-    """A service that takes no notice of the condition, though its library sends it."""
+    """A service that ignores the condition although its library sends it."""
 
     protocol = "deaf"
 
@@ -224,7 +224,7 @@ class Deaf(fsspec.get_filesystem_class("memory")):
 
 
 class Refusing(Deaf):
-    """A service that does not know the condition and refuses the request."""
+    """A service that does not support the condition and refuses the request."""
 
     protocol = "refusing"
 
@@ -249,7 +249,7 @@ def test_without_conditional_writes_it_reads_back(kind: type, tmp_path: Path) ->
     assert len(leases) == 1
     assert not leases[0].exclusive
     leases[0].check()
-    # The other one of two that met all the same overwrites the file.
+    # The other of two runs that started at the same time overwrites the file.
     (file,) = store.list(FOLDER)
     store.write_json(file, asdict(replace(Holder.here(60.0), host="faster")))
     leases[0].renew()

@@ -1,4 +1,4 @@
-"""What belongs to the user stays, whatever a run deletes."""
+"""The user's files stay, whatever a run deletes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_folder(url: str, **options: bool) -> RunFolder:
     return folder
 
 
-def test_the_files_of_runs_are_told_from_others() -> None:
+def test_the_files_of_runs_are_distinguished_from_others() -> None:
     assert list(made([*OWN, *USERS])) == list(OWN)
 
 
@@ -79,7 +79,7 @@ def test_publishing_again_replaces_only_what_was_published(tmp_path: Path) -> No
     folder.clear_model(["config.json", "old.json"])
     for name in ("config.json", "old.json"):
         folder.store.write_bytes(f"model/{name}", b"1")
-    # It dies here, and is taken up with another base.
+    # It dies here, and is resumed with another base.
     folder.clear_model(["config.json", "new.json"])
     assert folder.store.list("model") == []
     folder.store.write_bytes("model/adapter_config.json", b"{}")
@@ -129,7 +129,7 @@ def test_new_empty_and_own_folders_are_taken(tmp_path: Path) -> None:
     refuse_foreign_folder(Store(tmp_path))
     refuse_foreign_folder(Store(f"memory://{tmp_path.name}/new"))
     with Lease.acquire(Store(tmp_path)):
-        # A run was killed right after it had taken the folder.
+        # A run was killed right after it had acquired the lease.
         refuse_foreign_folder(Store(tmp_path))
         (tmp_path / "facts.parquet").write_text("mine")
         with pytest.raises(RunFolderError, match=r"holds facts\.parquet"):
@@ -139,7 +139,7 @@ def test_new_empty_and_own_folders_are_taken(tmp_path: Path) -> None:
     refuse_foreign_folder(Store(tmp_path))
 
 
-def test_a_lease_folder_of_somebody_else_is_no_lease(tmp_path: Path) -> None:
+def test_a_foreign_folder_named_lease_is_not_a_lease(tmp_path: Path) -> None:
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "contract.pdf").write_text("mine")
     with pytest.raises(RunFolderError, match="holds lease and is not"):

@@ -1,4 +1,4 @@
-"""Second moments over a corpus: equal to a plain computation, whoever computes, however often."""
+"""Second moments over a corpus equal a plain computation, for any workers and interruptions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.conftest import GOLDEN, ROOT, Golden, load_golden
 TEXTS = json.loads((GOLDEN / "corpus.json").read_text())
 BUDGET, MAX_LENGTH = 3000, 20
 
-# What the other process of `test_a_killed_pass…` runs: it dies by SIGKILL after its second part.
+# Code of the other process of `test_a_killed_pass…`: it dies by SIGKILL after its second part.
 PASS = """
 import os, signal, sys
 from pipeline.second_moments import collection
@@ -93,7 +93,7 @@ def plan(file: Path, family: str = "gpt2", **changes: Any) -> MomentsJob:
 
 
 def compute(job: MomentsJob, output: Path, pool: Pool | None = None) -> tuple[list[str], Any]:
-    """Collect into a folder; returns the tasks that were run and what `collect` said."""
+    """Collect into a folder; return the tasks that ran and the result of `collect`."""
     ran: list[str] = []
 
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
@@ -109,7 +109,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def plainly(golden: Golden) -> tuple[dict[int, torch.Tensor], int]:
-    """A text at a time, a layer at a time, every key in float64."""
+    """Compute one text and one layer at a time, with every key in float64."""
     layout = resolve(golden.model, golden.hparams)
     sums: dict[int, Any] = dict.fromkeys(golden.hparams.layers, 0)
     tokens = 0
@@ -190,12 +190,12 @@ def test_convergence_falls_with_the_square_root_of_the_tokens(corpus: Path, tmp_
     _, few = compute(plan(corpus, tokens=2500), tmp_path / "few")
     _, many = compute(plan(corpus, tokens=10_000), tmp_path / "many")
     for module, moved in few["convergence"].items():
-        # Half as large, were the texts independent of each other.
+        # It would be half as large if the texts were independent of each other.
         assert 0.3 <= many["convergence"][module] / moved <= 0.75
 
 
 class Mortal(ModelWorker):
-    """Kills its process at the third part, once; the mark says that it has."""
+    """Kills its process at the third part, once; the mark records that."""
 
     mark: Path
 
@@ -246,7 +246,7 @@ def test_a_killed_pass_goes_on_and_ends_with_the_same_bytes(
     assert killed.returncode == -signal.SIGKILL
     job = plan(corpus)
     assert not check_moments(str(output), job.layout, job.hparams.layers, job.model)
-    # A record whose file has been cut does not count as finished.
+    # A record with a truncated file does not count as finished.
     records = sorted((output / PARTS).rglob("*.json"))
     assert [record.stem for record in records] == ["00000", "00001"]
     file = output / json.loads(records[1].read_text())["files"][0]["file"]
@@ -282,7 +282,7 @@ def test_parts_of_other_inputs_are_never_used(corpus: Path, tmp_path: Path) -> N
     ran, said = compute(jobs[0], tmp_path)
     assert (len(ran), said["reused"]) == (len(jobs[0].parts()), 0)
     assert not (tmp_path / PARTS).exists()
-    # Finished ones are found again, and others are not overwritten.
+    # Finished ones are reused, and others are not overwritten.
     assert finished(jobs[0], Store(tmp_path)) is not None
     names = ["budget", "max_length", "corpus", "model", "layers"]
     for name, job in zip(names[1:], jobs[1:], strict=True):

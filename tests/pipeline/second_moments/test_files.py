@@ -1,4 +1,4 @@
-"""Second moments on disk: found, checked, and refused where they are another model's."""
+"""Second moments on disk: found, checked, and refused if they belong to another model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_without_its_provenance_a_folder_is_not_finished(tmp_path: Path, layout:
     written(Store(tmp_path), layout)
     (tmp_path / PROVENANCE).unlink()
     assert not check_moments(str(tmp_path), layout, LAYERS, "this one")
-    # Named as a file it is taken as it is, like any other.
+    # Given as a file, it is accepted like any other.
     assert check_moments(str(tmp_path / TENSORS), layout, LAYERS, "this one")
 
 

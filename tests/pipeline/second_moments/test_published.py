@@ -1,4 +1,4 @@
-"""The .npz files of ROME and MEMIT: read as they are, and never unpickled."""
+"""The .npz files of ROME and MEMIT: read unchanged and never unpickled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sums(layer: int, width: int) -> np.ndarray:
 
 
 def publish(folder: Path, layer: int, width: int, name: str = "", **changes: Any) -> Path:
-    """A file as util/runningstats.py saves the state of a CombinedStat."""
+    """A file in the format in which util/runningstats.py saves a CombinedStat."""
     arrays = {
         "mom2.constructor": "util.runningstats.SecondMoment()",
         "mom2.count": 300,
@@ -74,7 +74,7 @@ def test_one_of_several_is_chosen_by_a_glob(tmp_path: Path, layout: Layout) -> N
 
 
 class Malice:
-    """Leaves a mark when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""Requests that make a computation fail are found, and nothing else is set aside."""
+"""Requests that make a computation fail are isolated, and no others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.stages.isolation import Piece, isolate, most_isolated
 
 
 class Machine:
-    """Computes pieces, and fails on those that hold one of the poisonous requests."""
+    """Computes pieces, and fails on those that contain a poisonous request."""
 
     def __init__(self, poison: set[int]) -> None:
         self.poison = poison
@@ -53,7 +53,7 @@ def run(poison: set[int], count: int, size: int, limit: int) -> Machine:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 70), st.sets(st.integers(0, 199), max_size=6))
-def test_the_poisonous_are_set_aside_and_all_others_are_computed_once(
+def test_poisonous_requests_are_isolated_and_all_others_computed_once(
     count: int, size: int, poison: set[int]
 ) -> None:
     poison = {place for place in poison if place < count}
@@ -64,7 +64,7 @@ def test_the_poisonous_are_set_aside_and_all_others_are_computed_once(
     assert machine.failures <= len(poison) * (2 * levels + 3)
 
 
-def test_what_ails_everyone_stops_early_and_sets_none_aside() -> None:
+def test_a_fault_of_all_requests_stops_early_and_isolates_none() -> None:
     machine = Machine(set(range(4096)))
     pieces = [Piece((s,), tuple(range(s.start, s.stop))) for s in plan_shards(4096, 2048)]
     with pytest.raises(WorkerError) as error:
@@ -78,7 +78,7 @@ def test_what_ails_everyone_stops_early_and_sets_none_aside() -> None:
     assert machine.aside == {}
 
 
-def test_how_many_may_be_set_aside() -> None:
+def test_how_many_may_be_isolated() -> None:
     counts = (1, 2, 9, 10, 500, 700, 100_000)
     assert [most_isolated(count) for count in counts] == [0, 1, 4, 5, 5, 7, 1000]
 

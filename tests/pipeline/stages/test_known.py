@@ -1,4 +1,4 @@
-"""What the base already answers: who is asked, what is recorded, and who is asked again."""
+"""Known requests: which are asked, what is recorded, and which are asked again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pmet.request import EditRequest
 from tests.conftest import GOLDEN
 
 BASE, EDITED = ModelSource("base", False), ModelSource("edited", False)
-# Accepted requests are in an order of their own, and some rows were rejected.
+# Accepted requests are reordered, and some rows were rejected.
 ROWS = [9, 2, 4, 7, 0, 5, 8]
 KNOWN = {"base": {2, 5, 7, 8}, "edited": {2, 7, 9}}
 
 
 class Team:
-    """An executor whose models know the rows of ``KNOWN``; answers come in disorder."""
+    """An executor whose models know the rows of ``KNOWN``; answers arrive out of order."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[int]]] = []
@@ -76,7 +76,7 @@ def test_only_the_known_are_asked_again(asking: Any) -> None:
     assert idle.asked == []
 
 
-def test_another_model_is_asked_anew(asking: Any) -> None:
+def test_another_model_is_measured_again(asking: Any) -> None:
     run, _ = asking()
     still_known(run, find_known(run), EDITED)
     run.plan.checkpoint = Checkpoint.open(GOLDEN / "gpt2" / "model")
@@ -86,7 +86,7 @@ def test_another_model_is_asked_anew(asking: Any) -> None:
     assert [source for source, _ in team.asked] == ["edited", "edited"]
 
 
-def test_a_job_that_does_not_skip_them_asks_nobody(asking: Any) -> None:
+def test_a_job_that_does_not_skip_them_asks_no_worker(asking: Any) -> None:
     run, team = asking(skip=False)
     assert find_known(run) == frozenset()
     assert still_known(run, frozenset(), EDITED) == frozenset()

@@ -1,4 +1,4 @@
-"""The stage that measures: what it sends where, what it keeps, and what it does not ask again."""
+"""The measurement stage: what it sends to workers, what it stores, and what it reuses."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ GPT2 = GOLDEN / "gpt2"
 
 @dataclass
 class FakeExecutor:
-    """Answers without a model, and counts what it is asked."""
+    """Answers without a model and counts the questions."""
 
     asked: Counter[str] = field(default_factory=Counter)
     hows: set[How] = field(default_factory=set)
 
     def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
-        # The last first: results come in any order.
+        # The last one first: results may arrive in any order.
         for task in reversed(tasks):
             take(task, getattr(self, method)(*task.args))
 
     def measure(self, _source: ModelSource, how: How, asked: Asked) -> Measured:
         self.asked["requests"] += len(asked.answered)
         self.hows.add(how)
-        # Places with an even number are learned.
+        # Requests with an even index are learned.
         return Measured(
             [[_score(prompt, target) for target in targets] for prompt, targets in asked.prompts],
             [f"said to {text}" for text in asked.answered],
@@ -62,7 +62,7 @@ class FakeExecutor:
 
 
 def _score(prompt: str, target: str) -> Scored:
-    """What is said of places with an even number is the new fact, of others the true one."""
+    """Requests with an even index are answered with the new fact, others with the true one."""
     wins = (target == "Rome") == (int(prompt.split()[1]) % 2 == 0)
     return Scored(-1.0 if wins else -2.0, wins, float(wins))
 
@@ -124,7 +124,7 @@ def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
     for row, subject in enumerate(subjects):
         learned = float(int(subject.split()[1]) % 2 == 0)
         assert found.rows[row]["efficacy"] == found.rows[row]["efficacy_strict"] == learned
-        # Of a place and the next one, one keeps the true answer.
+        # Of each two adjacent requests, one keeps the true answer.
         assert found.rows[row]["specificity"] == 0.5
     assert executor.asked == {"requests": 40, "texts": 100}
     assert executor.hows == {How()}
@@ -147,7 +147,7 @@ def test_a_measurement_is_not_repeated_unless_something_else_is_asked(plan: Plan
     for other in ({"fluency": True}, {"sample": 5}, {"chat_template": True}):
         _, executor = measured(asking(plan, **other), url)
         assert executor.asked["requests"], other
-    # What figures are compared with is no question to the model.
+    # The values that figures are compared with need no model.
     same = {"chat_template": True, "last": "x", "group_by": "subject"}
     assert measured(asking(plan, **same), url)[1].asked == Counter()
 

@@ -1,4 +1,4 @@
-"""What the base says is kept, found again, and never given for another question."""
+"""The base's answers are stored, found again, and never returned for another question."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def opened(url: str, model: str = "1") -> MeasurementStore:
     return MeasurementStore(store, Segments(store, "evaluate.store", {"model": model}))
 
 
-def test_what_is_kept_is_found_by_whoever_asks_the_same(any_url: str) -> None:
+def test_stored_targets_are_found_for_the_same_request(any_url: str) -> None:
     opened(any_url).write({"a": FIGURES, "b": 1.5})
     opened(any_url).write({"c": None})
     assert opened(any_url).read(["a", "c", "d"]) == {"a": FIGURES, "c": None}

@@ -1,4 +1,4 @@
-"""Results rows, the model's figures."""
+"""Rows of the results, and the model's figures."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_known_rows_have_figures_but_no_target() -> None:
     assert [(r["steps"], r["loss"]) for r in results] == [(None, None), (5, 0.5), (None, None)]
     assert [r["before_efficacy_strict"] for r in results] == [1.0, None, None]
     assert [r["after_efficacy_strict"] for r in results] == [0.0, None, None]
-    # What was measured in full says more than the answer alone.
+    # A full measurement takes precedence over the answer alone.
     assert [r["after_efficacy"] for r in results] == [None, None, 0.0]
 
 

@@ -1,4 +1,4 @@
-"""Targets kept for later runs: found again to the bit, by whoever asks for the same thing."""
+"""Targets stored for later runs: found again, bit-equal, by any run with the same request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def requests(count: int, start: int = 0) -> list[EditRequest]:
 
 
 def targets(count: int, seed: int = 0) -> TargetArrays:
-    """Bits of all kinds: tiny, huge and negative numbers."""
+    """Return tiny, huge and negative numbers."""
     random = np.random.default_rng(seed)
     exponents = random.uniform(-44, 37, (count, WIDTH))
     values = (10.0**exponents * random.choice([-1, 1], (count, WIDTH))).astype(np.float32)
@@ -45,7 +45,7 @@ def opened(url: str, **changes: Any) -> TargetStore:
 
 
 def found(store: TargetStore, wanted: list[EditRequest]) -> TargetArrays:
-    """What a lookup gives for those that it finds; rows are their places in ``wanted``."""
+    """Return the targets that a lookup finds; rows are indices into ``wanted``."""
     keys = [store.key(request) for request in wanted]
     with store.lookup(keys) as stored:
         there = [place for place, key in enumerate(keys) if key in stored]
@@ -63,7 +63,7 @@ def same(one: TargetArrays, two: TargetArrays) -> bool:
 
 
 def rewritten(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """The store's only segment as another writer would have left it."""
+    """Rewrite the store's only segment as another writer would have left it."""
     (segment,) = folder.rglob("*.parquet")
     table = change(pq.read_table(segment))
     segment.unlink()
@@ -112,7 +112,7 @@ def test_what_was_written_is_found_to_the_bit(any_url: str) -> None:
     assert again.rows.tolist() == list(range(12))
     both = (np.concatenate(pair) for pair in zip(first, second, strict=True))
     assert same(again, TargetArrays(*both))
-    # Out of the middle of both files, in the order asked for.
+    # From the middle of both files, in the requested order.
     some = found(opened(any_url), requests(20)[8:2:-1])
     assert np.array_equal(some.values, again.values[8:2:-1])
     assert len(found(opened(any_url, model="other"), requests(20)).rows) == 0

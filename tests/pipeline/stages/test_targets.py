@@ -1,4 +1,4 @@
-"""The stage of targets: what is found, recorded and used again, and who is set aside."""
+"""The targets stage: what is found, recorded and reused, and which requests are isolated."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ TEMPLATES = [["{}"]]
 
 
 class Oracle:
-    """A worker whose targets are easy to check, and which some subjects do no good.
+    """A worker whose targets are easy to check, and which fails on some subjects.
 
-    A request's target is full of its row; a subject named in ``poison`` kills the process
-    (``kill``), never ends (``hang``), has no target (``unreachable``), or raises.
+    A request's target is filled with its row number; a subject named in ``poison`` kills the
+    process (``kill``), never ends (``hang``), has no target (``unreachable``), or raises.
     """
 
     def __init__(self, poison: Mapping[str, str] | None = None, journal: str = "") -> None:
@@ -91,7 +91,7 @@ class Stuck(Oracle):
 
 
 class Team:
-    """Stands for a run's executor."""
+    """A fake executor."""
 
     def __init__(self, make: Callable[[], Pool]) -> None:
         self.make = make
@@ -167,7 +167,7 @@ def found_in(
 
 
 def values(plan: Plan, found: FoundTargets, folder: RunFolder) -> dict[int, np.ndarray]:
-    """Every target by row; the files hold the rows of their shards, in the plan's order."""
+    """Return every target by row; check that files hold their shards' rows in the plan's order."""
     by_row: dict[int, np.ndarray] = {}
     for shard in plan.target_shards:
         arrays = read_targets(folder.store.read_table(found.files[shard.index]))
@@ -225,7 +225,7 @@ def test_no_ranks_are_expected_while_bad_requests_are_looked_for(
     assert len(team.expected) == 1
 
 
-def test_poisonous_requests_are_set_aside_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
+def test_poisonous_requests_are_isolated_and_all_others_found(plan: Plan, tmp_path: Path) -> None:
     bad = {subject(plan, place): "the library fell over" for place in (3, 12)}
     found, folder, _ = found_in(plan, str(tmp_path), bad)
     rows = {plan.table.rows[place] for place in (3, 12)}
@@ -244,16 +244,16 @@ def test_poisonous_requests_are_set_aside_and_all_others_found(plan: Plan, tmp_p
     assert [e["kind"] for e in folder.status["events"]] == ["isolated"] * 2
     (stage,) = folder.status["stages"]
     assert stage["detail"]["isolated"] == 2
-    # A resumed run tries none of it again.
+    # A resumed run does not try any of them again.
     again, _, idle = found_in(plan, str(tmp_path), bad)
     assert idle.tasks == 0
     assert again == found
 
 
-def test_a_request_that_kills_its_workers_is_set_aside(
+def test_a_request_that_kills_its_workers_is_isolated(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One try of each: a worker that starts takes seconds.
+    # One attempt each, because starting a worker takes seconds.
     monkeypatch.setattr(isolation, "GROUP_ATTEMPTS", 1)
     monkeypatch.setattr(isolation, "SINGLE_ATTEMPTS", 1)
     plan = replace(plan, target_shards=plan_shards(4, 4))
@@ -279,7 +279,7 @@ def test_a_request_that_kills_its_workers_is_set_aside(
     assert len(deadly) == len(set(deadly)) == 3
 
 
-def test_a_request_that_hangs_its_workers_is_set_aside(
+def test_a_request_that_hangs_its_workers_is_isolated(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isolation, "GROUP_ATTEMPTS", 1)
@@ -298,7 +298,7 @@ def test_a_request_that_hangs_its_workers_is_set_aside(
     assert row == plan.table.rows[1]
     assert found.failures[row].endswith("(TimeoutError: hung, or took longer than 1 s)")
     assert {r: v[0] for r, v in values(plan, found, folder).items()} == {other: other}
-    # Three times the shard, twice the request by itself.
+    # Three attempts at the shard, two at the request alone.
     assert events.count("timeout") == 5
 
 
@@ -310,7 +310,7 @@ def test_a_storage_that_fails_is_no_requests_fault(plan: Plan, tmp_path: Path) -
         found_in(plan, str(tmp_path / "run"), bad, journal=str(journal))
     tried = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
     assert len([rows for rows in tried if plan.table.rows[12] in rows]) == 3
-    # What the others have found is kept.
+    # The others' targets are kept.
     _, _, team = found_in(plan, str(tmp_path / "run"))
     assert team.tasks == 1
 
@@ -353,11 +353,11 @@ def test_each_is_tried_several_times(plan: Plan, tmp_path: Path) -> None:
     found_in(plan, str(tmp_path / "run"), bad, journal=str(journal))
     tried = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
     sizes = [len(rows) for rows in tried if plan.table.rows[5] in rows]
-    # Three times the shard, twice its half and its quarter, three times the request.
+    # Three attempts at the shard, two at its half and its quarter, three at the request.
     assert sizes == [8, 8, 8, 4, 4, 2, 2, 1, 1, 1]
 
 
-def test_what_ails_everyone_fails_the_run_and_rejects_nobody(plan: Plan, tmp_path: Path) -> None:
+def test_a_fault_of_all_requests_fails_the_run_and_rejects_none(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"^at least 6 .*RuntimeError: no room .*run the same"):
         found_in(plan, str(tmp_path), {"everyone": "no room"})
     folder = begun(plan, str(tmp_path))
@@ -365,7 +365,7 @@ def test_what_ails_everyone_fails_the_run_and_rejects_nobody(plan: Plan, tmp_pat
     assert folder.status["events"] == []
 
 
-def test_those_set_aside_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
+def test_requests_isolated_by_an_earlier_attempt_count(plan: Plan, tmp_path: Path) -> None:
     bad = {subject(plan, place): "fell over" for place in (0, 1, 2)}
     first, folder, _ = found_in(plan, str(tmp_path), bad)
     assert len(first.failures) == 3
@@ -403,12 +403,14 @@ def test_known_requests_leave_their_shards_and_cut_no_others(plan: Plan, tmp_pat
     again, _, idle = found_in(stored, str(tmp_path / "run"), known=known)
     assert idle.tasks == 0
     assert again == found
-    # Nobody has found the others, so nobody has stored them.
+    # The others were not found, so they are not stored.
     _, other, _ = found_in(stored, str(tmp_path / "other"))
     assert stage_detail(other)["stored"] == len(expected)
 
 
-def test_how_many_may_be_set_aside_counts_only_those_computed(plan: Plan, tmp_path: Path) -> None:
+def test_the_limit_of_isolated_requests_counts_only_those_computed(
+    plan: Plan, tmp_path: Path
+) -> None:
     known = frozenset(plan.table.rows[:20])
     bad = {subject(plan, place): "fell over" for place in (20, 21, 22)}
     with pytest.raises(WorkerError, match=r"at least 3 requests .*, of which 2 may be set aside"):
@@ -434,7 +436,7 @@ def stage_detail(folder: RunFolder) -> dict[str, Any]:
     return dict(stage["detail"])
 
 
-def test_another_run_computes_only_what_the_store_has_not(plan: Plan, any_url: str) -> None:
+def test_another_run_computes_only_what_the_store_lacks(plan: Plan, any_url: str) -> None:
     store = f"{any_url}/store"
     first, folder, team = found_in(storing(plan, store), f"{any_url}/1")
     assert team.tasks == 3
@@ -456,7 +458,7 @@ def test_another_run_computes_only_what_the_store_has_not(plan: Plan, any_url: s
 
 
 def test_the_few_that_shards_lack_are_computed_together(plan: Plan, tmp_path: Path) -> None:
-    """A batch of one is slow: in a night most shards lack a fact or none."""
+    """A batch of one is slow, and in a refresh most shards lack one fact or none."""
     plan = storing(plan, str(tmp_path / "store"))
     found_in(plan, str(tmp_path / "1"))
     changed = with_new_facts(plan, 1, 9, 12, 20, 23)
@@ -470,7 +472,7 @@ def test_the_few_that_shards_lack_are_computed_together(plan: Plan, tmp_path: Pa
     assert folder.recorded("targets-00001")["failures"] == {str(lost): "unreachable"}  # type: ignore[index]
     got = values(plan, found, folder)
     assert {r: v[0] for r, v in got.items()} == {r: r for r in range(COUNT) if r != lost}
-    # Each is in the store, under its own key.
+    # Each target is in the store under its own key.
     _, folder, team = found_in(changed, str(tmp_path / "3"))
     assert (team.tasks, stage_detail(folder)["found"]) == (1, 1)
 
@@ -485,7 +487,7 @@ def test_what_shards_lack_is_never_more_together_than_a_shard(plan: Plan, tmp_pa
     assert [len(rows) for rows in computed] == [5, 8]
 
 
-def test_a_poisonous_request_among_what_shards_lack_is_set_aside(
+def test_a_poisonous_request_among_those_missing_from_shards_is_isolated(
     plan: Plan, tmp_path: Path
 ) -> None:
     plan = storing(plan, str(tmp_path / "store"))
@@ -508,7 +510,7 @@ def test_what_was_found_before_a_failure_is_in_the_store(plan: Plan, tmp_path: P
     assert stage_detail(folder)["stored"] == 16
 
 
-def test_a_request_set_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
+def test_an_isolated_request_is_not_in_the_store(plan: Plan, tmp_path: Path) -> None:
     plan = storing(plan, str(tmp_path / "store"))
     found_in(plan, str(tmp_path / "1"), {subject(plan, 9): "fell over"})
     found, folder, team = found_in(plan, str(tmp_path / "2"))
@@ -521,7 +523,7 @@ def test_a_request_set_aside_is_not_in_the_store(plan: Plan, tmp_path: Path) -> 
 def test_a_shared_target_is_taken_from_the_store_whole_or_not_at_all(
     plan: Plan, tmp_path: Path
 ) -> None:
-    """A sibling that is new makes the targets of all that share its key new."""
+    """A new sibling requires new targets for all requests that share its key."""
     groups = array("q", [0, 0, 0, *range(3, COUNT)])
     plan = replace(storing(plan, str(tmp_path / "store")), groups=groups)
     found_in(plan, str(tmp_path / "1"))

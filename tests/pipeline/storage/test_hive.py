@@ -1,4 +1,4 @@
-"""Folders whose names are columns."""
+"""Folders whose names become columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records are standard JSON, and every number in them comes back."""
+"""Records are standard JSON, and every number in them survives a round trip."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUES = st.recursive(
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal, of the same types, and NaN where the other is NaN."""
+    """Whether two values are equal, of the same types, with NaN equal to NaN."""
     if type(one) is not type(other):
         return False
     match one:

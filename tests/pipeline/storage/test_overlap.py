@@ -1,4 +1,4 @@
-"""Overlaps of what is read with what is written: found whatever the paths look like."""
+"""Overlaps of inputs and outputs are found, whatever the paths look like."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.storage.overlap import locate, locate_pattern, refuse_inside, refu
 
 
 def overlaps(a: str | Path, b: str | Path) -> bool:
-    """Whether two places overlap; asked both ways."""
+    """Whether two places overlap, checked in both directions."""
     (first,), (second,) = locate(str(a)), locate(str(b))
     assert first.overlaps(second) == second.overlaps(first)
     return first.overlaps(second)
@@ -64,7 +64,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 
 
 def test_one_folder_under_two_names_is_one_place(tmp_path: Path) -> None:
-    # As letter case or a bind mount would do it: only the inode says that they are the same.
+    # As with letter case or a bind mount: only the inode shows that they are the same.
     (tmp_path / "base").mkdir()
     (first,) = locate(str(tmp_path / "base"))
     other = type(first)("", "/elsewhere/base", first.identities)

@@ -1,4 +1,4 @@
-"""What is tried again, what never is, and for how long."""
+"""Retries: which errors are retried, which are not, and for how long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.storage.retries import is_transient, patiently
 
 
 def answered(code: str, status: int) -> Exception:
-    """What s3fs raises where S3 answers so."""
+    """Return the error that s3fs raises for an answer of S3."""
     said = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return translate_boto_error(boto.ClientError(said, "PutObject"))
 
@@ -68,7 +68,7 @@ def test_what_stays(error: Exception) -> None:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made, on a clock that only they move."""
+    """Records pauses, on a clock that only they advance."""
     made: list[float] = []
     monkeypatch.setattr(time, "sleep", made.append)
     monkeypatch.setattr(time, "monotonic", lambda: sum(made))

@@ -27,7 +27,7 @@ TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "y", None]})
 
 
 class Interruption(BaseException):
-    """Not an ``Exception``: what a signal or a cancelled task raises."""
+    """A ``BaseException`` such as a signal or a cancelled task raises."""
 
 
 def write_half(store, name, failure):
@@ -37,7 +37,7 @@ def write_half(store, name, failure):
 
 
 class StorageSuite:
-    """What holds for every kind of storage; subclasses give the fixture ``url``."""
+    """Tests for every kind of storage; subclasses provide the fixture ``url``."""
 
     @pytest.fixture
     def store(self, url):
@@ -301,7 +301,7 @@ class TestLocal(StorageSuite):
             store.write_table("t", TABLE)
 
     def test_a_full_disk_is_named_with_what_to_do(self, store):
-        """The kernel refuses what is larger than a limit, as it does where there is no room."""
+        """The kernel refuses files above a size limit just as it does on a full disk."""
         store.write_bytes("old", b"old")
         block = os.urandom(1 << 20)
 
@@ -344,7 +344,7 @@ class TestLocal(StorageSuite):
 
 
 class RemoteSuite(StorageSuite):
-    """What holds where files are not on this machine."""
+    """Tests for storage that is not on this machine."""
 
     def test_there_is_no_local_path(self, store):
         assert store.local_path() is None
@@ -389,14 +389,14 @@ class TestS3(RemoteSuite):
         s3.clear_instance_cache()
 
     def test_a_storage_that_comes_back_is_asked_again(self, monkeypatch):
-        """Each request meets a server that starts only some time after it was made."""
+        """Make each request before its server has started."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        # What the libraries do by themselves.
+        # The libraries' own retries.
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         s3 = fsspec.get_filesystem_class("s3")
         monkeypatch.setattr(s3, "retries", 1)
@@ -442,7 +442,7 @@ def test_an_unknown_protocol_is_named():
 def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str
 ) -> None:
-    """As for another user; tests may run as root, who may read all."""
+    """Deny access as for another user; tests may run as root, which can read everything."""
     secret = tmp_path / "a" / "secret"
     secret.mkdir(parents=True)
     (secret / "x.parquet").write_bytes(b"x")

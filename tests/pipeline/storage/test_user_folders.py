@@ -1,4 +1,4 @@
-"""Caches of one user among several, with a HOME or without."""
+"""Caches of several users on one machine, with or without a HOME."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN = f"pmet-{os.getuid()}"
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The machine's temporary folder, and no cache that the environment names."""
+    """A temporary folder for the machine, and no cache set in the environment."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -36,7 +36,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def no_access(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have nothing written below a folder; root may write anywhere, so the answer is replaced."""
+    """Make a folder look read-only; root may write anywhere, so the check is replaced."""
     access = os.access
 
     def refuse(path: str | Path, mode: int) -> bool:
@@ -112,7 +112,7 @@ def test_a_folder_that_others_may_have_prepared_is_refused(
     assert not list(tmp_path.glob("elsewhere/*"))
 
 
-def test_a_shared_cache_of_another_user_is_told_with_the_remedy(
+def test_a_shared_cache_of_another_user_is_reported_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -139,7 +139,7 @@ def test_libraries_leave_a_home_alone_that_cannot_be_written(
     monkeypatch.setenv("TRITON_HOME", "/mine")
     found = libraries_environment()
     assert found["MPLCONFIGDIR"] == str(temporary / OWN / "matplotlib")
-    # What is set stays; and tokens and models in HOME can still be read.
+    # Existing settings stay, and tokens and models in HOME can still be read.
     assert not found.keys() & {"TRITON_HOME", "HF_HOME", "HOME", "XDG_CACHE_HOME"}
     assert (temporary / OWN).is_dir()
 

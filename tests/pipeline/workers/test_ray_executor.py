@@ -1,4 +1,4 @@
-"""Who is started when: ranks early where there is room, and out of the way where there is not."""
+"""When processes start: ranks early if there is room, and after the workers if not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ JOB = ("the job",)
 
 
 class Pool:
-    """Stands for the workers."""
+    """A fake pool of workers."""
 
     def __init__(
         self, factory: type, *, count: int, grown: Any, on_event: Any, **options: Any
@@ -31,7 +31,7 @@ class Pool:
 
 
 class Ranks:
-    """Stands for the group of ranks."""
+    """A fake group of ranks."""
 
     def __init__(self, factory: type, *, init_args: Any, wait: bool, **options: Any) -> None:
         self.init_args, self.waited, self.open = init_args, wait, True
@@ -41,7 +41,7 @@ class Ranks:
 
 
 class Site:
-    """A executor of two workers and two ranks, and the CPUs that its cluster has free."""
+    """Makes an executor of two workers and two ranks on a cluster with some free CPUs."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ def test_a_number_that_is_named_and_a_cluster_of_ones_own_stay_as_they_are(
 def test_expected_ranks_start_at_once_and_are_the_ones_taken(site: Site) -> None:
     with site.executor:
         site.expect()
-        # Their CPUs are taken now.
+        # Their CPUs are in use now.
         site.free = 2.0
         site.expect()
         pool, first = site.pool, site.take()
@@ -161,7 +161,7 @@ def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(site: Site) -> Non
     assert site.take() is site.made[1]
 
 
-def test_ranks_that_nobody_takes_end_with_the_executor(site: Site) -> None:
+def test_unused_ranks_end_with_the_executor(site: Site) -> None:
     with site.executor:
         site.expect()
     assert not site.made[0].open

@@ -1,4 +1,4 @@
-"""The workers and ranks of a job without Ray: what they hold, and what becomes of their errors."""
+"""The workers and ranks of a job without Ray: what they hold, and how errors surface."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +15,7 @@ from pmet.errors import NumericalError
 
 
 class Worker:
-    """Stands for a replica; counts how many are held."""
+    """A fake replica that counts how many exist."""
 
     held = 0
 
@@ -34,7 +34,7 @@ class Worker:
 
 
 class Rank:
-    """Stands for a rank of the update."""
+    """A fake rank of the update."""
 
     def __init__(self, meeting: None, workers: int) -> None:
         assert meeting is None

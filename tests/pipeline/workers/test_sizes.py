@@ -1,4 +1,4 @@
-"""How many workers and ranks a job gets."""
+"""The numbers of workers and ranks of a job."""
 
 from types import SimpleNamespace
 from typing import cast

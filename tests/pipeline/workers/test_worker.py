@@ -1,4 +1,4 @@
-"""A worker's replica, on one device and on all that its process was given."""
+"""A worker's replica, on one device and on all devices of its process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = str(GOLDEN / "llama" / "model")
 
 
 def of_a_replica(source: ModelSource, output: Store) -> tuple[Any, ...]:
-    """What a replica makes of some requests: targets, scores, and what it has measured."""
+    """Return a replica's targets, scores and measurements for some requests."""
     golden = load_golden("llama")
     requests = golden.requests[:3]
     replica = ModelWorker(source)
@@ -55,7 +55,7 @@ def test_several_gpus_hold_one_replica(tmp_path: Path, monkeypatch: pytest.Monke
         assert {weight.device for weight in opened.parameters()} == set(gpus)
         shared, count, answers, scores = of_a_replica(ModelSource(MODEL, on_gpu=True), output)
     assert [count, answers] == others[:2]
-    # Other kernels than the CPU's own; four steps of Adam do not make much of that.
+    # Other kernels than the CPU's own; four steps of Adam amplify the difference only slightly.
     torch.testing.assert_close(shared, values, rtol=1e-4, atol=1e-5)
     for (mine,), (reference,) in zip(scores, others[2], strict=True):
         assert mine.log_prob == pytest.approx(reference.log_prob, abs=1e-5)

@@ -1,4 +1,4 @@
-"""A process without a group is its only rank: what ranks do together changes nothing."""
+"""A process without a group is its only rank, for which collectives change nothing."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""The update on partitioned weights against the plain one, for few and for many requests."""
+"""The update on partitioned weights compared with the plain one, for few and many requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pmet.update.solver import Factor, moment_factor
 from tests.conftest import GOLDEN, Golden, load_golden
 
 KEY_WIDTH = 256
-# Float32 keys of batches of other shapes, amplified by the condition of KᵀK + λC.
+# Float32 keys from batches of other shapes, amplified by the condition of KᵀK + λC.
 DELTA = 2e-5
 
 
@@ -38,7 +38,7 @@ def local_ray() -> Iterator[None]:
 
 
 def many_requests() -> list[EditRequest]:
-    """More than the golden models' keys have dimensions."""
+    """More requests than the golden models' keys have dimensions."""
     facts = json.loads((GOLDEN / "facts.json").read_text())
     prompts = ("{} is", "They say that {} is", "In the old city {} is")
     return [
@@ -49,7 +49,7 @@ def many_requests() -> list[EditRequest]:
 
 
 def targets_of(golden: Golden, requests: list[EditRequest]) -> torch.Tensor:
-    """Some that lie about where values do."""
+    """Random targets of about the size of values."""
     expected = golden.expected["targets"]
     noise = torch.randn(
         len(requests), expected.shape[1], generator=torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def targets_of(golden: Golden, requests: list[EditRequest]) -> torch.Tensor:
 
 
 def shards_of(store: Store, requests: list[EditRequest], targets_EV: torch.Tensor) -> list[Any]:
-    """Uneven ones; the last two ranks of four get less than the others."""
+    """Uneven shards; the last two of four ranks get less than the others."""
     edges = [0, 7, 7 + len(requests) // 2, len(requests)]
     shards = []
     for number, (start, stop) in enumerate(pairwise(edges)):
@@ -75,7 +75,7 @@ def shards_of(store: Store, requests: list[EditRequest], targets_EV: torch.Tenso
 def updated(
     golden: Golden, ranks: int, requests: list[EditRequest], targets_EV: torch.Tensor, folder: Path
 ) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
-    """Deltas by parameter, and reports, of a group of ranks."""
+    """Return the deltas by parameter, and the reports, of a group of ranks."""
     moments = folder / "moments"
     moments.mkdir(exist_ok=True)
     module = str(golden.hparams.down_projection_template)
@@ -133,7 +133,7 @@ def test_ranks_find_the_deltas_of_the_plain_form(
         assert (deltas[name] - expected).norm() <= DELTA * expected.norm(), name
     assert {report.form for report in reports} == {"keys" if many else "requests"}
     assert all(report.requests == len(requests) and report.jitter == 0 for report in reports)
-    # Float32 has 24 bits of a weight, and Δ is smaller than the weight.
+    # Float32 keeps 24 bits of a weight, and Δ is smaller than the weight.
     assert all(0 < report.rounding < 1e-3 for report in reports)
 
 
@@ -147,7 +147,7 @@ def test_factors_of_second_moments_are_kept_for_the_next_job(
     files = sorted((tmp_path / "moments" / "factors").iterdir())
     assert len(files) == len(golden.hparams.layers)
     times = [file.stat().st_mtime_ns for file in files]
-    # One of them is damaged: it is computed anew, and nobody is misled.
+    # A damaged factor is recomputed and never used.
     files[0].write_bytes(files[0].read_bytes()[:-100])
     again, _ = updated(golden, 2, golden.requests, targets_EV, tmp_path)
     assert [file.stat().st_mtime_ns for file in files[1:]] == times[1:]

@@ -1,4 +1,4 @@
-"""Partitioned weights behave as whole ones: the reference is the same model, not partitioned."""
+"""Partitioned weights behave like whole ones; the reference is the same unpartitioned model."""
 
 import re
 from itertools import pairwise
@@ -26,7 +26,6 @@ from pipeline.zero.slices import (
     init_rank,
     own_values,
     owned_slice,
-    run_forward,
 )
 from pmet.errors import PMETError
 
@@ -40,8 +39,15 @@ FAMILIES = list(DOWN_PROJECTIONS)
 INPUT_IDS = torch.arange(3, 15).view(2, 6)
 
 
+def run_forward(engine, **inputs):
+    """Run the module without gradients; all ranks must do so together."""
+    # Not through the engine: it expects a step of an optimizer to follow.
+    with torch.no_grad():
+        return engine.module(**inputs)
+
+
 class Rank:
-    """Runs the functions under test in one rank, and hands back what they give."""
+    """Runs the functions under test in one rank and returns their results."""
 
     def __init__(self, rendezvous):
         self.rank = rendezvous.rank
@@ -51,10 +57,10 @@ class Rank:
         self.module, self.engine = load_partitioned(path, dtype=dtype, offload=offload)
 
     def peak_of_loading_and_running(self, path):
-        """Bytes that main memory holds at the most, beyond what libraries take."""
+        """Return the peak memory in bytes, beyond that of the libraries."""
         self.load(model_path("llama"), torch.float32)
         self.logits(INPUT_IDS)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = self._peak()
         self.load(path, torch.float32)
         self.logits(INPUT_IDS)
@@ -68,7 +74,7 @@ class Rank:
         return run_forward(self.engine, input_ids=input_ids).logits
 
     def body_runs(self, input_ids, times):
-        """Run the model without its head, as one does who only wants hidden states."""
+        """Run the model without its head, as if only hidden states were needed."""
         body = getattr(self.module, self.module.base_model_prefix)
         with torch.no_grad():
             return [body(input_ids=input_ids).last_hidden_state for _ in range(times)]
@@ -115,7 +121,7 @@ class Rank:
         return torch.stack(found), torch.stack(expected)
 
     def refusal(self, method, *args):
-        """The error that a method raises, as the ranks that share a group go on after it."""
+        """Return the error that a method raises; the ranks of the group continue after it."""
         try:
             getattr(self, method)(*args)
         except (PMETError, ValueError) as error:
@@ -134,7 +140,7 @@ class Rank:
             return parameter.detach().clone()
 
     def odd_slices(self, shape):
-        """A parameter that may not divide: its slice, and what is stored there."""
+        """Return the slice of a parameter that may not divide evenly, and its stored values."""
         import deepspeed
 
         with deepspeed.zero.Init(config_dict_or_path=zero_config(torch.float32)):
@@ -148,7 +154,7 @@ class Rank:
             return owned_slice(parameter), kept, full_shape(parameter), value
 
     def unequal_work(self, inputs):
-        """As many forwards as this rank has inputs, and fillers."""
+        """Run one forward pass per input of this rank, plus fillers."""
         batches = inputs[: self.rank]
         steps = padded_steps(len(batches))
         kept = []
@@ -161,21 +167,21 @@ class Rank:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    # Three for the group that is shared, two for the group of the test that measures memory.
+    # Three CPUs for the shared group, two for the group of the test that measures memory.
     with ray_session("local", num_cpus=5):
         yield
 
 
 @pytest.fixture(scope="module")
 def group():
-    """Three ranks: what two share evenly, they do not."""
+    """Three ranks, over which weights do not divide evenly."""
     with RankGroup(Rank, ranks=3, threads=1, deadline_s=120.0) as made:
         yield made
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums are split by threads; the references must use as many as the ranks."""
+    """Use as many threads as the ranks do: the number of threads affects how sums are split."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -213,7 +219,7 @@ def test_logits_equal_the_whole_model(group, family, dtype):
 
 
 def test_slices_may_wait_in_main_memory(group):
-    """On a CPU they do in any case: that the option changes nothing is what can be seen here."""
+    """On a CPU they always are; this can only show that the option changes nothing."""
     group.call_all("load", model_path("llama"), torch.float32, "cpu")
     model = reference("llama")
     name = DOWN_PROJECTIONS["llama"] + ".weight"
@@ -244,14 +250,14 @@ def test_a_rank_holds_its_slices_and_little_else(tmp_path):
     with RankGroup(Rank, ranks=2, threads=1, deadline_s=120.0) as pair:
         peaks = pair.call_all("peak_of_loading_and_running", str(tmp_path))
     assert whole > 350 << 20
-    # What is read at a time; a gathered weight, and the buffer that it comes in; what the allocator
-    # keeps of small blocks. The whole model would be twice that more.
+    # One read; a gathered weight and its receive buffer; small blocks kept by the allocator. The
+    # whole model would take twice as much on top.
     room = (72 << 20) + 2 * largest
     assert all(whole / 2 < peak < whole / 2 + room for peak in peaks), (whole, peaks)
 
 
 def test_experts_that_transformers_fuses_are_loaded_by_it(group, tmp_path):
-    """Their weights are not in the files as the model has them."""
+    """Models whose files store weights in another form than the model's."""
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -266,7 +272,7 @@ def test_experts_that_transformers_fuses_are_loaded_by_it(group, tmp_path):
     group.call_all("load", str(tmp_path), torch.float32)
     for logits in group.call_all("logits", INPUT_IDS):
         assert torch.equal(logits, logits_of(model))
-    # Models that are opened later are none of its business.
+    # It does not affect models that are opened later.
     group.call_all("load", model_path("llama"), torch.float32)
     assert torch.equal(group.call_all("logits", INPUT_IDS)[0], logits_of(reference("llama")))
 
@@ -337,7 +343,7 @@ def test_a_change_lands_to_the_bit_and_is_used(group, family, dtype, how):
 
 
 def test_a_change_after_modules_were_run_by_themselves(group):
-    """Parts of the model may be called directly: what was written is there all the same."""
+    """Parts of the model that are called directly also see the written weights."""
     name = DOWN_PROJECTIONS["gptj"] + ".weight"
     group.call_all("load", model_path("gptj"), torch.float32)
     model = reference("gptj")
@@ -375,7 +381,7 @@ def test_the_gathered_copy_is_read_only(group):
 
 
 class TestRefusals:
-    """What each rank raises; that it ends a group is `test_rank_group`'s business."""
+    """The errors of each rank; `test_rank_group` tests that they end a group."""
 
     def test_writing_while_gathered(self, group):
         name = DOWN_PROJECTIONS["llama"] + ".weight"
@@ -403,7 +409,7 @@ class TestRefusals:
 
 
 class TestWholeParameter:
-    """The same functions on a parameter that nobody shares."""
+    """The same functions on a parameter that is not partitioned."""
 
     def test_shape_and_slice(self):
         parameter = torch.nn.Parameter(torch.zeros(3, 5))
@@ -429,7 +435,7 @@ class TestWholeParameter:
         parameter = torch.nn.Parameter(before.clone())
         delta = torch.full((3, 5), 2.0**-16, dtype=torch.float64)
         squares = add_block(None, parameter, delta, stored=stored)
-        # Ranks go on with what they hold, and a file keeps what its dtype holds.
+        # Ranks continue with their own values, and a file stores what its dtype can represent.
         assert torch.equal(parameter.detach(), before + 2.0**-16)
         assert squares.lost == (squares.delta if loses else 0.0)
         assert squares.largest == 0.5 + 2.0**-16

@@ -1,4 +1,4 @@
-"""Continuations, many at a time, against each by itself."""
+"""Batched continuations compared with single ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pmet.evaluation.prompts import Prompts
 from tests.conftest import Golden, load_golden
 
 PROMPT = "Sur Bavov works as"
-# One is the beginning of another, and the prompt of one pair ends in another's target.
+# One is a prefix of another, and the prompt of one pair ends in another's target.
 PAIRS = [
     (PROMPT, "a surveyor"),
     (PROMPT, "a"),
@@ -97,7 +97,7 @@ def test_a_model_that_reads_no_trees_reads_rows(kind: str, monkeypatch: pytest.M
 def test_what_hangs_on_rounding_is_computed_as_the_plain_form_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A batch whose logits are a little off must not change a verdict, only find it near."""
+    """A batch with slightly wrong logits must not change a verdict, only find it close."""
     golden = load_golden("gpt2")
     prompts, (said,) = Prompts(golden.tokenizer), answers(golden.model, golden.tokenizer, [PROMPT])
     pairs = [*PAIRS, (PROMPT, said.strip().split()[0])]
@@ -106,7 +106,7 @@ def test_what_hangs_on_rounding_is_computed_as_the_plain_form_does(
 
     def off(*arguments: Any) -> torch.Tensor:
         logits = original(*arguments)
-        # All but flattened: what was likelier is not, and nothing is apart by more than NEAR.
+        # Nearly flat: what was likelier no longer is, and no two differ by more than NEAR.
         return logits * -1e-7
 
     monkeypatch.setattr(continuations, "logits_at", off)

@@ -1,4 +1,4 @@
-"""How figures of requests become a model's."""
+"""Aggregation of requests' figures into a model's."""
 
 from __future__ import annotations
 

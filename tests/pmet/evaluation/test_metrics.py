@@ -1,4 +1,4 @@
-"""Evaluation against the plain computation, one prompt at a time."""
+"""Evaluation compared with the plain computation, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FACTS = [
 
 
 def known(value: float) -> float | None:
-    """The plain form says NaN where nothing was measured."""
+    """Replace the plain form's NaN, which means not measured, by None."""
     return None if math.isnan(value) else value
 
 
@@ -60,7 +60,7 @@ def test_what_a_request_does_not_ask_is_not_measured(golden: Golden) -> None:
     rows = evaluate(golden.model, golden.tokenizer, FACTS)["rows"]
     assert rows[1]["generalization"] is None
     assert rows[1]["specificity_strict"] is None
-    # Without a true target there is nothing to be likelier than; what is greedy can be told.
+    # Without a true target there is no comparison, but the greedy form can be measured.
     assert rows[2]["efficacy"] is None
     assert rows[2]["generalization_strict"] in (0.0, 1.0)
     assert rows[2]["portability"] is None

@@ -1,4 +1,4 @@
-"""Trees of tokens: each token once, behind the right ones."""
+"""Prefix trees: each token once, after the right predecessors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_sequence_is_in_one_pack_along_its_path(most: int) -> None:
             assert [pack.paths[place] for place in path] == [
                 path[: i + 1] for i in range(len(path))
             ]
-        # Nothing is there twice.
+        # No token is stored twice.
         assert len({tuple(pack.ids[i] for i in p) for p in pack.paths}) == len(pack.ids)
     assert [len(pack.ids) for pack in packs] == sorted(len(pack.ids) for pack in packs)
     if not most:

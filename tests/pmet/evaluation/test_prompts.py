@@ -1,4 +1,4 @@
-"""Prompts as plain text and as turns of a chat."""
+"""Prompts as plain text and as chat turns."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_model_is_asked_in_the_chat(chatting: Any) -> None:
     model = load_golden("gpt2").model
     asked = EditRequest("{} works as", "Sur Bavov", "a surveyor")
     figures = evaluate(model, chatting, [asked], chat_template=True, fluency=True)
-    # The same as if the turn had been written out, but for the space.
+    # As if the turn had been written out, except for the space.
     said = Prompts(chatting, chat=True).continuations([(asked.text, "a surveyor")])
     ids = [*said[0][0], *said[0][1]]
     best = model(load_ids(ids)).logits[0].argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""Fluency and consistency against their definitions."""
+"""Fluency and consistency compared with their definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENTS = [
 
 
 def entropy_of_frequencies(words: list[str], n: int) -> float:
-    """As the published code has it: frequencies, then Σ −p·log₂ p."""
+    """As in the published code: frequencies, then Σ −p·log₂ p."""
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     counts = np.array([grams.count(gram) for gram in set(grams)], float)
     shares = counts / counts.sum()

@@ -1,4 +1,4 @@
-"""Finding a model's parts; for what cannot be found, the names to give."""
+"""Finding a model's parts, and the error that asks for the names of those not found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import Golden
 
 
 def bare(golden: Golden, **changes: object) -> PMETHyperParams:
-    """Hyper-parameters that name no module, so that the table has to."""
+    """Hyper-parameters that name no modules, so that the table must."""
     return PMETHyperParams.from_dict({"layers": list(golden.hparams.layers)} | changes)
 
 
@@ -37,7 +37,7 @@ def test_orientation_and_widths(golden: Golden) -> None:
     assert layout.transposed == (golden.family == "gpt2")
 
 
-def test_an_unknown_family_is_told_which_names_to_give() -> None:
+def test_the_error_about_an_unknown_family_names_the_keys_to_give() -> None:
     tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
     model = BertLMHeadModel(BertConfig(**tiny, intermediate_size=16, is_decoder=True))
     with pytest.raises(ArchitectureError, match="'bert' is not in the architecture table") as error:

@@ -1,4 +1,4 @@
-"""Context templates: the same under a seed, refused where they could not work."""
+"""Context templates: reproducible with a seed, and refused if unusable."""
 
 from __future__ import annotations
 

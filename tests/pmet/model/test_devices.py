@@ -1,4 +1,4 @@
-"""What goes to which device, and what is brought where."""
+"""Placement of modules on devices, and transfers between them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_large_device_gets_more():
 
 
 def test_a_simulated_device_refuses_what_is_on_another():
-    """Else no test that uses them would show anything."""
+    """Otherwise no test that uses them would prove anything."""
     with simulated.devices(2) as (first, second):
         a, b = torch.ones(2, device=first), torch.ones(2, device=second)
         with pytest.raises(RuntimeError, match=r"lazy:0.*lazy:1"):
@@ -83,7 +83,7 @@ def test_what_has_been_changed_since_is_brought_again():
         assert seen[0] is seen[1]
         given_to_all.add_(1)
         last(given_to_all)
-        # A layer may change what it was brought, too (Falcon does).
+        # A layer may change its inputs in place (Falcon does).
         seen[-1].add_(5)
         last(given_to_all)
         assert [x.tolist() for x in seen[2:]] == [[[7, 7]], [[2, 2]]]
@@ -126,7 +126,7 @@ def test_a_batch_may_take_what_the_fullest_device_leaves(
         above = [layout.weight(model, i).device for i in range(z + 1, layout.depth)]
         part = above.count(second) / len(above)
         assert room_beside(model, layout, z) == int(90 / part)
-        # With nothing above, what is read is read at home.
+        # With nothing above, tensors stay on their own device.
         assert room_beside(model, layout, layout.depth - 1) == free[home(model)]
 
 

@@ -1,4 +1,4 @@
-"""The faster kernels compute what the stock ones do, and leave the model as it was."""
+"""The faster kernels match the stock ones, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_gradients_go_to_what_was_written_behind_a_prefix(heads: int, key_heads:
         for _ in range(2)
     )
     front = [torch.randn(rows, key_heads, prefix, width, dtype=torch.float64) for _ in range(2)]
-    # Room behind, with what the step before has left there.
+    # Spare room at the end, with leftovers of the previous step.
     held = [functional.pad(part, (0, 0, 0, columns), value=7.0) for part in front]
     mask = torch.zeros(rows, 1, columns, prefix + columns, dtype=torch.float64)
     mask[:, :, 0, -1] = -1e300

@@ -1,4 +1,4 @@
-"""The attention output projection, found inside of the block that a file may name instead."""
+"""The attention output projection, found inside the block that a file may name instead."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BERT = {
 
 
 def skeleton(model_type: str, **config: Any) -> nn.Module:
-    """A model without values, as a plan opens it."""
+    """A model on the meta device, as a plan opens it."""
     if model_type == "bert":
         config["is_decoder"] = True
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def found(model: nn.Module, names: dict[str, str], **changes: Any) -> Family:
         # One matrix is as wide as the model: queries, keys and values are one matrix.
         ("bloom", BLOOM, "transformer.h.{}.self_attention.dense"),
         ("gpt_bigcode", GPT2, "transformer.h.{}.attn.c_proj"),
-        # Several are; one is called what output projections are called.
+        # Several are; one has the usual name of an output projection.
         ("cohere", LLAMA, "model.layers.{}.self_attn.o_proj"),
         ("helium", LLAMA, "model.layers.{}.self_attn.o_proj"),
     ],

@@ -1,4 +1,4 @@
-"""Where the subject ends and what the target's tokens are, with tokenizers of every kind.
+"""The subject's last token and the target's tokens, with tokenizers of every kind.
 
 The tokenizers are trained here on a few sentences. What is asserted never looks at character
 offsets: the tokens up to and including the subject's last one must decode to all of the text up
@@ -81,17 +81,17 @@ ASCII_TEXTS = [text for text in TEXTS if text.isascii()]
 
 
 def as_is(text: str) -> str:
-    """Texts compare as they are, but for the space that some tokenizers put in front."""
+    """Compare texts except for the space that some tokenizers put in front."""
     return text.removeprefix(" ")
 
 
 def composed(text: str) -> str:
-    """For tokenizers that compose characters first."""
+    """Compare composed forms, for tokenizers that compose characters first."""
     return unicodedata.normalize("NFC", as_is(text))
 
 
 def bare(text: str) -> str:
-    """For BERT's normalizer, which drops spaces, accents, case and invisible characters."""
+    """Compare as BERT's normalizer does, without spaces, accents, case and invisible characters."""
     decomposed = unicodedata.normalize("NFD", text.lower())
     return "".join(c for c in decomposed if unicodedata.category(c) not in ("Mn", "Cf", "Zs"))
 
@@ -143,7 +143,7 @@ def byte_level_composed() -> Tokenizer:
 
 
 def byte_level_split() -> Tokenizer:
-    """Llama 3's kind: a pattern of its own splits the text, punctuation may lead a word."""
+    """Llama 3's kind: its own pattern splits the text, and punctuation may start a word."""
     pattern = r"'s|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
     tokenizer = byte_level()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -167,7 +167,7 @@ def sentencepiece_decoder() -> decoders.Decoder:
 
 
 def with_byte_fallback(tokenizer: Tokenizer) -> Tokenizer:
-    """Characters that were not learned become bytes instead of the unknown token."""
+    """Encode unknown characters as bytes instead of the unknown token."""
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     if isinstance(vocabulary, dict):
@@ -261,7 +261,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def decoded(kind: Kind, ids: tuple[int, ...]) -> str:
-    """What the ids say, in the form that compares."""
+    """Decode ids into the form used for comparison."""
     tokenizer = kind.tokenizer
     return kind.form(tokenizer.decode(list(ids), skip_special_tokens=True))
 
@@ -360,7 +360,7 @@ def test_a_target_that_the_tokenizer_drops_is_refused():
         tokenize_target(kind_of("WordPiece").wrapped, REQUESTS["middle"], "\u200d")
 
 
-# Few characters, so that merges, repetitions and shared bytes come up often.
+# Few characters, so that merges, repetitions and shared bytes are frequent.
 LETTERS = st.text(alphabet="abe thFrnco.,'-(\"{}0é東京😀👍🏽\u0301\u200d", max_size=24)
 
 

@@ -1,4 +1,4 @@
-"""Batches of targets: who comes in, who leaves, what memory allows, what is told on the way."""
+"""Batches of targets: entering, leaving, memory limits and progress reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gpt2() -> Golden:
 
 @pytest.fixture(scope="module")
 def llama() -> Golden:
-    """Some of its optimisations stop early, at the first evaluation or later."""
+    """A problem in which some optimisations stop early, at the first evaluation or later."""
     return load_golden("llama")
 
 
@@ -53,7 +53,7 @@ def reference(gpt2: Golden) -> pmet.Targets:
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Requests in the batch at each evaluation."""
+    """Records the number of requests in the batch at each evaluation."""
     seen: list[int] = []
     original = optimization._Optimisation._advance
 
@@ -70,12 +70,12 @@ def test_the_next_request_takes_the_place_of_one_that_has_stopped(llama: Golden,
     assert max(sizes) == 4
     steps = found.steps.tolist()
     assert sum(sizes) == sum(steps)
-    # Graham's bound for work that is taken up as soon as a place is free; six batches that each
-    # run until their slowest request stops miss it.
+    # Graham's bound for list scheduling; six batches that each run until their slowest request
+    # stops exceed it.
     assert len(sizes) <= sum(steps) / 4 + max(steps)
 
 
-def test_progress_tells_every_request_once_and_who_stopped_early(llama: Golden):
+def test_progress_reports_every_request_once_and_early_stops(llama: Golden):
     told: list[tuple[int, int]] = []
     found = compute(llama, batch_size=5, on_progress=lambda *counts: told.append(counts))
     assert sum(count for count, _ in told) == len(llama.requests)
@@ -107,7 +107,7 @@ def test_leaving_padding_out_changes_nothing(
 def test_the_last_layer_can_be_the_target_layer(gpt2: Golden):
     depth = gpt2.model.config.num_hidden_layers
     hparams = gpt2.hparams.model_copy(update={"layers": [depth - 2, depth - 1]})
-    # Only where the answer follows the subject at once can that layer's output still change it.
+    # That layer's output can change the answer only if it directly follows the subject.
     requests = [
         pmet.EditRequest(f"{front} {{}}".strip(), subject, target)
         for front in ("", "They all know", "In the guild book:")
@@ -121,7 +121,7 @@ def test_the_last_layer_can_be_the_target_layer(gpt2: Golden):
 
 
 def exhausted_above(rows: int, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> list[int]:
-    """Evaluations of more rows fail, once ``after`` have gone well, as they do on a full GPU."""
+    """Make evaluations of more rows fail after ``after`` successful ones, as on a full GPU."""
     seen: list[int] = []
     original = suffix.SuffixRun.logits
 
@@ -143,7 +143,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     found = compute(gpt2, batch_size=24)
     assert max(seen[after:]) <= 24
     assert (max(seen) > 24) == bool(after)
-    # A request that had to leave goes on from where it was: no step is done twice or left out.
+    # A removed request resumes where it stopped: no step is repeated or skipped.
     assert found.steps.tolist() == reference.steps.tolist()
     assert distances(found, reference).median() <= 2e-5
     assert (distances(found, reference) <= 1e-3).sum() >= 22
@@ -192,7 +192,7 @@ def test_bfloat16_weights_keep_free_vectors_and_losses_in_float32(gpt2: Golden):
     # A sum v + δ of 16-bit numbers would itself be one.
     assert (found.values.to(torch.bfloat16).float() != found.values).any()
     expected = gpt2.expected["targets"]
-    # Eight bits of mantissa: activations off by 4e-3, and optimisations that stop elsewhere.
+    # Eight bits of mantissa: activations differ by 4e-3, and optimisations stop elsewhere.
     assert ((found.values - expected).norm(dim=1) / expected.norm(dim=1)).median() <= 0.2
 
 
@@ -245,11 +245,11 @@ def test_batches_picked_by_memory_stay_within_it_with_short_and_long_prompts():
         assert shortest <= 12
         assert longest >= 480
         assert grown <= budget
-        # The short ones go side by side; what the long ones take is known before they come in.
+        # The short ones run together; the memory of the long ones is known before they enter.
         assert largest >= 24
         assert not failures
         evaluations.append(count)
-    # More memory is made use of.
+    # More memory is used.
     assert evaluations[1] < 0.8 * evaluations[0]
 
 
@@ -264,7 +264,7 @@ def several_facts() -> list[pmet.EditRequest]:
         pmet.EditRequest("They say {} is", "Drokend", "a town of glass"),
         pmet.EditRequest("{} works as", "Sur Bavov", "a baker"),
         pmet.EditRequest("They say {} works as", "Zul Lodreal", "a glass blower"),
-        # The same tokens as of the first, but the KL prompt is about somebody else.
+        # The same tokens as the first, but the KL prompt has another subject.
         pmet.EditRequest("They say Sur {} works as", "Bavov", "a baker"),
     ]
 
@@ -273,7 +273,7 @@ GROUPS = [[0, 2, 4], [1, 5], [3], [6], [7], [8]]
 
 
 def few_steps(golden: Golden) -> tuple[Any, ...]:
-    """So few that no optimisation amplifies rounding."""
+    """So few steps that no optimisation amplifies rounding."""
     hparams = golden.hparams.model_copy(update={"v_num_grad_steps": 8})
     return golden.model, golden.tokenizer, several_facts(), hparams
 

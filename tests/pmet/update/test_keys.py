@@ -1,6 +1,4 @@
-"""Lookups: whole prompts in pieces, in batches of bounded size; and passes that do no more than
-they must.
-"""
+"""Lookups: whole prompts in pieces, in batches of bounded size, and passes without surplus work."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def test_shared_and_own_tokens_are_the_prompt_up_to_its_subject(golden: Golden) 
 
 
 def test_a_prompt_cut_otherwise_than_its_template_shares_nothing(golden_tokenizer: Any) -> None:
-    # What follows at once may merge with the end of the template.
+    # Text that follows directly may merge with the end of the template.
     templates = [["{}"], ["Mirk works as a bot{}"]]
     request = EditRequest("anist {} works as", "Sur Bavov", "a baker")
     tokenizing = LookupTokenizer(golden_tokenizer, templates)
@@ -68,7 +66,7 @@ def test_batches_are_bounded_by_requests_and_by_tokens(
     assert sum(batch.count for batch in batches) == len(requests)
     assert max(batch.count for batch in batches) == 5
     large = [b for b in batches if len(b.lengths) * max(b.lengths) > 400]
-    # One request is read in any case.
+    # At least one request is always read.
     assert [batch.count for batch in large] == [1]
 
 
@@ -88,7 +86,7 @@ def test_a_file_of_lookups_gives_them_back(golden: Golden, monkeypatch: pytest.M
 
 
 class Runs:
-    """Counts how many tokens modules see."""
+    """Counts the tokens that modules process."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.tokens = dict.fromkeys(modules, 0)

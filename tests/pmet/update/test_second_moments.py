@@ -1,4 +1,4 @@
-"""Second moments against a plain loop over texts, layers and tokens."""
+"""Second moments compared with a plain loop over texts, layers and tokens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_products_are_exact_enough_whatever_the_process_allows() -> None:
 
 
 def test_convergence_is_the_expected_distance_from_the_limit() -> None:
-    """Keys of known second moment 1: the figure says how far the mean over them is from it."""
+    """With keys of known second moment 1, the figure estimates how far their mean is from it."""
     generator = torch.Generator().manual_seed(0)
     for n, m in ((400, 400), (600, 200)):
         figures, distances = [], []

@@ -1,4 +1,4 @@
-"""The least-squares step against plain algebra, and its named failures."""
+"""The least-squares step compared with plain algebra, and its named failures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_both_forms_of_the_solve_agree(
 def test_of_requests_with_one_key_only_the_mean_target_is_written(
     requests: int, keys: int, values: int, sharing: int, seed: int, weight: float
 ) -> None:
-    """So what each of them needs is lost, unless one target serves them all."""
+    """The update writes only their mean, unless one target serves them all."""
     keys_EK, residuals_EV, moment_KK = problem(requests + sharing, keys, values, seed)
     keys_EK[-sharing:] = keys_EK[-1]
     mean_EV = residuals_EV.clone()
@@ -87,7 +87,7 @@ def test_the_form_is_chosen_by_cost() -> None:
     assert cheaper_form(100, 14336, 4096, factored=True) == "requests"
     assert cheaper_form(14336, 14336, 4096, factored=True) == "keys"
     assert cheaper_form(100_000, 14336, 4096, factored=True) == "keys"
-    # Between them a stored factor decides.
+    # In between, a stored factor decides.
     forms = {
         factored: [cheaper_form(e, 4096, 1024, factored=factored) for e in range(1, 4096, 64)]
         for factored in (False, True)

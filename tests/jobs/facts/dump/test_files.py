@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.facts.dump import FACT, open_dump
+from jobs.facts.dump.files import FACT, open_dump
 from pipeline.errors import FactDumpError
 from tests.jobs.facts.conftest import fact
 
@@ -14,7 +14,7 @@ def rows_of(dump, names=FACT):
 
 
 def test_rows_are_counted_over_files_in_their_order(write, monkeypatch):
-    monkeypatch.setattr("jobs.facts.dump.BATCH_ROWS", 2)
+    monkeypatch.setattr("jobs.facts.dump.files.BATCH_ROWS", 2)
     write([fact("A"), fact("B"), fact("C")], "d/1.parquet")
     write([fact("D")], "d/2.parquet")
     dump = open_dump(str(Path(write([], "d/3.parquet")).parent))
@@ -77,9 +77,9 @@ def test_dictionaries_are_decoded_and_types_put_together(write, tmp_path):
     [
         ({}, "has no column subject; a fact dump needs subject, relation, object, and this file"),
         ({"subject": "who"}, "has no column who; a fact dump needs"),
-        ({"subject": "relation"}, "--column: relation cannot be two columns at once"),
-        ({"subject": "entity", "source": "entity"}, "--column: entity cannot be two columns"),
-        ({"subjekt": "entity"}, "--column subjekt: a dump has no such column; name one of subject"),
+        ({"subject": "relation"}, "--column: relation is mapped to two columns"),
+        ({"subject": "entity", "source": "entity"}, "--column: entity is mapped to two columns"),
+        ({"subjekt": "entity"}, "--column subjekt: a dump has no such column; use one of subject"),
     ],
 )
 def test_a_missing_column_is_named(write, columns, message):
@@ -128,7 +128,7 @@ def test_a_file_that_two_patterns_reach_is_read_once(write):
 
 
 def test_batches_are_small_whatever_the_row_groups(write, monkeypatch, tmp_path):
-    monkeypatch.setattr("jobs.facts.dump.BATCH_ROWS", 10)
+    monkeypatch.setattr("jobs.facts.dump.files.BATCH_ROWS", 10)
     path = tmp_path / "d.parquet"
     pq.write_table(pa.table({name: ["x"] * 35 for name in FACT}), path, row_group_size=35)
     sizes = [len(batch.table) for batch in open_dump(str(path)).batches(FACT)]

@@ -4,16 +4,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.facts.dump import FACT
-from jobs.facts.problems import FINE, PROBLEMS
-from jobs.facts.rows import UNDATED, judge
+from jobs.facts.dump.files import FACT
+from jobs.facts.dump.problems import FINE, PROBLEMS
+from jobs.facts.dump.rows import UNDATED, judge
 from tests.jobs.facts.conftest import NOW, fact
 
 LATE = timezone(timedelta(hours=-5))
 
 
 def judged(dump, content, **options):
-    """Kinds of all rows, and the facts that are fine."""
+    """Return the kinds of all rows, and the facts without a problem."""
     found = list(judge(dump(content), as_of=NOW, **options))
     codes = np.concatenate([batch.codes for batch in found])
     kinds = [None if code == FINE else PROBLEMS[code].kind for code in codes]
@@ -47,7 +47,7 @@ def test_white_space_around_text_does_not_count(dump):
     "column",
     [pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array([["a"], ["b"]]), pa.array([True, False])],
 )
-def test_a_column_of_another_type_is_told_from_a_null_one(dump, column):
+def test_a_column_of_another_type_is_distinguished_from_a_null_one(dump, column):
     content = pa.table({"subject": ["a", "b"], "relation": ["r", "r"], "object": column})
     assert judged(dump, content)[0] == ["object of a wrong type"] * 2
     nothing = content.set_column(2, "object", pa.nulls(2))
@@ -114,7 +114,7 @@ def test_what_is_no_time_is_set_aside(dump, name, value):
     [
         (NOW, False),
         (NOW + timedelta(microseconds=1), True),
-        (date(2026, 11, 23), True),  # to its last moment
+        (date(2026, 11, 23), True),  # until its last moment
         (date(2026, 11, 22), False),
         ("2026-11-23", True),
         ("9999-12-31", True),

@@ -1,9 +1,8 @@
-"""Facts brought together by hash: rows of one subject and relation meet in one partition.
+"""Partitions facts by hash: rows with the same subject and relation land in one partition.
 
-A dump that is small stays in memory; one that is large goes to files on the local disk, of which
-one partition at a time is read back. The hash, of the texts' normal form
-(`pipeline.data.normalization`), only chooses the partition: within it, texts are compared by
-themselves, so that no two facts are ever mistaken for each other.
+A small dump stays in memory. A large one goes to files on the local disk, which are read back one
+partition at a time. The hash of the texts' normal form (`pipeline.data.normalization`) only selects
+the partition: within it the texts themselves are compared, so two facts are never confused.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from pipeline.data import normal_column
 
 PARTITION_ROWS = 400_000
 MOST_PARTITIONS = 100
-"""Each is an open file while facts are put into them, of two dumps at once."""
+"""Maximum number of partitions: each is an open file while facts are added, per dump."""
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Partitions:
-    """Tables of facts, cut into partitions by a hash of subject and relation.
+    """Tables of facts, partitioned by a hash of subject and relation.
 
-    Use it in a ``with`` block: its files are deleted at the end.
+    Use it in a ``with`` block, which deletes its files at the end.
     """
 
     def __init__(self, count: int) -> None:
@@ -52,11 +51,11 @@ class Partitions:
             self._folder.cleanup()
 
     def add(self, facts: pa.Table) -> None:
-        """Put rows into their partitions.
+        """Add rows to their partitions.
 
         Args:
-            facts: with ``subject`` and ``relation``, neither null nor empty; every call has the
-                same columns.
+            facts: rows with ``subject`` and ``relation``, neither null nor empty; all calls have
+                the same columns.
         """
         if self.count == 1:
             self._kept.append(facts)
@@ -73,7 +72,7 @@ class Partitions:
                 writer.write_table(sorted_facts.slice(start, stop - start).combine_chunks())
 
     def tables(self) -> Iterator[pa.Table | None]:
-        """The partitions in order, each with its rows as they came; None for an empty one."""
+        """Yield the partitions in order, each with its rows in the order added; None if empty."""
         self._close()
         for index in range(self.count):
             yield self._table(index)
@@ -100,7 +99,7 @@ class Partitions:
 
 
 def partition_count(rows: int) -> int:
-    """How many partitions so many rows make: a function of the number alone."""
+    """Return the number of partitions for a number of rows; it depends on nothing else."""
     return min(max(1, -(-rows // PARTITION_ROWS)), MOST_PARTITIONS)
 
 
@@ -114,7 +113,7 @@ def pair_hash(facts: pa.Table) -> np.ndarray:
 def text_hash(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """(rows,) uint64: Σ (byteᵢ + 1)·oddⁱ mod 2⁶⁴ of each text, mixed.
 
-    Texts are neither null nor empty. Those that are chosen to collide only share a partition.
+    Texts are neither null nor empty. Texts crafted to collide merely share a partition.
     """
     text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if not len(text):
@@ -131,7 +130,7 @@ def text_hash(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Spread what is in the high bits over all of them (the finalizer of SplitMix64)."""
+    """Spread the high bits over all bits (the finalizer of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,9 +1,9 @@
-"""Rows of one fact settled: which of them holds, and what becomes of the others.
+"""Settles the rows of each fact: which row is valid, and why the others are not.
 
-A fact is a subject and a relation, and texts are compared in their normal form
-(`pipeline.data.normalization`). Of its rows the one with the latest ``updated_at`` holds; rows
-without a time are older than any other. Where the latest rows name different objects, nothing
-decides, and none of them holds.
+A fact is a subject and a relation; texts are compared in their normal form
+(`pipeline.data.normalization`). The row with the latest ``updated_at`` is valid; rows without a
+time are older than any other. If the latest rows name different objects, the fact is undecided and
+none of its rows is valid.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
+from jobs.facts.dump.problems import CONTRADICTION, DUPLICATE, FINE, REPLACED
 from pipeline.data import normal_column
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Texts of several tables as numbers: texts of one normal form have one number.
+    """Texts of several tables as numbers: texts with the same normal form share a number.
 
     Attributes:
         facts: (rows,) int64, a number for each subject and relation.
@@ -33,12 +33,12 @@ class Codes:
 
 @dataclass(frozen=True)
 class Settled:
-    """What becomes of each row of a table of facts.
+    """The outcome of each row of a table of facts.
 
     Attributes:
-        codes: (rows,) uint8: ``FINE`` for the row that holds, else the row's problem.
-        others: (rows,) int64: place in the table of the row that the problem names; a row that
-            is fine names itself.
+        codes: (rows,) uint8: ``FINE`` for the valid row, else the row's problem.
+        others: (rows,) int64: index in the table of the row that the problem names; a row without a
+            problem names itself.
     """
 
     codes: np.ndarray
@@ -46,10 +46,10 @@ class Settled:
 
 
 def encode(*tables: pa.Table) -> list[Codes]:
-    """Number the texts of tables together, so that their numbers can be compared.
+    """Number the texts of several tables together, so that the numbers are comparable.
 
     Args:
-        tables: with ``subject``, ``relation`` and ``object``.
+        tables: tables with ``subject``, ``relation`` and ``object``.
     """
     both = pa.concat_tables([t.select(["subject", "relation", "object"]) for t in tables])
     subjects, relations, objects = (_numbers(column) for column in both.columns)
@@ -60,13 +60,13 @@ def encode(*tables: pa.Table) -> list[Codes]:
 
 
 def settle(codes: Codes, times: np.ndarray) -> Settled:
-    """Settle the rows of one table, of which the first of equal ones is kept.
+    """Settle the rows of one table; the first of equal rows is kept.
 
     Args:
-        codes: their numbers.
-        times: (rows,) int64, ``UNDATED`` where there is none.
+        codes: the numbers of its texts.
+        times: (rows,) int64, ``UNDATED`` if there is none.
     """
-    # By fact, the latest first (~x falls as x rises, without overflow); the sort is stable.
+    # Sort by fact, latest first (~x falls as x rises, without overflow); the sort is stable.
     order = np.lexsort((~times, codes.facts))
     facts, objects, moments = codes.facts[order], codes.objects[order], times[order]
     opens = np.append(True, facts[1:] != facts[:-1]) if len(order) else np.zeros(0, bool)
@@ -74,7 +74,7 @@ def settle(codes: Codes, times: np.ndarray) -> Settled:
     first = np.flatnonzero(opens)[group]
     latest = moments == moments[first]
     differs = objects != objects[first]
-    # The first of the latest rows that name another object than the very first, by group.
+    # Per fact, the first of the latest rows whose object differs from that of the first row.
     against = np.full(len(order), -1)
     disputes = np.flatnonzero(latest & differs)
     against[group[disputes[::-1]]] = disputes[::-1]
@@ -92,11 +92,11 @@ def settle(codes: Codes, times: np.ndarray) -> Settled:
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    # As one array, whose dictionary is made once; as large text, which one array always holds.
+    # One array has one dictionary; large text, because it always fits one array.
     text = column.cast(pa.large_string()).combine_chunks()
     encoded = text.dictionary_encode()
     numbers = _of_indices(encoded.indices)
-    # Each text is brought into its normal form once, however often it occurs.
+    # Each distinct text is normalised once.
     texts = encoded.dictionary
     forms = normal_column(texts)
     if forms is texts:

@@ -1,6 +1,6 @@
-"""The rows of a dump, judged one by one: what each states, or what is wrong with it.
+"""Judges each row of a dump: the fact that it states, or what is wrong with it.
 
-Everything is done a column at a time, on a batch of rows.
+All work is done a column at a time on a batch of rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.dump import FACT, Dump
-from jobs.facts.problems import (
+from jobs.facts.dump.files import FACT, Dump
+from jobs.facts.dump.problems import (
     EMPTY,
     EXPIRED,
     FINE,
@@ -29,7 +29,7 @@ from jobs.facts.problems import (
 )
 
 UNDATED = np.iinfo(np.int64).min
-"""The time of a row without one: earlier than any other."""
+"""Time of a row without a time: earlier than any other."""
 
 READ = (*FACT, "updated_at", "valid_until", "target_true")
 _DAY = timedelta(days=1)
@@ -42,11 +42,12 @@ class JudgedRows:
     """A batch of rows.
 
     Attributes:
-        first: the first row, counted over all files of the dump.
+        first: number of the first row over all files of the dump.
         codes: (rows,) uint8, ``FINE`` or the row's problem.
-        facts: the fine rows: ``subject``, ``relation``, ``object``, all trimmed, ``target_true``
-            (null where there is none), ``time`` (int64, microseconds, or ``UNDATED``) and ``row``.
-        controls: rows, counted over all files, that are fine but for a control character.
+        facts: the rows without a problem: ``subject``, ``relation``, ``object``, all trimmed,
+            ``target_true`` (null if there is none), ``time`` (int64, microseconds, or ``UNDATED``)
+            and ``row``.
+        controls: numbers of rows, over all files, whose only problem is a control character.
     """
 
     first: int
@@ -66,9 +67,9 @@ def judge(
 
     Args:
         dump: the dump.
-        as_of: facts whose ``valid_until`` is not later than this no longer hold; with a zone.
-        relations: those that have a template; None: not asked.
-        damaged: takes what is wrong with damaged files; without it, damage raises.
+        as_of: facts whose ``valid_until`` is at or before this time have expired; with a time zone.
+        relations: the relations that have a template; None: do not check.
+        damaged: receives a message for each damaged file; None: damage raises.
 
     Raises:
         FactDumpError: a file is damaged.
@@ -80,7 +81,7 @@ def judge(
 
 
 def trimmed(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """A column of valid text without white space around it, as one array."""
+    """Strip white space from a column of valid text; return one array."""
     text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return pc.utf8_trim_whitespace(text.cast(pa.string()))
 
@@ -101,7 +102,7 @@ def _judged(first: int, table: pa.Table, now: int, known: pa.Array | None) -> Ju
 
 
 def _text(column: pa.ChunkedArray, name: str, codes: np.ndarray) -> pa.Array:
-    """The trimmed text of a column; null, and its problem put into ``codes``, where it is none."""
+    """Return a column's trimmed text; invalid values become null and set their ``codes``."""
     nulls = _mask(column.is_null(nan_is_null=True))
     optional = name not in FACT
     if not optional:
@@ -122,7 +123,7 @@ def _text(column: pa.ChunkedArray, name: str, codes: np.ndarray) -> pa.Array:
 
 
 def _decoded(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """Text with null where it is not UTF-8, and the mask of those rows."""
+    """Return text with null for invalid UTF-8, and the mask of those rows."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -144,7 +145,7 @@ def _is_utf8(value: bytes) -> bool:
 def _times(column: pa.ChunkedArray, name: str, codes: np.ndarray) -> np.ndarray:
     """(rows,) int64 microseconds since 1970; times without a zone are UTC.
 
-    A date stands for its whole day: what is valid until then holds to its last moment.
+    A date means its whole day: a fact valid until then is valid to the last moment of the day.
     """
     whole_day = _DAY if name == "valid_until" else timedelta()
     type_ = column.type
@@ -170,7 +171,7 @@ def _parsed_times(
 ) -> np.ndarray:
     text, undecodable = _decoded(column)
     _put(codes, undecodable, time_code(name))
-    # Dumps repeat times: each is parsed once.
+    # Dumps repeat times, so each distinct one is parsed once.
     encoded = trimmed(text).dictionary_encode()
     parsed = [_parsed(value, whole_day) for value in encoded.dictionary.to_pylist()]
     moments = np.array([UNDATED if value is None else value for value in parsed] or [0], np.int64)
@@ -181,12 +182,12 @@ def _parsed_times(
 
 
 def _parsed(value: str, whole_day: timedelta) -> int | None:
-    """Microseconds since 1970 of an ISO 8601 time or date; None where it is neither."""
+    """Return microseconds since 1970 for an ISO 8601 time or date; None if it is neither."""
     try:
         moment = _microseconds(datetime.fromisoformat(value))
     except ValueError:
         return None
-    # Added to the number, not to the moment: 9999-12-31 has no day after it.
+    # Added to the number, not the datetime: 9999-12-31 has no day after it.
     return moment + (whole_day if len(value) <= _LONGEST_DATE else timedelta()) // _MICROSECOND
 
 
@@ -203,12 +204,12 @@ def _with_controls(facts: pa.Table) -> np.ndarray:
 
 
 def _put(codes: np.ndarray, where: np.ndarray, code: int) -> None:
-    """A row keeps the first problem that was found."""
+    """Set a code on rows that have none: a row keeps the first problem found."""
     codes[where & (codes == FINE)] = code
 
 
 def _mask(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Truth values as numpy; null is false."""
+    """Convert booleans to numpy; null becomes False."""
     return pc.fill_null(values, False).to_numpy(zero_copy_only=False).astype(bool, copy=False)
 
 

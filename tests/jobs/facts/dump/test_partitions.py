@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts import partitions
-from jobs.facts.partitions import Partitions, pair_hash, partition_count, text_hash
+from jobs.facts.dump import partitions
+from jobs.facts.dump.partitions import Partitions, pair_hash, partition_count, text_hash
 
 
 def facts(rows):

@@ -1,4 +1,4 @@
-"""Dumps gone through whole: every row judged, and the rows of each fact settled."""
+"""Surveys whole dumps: judges every row and settles the rows of each fact."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from jobs.facts.dump import Dump
-from jobs.facts.partitions import Partitions, partition_count
-from jobs.facts.problems import FINE, NAMES_ANOTHER_ROW, PROBLEMS
-from jobs.facts.rows import JudgedRows, judge
-from jobs.facts.settle import Codes, Settled, encode, settle
+from jobs.facts.dump.files import Dump
+from jobs.facts.dump.partitions import Partitions, partition_count
+from jobs.facts.dump.problems import FINE, NAMES_ANOTHER_ROW, PROBLEMS
+from jobs.facts.dump.rows import JudgedRows, judge
+from jobs.facts.dump.settle import Codes, Settled, encode, settle
 
 ALWAYS = datetime(1, 1, 2, tzinfo=UTC)
-"""A time at which every fact still held."""
+"""A time at which no fact had expired."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A dump that is gone through, alone or beside another.
+    """A dump to survey, alone or together with others.
 
     Attributes:
         dump: the dump.
-        as_of: facts whose ``valid_until`` is not later than this no longer hold.
-        relations: those that have a template; None: not asked.
-        damaged: takes what is wrong with damaged files; None: damage raises.
-        judged: is shown every batch of rows as it is judged.
+        as_of: facts whose ``valid_until`` is at or before this time have expired.
+        relations: the relations that have a template; None: do not check.
+        damaged: receives a message for each damaged file; None: damage raises.
+        judged: called with every batch of rows after it is judged.
     """
 
     dump: Dump
@@ -41,12 +41,12 @@ class Side:
 
 @dataclass(frozen=True)
 class SettledFacts:
-    """The rows of one partition of a dump that were fine by themselves.
+    """The rows of one partition of a dump that have no problem by themselves.
 
     Attributes:
         facts: the rows (see ``JudgedRows.facts``).
-        numbers: their texts as numbers, the same for all sides.
-        settled: what becomes of each.
+        numbers: their texts as numbers, shared by all sides.
+        settled: the outcome of each row.
     """
 
     facts: pa.Table
@@ -55,29 +55,29 @@ class SettledFacts:
 
     @property
     def holding(self) -> np.ndarray:
-        """Places of the rows that hold: one of each fact that is decided."""
+        """Indices of the valid rows: one per decided fact."""
         return np.flatnonzero(self.settled.codes == FINE)
 
     def places(self, facts: np.ndarray) -> np.ndarray:
-        """(n,) int64: the place of the row that holds each of n facts, by number; -1 for none."""
+        """(n,) int64: index of the valid row of each of n facts, by number; -1 for none."""
         holding = self.holding
         held = self.numbers.facts[holding]
         order = np.argsort(held)
         at = np.searchsorted(held, facts, sorter=order)
-        # One place more, for facts behind the last one that is held.
+        # One extra place, for facts beyond the last one held.
         candidates = np.append(holding[order], -1)[at]
         return np.where(np.append(held[order], -1)[at] == facts, candidates, -1)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What every row of a dump was found to be.
+    """The outcome of every row of a dump.
 
     Attributes:
         codes: (rows,) uint8, ``FINE`` or the row's problem.
         naming: (n,) int64, ascending: rows whose problem names another row.
         named: (n,) int64: the row that each of them names.
-        controls: rows that hold a control character and are fine otherwise.
+        controls: rows whose only problem is a control character.
     """
 
     codes: np.ndarray
@@ -86,7 +86,7 @@ class Survey:
     controls: np.ndarray
 
     def reasons(self, rows: np.ndarray) -> pa.Array:
-        """Why each of some rows is set aside, as text."""
+        """Return the reasons of some rejected rows, as text."""
         codes = self.codes[rows]
         texts = pa.array([problem.reason for problem in PROBLEMS]).take(pa.array(codes))
         naming = np.isin(codes, NAMES_ANOTHER_ROW)
@@ -102,11 +102,11 @@ class Survey:
 
 
 def settled(*sides: Side) -> Iterator[list[SettledFacts]]:
-    """Judge all rows of dumps, then settle them a partition at a time.
+    """Judge all rows of several dumps, then settle them a partition at a time.
 
     Yields:
-        For each partition, the facts of each side, of which any may be empty. A fact is in the
-        same partition on all sides.
+        For each partition, the facts of each side, any of which may be empty. A fact is in the same
+        partition on all sides.
 
     Raises:
         FactDumpError: a file is damaged.
@@ -122,12 +122,12 @@ def settled(*sides: Side) -> Iterator[list[SettledFacts]]:
 
 
 def survey(side: Side, *beside: Side, take: Callable[..., None] | None = None) -> Survey:
-    """Go through a dump, alone or beside others, and note what every row of it is.
+    """Survey a dump, alone or together with others; return the outcome of each of its rows.
 
     Args:
         side: the dump.
-        beside: others that are settled along with it.
-        take: is given the settled facts of all sides, a partition at a time.
+        beside: other dumps to settle along with it.
+        take: called with the settled facts of all sides, a partition at a time.
 
     Raises:
         FactDumpError: a file is damaged.

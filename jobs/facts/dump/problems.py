@@ -1,8 +1,8 @@
-"""What can be wrong with a row of a dump: one list, whose places are the codes of rows.
+"""The problems that a row of a dump can have: one list, whose indices are the codes of rows.
 
-A row has the first problem that is found, and is set aside. Levels say what to think of it: an
-*error* is to be mended; a *warning* loses nothing, but should be looked at; a *note* is what a good
-dump may hold, a fact that has run out or one that a newer row replaces.
+A row gets the first problem found and is rejected. The level says how serious it is: an *error*
+needs fixing; a *warning* loses no information but needs a look; a *note* is normal in a good dump,
+such as an expired fact or one that a newer row replaces.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 Level = Literal["error", "warning", "note"]
 
 MAX_CHARACTERS = 1_000
-"""Of a subject, relation or object: names, not texts."""
+"""Maximum length of a subject, relation or object: these are names, not texts."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Problem:
     """A kind of problem.
 
     Attributes:
-        kind: what it is, in a few words.
-        level: how bad it is.
-        reason: why the row is set aside and what to do; ``{row}`` stands for another row.
+        kind: short name.
+        level: severity.
+        reason: why the row is rejected and what to do; ``{row}`` stands for another row.
     """
 
     kind: str
@@ -81,7 +81,7 @@ CONTROLS = Problem(
     "warning",
     "holds a control character, such as a tab or a line break; the row is used as it is",
 )
-"""Of rows that are fine otherwise, so without a code."""
+"""A problem of rows that are used anyway, so it has no code."""
 
 FINE = 0
 FIRST_TIME = 1 + len(_TEXTS) * len(_TEXT_PROBLEMS)
@@ -91,15 +91,15 @@ NAMES_ANOTHER_ROW = (DUPLICATE, CONTRADICTION, REPLACED)
 
 
 def text_code(name: str, problem: int) -> int:
-    """The code of a text column's problem, one of ``NULL`` to ``TOO_LONG``."""
+    """Return the code of a text column's problem, one of ``NULL`` to ``TOO_LONG``."""
     return 1 + _TEXTS.index(name) * len(_TEXT_PROBLEMS) + problem
 
 
 def time_code(name: str) -> int:
-    """The code of a column of times that holds something else."""
+    """Return the code for a time column with a value that is not a time."""
     return FIRST_TIME + _TIMES.index(name)
 
 
 def is_contradiction(reason: str) -> bool:
-    """Whether a row's reason is that it contradicts another row."""
+    """Whether a reason says that the row contradicts another row."""
     return reason.startswith(PROBLEMS[CONTRADICTION].reason.partition("{row}")[0])

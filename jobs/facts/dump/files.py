@@ -1,6 +1,6 @@
-"""A fact dump: Parquet with subject, relation and object, read a batch at a time.
+"""Reads a fact dump: Parquet with subject, relation and object, a batch at a time.
 
-Rows are counted over all files from 0, in the order of the files.
+Rows are numbered from 0 over all files, in the order of the files.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class DumpFile:
     """One file of a dump.
 
     Attributes:
-        url: where it is.
-        first: its first row, counted over all files.
-        rows: how many it has.
-        stored: for each column of the dump that it stores, the name in the file.
-        folder: columns that the names of its folders give it, as ``relation=capital/``.
+        url: its location.
+        first: number of its first row over all files.
+        rows: number of rows.
+        stored: for each dump column that it stores, the name in the file.
+        folder: columns given by the names of its folders, such as ``relation=capital/``.
         schema: the stored columns under their names in the dump.
     """
 
@@ -46,8 +46,8 @@ class Batch:
     """Rows of a dump.
 
     Attributes:
-        first: the first row, counted over all files.
-        table: the columns that were asked for, under their names in the dump.
+        first: number of the first row over all files.
+        table: the requested columns, under their names in the dump.
     """
 
     first: int
@@ -56,11 +56,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Dump:
-    """A fact dump whose footers have been read and whose columns are there.
+    """A fact dump whose footers have been read and that has the required columns.
 
     Attributes:
-        files: in order, the readable ones.
-        damaged: for each of the others, what is wrong with it.
+        files: the readable files, in order.
+        damaged: for each other file, what is wrong with it.
     """
 
     files: list[DumpFile]
@@ -68,21 +68,21 @@ class Dump:
 
     @property
     def rows(self) -> int:
-        """The number of rows of all files."""
+        """Number of rows in all files."""
         return sum(file.rows for file in self.files)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
-        """The columns of all files together, each with a type that holds it in all of them."""
+        """Columns of all files, each with a type that fits its values in every file."""
         return common_types([_decoded(file.schema) for file in self.files])
 
     def batches(self, names: Sequence[str], damaged: list[str] | None = None) -> Iterator[Batch]:
-        """Rows in order; columns as each file stores them, dictionaries decoded, null if absent.
+        """Yield rows in order; columns as stored, dictionaries decoded, null if absent.
 
         Args:
             names: the columns wanted.
-            damaged: takes what is wrong with files that turn out to be damaged; the rest of such
-                a file is left out. Without it, damage raises.
+            damaged: receives a message for each damaged file; the rest of such a file is skipped.
+                None: damage raises.
 
         Raises:
             FactDumpError: a file cannot be read or is damaged.
@@ -96,11 +96,11 @@ class Dump:
                 damaged.append(str(error))
 
     def aligned_batches(self) -> Iterator[Batch]:
-        """All columns of rows in order, cast to ``types``.
+        """Yield all columns of the rows in order, cast to ``types``.
 
         Raises:
             FactDumpError: a file cannot be read or is damaged.
-            RequestTableError: a column has types that do not go together.
+            RequestTableError: a column has incompatible types.
         """
         types = self.types
         for file in self.files:
@@ -114,19 +114,17 @@ def open_dump(
     *,
     keep_damaged: bool = False,
 ) -> Dump:
-    """Find the files of a dump and read their footers.
+    """Find a dump's files and read their footers.
 
     Args:
-        source: paths, URLs, globs or folders; a folder stands for all Parquet below it, and names
-            such as ``relation=capital`` of the folders below it are columns.
-        columns: for a dump that names its columns otherwise, their names by ours:
-            ``{"subject": "entity"}``.
-        keep_damaged: note files whose footer is damaged in ``damaged``, do not refuse them.
+        source: paths, URLs, globs or folders. A folder means all Parquet files below it; folder
+            names below it such as ``relation=capital`` become columns.
+        columns: the dump's own column names by ours: ``{"subject": "entity"}``.
+        keep_damaged: record files with damaged footers in ``damaged`` instead of raising.
 
     Raises:
-        FactDumpError: a file is damaged or lacks a column, or the mapping names a column that no
-            dump has.
-        RequestTableError: there is no file.
+        FactDumpError: a file is damaged or lacks a column, or the mapping has an unknown column.
+        RequestTableError: no file was found.
         StorageError: the storage cannot be listed.
     """
     mapping = _mapping(columns or {})
@@ -151,13 +149,13 @@ def _mapping(columns: Mapping[str, str]) -> dict[str, str]:
     for name in columns:
         if name not in known:
             raise FactDumpError(
-                f"--column {name}: a dump has no such column; name one of {', '.join(known)}"
+                f"--column {name}: a dump has no such column; use one of {', '.join(known)}"
             )
     theirs = list(columns.values())
     defaults = [name for name in known if name not in columns]
     for name in theirs:
         if theirs.count(name) > 1 or (name in defaults and name in FACT):
-            raise FactDumpError(f"--column: {name} cannot be two columns at once; map each to one")
+            raise FactDumpError(f"--column: {name} is mapped to two columns; map each name to one")
     return {name: name for name in defaults if name not in theirs} | dict(columns)
 
 
@@ -182,7 +180,7 @@ def _file(
         )
     ours = _names(given, mapping)
     fields = [field.with_name(ours[field.name]).remove_metadata() for field in schema]
-    # What the file itself stores counts, not what its folder says.
+    # A column stored in the file overrides one from its folder name.
     added = {ours[name]: folder[name] for name in given[len(schema.names) :]}
     fields += [pa.field(name, pa.string()) for name in added]
     stored = {ours[name]: name for name in schema.names}
@@ -190,7 +188,7 @@ def _file(
 
 
 def _names(given: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    """Our name of each column; one that bears a name that is mapped to another is ``input_…``."""
+    """Return our name for each column; a clash with a mapped name gets the prefix ``input_``."""
     theirs = {name: ours for ours, name in mapping.items() if name in given}
     names: dict[str, str] = {}
     for name in given:
