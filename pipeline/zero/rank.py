@@ -34,6 +34,7 @@ from pipeline.models import (
 )
 from pipeline.second_moments import FactorFile, module_name, read_moments
 from pipeline.storage import Store
+from pipeline.zero import slices
 from pipeline.zero.collectives import (
     add_up,
     added,
@@ -45,15 +46,6 @@ from pipeline.zero.collectives import (
     share_of_rows,
 )
 from pipeline.zero.loading import Offload, load_partitioned
-from pipeline.zero.slices import (
-    Device,
-    Squares,
-    add_block,
-    full_shape,
-    init_rank,
-    own_values,
-    owned_slice,
-)
 from pmet.delta import EditWriter, check_fits, delta_rows
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
@@ -123,7 +115,7 @@ class UpdateJob:
     templates: ContextTemplates
     second_moments: str
     run: Store
-    device: Device
+    device: slices.Device
     dtype: torch.dtype
     stored: Mapping[int, torch.dtype]
     offload: Offload
@@ -200,7 +192,7 @@ class UpdateRank:
         self._rank, self._ranks = meeting[:2] if meeting else (0, 1)
         self._job, self._device = job, torch.device(job.device)
         if meeting:
-            init_rank(*meeting, device=job.device)
+            slices.init_rank(*meeting, device=job.device)
         folder = str(model_on_node(job.model, job.model_digest))
         self._tokenizer = open_tokenizer(folder)
         # Partitioned weights are empty: the shapes are those of the model without its weights.
@@ -253,7 +245,7 @@ class UpdateRank:
         file = f"delta/{name}-{uuid4().hex}.safetensors"
         with ExitStack() as stack:
             writer = stack.enter_context(self._writer(file, name, parameter))
-            for values in rows_in_turn(own_values(self._engine, parameter)):
+            for values in rows_in_turn(slices.own_values(self._engine, parameter)):
                 if writer:
                     writer.add_original(values)
             squares = self._change(parameter, solved.delta_RK, writer, self._stored(layer))
@@ -282,13 +274,13 @@ class UpdateRank:
         """Apply a layer that an earlier group has finished and saved."""
         layer = self._job.hparams.layers[index]
         name, parameter = self._layout.weight_name(layer), self._layout.weight(self._model, layer)
-        width = full_shape(parameter)[1]
-        start, stop = owned_slice(parameter)
+        width = slices.full_shape(parameter)[1]
+        start, stop = slices.owned_slice(parameter)
         rows = range(start // width, -(-stop // width))
         with self._job.run.local_copy(file) as path:
             top = rows.start
             for delta in delta_rows(path, name, rows, at_once=max(1, REDONE_ELEMENTS // width)):
-                add_block(self._engine, parameter, delta, top)
+                slices.add_block(self._engine, parameter, delta, top)
                 top += len(delta)
 
     def _stored(self, layer: int) -> torch.dtype:
@@ -301,13 +293,15 @@ class UpdateRank:
         own_RK: torch.Tensor,
         writer: EditWriter | None,
         stored: torch.dtype,
-    ) -> Squares:
+    ) -> slices.Squares:
         """Add Δ, of which each rank has some rows, to the weight; sums over all its elements."""
         first, sums, most = 0, [0.0, 0.0, 0.0], 0.0
         for delta_RK in rows_in_turn(own_RK):
             block = self._layout.orient(delta_RK)
             top, left = (0, first) if self._layout.transposed else (first, 0)
-            *here, here_most = add_block(self._engine, parameter, block, top, left, stored=stored)
+            *here, here_most = slices.add_block(
+                self._engine, parameter, block, top, left, stored=stored
+            )
             sums = [total + more for total, more in zip(sums, here, strict=True)]
             # max() passes over NaN.
             most = here_most if math.isnan(here_most) else max(most, here_most)
@@ -315,7 +309,7 @@ class UpdateRank:
                 writer.put_delta(block, top, left)
             first += len(delta_RK)
         delta, before, lost = map(added, sums)
-        return Squares(delta, before, lost, largest(most))
+        return slices.Squares(delta, before, lost, largest(most))
 
     @contextmanager
     def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:
@@ -324,7 +318,7 @@ class UpdateRank:
             yield None
             return
         with self._job.run.local_target(file) as path:
-            shape = full_shape(parameter)
+            shape = slices.full_shape(parameter)
             with EditWriter(path, name, shape, parameter.dtype) as writer:
                 yield writer
 
