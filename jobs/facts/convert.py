@@ -24,6 +24,8 @@ from jobs.facts.wording import Wording
 from pipeline.data import REQUEST_COLUMNS, normal_column, with_columns
 from pipeline.errors import FactDumpError
 
+_CODES = pa.array([problem.code for problem in PROBLEMS])
+
 
 def convert_dump(
     dump: Dump,
@@ -83,7 +85,13 @@ def convert_dump(
             facts = table.take(pa.array(good))
             requests = _requests(facts, truths.of(first + good), wording, neighbors)
             rejected = table.take(pa.array(bad))
-            outputs.write(requests, rejected, found.reasons(first + bad), first + bad)
+            outputs.write(
+                requests,
+                rejected,
+                _CODES.take(pa.array(codes[bad])),
+                found.reasons(first + bad),
+                first + bad,
+            )
     kinds, counts = np.unique(found.codes[found.codes != FINE], return_counts=True)
     reasons = {PROBLEMS[k].kind: int(n) for k, n in zip(kinds, counts, strict=True)}
     unchanged = reasons.pop(PROBLEMS[UNCHANGED].kind, 0)

@@ -105,6 +105,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
         outputs.write(
             _table(accepted),
             pa.table({"record": pa.array([_json(parts[row]) for row in rejected], pa.string())}),
+            pa.array([reasons[row].code for row in rejected], pa.string()),
             pa.array([reasons[row].text for row in rejected], pa.string()),
             rejected,
         )

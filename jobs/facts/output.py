@@ -37,7 +37,7 @@ class Conversion:
         unchanged: number of rows skipped because the previous dump holds the same fact.
         rejected: number of rejected rows by kind of reason.
         output: file of edit requests.
-        rejected_output: file of rejected rows, with ``row`` and ``reason``.
+        rejected_output: file of rejected rows, with ``row``, ``code`` and ``reason``.
         left_out: number of null and empty texts left out of requests.
     """
 
@@ -67,6 +67,7 @@ class Outputs:
         self,
         requests: pa.Table,
         rejected: pa.Table,
+        codes: pa.Array,
         reasons: pa.Array,
         rows: Sequence[int] | np.ndarray,
     ) -> None:
@@ -75,13 +76,14 @@ class Outputs:
         Args:
             requests: edit requests.
             rejected: rejected rows, as read.
-            reasons: the reason for each rejected row.
+            codes: why each rejected row was rejected, for programs.
+            reasons: the same in a sentence, for people.
             rows: (rejected,) int64, the row numbers.
         """
         self.converted += len(requests)
         self.rejected += len(rejected)
         self._requests.write(requests)
-        columns = {"row": pa.array(rows, pa.int64()), "reason": reasons}
+        columns = {"row": pa.array(rows, pa.int64()), "code": codes, "reason": reasons}
         self._rejected.write(with_columns(readable(rejected), columns))
 
     def close(self) -> None:

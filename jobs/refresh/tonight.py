@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from jobs.facts.convert import convert_dump
 from jobs.facts.dump.files import open_dump
-from jobs.facts.dump.problems import is_contradiction
+from jobs.facts.dump.problems import CONTRADICTION, PROBLEMS
 from jobs.facts.output import Conversion
 from jobs.facts.templates import load_templates
 from jobs.refresh.config import RefreshConfig
@@ -129,6 +129,5 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
 
 
 def _undecided(set_aside: pa.Table) -> set[Key]:
-    mask = [is_contradiction(reason) for reason in set_aside.column("reason").to_pylist()]
-    rows = set_aside.filter(pa.array(mask, pa.bool_()))
+    rows = set_aside.filter(pc.equal(set_aside.column("code"), PROBLEMS[CONTRADICTION].code))
     return {(relation.strip(), subject.strip()) for relation, subject in keys(rows)}

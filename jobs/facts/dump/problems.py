@@ -30,6 +30,11 @@ class Problem:
     level: Level
     reason: str
 
+    @property
+    def code(self) -> str:
+        """The kind as programs read it, in the column ``code`` of rejected rows."""
+        return self.kind.replace(" ", "-").lower()
+
 
 _TEXT_PROBLEMS = (
     ("null {}", "{} is null; give text"),
@@ -98,8 +103,3 @@ def text_code(name: str, problem: int) -> int:
 def time_code(name: str) -> int:
     """Return the code for a time column with a value that is not a time."""
     return FIRST_TIME + _TIMES.index(name)
-
-
-def is_contradiction(reason: str) -> bool:
-    """Whether a reason says that the row contradicts another row."""
-    return reason.startswith(PROBLEMS[CONTRADICTION].reason.partition("{row}")[0])

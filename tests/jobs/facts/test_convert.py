@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts import neighbors, partitions
+from jobs.facts import neighbors
 from jobs.facts.convert import convert_dump
+from jobs.facts.dump import partitions
 from jobs.facts.dump.files import open_dump
 from jobs.facts.templates import parse_templates
 from pipeline.data.tables import read_requests
@@ -99,6 +100,7 @@ def test_all_columns_travel(convert):
     assert list(request)[:4] == ["prompt", "subject", "target_new", "case_id"]
     assert rejected == fact("B", "none", **more) | {
         "row": 1,
+        "code": "relation-without-template",
         "reason": "the relation has no template; write one for it",
     }
 
