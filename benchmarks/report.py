@@ -110,10 +110,10 @@ def _metrics(
             "intervals": intervals
         })  # fmt: skip
     gates = [
-        {"metric": "efficacy", "kind": "least", "threshold": 0.75, "value": 0.9, "passed": True},
-        {"metric": "specificity_drop", "kind": "drop", "threshold": 0.02, "value": 0.05,
+        {"name": "efficacy", "kind": "least", "threshold": 0.75, "value": 0.9, "passed": True},
+        {"name": "specificity_drop", "kind": "drop", "threshold": 0.02, "value": 0.05,
          "passed": False},
-        {"metric": "perplexity_increase", "kind": "increase", "threshold": 0.02, "value": 0.013,
+        {"name": "perplexity_increase", "kind": "increase", "threshold": 0.02, "value": 0.013,
          "passed": True},
     ]  # fmt: skip
     return {

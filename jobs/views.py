@@ -82,7 +82,7 @@ def show_result(result: RunResult, console: Console) -> None:
         if not gate["passed"]:
             console.print(f"held back: {gate_text(gate)}", style="red")
         elif "note" in gate:
-            console.print(f"{gate['metric']}: {gate['note']}")
+            console.print(f"{read_gate(gate).name}: {gate['note']}")
     for name in ("model", "report.html", "results.parquet", "delta"):
         console.print(f"{name:16} {result.folder.join(name)}", markup=False, soft_wrap=True)
 
@@ -116,8 +116,8 @@ def gate_text(gate: Mapping[str, Any]) -> str:
     """Describe what a gate measured and what it requires."""
     read = read_gate(gate)
     if gate.get("note"):
-        return f"{read.metric} is {read.reached}; the gate requires {read.asked}"
-    return f"{read.figure} is {read.reached}, the gate requires {read.asked}"
+        return f"{read.name} is {read.reached}; the gate requires {read.asked}"
+    return f"{read.name} is {read.reached}, the gate requires {read.asked}"
 
 
 def _facts(plan: Plan) -> dict[str, str]:

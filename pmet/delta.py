@@ -7,9 +7,7 @@ exact to the bit in any process, and an edit is never applied to weights it was 
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pmet.errors import EditFileError, NotFiniteError
+from pmet.safetensors_header import written_header
 
 FORMAT = "pmet-edit-1"
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
 
 
 def changed(original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -218,15 +211,9 @@ class EditWriter:
         self._width = shape[1]
         delta_bytes = shape.numel() * torch.float64.itemsize
         end = delta_bytes + shape.numel() * dtype.itemsize
-        header = {
-            "__metadata__": {"format": FORMAT},
-            f"delta.{name}": _entry(torch.float64, shape, 0, delta_bytes),
-            f"original.{name}": _entry(dtype, shape, delta_bytes, end),
-        }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        tensors = {f"delta.{name}": (torch.float64, shape), f"original.{name}": (dtype, shape)}
         self._file = Path(path).open("wb")  # noqa: SIM115 - closed with this object
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.write(written_header(tensors, {"format": FORMAT}))
         self._delta_start = self._file.tell()
         self._original_end = self._delta_start + delta_bytes
         self._file.truncate(self._delta_start + end)
@@ -268,10 +255,6 @@ def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterat
                 yield delta[start : min(start + at_once, rows.stop)]
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
-
-
-def _entry(dtype: torch.dtype, shape: torch.Size, start: int, end: int) -> dict[str, object]:
-    return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -20,13 +20,15 @@ PACKAGES = ("pmet", "pipeline", "jobs")
 ALLOWED = {"pmet": set(), "pipeline": {"pmet"}, "jobs": {"pipeline", "pmet"}}
 UNKNOWN_TO_PMET = {"ray", "pyarrow", "deepspeed", "fsspec"}
 MOST_MODULES = 15
+LIBRARIES = {"ray", "deepspeed", "transformers", "torch"}
+INTERNALS = {f: f.stem.removesuffix("_internals") for f in ROOT.glob("p*/*/*_internals.py")}
 
 # Each line may import from the lines above it, never from below: modules and sub-packages that
 # stand on one line know nothing of each other.
 ORDER = {
     "pmet": [
         ["errors"],
-        ["request", "strict_json", "yaml12"],
+        ["request", "safetensors_header", "strict_json", "yaml12"],
         ["hparams"],
         ["model"],
         ["reference"],
@@ -287,6 +289,67 @@ def test_pipeline_has_no_public_name_that_only_tests_use() -> None:
         if not node.name.startswith("_") and words[node.name] < 2
     }
     assert not idle
+
+
+def declared(file: Path) -> set[str]:
+    """The private names that a module of internals says it uses: the keys of its ``NAMES``."""
+    for node in parsed(file).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NAMES":
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise AssertionError(f"{file} has no NAMES")
+
+
+def full_names(tree: ast.AST) -> Iterator[str]:
+    """What a file imports, its attributes by their full names, its strings and its keywords."""
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                yield prefix + alias.name
+                aliases[alias.asname or alias.name] = prefix + alias.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, _, rest = ast.unparse(node).partition(".")
+            yield f"{aliases.get(owner, owner)}.{rest}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+
+
+def hidden_parts(name: str) -> set[str]:
+    """The parts of a dotted name that mark it as a library's own."""
+    parts = name.split(".")
+    return {p for p in parts if p.startswith(("_", "ds_")) and not p.startswith("__")}
+
+
+def test_private_names_of_libraries_stand_in_one_module_each() -> None:
+    assert sorted(INTERNALS.values()) == sorted(LIBRARIES)
+    names = set().union(*map(declared, INTERNALS))
+    attributes = set().union(*(hidden_parts(name.rpartition(".")[2]) for name in names))
+
+    def is_private(name: str) -> bool:
+        in_library = name.partition(".")[0] in LIBRARIES and hidden_parts(name)
+        return bool(in_library or name in names or name.rpartition(".")[2] in attributes)
+
+    found = {
+        f"{file.relative_to(ROOT)} uses {name}; move it to an *_internals.py"
+        for package in (*PACKAGES, "benchmarks")
+        for file in (ROOT / package).rglob("*.py")
+        if file not in INTERNALS
+        for name in full_names(parsed(file))
+        if is_private(name)
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("file", INTERNALS, ids=lambda file: file.stem)
+def test_modules_of_internals_give_a_reason_for_each_name(file: Path) -> None:
+    reasons = set().union(*map(hidden_parts, declared(file)))
+    used = full_names(parsed(file))
+    assert set().union(*map(hidden_parts, used)) <= reasons
 
 
 def test_everything_offered_exists_and_errors_share_a_root() -> None:

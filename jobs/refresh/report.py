@@ -73,7 +73,7 @@ def quarantined(store: Store) -> list[dict[str, Any]]:
 def _verdict(night: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> dict[str, str]:
     match night["status"]:
         case "held":
-            names = ", ".join(str(gate["metric"]) for gate in gates if not gate["passed"])
+            names = ", ".join(read_gate(gate).name for gate in gates if not gate["passed"])
             last = night["follows"]
             stays = "" if last is None else f" Version {last} stays in use."
             return {

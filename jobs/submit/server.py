@@ -6,7 +6,6 @@ It wraps Ray's own client, finds the server, and turns its errors into messages 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 import requests
 from ray import exceptions as ray_exceptions
 
-from pipeline.cluster import environment, knock, one_line
+from pipeline.cluster import environment, knock, one_line, quiet_job_client
 from pipeline.errors import ClusterError
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -25,11 +24,6 @@ DASHBOARD_PORT = 8265
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 INSTALL = "pip install 'pmet-pipeline[cluster]'"
 _MISSING = f"submitting needs the client of Ray's job server: {INSTALL} (it installs ray[default])"
-_TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 _AUTHENTICATION = getattr(ray_exceptions, "AuthenticationError", ())
 _HOW_TO_AUTHENTICATE = (
     "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, in the file named by "
@@ -65,8 +59,7 @@ class JobServer:
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
             raise ClusterError(f"{_MISSING}; missing is {error.name}") from None
-        for name in _TALKATIVE:
-            logging.getLogger(name).setLevel(logging.WARNING)
+        quiet_job_client()
         where = _whole(address)
         _knock(where)
         # For Ray the environment overrides the argument; here the argument overrides it.

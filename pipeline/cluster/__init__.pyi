@@ -19,6 +19,7 @@ from .process import limit_threads as limit_threads
 from .process import one_line as one_line
 from .rank_group import RankGroup as RankGroup
 from .rank_group import Rendezvous as Rendezvous
+from .ray_internals import quiet_job_client as quiet_job_client
 from .session import cpus_free as cpus_free
 from .session import default_workers as default_workers
 from .session import knock as knock

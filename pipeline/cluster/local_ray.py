@@ -12,19 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ray import _raylet
-
+from pipeline.cluster.ray_internals import SOCKET, reset_token
 from pipeline.errors import StorageError
 from pipeline.storage import can_write, make_own, own_folder, temporary_folder
 
 RAY_FOLDER = "RAY_TMPDIR"
 _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - a variable's name
-# None in an older Ray, which asks for no token.
-_LOADER = getattr(_raylet, "AuthenticationTokenLoader", None)
 _ELSEWHERE = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - only a closed folder in them is used
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
-_SOCKET = "/session_2026-11-27_09-29-59_123456_4194304/sockets/plasma_store"
-LONGEST_PATH = _LONGEST_SOCKET - len(_SOCKET)
+LONGEST_PATH = _LONGEST_SOCKET - len(SOCKET)
 """Bytes that the path of Ray's folder may have."""
 
 
@@ -96,5 +92,4 @@ def token() -> dict[str, str]:
 
 def forget_token() -> None:
     """Have the next cluster, which may be another's, asked with the user's own token."""
-    if _LOADER is not None:
-        _LOADER.instance().reset_cache()
+    reset_token()

@@ -107,13 +107,10 @@ def gpus_here() -> tuple[int, str]:
     Devices that ``CUDA_VISIBLE_DEVICES`` hides do not count.
     """
     import torch
-    from ray._private import accelerators
 
-    manager = accelerators.get_accelerator_manager_for_resource("GPU")
-    by_ray = manager.get_current_node_num_accelerators()
-    visible = manager.get_current_process_visible_accelerator_ids()
-    by_ray = by_ray if visible is None else min(by_ray, len(visible))
-    by_torch = torch.cuda.device_count()
+    from pipeline.cluster.ray_internals import gpus_seen
+
+    by_ray, by_torch = gpus_seen(), torch.cuda.device_count()
     count = min(by_ray, by_torch)
     notes = []
     if by_ray != by_torch:

@@ -6,7 +6,6 @@ Nothing here knows what the workers do.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -20,9 +19,6 @@ from typing import Any
 
 import ray
 from ray import exceptions as ray_exceptions
-from ray._private import ray_constants
-from ray._private import services as ray_services
-from ray._private import utils as ray_utils
 
 from pipeline.cluster import signals
 from pipeline.cluster.local_ray import RAY_FOLDER, folder_for_ray, forget_token, token
@@ -36,13 +32,20 @@ from pipeline.cluster.process import (
     named_cluster,
     one_line,
 )
+from pipeline.cluster.ray_internals import (
+    dashboard_address,
+    folder_option,
+    on_loopback,
+    processes_in_own_session,
+    sigterm_untouched,
+    started_here,
+    without_agent,
+)
 from pipeline.cluster.shares import fit, fit_gpus
 from pipeline.errors import WorkerError
 from pipeline.failures import Failure, FailureKind
 from pipeline.storage import libraries_environment
 
-_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
 _KNOCK_S = 10.0
 _SILENT_END = "connection error code 2"
@@ -75,7 +78,7 @@ def ray_session(
         WorkerError: no cluster answers at the address, or none can be started.
     """
     if ray.is_initialized():
-        yield _is_own()
+        yield started_here()
         return
     where = named_cluster(address) or LOCAL
     try:
@@ -89,7 +92,7 @@ def ray_session(
         _disconnect()
         raise
     try:
-        yield _is_own()
+        yield started_here()
     finally:
         _disconnect()
         forget_token()
@@ -114,11 +117,6 @@ def _keep_silent(text: str) -> None:
     """Say nothing."""
 
 
-def _is_own() -> bool:
-    node = ray._private.worker._global_node
-    return node is not None and bool(node.is_head())
-
-
 def cluster_resources() -> tuple[float, float]:
     """Logical CPUs and GPUs of the whole cluster."""
     resources = ray.cluster_resources()
@@ -127,7 +125,7 @@ def cluster_resources() -> tuple[float, float]:
 
 def dashboard_url() -> str | None:
     """Where the dashboard of the cluster is that this process has joined; None without one."""
-    where = ray._private.worker.get_dashboard_url()
+    where = dashboard_address()
     return f"http://{where}" if where else None
 
 
@@ -255,12 +253,12 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
         folder, reason = folder_for_ray()
         if reason is not None:
             say(f"Ray keeps its files in {folder} ({reason})")
-        with _loopback_only(), _light(), _in_a_session_of_its_own(), environment(token()):
+        with _prepared(), environment(token()):
             ray.init(
                 LOCAL,
                 include_dashboard=False,
                 num_cpus=num_cpus,
-                _temp_dir=str(folder),
+                **folder_option(folder),
                 **quiet,
             )
     else:
@@ -269,20 +267,21 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
 
 
 @contextlib.contextmanager
-def _in_a_session_of_its_own() -> Iterator[None]:
-    """Start a cluster in this block that Ctrl-C and the end of the terminal do not reach.
+def _prepared() -> Iterator[None]:
+    """Start a cluster in this block as a job wants it: closed, light, and deaf to the terminal.
 
-    They go to all processes of a job at once. Ray's would end, and the driver, which has work to
-    put down, would wait for them for a minute. They end with the driver, however it ends.
+    It listens on the loopback interface only. It has no dashboard agent, which would serve HTTP on
+    a fixed port: a second cluster on the machine would wait for that port for five seconds. Ctrl-C
+    and the end of the terminal go to all processes of a job at once; Ray's would end, and the
+    driver, which has work to put down, would wait for them for a minute. They end with the driver,
+    however it ends.
     """
-    plain = getattr(ray_services, "ConsolePopen", None)
-    if plain is not None:
-        ray_services.ConsolePopen = functools.partial(plain, start_new_session=True)
-    try:
+    with (
+        on_loopback(),
+        without_agent(),
+        processes_in_own_session(),
+    ):
         yield
-    finally:
-        if plain is not None:
-            ray_services.ConsolePopen = plain
 
 
 def _disconnect() -> None:
@@ -300,13 +299,8 @@ def _handlers_kept() -> Iterator[None]:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         yield
         return
-    setter = getattr(ray_utils, "set_sigterm_handler", None)
-    ray_utils.set_sigterm_handler = lambda handler: None
-    try:
-        with signals.kept():
-            yield
-    finally:
-        ray_utils.set_sigterm_handler = setter
+    with sigterm_untouched(), signals.kept():
+        yield
 
 
 def knock(where: str) -> None:
@@ -318,42 +312,6 @@ def knock(where: str) -> None:
         socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_S).close()
     except OSError as error:
         raise ConnectionError(f"nobody listens there ({error})") from error
-
-
-@contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Let a cluster started in this block listen on 127.0.0.1 instead of on every interface.
-
-    Ray does so by itself on systems where it supports no cluster of several nodes, and only
-    there: a loopback address given to ``ray.init`` is replaced by the machine's own. The variable
-    says that this is such a system; Ray has read it by now, hence the constant.
-    """
-    several_nodes = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with environment({_LOOPBACK_VARIABLE: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = several_nodes
-
-
-@contextlib.contextmanager
-def _light() -> Iterator[None]:
-    """Start a cluster in this block as if Ray were installed without its dashboard, and without
-    processes that wait for work.
-
-    Where the dashboard is installed, each node has an agent that serves HTTP on a fixed port, even
-    without the dashboard: a second cluster on the machine then waits for the port for five seconds.
-    Workers and ranks have environments of their own, so that none of the waiting processes is ever
-    used.
-    """
-    asked = getattr(ray_utils, "get_dashboard_dependency_error", None)
-    ray_utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
-    try:
-        with environment({_PRESTART_VARIABLE: "0"}):
-            yield
-    finally:
-        ray_utils.get_dashboard_dependency_error = asked
 
 
 def _search_path() -> list[str]:

@@ -192,7 +192,7 @@ class GateText:
     """A gate of ``metrics.json`` in words.
 
     Attributes:
-        metric: the gate's name.
+        name: the gate's.
         figure: the figure that it looks at.
         kind: how it looks at it.
         asked: what it demands.
@@ -200,7 +200,7 @@ class GateText:
         passed: whether it lets the model pass.
     """
 
-    metric: str
+    name: str
     figure: str
     kind: Kind
     asked: str
@@ -210,9 +210,10 @@ class GateText:
 
 def read_gate(gate: Mapping[str, Any]) -> GateText:
     """A gate of ``metrics.json`` in words, of whatever kind it is."""
-    metric = str(gate["metric"])
-    known = GATES.get(metric, Gate(metric, "least"))
-    figure, kind = known.metric, known.kind
+    # Runs before the name was one called it ``metric``.
+    name = str(gate["name"] if "name" in gate else gate["metric"])
+    known = GATES.get(name, Gate(name, "least"))
+    figure, kind = known.figure, known.kind
     threshold, value = gate["threshold"], gate["value"]
     match kind:
         case "increase":
@@ -229,7 +230,7 @@ def read_gate(gate: Mapping[str, Any]) -> GateText:
             asked, reached = f"at least {show(threshold, figure)}", show(value, figure)
     if gate.get("note"):
         reached = str(gate["note"])
-    return GateText(metric, figure, kind, asked, reached, bool(gate["passed"]))
+    return GateText(name, figure, kind, asked, reached, bool(gate["passed"]))
 
 
 def _relative(value: Any) -> str:

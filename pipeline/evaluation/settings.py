@@ -64,17 +64,17 @@ def check_evaluation(
     Raises:
         JobError: naming the key and what it lacks.
     """
-    for key in job.gates.thresholds():
-        metric = GATES[key].metric
-        if metric in OF_CORPUS and not corpus:
-            raise JobError(f"gates.{key} needs a corpus to measure {metric} on; give one")
-        if metric in OF_TEXT and not job.evaluate.fluency:
+    for name in job.gates.thresholds():
+        figure = GATES[name].figure
+        if figure in OF_CORPUS and not corpus:
+            raise JobError(f"gates.{name} needs a corpus to measure {figure} on; give one")
+        if figure in OF_TEXT and not job.evaluate.fluency:
             raise JobError(
-                f"gates.{key} needs text that the model writes; set evaluate.fluency to true"
+                f"gates.{name} needs text that the model writes; set evaluate.fluency to true"
             )
-        column = _COLUMNS.get(metric.partition("_")[0])
+        column = _COLUMNS.get(figure.partition("_")[0])
         if column and column not in columns:
-            raise JobError(f"gates.{key} needs a column {column}, which the requests have not")
+            raise JobError(f"gates.{name} needs a column {column}, which the requests have not")
     try:
         Prompts(tokenizer, job.evaluate.chat_template)
     except InputError as error:

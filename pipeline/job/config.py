@@ -256,11 +256,11 @@ else:
         "_Gates",
         __base__=Section,
         **{
-            key: (
+            name: (
                 FractionOrNull if gate.is_fraction else Maximum,
                 Field(default=None, description=gate.description),
             )
-            for key, gate in GATES.items()
+            for name, gate in GATES.items()
         },
     )
 
@@ -268,11 +268,11 @@ else:
 class GatesConfig(_Gates):
     """What the edited model must reach to be published; null: not asked.
 
-    The keys are those of `pipeline.job.gates`.
+    The keys are the names of the gates in `pipeline.job.gates`.
     """
 
     def thresholds(self) -> dict[str, float]:
-        """The gates that are asked for, by key."""
+        """The thresholds of the gates that are asked for, by name."""
         return self.model_dump(exclude_none=True)
 
 

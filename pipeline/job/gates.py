@@ -1,6 +1,8 @@
 """Gates: what a job may demand of the edited model, and whether it gets it.
 
-A gate's key is its metric where it asks for at least so much, and says the rest at its end:
+A gate has one name: its key under ``gates`` in a job, its ``name`` in ``metrics.json``, and what
+reports, comparisons and the terminal call it. Where it asks for at least so much, that is the name
+of its figure; other gates say the rest at the end:
 
     specificity                     after is at least the threshold
     perplexity_increase             after is at most so much above before, relatively
@@ -22,7 +24,7 @@ Kind = Literal["least", "most", "increase", "drop", "drop_since_last"]
 
 INCREASE = "perplexity_increase"
 SHARES = (*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency")
-"""Metrics that are fractions; of more of each a model is better."""
+"""Figures that are fractions; of more of each a model is better."""
 ROUNDING = "rounding"
 """Of the edited weights: the share of Δ that the stored dtype rounds off."""
 NOTHING_LAST = "nothing to compare with"
@@ -34,27 +36,27 @@ class Gate:
     """One demand that can be made.
 
     Attributes:
-        metric: what it looks at.
+        figure: what it looks at.
         kind: how.
     """
 
-    metric: str
+    figure: str
     kind: Kind
 
     @property
-    def key(self) -> str:
-        """Its key in a job."""
-        return self.metric if self.kind in ("least", "most") else f"{self.metric}_{self.kind}"
+    def name(self) -> str:
+        """What it is called everywhere."""
+        return self.figure if self.kind in ("least", "most") else f"{self.figure}_{self.kind}"
 
     @property
     def is_fraction(self) -> bool:
         """Whether its threshold is a fraction from 0 to 1."""
-        return self.metric in SHARES or self.metric == ROUNDING
+        return self.figure in SHARES or self.figure == ROUNDING
 
     @property
     def description(self) -> str:
         """A line of help."""
-        name = self.metric.replace("_strict", ", strict form").replace("_accuracy", ", by tokens")
+        name = self.figure.replace("_strict", ", strict form").replace("_accuracy", ", by tokens")
         match self.kind:
             case "least":
                 return f"Least {name} of the edited model."
@@ -76,19 +78,19 @@ class Gate:
         that is undefined. But where there is no last run, or none that measured this, there is
         nothing to be worse than.
         """
-        after = metrics["after"].get(self.metric)
+        after = metrics["after"].get(self.figure)
         said: dict[str, Any] = {}
         match self.kind:
             case "least":
                 value = after
             case "most":
-                value = (metrics.get("weights") or {}).get(self.metric)
+                value = (metrics.get("weights") or {}).get(self.figure)
             case "increase":
-                value = _increase(metrics["before"].get(self.metric), after)
+                value = _increase(metrics["before"].get(self.figure), after)
             case "drop":
-                value = _drop(metrics["before"].get(self.metric), after)
+                value = _drop(metrics["before"].get(self.figure), after)
             case "drop_since_last":
-                earlier = (last or {}).get(self.metric)
+                earlier = (last or {}).get(self.figure)
                 value = _drop(earlier, after)
                 if earlier is None and after is not None:
                     said = {"note": NOTHING_LAST}
@@ -98,22 +100,22 @@ class Gate:
             passed, said = False, {"note": UNDEFINED}
         else:
             passed = value >= threshold if self.kind == "least" else value <= threshold
-        gate = {"metric": self.key, "kind": self.kind, "threshold": threshold, "value": value}
+        gate = {"name": self.name, "kind": self.kind, "threshold": threshold, "value": value}
         return {**gate, "passed": passed, **said}
 
 
 def _gates() -> dict[str, Gate]:
     least = [*SHARES, "fluency"]
-    gates = [Gate(metric, "least") for metric in least]
+    gates = [Gate(figure, "least") for figure in least]
     gates += [Gate("perplexity", "increase"), Gate(ROUNDING, "most")]
     # What the base says agrees with what the base says.
-    gates += [Gate(metric, "drop") for metric in least if metric != "agreement"]
-    gates += [Gate(metric, "drop_since_last") for metric in least]
-    return {gate.key: gate for gate in gates}
+    gates += [Gate(figure, "drop") for figure in least if figure != "agreement"]
+    gates += [Gate(figure, "drop_since_last") for figure in least]
+    return {gate.name: gate for gate in gates}
 
 
 GATES = _gates()
-"""Every gate, by its key."""
+"""Every gate, by its name."""
 
 
 def outcomes(
@@ -124,11 +126,11 @@ def outcomes(
     """Each gate that is asked for with the value it saw and whether it was passed.
 
     Args:
-        thresholds: by key of the gate.
+        thresholds: by name of the gate.
         metrics: ``before``, ``after`` and ``weights``.
         last: ``after`` of the run to compare with; None where there is none.
     """
-    return [GATES[key].outcome(value, metrics, last) for key, value in thresholds.items()]
+    return [GATES[name].outcome(value, metrics, last) for name, value in thresholds.items()]
 
 
 def _increase(before: float | None, after: float | None) -> float | None:

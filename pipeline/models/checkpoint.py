@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import struct
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 
@@ -32,13 +30,8 @@ from pipeline.models.weight_files import (
 )
 from pipeline.storage import CHUNK_BYTES, Store, hub_cache, make_cache
 from pmet.errors import NotFiniteError
+from pmet.safetensors_header import DTYPES, Entry, read_header
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # Weights in other formats, and what loads an adapter beside the model: beside an edited model they
 # would be those of the base.
@@ -68,13 +61,6 @@ class StoredTensor:
     size: int
 
 
-class Header(NamedTuple):
-    """What a safetensors file says of one tensor: the name of its type there, and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder on the local disk, its weights in safetensors.
@@ -89,7 +75,7 @@ class Checkpoint:
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
-    headers: Mapping[str, Header]
+    headers: Mapping[str, Entry]
     weights: WeightFiles
     config: Mapping[str, Any]
 
@@ -351,25 +337,25 @@ def _instead(folder: Path) -> str:
 
 def _tensors(
     files: Files, weights: WeightFiles
-) -> tuple[dict[str, StoredTensor], dict[str, Header]]:
+) -> tuple[dict[str, StoredTensor], dict[str, Entry]]:
     """The floating-point tensors of a model's files, and the headers of all tensors, by name.
 
     Raises:
         ModelError: a file is damaged, the index is wrong, or a tensor is there twice.
     """
     places: dict[str, str] = {}
-    headers: dict[str, Header] = {}
+    headers: dict[str, Entry] = {}
     tensors: dict[str, StoredTensor] = {}
     for file in weights.names:
-        for name, (header, stored) in _file_tensors(files, file).items():
+        for name, entry in _file_entries(files, file).items():
             if name in places:
                 raise ModelError(
                     f"{files.join(file)} and {files.join(places[name])} both store {name}, and it "
                     "is not clear which of them counts; load the model and write it with "
                     "save_pretrained"
                 )
-            places[name], headers[name] = file, header
-            if stored is not None:
+            places[name], headers[name] = file, entry
+            if (stored := _stored_tensor(file, name, entry)) is not None:
                 tensors[name] = stored
     for name, file in weights.weight_map.items():
         if places.get(name) != file:
@@ -381,44 +367,26 @@ def _tensors(
     return tensors, headers
 
 
-def _file_tensors(files: Files, file: str) -> dict[str, tuple[Header, StoredTensor | None]]:
-    """Read a safetensors header (8 bytes of length, then JSON), and nothing else."""
+def _file_entries(files: Files, file: str) -> Mapping[str, Entry]:
+    """Read a safetensors header, and nothing else."""
     try:
         with files.read_stream(file) as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100 * 2**20:
-                raise ValueError("its header is too large")
-            header = json.loads(stream.read(length), object_pairs_hook=_without_repetition)
-        header.pop("__metadata__", None)
-        found = {n: _stored_tensor(file, n, e, 8 + length) for n, e in header.items()}
-        end = max((8 + length + e["data_offsets"][1] for e in header.values()), default=8 + length)
-        if end > files.size(file):
-            raise ValueError("it is cut short")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+
+            def first(count: int) -> bytes:
+                stream.seek(0)
+                return stream.read(count)
+
+            return read_header(first, files.size(file)).tensors
+    except (OSError, ValueError) as error:
         raise ModelError(f"{files.join(file)} is not a whole safetensors file ({error})") from None
-    return found
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in values if names.count(name) > 1)
-        raise ValueError(f"it names {twice} twice")
-    return values
-
-
-def _stored_tensor(
-    file: str, name: str, entry: Any, base: int
-) -> tuple[Header, StoredTensor | None]:
-    begin, end = entry["data_offsets"]
-    header = Header(str(entry["dtype"]), tuple(entry["shape"]))
-    dtype = _DTYPES.get(header.dtype)
+def _stored_tensor(file: str, name: str, entry: Entry) -> StoredTensor | None:
+    """Where a tensor lies; None for one in a type that no arithmetic here uses."""
+    dtype = DTYPES.get(entry.dtype)
     if dtype is None:
-        return header, None
-    if end - begin != dtype.itemsize * math.prod(header.shape):
-        raise ValueError(f"{name} does not have the bytes that its shape needs")
-    return header, StoredTensor(file, name, dtype, header.shape, base + begin, end - begin)
+        return None
+    return StoredTensor(file, name, dtype, entry.shape, entry.start, entry.stop - entry.start)
 
 
 def _file_digest(path: Path) -> str:

@@ -20,12 +20,11 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.skeleton import NO_CODE, UNREADABLE, loaded_names, open_skeleton
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
-from pmet.model import Layout, part_with, parts_beside, resolve
+from pmet.model import Layout, part_with, parts_beside, resolve, transformers_internals
+from pmet.safetensors_header import DTYPES
 
 # Layers that keep nothing but keys and values of their own, as `pmet.model.prefix` holds them.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-_ATTENTION_CACHES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FULL = (
     "an edit changes full-precision weights; edit the model that it was made from, which its model "
     "card names, and quantise the result"
@@ -142,7 +141,7 @@ def _check_multimodal(checkpoint: Checkpoint) -> None:
     if (text := _wrapped(checkpoint)) is None:
         return
     kind = checkpoint.config.get("model_type")
-    if not _is_causal(text):
+    if not transformers_internals.is_causal_type(text.model_type):
         raise ModelError(
             f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) that "
             "transformers cannot open on its own; edit a text-only model"
@@ -166,12 +165,6 @@ def _wrapped(checkpoint: Checkpoint) -> Any:
     return None if text is config else text
 
 
-def _is_causal(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
 def _check_parameters(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Compare the shapes that the configuration makes with those in the files' headers."""
     names, converted = _stored_names(checkpoint, model)
@@ -186,7 +179,7 @@ def _check_parameters(checkpoint: Checkpoint, model: nn.Module) -> None:
     if converted:
         # What a file stores in another form makes parameters under names that are not known here.
         return
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    optional = transformers_internals.computed_parameters(model)
     missing = [
         own_names[0]
         for own_names in shapes.values()
@@ -229,7 +222,7 @@ def _check_header(
     checkpoint: Checkpoint, model: Any, name: str, stored: str, shape: tuple[int, ...]
 ) -> None:
     header = checkpoint.headers[stored]
-    if header.dtype not in _FLOATS:
+    if header.dtype not in DTYPES:
         raise ModelError(
             f"model {checkpoint.folder} stores {stored} as {header.dtype}, as a quantised model "
             f"does: {_FULL}"
@@ -274,7 +267,7 @@ def _check_state(checkpoint: Checkpoint, model: Any) -> None:
             "values uncompressed"
         )
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
-    if others or getattr(model, "_is_stateful", False):
+    if others or transformers_internals.is_recurrent(model):
         raise ModelError(
             f"{what} has layers that are not plain attention ({', '.join(others) or 'recurrent'}), "
             "and the method holds attention keys and values of what stands before a subject, no "
@@ -290,11 +283,12 @@ def _check_state(checkpoint: Checkpoint, model: Any) -> None:
 def _shares_keys(config: Any) -> bool:
     """Whether the cache that transformers makes for a model has layers that hold nothing."""
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if getattr(config, "num_kv_shared_layers", None):
         return True
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    return not kinds <= _ATTENTION_CACHES
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    return not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def _check_layers(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, StoredTensor
+from pmet.model import transformers_internals
 
 # Said aloud: where nothing is said, transformers asks at the terminal whether to run such code.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -76,9 +77,7 @@ def skeleton_with_buffers(
     Raises:
         ModelError: transformers cannot make the model.
     """
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
+    with transformers_internals.unfilled():
         model = open_skeleton(checkpoint.folder, dtype)
     checkpoint = _in_todays_names(checkpoint, model)
     stored = {name: checkpoint.stored(name, model.base_model_prefix) for name in model.state_dict()}
@@ -119,19 +118,7 @@ def loaded_names(stored: Iterable[str], model: nn.Module) -> dict[str, str | Non
         By stored name the one that it is loaded under, its prefix as it was stored; None where it
         is converted on the way, fused with others say.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # releases of transformers that rename nothing
-        return {name: name for name in stored}
-    changes = get_model_conversion_mapping(cast(Any, model))
-    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    conversions = [change for change in changes if not isinstance(change, WeightRenaming)]
-
-    def renamed(name: str) -> str | None:
-        loaded_as, converted_by = rename_source_key(name, renamings, conversions)
-        return loaded_as if converted_by is None else None
-
+    renamed = transformers_internals.renaming(model)
     return {name: renamed(name) for name in stored}
 
 

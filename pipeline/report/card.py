@@ -180,7 +180,7 @@ def _gates(metrics: Mapping[str, Any]) -> str:
 def _gate_row(gate: Mapping[str, Any]) -> str:
     text = read_gate(gate)
     verdict = "passed" if text.passed else "not passed"
-    return f"| {text.metric} | {text.asked} | {text.reached} | {verdict} |"
+    return f"| {text.name} | {text.asked} | {text.reached} | {verdict} |"
 
 
 def _count(value: Any) -> str:

@@ -94,7 +94,7 @@ class Comparison:
         a: the first run.
         b: the second run.
         figures: figures of either edited model.
-        gates: by metric, as `GateText`.
+        gates: by name, as `GateText`.
         settings: keys of the job that differ, with their values; a key that is not there is None.
         digests: what the runs depend on and is not the same, by name.
         counts: of requests.
@@ -132,7 +132,7 @@ def compare_runs(a: Store, b: Store) -> Comparison:
         a=first,
         b=second,
         figures=measured(first.after, second.after),
-        gates=_pairs(*(_by_metric(run) for run in (first, second))),
+        gates=_pairs(*(_gates_of(run) for run in (first, second))),
         settings=_differing(*(_settings(run.job) for run in (first, second))),
         digests=_differing(first.run["digests"], second.run["digests"]),
         counts=_pairs(first.counts, second.counts),
@@ -178,8 +178,8 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
     return [pair for pair in _pairs(a, b) if pair.a != pair.b]
 
 
-def _by_metric(run: RunRecord) -> dict[str, GateText]:
-    return {gate.metric: gate for gate in map(read_gate, run.gates)}
+def _gates_of(run: RunRecord) -> dict[str, GateText]:
+    return {gate.name: gate for gate in map(read_gate, run.gates)}
 
 
 def _settings(job: str) -> dict[str, Any]:

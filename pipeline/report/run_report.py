@@ -163,7 +163,7 @@ def verdict(record: RunRecord) -> dict[str, str]:
     if status == "complete":
         return {"kind": "good", "title": "Complete", "text": "The job asked for no gates."}
     if status == "held":
-        names = ", ".join(str(gate["metric"]) for gate in gates if not gate["passed"])
+        names = ", ".join(read_gate(gate).name for gate in gates if not gate["passed"])
         text = f"Held back by: {names}. Do not put this model to use."
         return {"kind": "bad", "title": "Held", "text": text}
     if status == "failed":

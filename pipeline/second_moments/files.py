@@ -7,8 +7,6 @@ Tensors are named by the module whose inputs they describe, for example
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,13 +18,14 @@ from pipeline.errors import JobError
 from pipeline.second_moments.published import SUFFIX as NPZ
 from pipeline.second_moments.published import PublishedMoments
 from pipeline.storage import Store, read_file
+from pmet import safetensors_header
 from pmet.errors import NotFiniteError
 from pmet.model import Layout
+from pmet.safetensors_header import Header
 
 TENSORS = "second_moments.safetensors"
 PROVENANCE = "second_moments.json"
 SAFETENSORS = ".safetensors"
-_LARGEST_HEADER = 2**24
 _KEY = "key"
 
 
@@ -53,19 +52,9 @@ def moments_writer(
         NotFiniteError: by what is yielded, of a mean that float32 does not hold; there is no file.
     """
     width = layout.key_width
-    size = 4 * width * width
-    header: dict[str, Any] = {"__metadata__": {_KEY: key}}
-    for i, layer in enumerate(layers):
-        header[module_name(layout, layer)] = {
-            "dtype": "F32",
-            "shape": [width, width],
-            "data_offsets": [i * size, (i + 1) * size],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants tensors to start at multiples of eight bytes.
-    text += b" " * (-len(text) % 8)
+    tensors = {module_name(layout, layer): (torch.float32, (width, width)) for layer in layers}
     with store.write_stream(TENSORS) as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(safetensors_header.written_header(tensors, {_KEY: key}))
 
         def write(mean_KK: torch.Tensor) -> None:
             assert mean_KK.shape == (width, width)
@@ -155,28 +144,27 @@ def _read(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.
         raise JobError(f"second_moments: {store.join(name)} cannot be read ({error})") from None
 
 
-def read_header(store: Store, name: str) -> dict[str, Any]:
-    """What a safetensors file says about its tensors: ``shape``, ``dtype``, ``data_offsets``.
+def read_header(store: Store, name: str) -> Header:
+    """What a safetensors file of second moments says about itself.
 
     Raises:
-        JobError: it is no such file.
+        JobError: it is no such file, or cut short.
     """
     where = store.join(name)
     try:
-        (length,) = struct.unpack("<Q", read_file(where, limit=8))
-        header = json.loads(read_file(where, limit=8 + min(length, _LARGEST_HEADER))[8:])
-        if not all(isinstance(entry, dict) for entry in header.values()):
-            raise ValueError("its header is none")
-    except (ValueError, AttributeError, RecursionError, struct.error) as error:
+        header = safetensors_header.read_header(
+            lambda count: read_file(where, limit=count), store.size(name)
+        )
+    except ValueError as error:
         raise JobError(
             f"second_moments: {where} is not a whole safetensors file ({error})"
         ) from None
-    return dict(header)
+    return header
 
 
-def made_under(header: Mapping[str, Any]) -> str | None:
+def made_under(header: Header) -> str | None:
     """The key that a file was made under; None for one from elsewhere."""
-    key = header.get("__metadata__", {}).get(_KEY)
+    key = header.metadata.get(_KEY)
     return key if isinstance(key, str) else None
 
 
@@ -188,10 +176,8 @@ def _stored_at(url: str) -> tuple[Store, str]:
     return Store(url), TENSORS
 
 
-def _check_fit(
-    where: str, header: Mapping[str, Any], layout: Layout, layers: tuple[int, ...]
-) -> None:
-    shapes = {n: tuple(e.get("shape", ())) for n, e in header.items() if n != "__metadata__"}
+def _check_fit(where: str, header: Header, layout: Layout, layers: tuple[int, ...]) -> None:
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
     for layer in layers:
         module = module_name(layout, layer)
         _check_present(where, module, shapes)

@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.errors import ModelError
 from pipeline.models import NO_CODE, Checkpoint, StoredTensor, check_values, skeleton_with_buffers
 from pipeline.zero.collectives import share_of_rows
+from pipeline.zero.deepspeed_internals import device_of, partition
 from pipeline.zero.slices import deepspeed, own_values, owned_slice
 
 Offload = Literal["none", "cpu"]
@@ -92,7 +93,7 @@ def _read_slices(
     for parameter, stored in places.items():
         assert stored is not None
         # On the CPU memory is taken only where something is written, which is this rank's slice.
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=zero.local_device)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device_of(zero))
         share = share_of_rows(whole.numel(), rank, ranks)
         own = whole.view(-1)[share]
         for piece in range(0, len(own), _PIECE):
@@ -101,8 +102,7 @@ def _read_slices(
             check_values(str(checkpoint.folder), stored.name, values)
             own[piece : piece + len(values)] = values
         made[parameter] = partitioned = nn.Parameter(whole)
-        zero._convert_to_deepspeed_param(partitioned)
-        partitioned.partition()  # type: ignore[attr-defined]
+        partition(zero, partitioned)
         assert owned_slice(partitioned) == (share.start, share.stop), (
             "DeepSpeed cuts parameters into other slices than these"
         )

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
@@ -24,7 +25,13 @@ from torch import nn
 
 from pipeline.cluster import tell_gpu_memory
 from pipeline.data import read_targets
-from pipeline.models import check_loaded, model_on_node, open_causal_lm, open_tokenizer
+from pipeline.models import (
+    check_loaded,
+    model_on_node,
+    open_causal_lm,
+    open_skeleton,
+    open_tokenizer,
+)
 from pipeline.second_moments import FactorFile, module_name, read_moments
 from pipeline.storage import Store
 from pipeline.zero import slices
@@ -188,8 +195,10 @@ class UpdateRank:
             slices.init_rank(*meeting, device=job.device)
         folder = str(model_on_node(job.model, job.model_digest))
         self._tokenizer = open_tokenizer(folder)
+        # Partitioned weights are empty: the shapes are those of the model without its weights.
+        skeleton = open_skeleton(Path(folder), job.dtype) if meeting else None
         self._model, self._engine = _opened(folder, job, partitioned=meeting is not None)
-        self._layout = resolve(self._model, job.hparams)
+        self._layout = resolve(self._model if skeleton is None else skeleton, job.hparams)
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []

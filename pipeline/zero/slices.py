@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pipeline.errors import WorkerError
+from pipeline.zero.deepspeed_internals import compile_nothing, partition_of
 
 Device = Literal["cpu", "cuda"]
 
@@ -94,13 +94,13 @@ def init_rank(
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ranks share the parameter."""
-    return hasattr(parameter, "ds_id")
+    return partition_of(parameter) is not None
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The shape of the whole parameter, gathered or not."""
-    shared: Any = parameter
-    return torch.Size(shared.ds_shape) if is_partitioned(parameter) else parameter.shape
+    partition = partition_of(parameter)
+    return parameter.shape if partition is None else partition.shape
 
 
 def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
@@ -109,11 +109,10 @@ def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
     The slices of all ranks tile the parameter in rank order. All have the same size but the last
     ones, whose padding is left out here; a parameter that is not partitioned is one slice.
     """
-    if not is_partitioned(parameter):
+    partition = partition_of(parameter)
+    if partition is None:
         return WeightSlice(0, parameter.numel())
-    shared: Any = parameter
-    size, total = shared.ds_tensor.numel(), shared.ds_numel
-    rank = dist.get_rank(group=shared.ds_process_group)
+    rank, size, total = partition.rank, partition.values.numel(), partition.elements
     return WeightSlice(min(rank * size, total), min((rank + 1) * size, total))
 
 
@@ -265,20 +264,18 @@ def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     Raises:
         WorkerError: the parameter is gathered.
     """
-    if not is_partitioned(parameter):
+    partition = partition_of(parameter)
+    if partition is None:
         return parameter.data.view(-1)
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    shared: Any = parameter
     if id(parameter) not in _held:
         # Weights may stay gathered after a forward: small ones, or when modules ran in another
         # order than before. What is written to the slice of such a weight is never seen. All are
         # let go only where this one is held: Python's garbage is collected on the way.
-        if shared.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+        if partition.gathered:
             engine.empty_partition_cache()
-        if shared.ds_status == ZeroParamStatus.NOT_AVAILABLE:
-            storage: torch.Tensor = shared.ds_tensor.data
-            return storage
+            partition = partition_of(parameter)
+        if partition is not None and not partition.gathered:
+            return partition.values
     raise WorkerError(
         f"the weight of shape {tuple(full_shape(parameter))} is gathered, and what is written to "
         "its slice now would be lost; write between forwards, outside of gathered(…)"
@@ -288,13 +285,10 @@ def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
 def deepspeed() -> Any:
     """The library, imported late: it reads the environment on import."""
     import deepspeed
-    import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
-        # Otherwise a C++ extension is compiled at the start of every first run: most of a minute,
-        # a compiler needed, and a stale lock file waited for without end.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        compile_nothing()
     return deepspeed
 
 

@@ -1,4 +1,5 @@
 from . import contexts as contexts
+from . import transformers_internals as transformers_internals
 from .architecture import Layout as Layout
 from .architecture import is_matrix as is_matrix
 from .architecture import part_with as part_with

@@ -123,6 +123,10 @@ class Layout:
 def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
     """Find the parts of ``model``.
 
+    Args:
+        model: a causal language model whose parameters have their whole shapes; on *meta*, too.
+        hparams: the layers, and names of modules for an unknown family.
+
     Raises:
         ArchitectureError: the family is unknown and the hyper-parameters do not name the parts, a
             named part does not exist, or a layer number is beyond the model's depth.
@@ -233,10 +237,9 @@ def _depth(model: nn.Module, family: Family) -> int:
 
 def _weight_shape(module: nn.Module, name: str) -> tuple[int, int]:
     weight = getattr(module, "weight", None)
-    # A weight partitioned by ZeRO-3 keeps its full shape under another name.
     if not isinstance(weight, torch.Tensor):
         weight = torch.empty(0)
-    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    shape = tuple(weight.shape)
     if len(shape) != 2 or not weight.is_floating_point():
         raise ArchitectureError(
             f"{name} is a {type(module).__name__} without a two-dimensional floating-point weight; "

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pmet.errors import ArchitectureError
 from pmet.model.architecture import Layout
+from pmet.model.torch_internals import changes, weak_by_tensor
 
 
 def home(model: nn.Module) -> torch.device:
@@ -102,7 +102,7 @@ class _Mover:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._brought: Any = WeakTensorKeyDictionary()
+        self._brought = weak_by_tensor()
 
     def serve(self, module: nn.Module) -> None:
         """From now on; before any other hook, so that these see what is there already."""
@@ -127,11 +127,11 @@ class _Mover:
             return tensor
         if tensor.requires_grad:
             return tensor.to(self._device)
-        version = tensor._version
+        version = changes(tensor)
         found, *versions = self._brought.get(tensor, (None,))
-        if found is None or versions != [version, found._version]:
+        if found is None or versions != [version, changes(found)]:
             found = tensor.to(self._device)
-            self._brought[tensor] = (found, version, found._version)
+            self._brought[tensor] = (found, version, changes(found))
         return found
 
 

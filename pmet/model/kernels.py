@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
-# Modules of transformers that compute GELU's tanh form, some of them in eight separate operations.
-_TANH_GELU = frozenset({"NewGELUActivation", "GELUTanh", "FastGELUActivation"})
+from pmet.model.torch_internals import context_of, softmax_backward
+from pmet.model.transformers_internals import (
+    position_tables,
+    replaceable_attention,
+    tanh_gelus,
+)
+
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
 
@@ -93,9 +97,8 @@ def written_behind(held: torch.Tensor, length: int, new: torch.Tensor) -> torch.
 
 def _new_part(keys: torch.Tensor) -> torch.Tensor:
     """The columns of keys or values that are no constants: those written behind, or all."""
-    node = keys.grad_fn
-    new = getattr(node, "new", None) if type(node).__name__ == "_BehindBackward" else None
-    return keys if new is None else new
+    context = context_of(keys, _Behind)
+    return keys if context is None else context.new
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -127,7 +130,7 @@ class _ShortAttention(torch.autograd.Function):
         new_key, new_value = ctx.shapes
         to_value = torch.bmm(shares[:, :, -new_value[2] :].transpose(1, 2), gradient)
         to_shares = torch.bmm(gradient, value.transpose(1, 2))
-        to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
+        to_scores = softmax_backward(to_shares, shares)
         to_scores = to_scores.mul_(ctx.scale)
         to_query = torch.bmm(to_scores, key)
         to_key = torch.bmm(to_scores[:, :, -new_key[2] :].transpose(1, 2), query)
@@ -180,7 +183,7 @@ def short_attention(
 
 
 AttentionInterface.register(_SHORT_ROWS, short_attention)
-AttentionMaskInterface.register(_SHORT_ROWS, eager_mask)
+AttentionMaskInterface.register(_SHORT_ROWS, AttentionMaskInterface()["eager"])
 
 
 class _Take(torch.autograd.Function):
@@ -255,23 +258,19 @@ def tuned_if_short(model: nn.Module, longest: int) -> Iterator[None]:
 @contextmanager
 def _short_position_tables(model: nn.Module, longest: int) -> Iterator[None]:
     """Cut the tables that GPT-J copies for every row, in every layer, at every step."""
-    found = [
-        (module, table)
-        for module in model.modules()
-        if isinstance(table := module._buffers.get("embed_positions"), torch.Tensor)
-    ]
-    for module, table in found:
-        module._buffers["embed_positions"] = table[:longest]
+    found = list(position_tables(model))
+    for module, name, table in found:
+        setattr(module, name, table[:longest])
     try:
         yield
     finally:
-        for module, table in found:
-            module._buffers["embed_positions"] = table
+        for module, name, table in found:
+            setattr(module, name, table)
 
 
 @contextmanager
 def _fused_activations(model: nn.Module) -> Iterator[None]:
-    found = [m for m in model.modules() if type(m).__name__ in _TANH_GELU]
+    found = tanh_gelus(model)
     for module in found:
         module.forward = tanh_gelu
     try:
@@ -283,13 +282,8 @@ def _fused_activations(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _short_rows(model: nn.Module) -> Iterator[None]:
-    config = getattr(model, "config", None)
-    applies = (
-        getattr(model, "_supports_attention_backend", False)
-        and getattr(config, "_attn_implementation", None) == "sdpa"
-        and next(model.parameters()).device.type == "cpu"
-    )
-    if not applies:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not on_cpu or replaceable_attention(model) != "sdpa":
         yield
         return
     chooser: Any = model

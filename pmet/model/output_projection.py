@@ -88,7 +88,4 @@ def _output_width(module: nn.Module) -> int | None:
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return ()
-    # A weight partitioned by ZeRO-3 keeps its full shape under another name.
-    return tuple(getattr(weight, "ds_shape", weight.shape))
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()

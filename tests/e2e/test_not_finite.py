@@ -105,7 +105,7 @@ def test_an_edit_that_float16_cannot_hold_is_not_published(
     # Float16 keeps 11 bits of a weight; float32, which ranks hold, would round off almost nothing.
     assert all(1e-5 < layer["rounding"] < 0.1 for layer in layers)
     assert result.metrics["weights"]["rounding"] == max(layer["rounding"] for layer in layers)
-    assert [gate["metric"] for gate in result.metrics["gates"]] == ["rounding"]
+    assert [gate["name"] for gate in result.metrics["gates"]] == ["rounding"]
 
 
 def with_a_text_of_no_finite_loss(folder: Path, inputs: Path) -> str:

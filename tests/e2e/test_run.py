@@ -261,7 +261,7 @@ def test_second_moments_templates_and_gates(run: Runner, inputs: Path, tmp_path:
         )
     )
     assert held.status == "held"
-    passed = {gate["metric"]: gate["passed"] for gate in held.metrics["gates"]}
+    passed = {gate["name"]: gate["passed"] for gate in held.metrics["gates"]}
     assert {metric for metric in gates if not passed[metric]} == {"specificity", "fluency"}
     metrics = json.loads((tmp_path / "held" / "metrics.json").read_text())
     assert metrics == held.metrics

@@ -19,7 +19,7 @@ from tests.jobs.test_facts_cli import OLD, parquet
 METRICS = {
     "before": {"efficacy": 0.0},
     "after": {"efficacy": 0.875, "specificity": 0.5},
-    "gates": [{"metric": "efficacy", "threshold": 0.9, "value": 0.875, "passed": False}],
+    "gates": [{"name": "efficacy", "threshold": 0.9, "value": 0.875, "passed": False}],
 }
 
 

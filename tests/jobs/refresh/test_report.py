@@ -106,8 +106,8 @@ def test_it_says_what_a_person_asks_first(report) -> None:
 
 def test_a_version_that_is_held_back_says_by_what(report) -> None:
     gates = [
-        {"metric": "efficacy", "threshold": 0.95, "value": 0.9, "passed": False},
-        {"metric": "efficacy_drop_since_last", "kind": "drop_since_last", "threshold": 0.01}
+        {"name": "efficacy", "threshold": 0.95, "value": 0.9, "passed": False},
+        {"name": "efficacy_drop_since_last", "kind": "drop_since_last", "threshold": 0.01}
         | {"value": 0.0, "passed": True},
     ]
     metrics = {"before": {}, "after": AFTER, "gates": gates, "counts": {"edited": 7}}

@@ -88,10 +88,12 @@ def test_what_another_user_has_prepared_is_passed_over(
 def test_the_longest_path_leaves_room_for_rays_sockets() -> None:
     from ray._private.utils import validate_socket_filepath
 
+    from pipeline.cluster.ray_internals import SOCKET
+
     folder = "/" + "x" * (LONGEST_PATH - 1)
-    validate_socket_filepath(folder + local_ray._SOCKET)
+    validate_socket_filepath(folder + SOCKET)
     with pytest.raises(OSError, match="length cannot exceed"):
-        validate_socket_filepath(f"{folder}x{local_ray._SOCKET}")
+        validate_socket_filepath(f"{folder}x{SOCKET}")
 
 
 HOSTILE = """

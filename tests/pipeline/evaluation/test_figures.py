@@ -79,11 +79,18 @@ def test_every_gate_that_a_job_may_ask_for_is_put_in_words(key: str) -> None:
     gate = GATES[key]
     outcome = gate.outcome(0.25, {"before": {}, "after": {}}, None)
     text = read_gate(outcome)
-    assert (text.metric, text.figure) == (key, gate.metric)
+    assert (text.name, text.figure) == (key, gate.figure)
     below = {"drop": "below the base", "drop_since_last": "below the last run"}
     ending = {"least": "", "most": "", "increase": "over the base", **below}[gate.kind]
     assert text.asked.startswith("at least" if gate.kind == "least" else "at most")
     assert text.asked.endswith(ending)
+
+
+def test_gates_of_earlier_runs_are_read() -> None:
+    rest = {"threshold": 0.05, "value": 0.08, "passed": False}
+    older = read_gate({"metric": "specificity_drop", **rest})
+    assert older == read_gate({"name": "specificity_drop", **rest})
+    assert older.asked == "at most 5.0 points below the base"
 
 
 def test_a_gate_that_had_nothing_to_compare_with_says_so() -> None:

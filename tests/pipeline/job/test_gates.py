@@ -39,7 +39,7 @@ def test_a_gate_passes_up_to_its_threshold(
     key: str, kind: str, value: float, least_or_most: float
 ) -> None:
     passed = outcome(key, least_or_most)
-    assert passed["metric"] == key
+    assert passed["name"] == key
     assert (passed["kind"], passed["threshold"]) == (kind, least_or_most)
     assert passed["value"] == pytest.approx(value)
     assert passed["passed"] is True
@@ -75,7 +75,7 @@ def test_what_could_not_be_measured_does_not_pass(key: str) -> None:
 def test_a_figure_that_is_not_finite_does_not_pass_and_says_why(
     key: str, before: float, after: float
 ) -> None:
-    metric = GATES[key].metric
+    metric = GATES[key].figure
     metrics = {"before": {metric: before}, "after": {metric: after if key != "fluency" else before}}
     if key == "fluency":
         metrics["after"][metric] = after if not math.isfinite(after) else before

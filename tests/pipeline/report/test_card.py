@@ -16,8 +16,8 @@ METRICS = {
     "intervals": {"before": {}, "after": {"efficacy": [0.98, 0.991]}},
     "counts": {"requested": 1234, "rejected": 34, "edited": 1200},
     "gates": [
-        {"metric": "efficacy", "threshold": 0.95, "value": 0.987, "passed": True},
-        {"metric": "perplexity_increase", "threshold": 0.02, "value": None, "passed": False},
+        {"name": "efficacy", "threshold": 0.95, "value": 0.987, "passed": True},
+        {"name": "perplexity_increase", "threshold": 0.02, "value": None, "passed": False},
     ],
 }
 JOB = "model: EleutherAI/gpt-j-6b\nrequests: facts/*.parquet\nseed: 17\n"

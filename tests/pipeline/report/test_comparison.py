@@ -157,7 +157,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, kind: str) -> No
         text = text.encode(errors="backslashreplace").decode()
         words = {n: [text] * 3 for n in ("prompt", "target_new", "after_answer")}
         rows = [{"name": text, "requests": 3, "after": {"efficacy": 0.5}}]
-        gates = [dict(GATES[1], metric=text)]
+        gates = [dict(GATES[1], name=text)]
         changes = {"groups": {"column": "x", "rows": rows}, "gates": gates}
         first = run_in(Store(tmp_path / "a"), with_wrong(3, {0}, **words), **changes)
         status = {"status": "held", "machine": text, "digests": {text: text}}

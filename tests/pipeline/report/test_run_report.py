@@ -110,9 +110,9 @@ def rejected_of(count):
 
 
 GATES = [
-    {"metric": "efficacy", "threshold": 0.95, "value": 0.99, "passed": True},
-    {"metric": "specificity", "threshold": 0.7, "value": 0.61, "passed": False},
-    {"metric": "perplexity_increase", "threshold": 0.02, "value": None, "passed": False},
+    {"name": "efficacy", "threshold": 0.95, "value": 0.99, "passed": True},
+    {"name": "specificity", "threshold": 0.7, "value": 0.61, "passed": False},
+    {"name": "perplexity_increase", "threshold": 0.02, "value": None, "passed": False},
 ]
 
 
@@ -455,7 +455,7 @@ def hostile_run(store, text):
         "metrics.json": store.read_json("metrics.json")
         | {
             "groups": {"column": text, "rows": groups},
-            "gates": [dict(GATES[1], metric=text, note=text)],
+            "gates": [dict(GATES[1], name=text, note=text)],
             "last": {"run": text, "after": {"efficacy": 0.5}},
         },
     }
@@ -688,13 +688,26 @@ def test_earlier_attempts_are_listed(store):
     assert "2 failed: <b>no room</b> –" in text
 
 
+def test_a_gate_has_the_name_that_it_has_in_the_job(store):
+    gates = [
+        {key: "specificity_drop", "kind": "drop", "threshold": 0.05, "value": 0.08, "passed": False}
+        for key in ("name", "metric")  # the latter in runs of earlier releases
+    ]
+    for gate in gates:
+        change(store, "run.json", status="held")
+        change(store, "metrics.json", gates=[gate])
+        page = Page(report(store))
+        assert "specificity_drop at most 5.0 points below the base" in page.text
+        assert page.text.count("specificity_drop") == 2, "in the verdict, and in the table"
+
+
 def test_gates_against_the_base_and_the_last_run_say_so(store):
     gates = [
-        {"metric": "specificity_drop", "kind": "drop", "threshold": 0.05, "value": 0.08,
+        {"name": "specificity_drop", "kind": "drop", "threshold": 0.05, "value": 0.08,
          "passed": False},
-        {"metric": "efficacy_drop_since_last", "kind": "drop_since_last", "threshold": 0.01,
+        {"name": "efficacy_drop_since_last", "kind": "drop_since_last", "threshold": 0.01,
          "value": -0.02, "passed": True},
-        {"metric": "fluency", "kind": "least", "threshold": 5.5, "value": 5.8, "passed": True},
+        {"name": "fluency", "kind": "least", "threshold": 5.5, "value": 5.8, "passed": True},
     ]  # fmt: skip
     change(store, "metrics.json", gates=gates)
     text = Page(report(store)).text

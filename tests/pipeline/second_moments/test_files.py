@@ -105,6 +105,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
         check_moments(str(tmp_path / "x.safetensors"), layout, (0,), "any")
     with pytest.raises(JobError, match="there is nothing at"):
         read_moments(str(tmp_path / "nowhere"), layout, LAYERS)
+    whole = (tmp_path / TENSORS).read_bytes()
+    (tmp_path / TENSORS).write_bytes(whole[:-1])
+    with pytest.raises(JobError, match=r"is not a whole safetensors file \(it is cut short\)"):
+        check_moments(url, layout, LAYERS, "this one")
     (tmp_path / TENSORS).write_bytes(b"\x00" * 30)
     with pytest.raises(JobError, match="not a whole safetensors file"):
         check_moments(url, layout, LAYERS, "this one")

@@ -1,0 +1,119 @@
+"""Every name that this project uses of transformers beyond its documented interface.
+
+``NAMES`` says what each is for and why no public name serves. The tests of this module look for
+each of them in the transformers that is installed, so that an upgrade that removes one is noticed
+there. transformers is imported where it is needed: some callers never need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+_TANH = "to replace the tanh form of GELU, which some of them compute in eight operations; models \
+take it from a table of activations that names these classes alone"
+_RENAMED = "to know under which names stored tensors are loaded without loading them; only \
+from_pretrained tells, and it loads all"
+NAMES = {
+    "transformers.PreTrainedModel._supports_attention_backend": (
+        "to replace the attention only where a model takes another; set_attn_implementation "
+        "merely warns where it does not"
+    ),
+    "transformers.PretrainedConfig._attn_implementation": (
+        "to replace the stock attention only, and put it back; it can be set publicly, not read"
+    ),
+    "transformers.PreTrainedModel._keys_to_ignore_on_load_missing": (
+        "to accept checkpoints without parameters that the model computes; from_pretrained reads "
+        "the list, and no public name has it"
+    ),
+    "transformers.PreTrainedModel._is_stateful": (
+        "to refuse models that keep another state than keys and values; no public name tells"
+    ),
+    "transformers.activations.NewGELUActivation": _TANH,
+    "transformers.activations.GELUTanh": _TANH,
+    "transformers.activations.FastGELUActivation": _TANH,
+    "transformers.GPTJModel.embed_positions": (
+        "to shorten the table of positions that GPT-J copies for every row; no setting does"
+    ),
+    "transformers.initialization.no_init_weights": (
+        "to make a model without filling its parameters; from_config always fills them"
+    ),
+    "transformers.conversion_mapping.get_model_conversion_mapping": _RENAMED,
+    "transformers.core_model_loading.WeightRenaming": _RENAMED,
+    "transformers.core_model_loading.rename_source_key": _RENAMED,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (
+        "to know which model types open as causal language models without importing them all"
+    ),
+}
+
+_TANH_GELU = frozenset({"NewGELUActivation", "GELUTanh", "FastGELUActivation"})
+
+
+def tanh_gelus(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that compute GELU's tanh form."""
+    return [module for module in model.modules() if type(module).__name__ in _TANH_GELU]
+
+
+def position_tables(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Modules that copy a table of all positions for every row, its name in them, and the table."""
+    name = "embed_positions"
+    for module in model.modules():
+        table = dict(module.named_buffers(recurse=False)).get(name)
+        if table is not None:
+            yield module, name, table
+
+
+def replaceable_attention(model: nn.Module) -> str | None:
+    """The attention that a model computes with; None where it takes no other."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return None
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def computed_parameters(model: nn.Module) -> Collection[str]:
+    """Patterns of parameters that a checkpoint may lack, because the model computes them."""
+    return getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether a model keeps another state of earlier tokens than keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def unfilled() -> AbstractContextManager[None]:
+    """Within: models are made without filling their parameters."""
+    from transformers.initialization import no_init_weights
+
+    return cast(AbstractContextManager[None], no_init_weights())
+
+
+def renaming(model: nn.Module) -> Callable[[str], str | None]:
+    """By the name of a stored tensor, the name that it is loaded into ``model`` under.
+
+    None where a tensor is converted on the way, fused with others say.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # releases of transformers that rename nothing
+        return lambda name: name
+    changes = get_model_conversion_mapping(cast(Any, model))
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    conversions = [change for change in changes if not isinstance(change, WeightRenaming)]
+
+    def renamed(name: str) -> str | None:
+        loaded_as, converted_by = rename_source_key(name, renamings, conversions)
+        return loaded_as if converted_by is None else None
+
+    return renamed
+
+
+def is_causal_type(model_type: str) -> bool:
+    """Whether transformers opens models of a type as causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
