@@ -485,7 +485,7 @@ def test_figures_are_not_written_over_files_of_the_users(
     requests, mine = tmp_path / "requests.parquet", tmp_path / "mine.json"
     mine.write_text('{"mine": 1}')
     for output, said in (
-        (mine, "mine.json is there already and was not written by this command"),
+        (mine, "mine.json already exists and was not written by this command"),
         (requests, "requests.parquet is the --output"),
         (GPT2 / "model" / "figures.json", "holds the --output"),
     ):
