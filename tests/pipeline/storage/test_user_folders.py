@@ -56,7 +56,7 @@ def test_the_environment_names_the_cache(
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "named"))
     assert cache_folder() == tmp_path / "named"
     monkeypatch.setenv(CACHE_VARIABLE, "named")
-    with pytest.raises(InputError, match=r"PMET_CACHE: 'named' is relative.*give a whole path"):
+    with pytest.raises(InputError, match=r"PMET_CACHE: 'named' is relative.*give an absolute path"):
         cache_folder()
 
 
