@@ -142,7 +142,7 @@ def _fault(ask: Ask, here: int, known: str) -> str | None:
         return None
     return (
         f"{ask.count_key}: {ask.count} of {ask.gpus:g} GPU each are more than the {fit} that fit "
-        f"on this machine, which has {known}; set {ask.count_key} to {fit} or to auto, or {elsewhere}"
+        f"on this machine, which has {known}; set {ask.count_key} to {fit} or auto, or {elsewhere}"
     )
 
 

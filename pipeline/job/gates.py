@@ -1,9 +1,9 @@
-"""Gates: what a job may demand of the edited model, and whether it gets it.
+"""Gates: what a job may demand of the edited model, and whether the model meets it.
 
-A gate's key is its metric where it asks for at least so much, and says the rest at its end:
+A gate's key is its metric if the gate sets a minimum; otherwise the ending names the kind:
 
     specificity                     after is at least the threshold
-    perplexity_increase             after is at most so much above before, relatively
+        perplexity_increase             after is at most so much above before, relatively
     specificity_drop                after is at most so much below before
     specificity_drop_since_last     after is at most so much below the last run's after
     rounding                        at most so much of Δ is rounded off, in any edited weight
@@ -22,7 +22,7 @@ Kind = Literal["least", "most", "increase", "drop", "drop_since_last"]
 
 INCREASE = "perplexity_increase"
 SHARES = (*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency")
-"""Metrics that are fractions; of more of each a model is better."""
+"""Metrics that are fractions, where higher is better."""
 ROUNDING = "rounding"
 """Of the edited weights: the share of Δ that the stored dtype rounds off."""
 NOTHING_LAST = "nothing to compare with"
@@ -31,11 +31,11 @@ UNDEFINED = "not a finite number, and nothing that is undefined passes"
 
 @dataclass(frozen=True)
 class Gate:
-    """One demand that can be made.
+    """One kind of demand.
 
     Attributes:
-        metric: what it looks at.
-        kind: how.
+        metric: the metric it checks.
+        kind: how it checks it.
     """
 
     metric: str
@@ -43,12 +43,12 @@ class Gate:
 
     @property
     def key(self) -> str:
-        """Its key in a job."""
+        """The gate's key in a job."""
         return self.metric if self.kind in ("least", "most") else f"{self.metric}_{self.kind}"
 
     @property
     def is_fraction(self) -> bool:
-        """Whether its threshold is a fraction from 0 to 1."""
+        """Whether the threshold is a fraction from 0 to 1."""
         return self.metric in SHARES or self.metric == ROUNDING
 
     @property
@@ -57,24 +57,24 @@ class Gate:
         name = self.metric.replace("_strict", ", strict form").replace("_accuracy", ", by tokens")
         match self.kind:
             case "least":
-                return f"Least {name} of the edited model."
+                return f"Minimum {name} of the edited model."
             case "most":
-                return "Largest share of Δ that the stored dtype may round off, in any layer."
+                return "Maximum share of Δ that the stored dtype may round off, in any layer."
             case "increase":
-                return f"Most that the {name} may rise, relative to before: 0.02 is 2 %."
+                return f"Maximum relative increase in {name}: 0.02 is 2 %."
             case "drop":
-                return f"Most that the {name} may be below the base's."
+                return f"Maximum drop in {name} below the base model's."
             case "drop_since_last":
-                return f"Most that the {name} may be below the last run's (evaluate.last)."
+                return f"Maximum drop in {name} below the last run's (evaluate.last)."
 
     def outcome(
         self, threshold: float, metrics: Mapping[str, Any], last: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """What the gate saw, and whether it lets the edited model pass.
+        """The value the gate saw, and whether the edited model passes.
 
-        A value that could not be measured does not pass, since it may be anything; nor does one
-        that is undefined. But where there is no last run, or none that measured this, there is
-        nothing to be worse than.
+        A value that could not be measured does not pass, since it may be anything, and neither does
+        an undefined one. But if there is no last run, or it did not measure this, the model passes:
+        it cannot be worse than nothing.
         """
         after = metrics["after"].get(self.metric)
         said: dict[str, Any] = {}
@@ -106,14 +106,14 @@ def _gates() -> dict[str, Gate]:
     least = [*SHARES, "fluency"]
     gates = [Gate(metric, "least") for metric in least]
     gates += [Gate("perplexity", "increase"), Gate(ROUNDING, "most")]
-    # What the base says agrees with what the base says.
+    # The base model always agrees with itself.
     gates += [Gate(metric, "drop") for metric in least if metric != "agreement"]
     gates += [Gate(metric, "drop_since_last") for metric in least]
     return {gate.key: gate for gate in gates}
 
 
 GATES = _gates()
-"""Every gate, by its key."""
+"""Every gate, by key."""
 
 
 def outcomes(
@@ -121,12 +121,12 @@ def outcomes(
     metrics: Mapping[str, Any],
     last: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Each gate that is asked for with the value it saw and whether it was passed.
+    """Evaluate each gate that is set: the value it saw, and whether it was passed.
 
-    Args:
+    thresholds: by gate key.
         thresholds: by key of the gate.
         metrics: ``before``, ``after`` and ``weights``.
-        last: ``after`` of the run to compare with; None where there is none.
+        last: ``after`` of the run to compare with; None if there is none.
     """
     return [GATES[key].outcome(value, metrics, last) for key, value in thresholds.items()]
 
@@ -134,7 +134,7 @@ def outcomes(
 def _increase(before: float | None, after: float | None) -> float | None:
     if before is None or after is None:
         return None
-    # Anything would be little beside an infinite figure of the base.
+    # Compared with an infinite figure of the base, any increase would be small.
     return after / before - 1 if before and math.isfinite(before) else math.nan
 
 

@@ -131,7 +131,7 @@ def test_a_dry_run_of_a_job_for_a_clusters_gpus_is_one_on_a_machine_without_too(
     there = ["--dry-run", "--address", "head:6379"]
     status, out, _ = pmet("run", job(), *there, "--set", "targets.gpus_per_worker=1")
     assert status == 0
-    assert "no estimate: the job wants GPUs and this machine has none" in out
+    assert "no estimate: the job needs GPUs and this machine has none" in out
 
 
 def test_a_dry_run_warns_of_more_processes_than_cores_can_serve(

@@ -81,21 +81,21 @@ def refused(wanted: EditSettings, address: str | None = None) -> str | None:
             2,
             {"targets": {"workers": 5, "gpus_per_worker": 0.5}},
             "targets.workers: 5 of 0.5 GPU each are more than the 4 that fit on this machine, "
-            "which has 2 GPUs; set targets.workers to 4 or to auto, or run on a cluster that has more, "
-            "with --address",
+            "which has 2 GPUs; set targets.workers to 4 or auto, or run on a cluster that has "
+            "more, with --address",
         ),
         (
             3,
             {"targets": {"workers": 2, "gpus_per_worker": 2}},
             "targets.workers: 2 of 2 GPU each are more than the 1 that fit on this machine, "
-            "which has 3 GPUs; set targets.workers to 1 or to auto, or run on a cluster that has more, "
-            "with --address",
+            "which has 3 GPUs; set targets.workers to 1 or auto, or run on a cluster that has "
+            "more, with --address",
         ),
         (
             1,
             {"update": {"ranks": 4, "gpus_per_rank": 1}},
             "update.ranks: 4 of 1 GPU each are more than the 1 that fit on this machine, which "
-            "has 1 GPU; set update.ranks to 1 or to auto, or run on a cluster that has more, with "
+            "has 1 GPU; set update.ranks to 1 or auto, or run on a cluster that has more, with "
             "--address",
         ),
     ],
