@@ -11,7 +11,7 @@ They extend the tree of ``pmet.errors``:
     │   ├── ScheduleError       a schedule, its cron expression or its time zone
     │   ├── RunFolderError      a run folder that does not fit the job
     │   │   └── OtherJobError   it holds the work of another job
-    ├── OutputError         an output file that already exists and belongs to the user
+    │   ├── OutputError         an output file that already exists and belongs to the user
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
     ├── FolderBusyError         another run is using the folder; try again later

@@ -3,7 +3,7 @@
 A gate's key is its metric if the gate sets a minimum; otherwise the ending names the kind:
 
     specificity                     after is at least the threshold
-        perplexity_increase             after is at most so much above before, relatively
+    perplexity_increase             after is at most so much above before, relatively
     specificity_drop                after is at most so much below before
     specificity_drop_since_last     after is at most so much below the last run's after
     rounding                        at most so much of Δ is rounded off, in any edited weight

@@ -4,7 +4,7 @@ A part is a run of texts. A worker sums a part and writes one file per layer; a 
 them, so an interrupted pass resumes. When all parts exist, they are merged in order, one layer at a
 time, and deleted.
 
-        second_moments.safetensors, second_moments.json     the result; provenance is written last
+    second_moments.safetensors, second_moments.json     the result; the provenance is written last
     second_moments.parts/<key>-<parts>/
         00000.json                                      a finished part: its files, their digests
         00000-<layer>-<attempt>.safetensors             its sum of k kᵀ, (K, K) float64

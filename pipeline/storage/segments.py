@@ -4,7 +4,7 @@ Findings shared by many runs are kept as segments, in one folder per *context*: 
 findings depend on apart from their subject. Any number of runs may write at the same time, and a
 killed run leaves only whole segments.
 
-        <context>/context.json        the value whose digest is the folder's name
+    <context>/context.json        the value whose digest is the folder's name
     <context>/<sha256>.parquet    a segment
 """
 

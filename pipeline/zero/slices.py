@@ -4,7 +4,7 @@ Each rank keeps an equal slice of every parameter, flattened in row-major order;
 their parameters when they run and free them afterwards. That has three consequences for callers:
 
 * every rank must run the same modules the same number of times (`pipeline.zero.collectives`), with
-    hooks that never raise: an interrupted forward leaves weights gathered;
+  hooks that never raise: an interrupted forward leaves weights gathered;
 * a weight is changed by writing each rank's own slice (`add_block`), and only while it is not
   gathered, because a gathered weight is dropped without being written back;
 * use `full_shape` for shapes: a partitioned parameter is itself empty.

@@ -319,8 +319,8 @@ def test_a_wrong_override_is_named(job_file, override, problem):
     [
         (
             ["targets.workers=0"],
-            "FILE: targets.workers is 0, which computes in this process, but update.ranks is not 0; "
-            "set both to 0, or neither",
+            "FILE: targets.workers is 0, which computes in this process, but update.ranks is not "
+            "0; set both to 0, or neither",
         ),
         (["update.ranks=0"], "FILE: update.ranks is 0, which computes in this process, but targ"),
         (
