@@ -11,15 +11,15 @@ They extend the tree of ``pmet.errors``:
     │   ├── ScheduleError       a schedule, its cron expression or its time zone
     │   ├── RunFolderError      a run folder that does not fit the job
     │   │   └── OtherJobError   it holds the work of another job
-    │   ├── OutputError         a file to be written that is the user's
+    │   ├── OutputError         an output file that already exists and belongs to the user
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
-    ├── FolderBusyError         another run writes the folder: a matter of time
-    ├── ClusterError            a cluster's job server that cannot be reached, or refuses
+    ├── FolderBusyError         another run is using the folder; try again later
+    ├── ClusterError            a cluster's job server is unreachable or refuses the request
     ├── NoEditError             no request got a target, though some were to be edited
-    ├── LeaseLostError          another run has taken the run folder over
+    ├── LeaseLostError          another run has taken over the run folder
     └── WorkerError             a worker or a rank failed
-        └── NoRoomError         the cluster had no room for them in time
+        └── NoRoomError         the cluster had no room for workers or ranks in time
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FactDumpError(InputError):
 
 
 class ScheduleError(InputError):
-    """A schedule is missing, there already, or has a value that cannot be used."""
+    """A schedule is missing, exists already, or has a value that cannot be used."""
 
 
 class RunFolderError(InputError):
@@ -71,7 +71,7 @@ class OtherJobError(RunFolderError):
 
     Attributes:
         url: the folder.
-        changed: what differs, by the name of its digest; with details where they are known.
+        changed: what differs, by the name of its digest, with details where known.
     """
 
     def __init__(self, url: str, changed: Mapping[str, str]) -> None:
@@ -84,11 +84,11 @@ class OtherJobError(RunFolderError):
 
 
 class OutputError(InputError):
-    """A file to be written is there already and is the user's, or is one that is read."""
+    """An output file already exists and belongs to the user, or is also an input."""
 
 
 class ModelError(InputError):
-    """A model cannot be opened: missing, incomplete, or in a format that is refused."""
+    """A model cannot be opened: it is missing, incomplete, or in a format that is refused."""
 
 
 class StorageError(PMETError):
@@ -96,28 +96,28 @@ class StorageError(PMETError):
 
 
 class FolderBusyError(PMETError):
-    """Another run holds the folder. Nothing is wrong with the job: it can be tried again."""
+    """Another run holds the folder. The job itself is fine and can be tried again."""
 
 
 class ClusterError(PMETError):
-    """The job server of a cluster cannot be reached, or refuses what it is asked."""
+    """The job server of a cluster is unreachable, or refuses the request."""
 
 
 class NoEditError(PMETError):
-    """No fact was edited, though some were to be; the message has the most frequent reasons."""
+    """No fact was edited, though some were to be; the message gives the most frequent reasons."""
 
 
 class LeaseLostError(PMETError):
-    """A run has lost its run folder to another one; it has stopped before it wrote anything."""
+    """Another run has taken over this run's folder; this run stopped before writing anything."""
 
 
 class WorkerError(PMETError):
     """A worker or a rank failed.
 
     Attributes:
-        cause_text: what the worker itself reported, traceback included; empty where its process
-            ended without an error message.
-        kind: what decides how the failure is handled.
+        cause_text: what the worker itself reported, traceback included; empty if its process
+            exited without an error message.
+        kind: decides how the failure is handled.
     """
 
     def __init__(
@@ -128,4 +128,4 @@ class WorkerError(PMETError):
 
 
 class NoRoomError(WorkerError):
-    """The cluster had no room for workers or ranks in time; a second try would wait as long."""
+    """The cluster had no room for workers or ranks in time; retrying would wait as long again."""

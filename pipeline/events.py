@@ -1,7 +1,7 @@
-"""The channel for what happens in a run: retries, deaths, warnings.
+"""The channel for events of a run: retries, deaths, warnings.
 
 One call, ``event(kind, text, shard=…, attempt=…)``, reaches the progress display, the log lines,
-the metrics and ``run.json``. The kind and the fields are for programs, the text is for people.
+the metrics and ``run.json``. Kind and fields are for programs, the text is for people.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Protocol
 
 
 class EventKind(StrEnum):
-    """What kind of thing happened; the values stand in ``run.json``, log lines and metrics."""
+    """The kind of an event; the values appear in ``run.json``, log lines and metrics."""
 
     NOTE = "note"
     """Information only."""
     WARNING = "warning"
-    """The run goes on, and its result may not be what the user wants."""
+    """The run continues, but its result may not be what the user wants."""
     WAITING = "waiting"
     """The cluster has no room yet."""
     RETRY = "retry"
-    """A task or an update failed and is tried again."""
+    """A task or an update failed and is retried."""
     FAILED = "failed"
-    """A task failed as often as it may be tried."""
+    """A task failed as often as is allowed."""
     TIMEOUT = "timeout"
-    """A task took too long; its worker was ended."""
+    """A task took too long, and its worker was ended."""
     DEATH = "death"
     """A worker's process ended."""
     START_FAILURE = "start-failure"
@@ -54,17 +54,17 @@ class OnEvent(Protocol):
     def __call__(
         self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
     ) -> None:
-        """Take note of an event.
+        """Handle an event.
 
         Args:
-            kind: what kind of thing happened.
+            kind: the kind of the event.
             text: what happened, for people.
-            shard: the name of the shard that it concerns, for example ``00007``.
-            attempt: the number of the attempt at the shard or the stage, from 1.
+            shard: the name of the shard concerned, for example ``00007``.
+            attempt: the number of the attempt at the shard or stage, from 1.
         """
 
 
 def ignore(
     kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
 ) -> None:
-    """Drop an event."""
+    """Ignore an event."""

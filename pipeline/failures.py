@@ -1,4 +1,4 @@
-"""Why work failed: one line for people, and a kind for programs."""
+"""Why work failed: a one-line text for people, and a kind for programs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 MEMORY_OF_WORKERS = "lower targets.batch_size or targets.workers"
-"""How a job asks less memory of the machines that compute targets."""
+"""How to reduce the memory used on the machines that compute targets."""
 MEMORY_OF_RANKS = "raise update.ranks on more machines, or give them more memory"
-"""How a job asks less memory of each process of an update."""
+"""How to reduce the memory used by each process of an update."""
 
 
 class FailureKind(Enum):
-    """What decides how a failure is handled."""
+    """The kind of a failure, which decides how it is handled."""
 
     OTHER = auto()
     STORAGE = auto()
-    """A file could not be read or written, on every worker alike."""
+    """A file could not be read or written; every worker is affected alike."""
     MEMORY = auto()
-    """Memory was short, or the process was killed, as the kernel does when memory is short."""
+    """Memory ran out, or the process was killed, as the kernel does when memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Failure:
 
     Attributes:
         text: the root cause in one line: exception type, message, last traceback line.
-        kind: what decides how it is handled.
+        kind: decides how the failure is handled.
     """
 
     text: str
@@ -43,7 +43,7 @@ def remedy(kinds: Iterable[FailureKind], memory: str) -> str:
 
     Args:
         kinds: the kinds of what failed.
-        memory: what to do where memory was short.
+        memory: what to do if memory ran out.
     """
     if FailureKind.MEMORY in kinds:
         return f"{memory} if memory is short, and run the same job again"

@@ -1,6 +1,6 @@
-"""Where a job reads and where it writes: the two may not overlap.
+"""The locations that a job reads and writes, which may not overlap.
 
-A run overwrites and deletes files in its output. Nothing that it reads may be there, and nothing
+A run overwrites and deletes files in its output, so none of its inputs may be there, and nothing
 that it shares with other runs may be written into the base model's folder.
 """
 
@@ -25,14 +25,14 @@ from pmet.hparams import PMETHyperParams
 
 
 def refuse_overlaps(job: JobConfig, beside: Collection[str] = ()) -> None:
-    """Refuse a job whose output overlaps with what it reads, or that writes into its model.
+    """Refuse a job whose output overlaps with its inputs, or that writes into its model.
 
     Args:
         job: the job.
         beside: names in the output that the caller wrote for this run; they may be read.
 
     Raises:
-        JobError: a line for each overlap.
+        JobError: with one line for each overlap.
         StorageError: a path cannot be resolved.
     """
     vouched = [place for name in beside for place in locate(Store(job.output).join(name))]
@@ -45,7 +45,7 @@ def refuse_overlaps(job: JobConfig, beside: Collection[str] = ()) -> None:
 
 
 def places_read(job: JobConfig) -> dict[str, list[Location]]:
-    """Where everything is that a job reads, stores included, by the key that names it."""
+    """The locations of everything that a job reads, stores included, by the key that names it."""
     places = {"model": model_places(job.model)}
     for key, patterns in (("requests", job.requests), ("corpus", job.corpus or ())):
         places[key] = pattern_places(patterns)
@@ -61,7 +61,7 @@ def places_read(job: JobConfig) -> dict[str, list[Location]]:
 
 
 def model_places(model: str) -> list[Location]:
-    """Where a model is: its folder, and the files that links in it lead to; none on the hub."""
+    """A model's folder and the files that links in it point to; empty for a hub model."""
     if is_hub_id(model):
         return []
     places = locate(model)
@@ -73,12 +73,12 @@ def model_places(model: str) -> list[Location]:
 
 
 def hparams_places(hparams: str) -> list[Location]:
-    """Where a file of hyper-parameters is; a preset is nowhere."""
+    """The location of a hyper-parameter file; empty for a preset."""
     return [] if hparams in PMETHyperParams.presets() else locate(hparams)
 
 
 def pattern_places(patterns: Sequence[str]) -> list[Location]:
-    """Where the files are that paths, globs and folders stand for, and these folders."""
+    """The files that paths, globs and folders match, and those folders."""
     return [place for p in patterns for place in locate_pattern(p, _matches(p))]
 
 
@@ -86,12 +86,12 @@ def _matches(pattern: str) -> list[str]:
     try:
         return expand(pattern)
     except RequestTableError:
-        # Whoever reads the files says that there are none.
+        # The code that reads the files reports that there are none.
         return []
 
 
 def _written(job: JobConfig) -> Iterator[tuple[str, str]]:
-    """Folders beside the run folder that a job writes into, by the key that names them."""
+    """Folders outside the run folder that a job writes into, by the key that names them."""
     moments = job.second_moments
     folders = {
         "second_moments": None if moments is None or is_file_name(moments) else moments,
@@ -104,5 +104,5 @@ def _written(job: JobConfig) -> Iterator[tuple[str, str]]:
 
 
 def _without_server(url: str | None) -> str | None:
-    """An address of tracking, if it is a local folder."""
+    """A tracking address that is a local folder; None for any other."""
     return None if url is None or ("://" in url and not url.startswith("file:")) else url

@@ -1,7 +1,7 @@
-"""What a run is going to do, worked out and checked before any worker starts.
+"""The plan of a run: what it will do, resolved and checked before any worker starts.
 
-A bad job stops here, in this process, with one clear message. Nothing of the model is loaded but
-its configuration, its tokenizer and the headers of its weights.
+A bad job stops here, in this process, with one clear message. Of the model, only the
+configuration, the tokenizer and the headers of the weight files are read.
 """
 
 from __future__ import annotations
@@ -59,31 +59,31 @@ _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
 _MOST_SMALL_SHARDS = 64
 _DIGESTED_ROWS = 4096
-# More than any token stands for: what is longer than a model's tokens times this is not tokenized.
+# Longer than any token: a text longer than the model's token limit times this is not tokenized.
 _CHARACTERS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job, resolved: all that decides the result, and how it is cut into shards.
+    """A resolved job: everything that decides the result, and how it is split into shards.
 
     Attributes:
-        job: the job as it was given, with overrides.
+        job: the job as given, with overrides.
         checkpoint: the base model's folder.
         layout: where the model keeps its parts.
         stored: the checkpoint's tensor of each edited layer.
         hparams: the hyper-parameters.
         templates: context templates, if a file names them.
         table: the input rows, and which of them can be edited.
-        groups: for each accepted request the number of those that share its key. Where they get one
-            target, they follow each other and are in one target shard.
-        corpus: ordinary text for second moments and perplexity; None where the job names none.
-        group_by: column of the input that figures are given by as well; None: by none.
-        last: the run whose figures are compared with; None: there is none.
+        groups: for each accepted request, the number of the group that shares its key. If a group
+            gets one target, its requests are adjacent and in one target shard.
+        corpus: ordinary text for second moments and perplexity; None if the job names none.
+        group_by: input column by which figures are also broken down, or None.
+        last: the run to compare figures with, or None.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
-        batch_size: requests optimised side by side; None: what the workers' memory holds.
-        digests: what the result depends on, by name.
+        batch_size: requests optimised side by side; None: as many as fit in the workers' memory.
+        digests: the inputs that the result depends on, by name.
         beside: names in the run folder that the run's caller wrote.
     """
 
@@ -115,33 +115,33 @@ class Plan:
 
     @property
     def together(self) -> Sequence[int]:
-        """For each accepted request a number: those of the same number get one target."""
+        """The group number of each accepted request; requests of one group get one target."""
         joint = self.job.targets.shared_keys == "joint"
         return self.groups if joint else range(len(self.groups))
 
     @property
     def sharing(self) -> int:
-        """Accepted requests that share their key with another one."""
+        """The number of accepted requests that share their key with another one."""
         _, counts = np.unique(np.array(self.groups, np.int64), return_counts=True)
         return int(counts[counts > 1].sum())
 
     @property
     def target_source(self) -> ModelSource:
-        """The same in the type that targets are computed in."""
+        """The unedited model, in the dtype that targets are computed in."""
         return replace(self.base, dtype=self.job.targets.dtype)
 
 
 def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence[str] = ()) -> Plan:
-    """Read and check all that a job names.
+    """Read and check everything that a job names.
 
     Args:
         job: the job.
         cache_dir: where remote models are copied to.
-        beside: names in the run folder that the caller wrote for this run, and that it may read.
+        beside: names in the run folder that the caller wrote for this run and that it may read.
 
     Raises:
-        InputError: something cannot be used; the message says what, where, and the remedy.
-        StorageError: something cannot be read.
+        InputError: an input cannot be used; the message says what, where, and the remedy.
+        StorageError: a file cannot be read.
     """
     refuse_overlaps(job, beside)
     refuse_foreign_folder(Store(job.output), beside)
@@ -201,10 +201,11 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
 
 
 def shard_size(count: int, wanted: int | str) -> int:
-    """Requests in a shard: as wanted, or decided by the count alone.
+    """Return the number of requests per shard: ``wanted``, or one derived from the count alone.
 
-    Then the number of shards is a power of two up to 64, which most numbers of workers share out
-    well, as long as the shards stay neither too small to fill a batch nor too large to lose.
+    The derived number of shards is a power of two up to 64, which divides evenly among most
+    numbers of workers, provided that shards are neither too small to fill a batch nor too large
+    to lose.
     """
     if isinstance(wanted, int):
         return wanted
@@ -215,11 +216,11 @@ def shard_size(count: int, wanted: int | str) -> int:
 
 
 def load_hparams(name: str) -> PMETHyperParams:
-    """A preset, or the file at a path or URL.
+    """Load a preset, or the file at a path or URL.
 
     Raises:
-        HyperParameterError: it is wrong.
-        JobError: there is neither such a preset nor such a file.
+        HyperParameterError: the hyper-parameters are invalid.
+        JobError: no such preset or file exists.
     """
     if name in PMETHyperParams.presets():
         return PMETHyperParams.preset(name)
@@ -252,13 +253,13 @@ def _fitting(
 ) -> tuple[RequestTable, array[int]]:
     """Set aside the requests that the model cannot read whole, or whose subject has no token.
 
-    The others are put in order of length: a shard then holds requests of like length, which share
-    little padding; and the longest come first, so that what memory or patience does not hold is
-    known early, and workers finish at about the same time. Requests with one key, whose group is
-    told, take the place of the longest of them where they get a ``joint`` target.
+    The others are sorted by length, longest first: a shard then holds requests of similar
+    length, which need little padding; requests that do not fit in memory or take too long show up
+    early; and workers finish at about the same time. With a ``joint`` target, requests that share
+    a key follow each other, at the position of the longest of them.
     """
     limit = context_length(config)
-    # Generated prefixes are not known yet: room is left for them.
+    # Generated prefixes are not known yet, so leave room for them.
     room = 0 if templates else contexts.GENERATED_TOKENS + 4
     bare = [t for group in templates or [["{}"]] for t in group]
     fitting = array("q")  # places among the accepted requests
@@ -274,7 +275,7 @@ def _fitting(
         except RequestError as error:
             rejected.append(Rejection(table.rows[place], str(error), RejectionCode.UNFIT))
         else:
-            # A digest: the tokens of all requests would take a multiple of the memory.
+            # A digest, because the tokens of all requests would take several times the memory.
             key = hashlib.sha256(repr(problem.key_tokens).encode()).digest()
             firsts.append(first.setdefault(key, len(fitting)))
             fitting.append(place)
@@ -293,12 +294,12 @@ def _fitting(
 
 
 def _check_characters(request: EditRequest, limit: int | None) -> None:
-    """Refuse megabytes in a row at once: to tokenize them would take minutes."""
+    """Refuse rows of megabytes at once: tokenizing them would take minutes."""
     characters = len(request.text) + len(request.target_new)
     if limit is not None and characters > limit * _CHARACTERS_PER_TOKEN:
         raise RequestError(
             f"the prompt about {request.subject[:60]!r} has {characters} characters with its "
-            f"target, the model reads {limit} tokens; shorten it"
+            f"target, but the model reads {limit} tokens; shorten it"
         )
 
 
@@ -316,7 +317,7 @@ def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
 def _check_second_moments(
     job: JobConfig, layout: Layout, layers: tuple[int, ...], model_digest: str
 ) -> None:
-    """Refuse second moments that are not finite, or neither there nor to be computed."""
+    """Refuse second moments that are not finite, or that neither exist nor can be computed."""
     url = job.second_moments
     if url is None:
         return
@@ -331,13 +332,13 @@ def _check_second_moments(
     if is_file_name(url):
         raise JobError(
             f"second_moments: there is no file {url}; correct the path, or name a folder to keep "
-            "what is computed from the corpus"
+            "the second moments computed from the corpus"
         )
 
 
 def _table_digest(table: pa.Table) -> str:
     digest = hashlib.sha256(table.schema.serialize())
-    # In batches of one size, however the files were cut.
+    # In batches of one size, so that the digest does not depend on how the files were cut.
     for start in range(0, len(table), _DIGESTED_ROWS):
         for batch in table.slice(start, _DIGESTED_ROWS).combine_chunks().to_batches():
             digest.update(batch.serialize())

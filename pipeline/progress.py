@@ -1,4 +1,4 @@
-"""How a run tells where it is: stages, items done, time left."""
+"""How a run reports its progress: stages, items done, time left."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from pipeline.events import EventKind
 
 
 class Stage:
-    """One stage that is under way; this one keeps silent."""
+    """A stage in progress; this base class shows nothing."""
 
     def advance(self, count: int = 1) -> None:
-        """Count items that have been finished."""
+        """Count items that were finished."""
 
     def skip(self, count: int) -> None:
-        """Count items that had been finished before: they say nothing about the rate."""
+        """Count items finished earlier, which are left out of the rate."""
         self.advance(count)
 
     def total(self, count: int) -> None:
-        """Say how many items there are, once it is known."""
+        """Set the number of items, once it is known."""
 
     def note(self, text: str) -> None:
-        """Say something about the stage, for example its rate."""
+        """Show a note about the stage, for example its rate."""
 
     def shard(self, name: str) -> None:
-        """Say that a shard is finished and stored."""
+        """Report that a shard is finished and stored."""
 
 
 class CountedStage(Stage):
-    """Passes on what it is told, and tells somebody else how far the stage is.
+    """Forwards every call to another stage, and reports the count after each change.
 
     Args:
-        shown: who shows it.
-        total: items, as far as that is known.
-        on_count: called with what there is to tell, after each change.
+        shown: the stage that shows it.
+        total: the number of items, if known.
+        on_count: called with the current count after each change.
     """
 
     def __init__(
@@ -95,37 +95,37 @@ class CountedStage(Stage):
 
 
 class Progress:
-    """Shows nothing; the base of what shows something."""
+    """Shows nothing; the base class of progress displays."""
 
     def begin(self, run: str, attempt: int, submission: str | None) -> None:
-        """Say which run it is that all else is about.
+        """Set the run that all later calls are about.
 
         Args:
-            run: its folder.
-            attempt: number of the attempt at it.
-            submission: under which name it was submitted to a cluster, if it was.
+            run: the run's folder.
+            attempt: the number of the attempt at it.
+            submission: the name under which it was submitted to a cluster, if it was.
         """
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """Show a stage for the time of a ``with`` block."""
+        """Show a stage for the duration of a ``with`` block."""
         yield Stage()
 
     def event(
         self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
     ) -> None:
-        """Show something that happened; see `pipeline.events.OnEvent`."""
+        """Show an event; see `pipeline.events.OnEvent`."""
 
 
 @dataclass
 class RichProgress(Progress):
-    """A bar a stage on a terminal; a line a stage where the output is no terminal."""
+    """One bar per stage on a terminal; one line per stage otherwise."""
 
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """Show a bar for the time of a ``with`` block."""
+        """Show a bar for the duration of a ``with`` block."""
         bars = RichBars(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description:<16}", markup=False),
@@ -139,7 +139,7 @@ class RichProgress(Progress):
         with bars:
             task = bars.add_task(name, total=total, note="")
             yield _RichStage(bars, task)
-            # A stage that ended well is shown as full, also when nobody knew its size.
+            # A stage that ended well is shown as full, even if its size was unknown.
             done = bars.tasks[0].total or bars.tasks[0].completed or 1
             bars.update(task, total=done, completed=done)
 
@@ -166,13 +166,13 @@ class _RichStage(Stage):
 
 
 class LineProgress(Progress):
-    """A line for everything, each with run and attempt in it: for logs that machines read, too.
+    """One line per event and count, each with run and attempt: readable for machines, too.
 
     Lines are in *logfmt*: ``time=… run=… attempt=2 stage=targets done=120 total=200 rate=2.3``.
 
     Args:
         write: called with each line.
-        every_s: seconds between two lines about a stage that goes on.
+        every_s: seconds between two lines about a running stage.
     """
 
     def __init__(self, write: Callable[[str], None], every_s: float = 10.0) -> None:
@@ -224,7 +224,7 @@ class _LineStage(CountedStage):
 
 
 def _quoted(value: Any) -> str:
-    """A value as logfmt has it: on one line, in quotes where it has to be."""
+    """A value in logfmt syntax: on one line, quoted where necessary."""
     text = str(value)
     plain = text and not any(c.isspace() or c in '"=' for c in text) and text.isprintable()
     return text if plain else json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""A run from beginning to end: plan, stages, gates, results."""
+"""A run from start to finish: plan, stages, gates, results."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-        status: ``complete``, or ``held`` where a gate held the edited model back.
+        status: ``complete``, or ``held`` if a gate held the edited model back.
         folder: the run folder.
-        metrics: what ``metrics.json`` holds.
+        metrics: the contents of ``metrics.json``.
     """
 
     status: Literal["complete", "held"]
@@ -95,19 +95,19 @@ def run_job(
     address: str | None = None,
     beside: Sequence[str] = (),
 ) -> RunResult:
-    """Edit a model as a job says, and publish, measure and report the result.
+    """Edit a model as a job specifies, and publish, measure and report the result.
 
     Args:
         job: the job.
-        progress: shows the stages; silent if None.
-        fresh: start over where the run folder holds earlier work.
-        address: Ray cluster to run on; one is started on this machine if None.
+        progress: shows the stages; None shows nothing.
+        fresh: start over if the run folder holds earlier work.
+        address: Ray cluster to run on; None starts one on this machine.
         beside: names in the run folder that the caller wrote for this run, and that it may read.
 
     Raises:
         InputError: the job cannot be run as it is; no worker has been started.
-        FolderBusyError: another run writes its folder; no worker has been started.
-        LeaseLostError: another run has taken the folder over; nothing was written since.
+        FolderBusyError: another run is writing its folder; no worker has been started.
+        LeaseLostError: another run has taken over the folder; nothing was written since.
         PMETError: a stage failed; ``run.json`` names it, and the same call resumes.
     """
     progress = progress or Progress()
@@ -117,18 +117,18 @@ def run_job(
 
 
 def plan_run(job: JobConfig, *, address: str | None = None, beside: Sequence[str] = ()) -> Plan:
-    """The plan of a job that is about to run.
+    """Return the plan of a job that is about to run.
 
-    Where no request can be edited, ``rejected.parquet`` in the run folder says why of each.
+    If no request can be edited, ``rejected.parquet`` in the run folder gives the reason for each.
 
     Args:
         job: the job.
-        address: Ray cluster to run on; the job's GPUs have to be on this machine if None.
+        address: Ray cluster to run on; with None, the job's GPUs must be on this machine.
         beside: names in the run folder that the caller wrote for this run.
 
     Raises:
         InputError: the job cannot be run as it is.
-        StorageError: something cannot be read.
+        StorageError: a file cannot be read.
     """
     check_gpus(asks(job), address)
     try:
@@ -140,7 +140,7 @@ def plan_run(job: JobConfig, *, address: str | None = None, beside: Sequence[str
 
 
 def _keep_rejected(job: JobConfig, error: NothingToEditError) -> str | None:
-    """Write the rejected rows; returns where, or None where the folder holds a run already."""
+    """Write the rejected rows; return the path, or None if the folder already holds a run."""
     store = Store(job.output)
     with Lease.acquire(store) as lease:
         if store.exists(STATUS) and store.read_json(STATUS).get("digests"):
@@ -161,9 +161,9 @@ def run_plan(
     fresh: bool = False,
     address: str | None = None,
 ) -> RunResult:
-    """The same for a job whose plan has been made; arguments and errors as of ``run_job``."""
+    """Run a job from its plan; arguments and errors as for ``run_job``."""
     job, progress = plan.job, MeteredProgress(progress or Progress())
-    # The plan may have been made a while ago, and the lease is the first thing written.
+    # The plan may have been made a while ago, and the lease is the first file written.
     refuse_foreign_folder(Store(job.output), plan.beside)
     if address is not None and job.in_this_process:
         raise JobError(
@@ -192,11 +192,11 @@ def _begin(folder: RunFolder, plan: Plan, *, fresh: bool) -> None:
 
 
 def _changed_settings(store: Store, job: JobConfig) -> str:
-    """Which settings differ from those of the run in a folder; empty where that is unknown."""
+    """Which settings differ from those of the folder's earlier run; empty if unknown."""
     try:
         before = dict(by_key(load_job(store.join(JOB)).identity()))
     except PMETError:
-        # An older version may have had other keys.
+        # An older version may have used other keys.
         return ""
     now = dict(by_key(job.identity()))
     differing = [key for key in now if before.get(key) != now[key]]
@@ -229,7 +229,7 @@ def _run_in(
             try:
                 result = _run_stages(Context(plan, folder, executor, progress))
             except BaseException as error:
-                # Before workers are ended, which may take long where something is broken.
+                # Before workers are shut down, which may take long if something is broken.
                 _end_early(folder, error)
                 raise
     except BaseException as error:
@@ -251,36 +251,36 @@ def _executor(plan: Plan, address: str | None, on_event: OnEvent) -> Executor:
 
 
 def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:
-    """Tell the trackers how the run ended; it has ended well, whatever happens to them."""
+    """Report the end of the run to the trackers; a failure there does not change its result."""
     with suppress(StorageError, LeaseLostError):
         tracking.end(folder.store, result.status)
         if tracking.failed:
-            # What has become of them is among the events.
+            # The trackers' failures are recorded as events.
             folder.write()
             write_report(folder.store)
 
 
 def _end_early(folder: RunFolder, error: BaseException) -> None:
-    """Write to ``run.json`` how a run ended that an error or a signal has cut short."""
+    """Record in ``run.json`` how a run ended that an error or a signal cut short."""
     if folder.status.get("status") in (None, "failed", "stopped"):
-        # The run has not begun, or it has said so already.
+        # The run has not begun, or has recorded its end already.
         return
-    # A run that has lost its folder is stopped here: the status is the other run's to write.
-    # Where the status cannot be written either, what went wrong first matters more.
+    # A run that has lost its folder stops here: the status is the other run's to write.
+    # If the status cannot be written either, the original error matters more.
     with deferred(), suppress(StorageError, LeaseLostError):
         folder.finish(*how_it_ended(error), exit_status=_exit_status(error))
 
 
 def how_it_ended(error: BaseException) -> tuple[str, str]:
-    """The status and the text that are recorded of work which an error or a signal cut short."""
-    # What a signal interrupts, a library that starts a process say, may fail in a way of its own.
+    """The status and text recorded for work that an error or a signal cut short."""
+    # An interrupted library, for example one starting a process, may raise an error of its own.
     if signals.first() is not None or isinstance(error, KeyboardInterrupt | SystemExit):
         return "stopped", "stopped by a signal; the same job goes on from here"
     return "failed", str(error) or type(error).__name__
 
 
 def _exit_status(error: BaseException) -> int:
-    """What ``pmet run`` exits with."""
+    """The exit status of ``pmet run`` for an error."""
     stopped = signals.first() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
     if stopped is not None:
         return signals.EXIT_BASE + stopped
@@ -299,7 +299,7 @@ def _run_stages(run: Context) -> RunResult:
         refuse_without_edits(run, found)
     courses = [read_courses(run.store, found.files[s.index]) for s in run.plan.target_shards]
     _warn(run, warnings_of_targets(_edited_losses(run.plan, found, courses)))
-    # By now the ranks of the update are starting, and need a while.
+    # By now the ranks of the update are starting up, which takes a while.
     before = measure(run, "before", run.plan.base)
     reports = update_layers(run, templates, found)
     _warn(run, warnings_of_layers(layers(run.folder.status)))
@@ -307,7 +307,7 @@ def _run_stages(run: Context) -> RunResult:
     edited_model = published_model(run)
     after = measure(run, "after", edited_model)
     kept = still_known(run, found.known, edited_model)
-    # Nobody is needed any more; leaving a cluster takes as long as drawing a report.
+    # No worker is needed any more; leaving a cluster takes as long as drawing a report.
     run.executor.dismiss()
     run.folder.sweep("targets", set(found.files.values()))
     run.folder.sweep("delta", {report.file for report in reports})
@@ -322,7 +322,7 @@ def _warn(run: Context, texts: Sequence[str]) -> None:
 def _edited_losses(
     plan: Plan, found: FoundTargets, courses: Sequence[pa.Table]
 ) -> list[tuple[int, Any, Any]]:
-    """Row, first and last loss of the requests that are edited."""
+    """The row, first loss and last loss of each request that is edited."""
     edited = set(found.edited(plan.table.rows))
     return [
         (row, first, last)
@@ -349,7 +349,7 @@ def _conclude(
     after: Measurement,
     kept: Collection[Row],
 ) -> RunResult:
-    """Write results, metrics, model card and report; ask the gates."""
+    """Write results, metrics, model card and report, and evaluate the gates."""
     plan, store = run.plan, run.store
     run.folder.check()
     table = _concluded(plan, found)
@@ -371,13 +371,13 @@ def _conclude(
         metrics["counts"]["known"] = len(found.known)
         share = len(kept) / len(found.known) if found.known else None
         metrics["known"] = {"still_answered": share}
-    # Where all was known the model is the base's, and there is nothing to hold back.
+    # If all facts were known, the model is the base model, and there is nothing to hold back.
     nothing_new = len(found.known) == len(table.rows)
     thresholds = {} if nothing_new else plan.job.gates.thresholds()
     metrics["gates"] = outcomes(thresholds, metrics, plan.last.after if plan.last else None)
     held = any(not gate["passed"] for gate in metrics["gates"])
     targets = [read_courses(store, found.files[shard.index]) for shard in plan.target_shards]
-    # Known requests were all asked, also those that were not drawn to be measured.
+    # All known requests were asked, including those not drawn for measurement.
     store.write_table(
         "results.parquet",
         results_table(

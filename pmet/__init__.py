@@ -56,8 +56,8 @@ __all__ = [
     "evaluate",
 ]
 
-# What needs torch is imported when it is first asked for: a command that only reads files or tells
-# what went wrong does not wait for it.
+# Modules that need torch are imported on first use: a command that only reads files or reports an
+# error does not wait for it.
 _MODULES = {
     "Edit": "pmet.delta",
     "compute_edit": "pmet.edit",

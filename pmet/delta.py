@@ -1,8 +1,8 @@
-"""An edit: what an update changes, kept so that it can be applied, undone, saved and loaded.
+"""An edit: the changes of an update, which can be applied, undone, saved and loaded.
 
-On disk an edit is safetensors: for every edited parameter its change (``delta.<name>``, float64)
-and its values before (``original.<name>``, in its own dtype). With both, applying and undoing are
-exact to the bit in any process, and an edit is never applied to weights it was not made for.
+On disk an edit is a safetensors file: for every edited parameter its change (``delta.<name>``,
+float64) and its original values (``original.<name>``, in its own dtype). With both, applying and
+undoing are exact to the bit in any process, and an edit is never applied to other weights.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ FORMAT = "pmet-edit-1"
 
 
 def changed(original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """W + Δ, added in float64 and rounded once to the weight's dtype.
+    """Return W + Δ, added in float64 and rounded once to the weight's dtype.
 
-    What the dtype cannot hold becomes infinite; see `checked`.
+    Values that the dtype cannot hold become infinite; see `checked`.
     """
     return _sum(original, delta).to(original.dtype)
 
 
 def checked(name: str, original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """As `changed`, refused unless every element is a finite number.
+    """Return the result of `changed`, but refuse it unless every element is finite.
 
     Args:
-        name: of the parameter, for the message.
+        name: the parameter's name, for the message.
         original: W.
-        delta: Δ, of its shape.
+        delta: Δ, of the same shape.
 
     Raises:
         NotFiniteError: W + Δ holds NaN, or exceeds the dtype.
@@ -57,15 +57,15 @@ def check_fits(
 
     Args:
         name: of the parameter.
-        largest: the largest |W + Δ|, before rounding; infinite where there is NaN.
+        largest: the largest |W + Δ|, before rounding; infinite if any element is NaN.
         share: ‖Δ‖/‖W‖.
-        dtype: that the edited weight is stored in.
+        dtype: the dtype in which the edited weight is stored.
         layer: number of the edited layer, if the caller knows it.
 
     Raises:
         NotFiniteError: the message names all of these, and the remedy.
     """
-    # Rounding is monotonic: the others fit if the largest does.
+    # Rounding is monotonic: if the largest value fits, all do.
     if torch.tensor(largest, dtype=torch.float64).to(dtype).isfinite():
         return
     named = str(dtype).removeprefix("torch.")
@@ -73,7 +73,7 @@ def check_fits(
     wider = " or store the model in bfloat16 or float32" if dtype == torch.float16 else ""
     raise NotFiniteError(
         f"the edited weight of {place} does not fit its dtype, {named}: the largest |W + Δ| is "
-        f"{largest:.3g}, {named} holds at most {torch.finfo(dtype).max:.6g}; ‖Δ‖/‖W‖ is "
+        f"{largest:.3g}, but {named} holds at most {torch.finfo(dtype).max:.6g}; ‖Δ‖/‖W‖ is "
         f"{share:.3g}. Lower clamp_norm_factor or v_lr in the hyper-parameters"
         f"{',' if wider else ''}{wider}"
     )
@@ -84,7 +84,7 @@ def _refuse(name: str, original: torch.Tensor, delta: torch.Tensor, dtype: torch
     before = original.double().norm().item()
     share = delta.double().norm().item() / before if before else math.inf
     check_fits(name, largest, share, dtype)
-    raise AssertionError("what is not finite does not fit")
+    raise AssertionError("a value that is not finite does not fit")
 
 
 def _sum(original: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -96,8 +96,8 @@ class Edit:
     """The weight changes of one update.
 
     Attributes:
-        deltas: change by parameter name, float64, shaped as the parameter.
-        originals: the parameter's values before.
+        deltas: change by parameter name, float64, in the parameter's shape.
+        originals: the original values of each parameter.
     """
 
     deltas: dict[str, torch.Tensor]
@@ -107,21 +107,21 @@ class Edit:
         """Write W + Δ into ``model``.
 
         Raises:
-            EditFileError: a weight is missing or not the one that the edit was made for; nothing
-                has been written then.
-            NotFiniteError: an edited weight exceeds the dtype that the edit or the model has it
-                in; nothing has been written then.
+            EditFileError: a weight is missing or is not the one that the edit was made for;
+                nothing has been written.
+            NotFiniteError: an edited weight exceeds the dtype of the edit or of the model; nothing
+                has been written.
         """
         edited = {n: checked(n, w, self.deltas[n]) for n, w in self.originals.items()}
         self._check_fit(model, edited)
         self._write(model, {n: (w, edited[n]) for n, w in self.originals.items()})
 
     def revert(self, model: nn.Module) -> None:
-        """Write back the values from before, to the bit.
+        """Restore the original values, to the bit.
 
         Raises:
-            EditFileError: a weight is missing or not what ``apply`` wrote; nothing has been
-                written then.
+            EditFileError: a weight is missing or is not what ``apply`` wrote; nothing has been
+                written.
         """
         self._write(model, {n: (self._edited(n), w) for n, w in self.originals.items()})
 
@@ -134,10 +134,10 @@ class Edit:
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
-        """Read one safetensors file, or all of a folder (a run's ``delta/``).
+        """Read one safetensors file, or all files of a folder (a run's ``delta/``).
 
         Raises:
-            EditFileError: nothing there, a damaged file, or not a saved edit.
+            EditFileError: there is no file, or it is damaged or not a saved edit.
         """
         path = Path(path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -165,7 +165,7 @@ class Edit:
         return changed(self.originals[name], self.deltas[name])
 
     def _check_fit(self, model: nn.Module, edited: Mapping[str, torch.Tensor]) -> None:
-        """Refuse a model in a narrower dtype than the edit's, where the edited weight overflows."""
+        """Refuse a model in a narrower dtype than the edit's if the edited weight overflows it."""
         parameters = dict(model.named_parameters())
         for name, tensor in edited.items():
             weight = parameters.get(name)
@@ -180,11 +180,11 @@ class Edit:
             weight = parameters.get(name)
             if weight is None or weight.shape != expected.shape:
                 raise EditFileError(f"the model has no parameter {name} of the edit's shape")
-            # A 16-bit checkpoint opened in float32 holds the same values, and is the same model.
+            # A 16-bit checkpoint opened in float32 holds the same values: it is the same model.
             if not torch.equal(weight.detach().cpu(), expected.to(weight.dtype).cpu()):
                 raise EditFileError(
                     f"{name} does not hold the values that this edit expects; it belongs to "
-                    "another model, or another edit lies on top of it"
+                    "another model, or another edit has been applied on top"
                 )
         with torch.no_grad():
             for name, (_, wanted) in changes.items():
@@ -192,13 +192,13 @@ class Edit:
 
 
 class EditWriter:
-    """Writes the saved edit of one weight in pieces: neither Δ nor the weight is ever whole.
+    """Writes the saved edit of one weight in pieces, never holding all of Δ or of the weight.
 
         with EditWriter(path, name, weight.shape, weight.dtype) as writer:
-            writer.add_original(values)  # flat, from the first element on, as often as needed
+            writer.add_original(values)  # flat, from the first element on, piece by piece
             writer.put_delta(block, top, left)
 
-    The file is that of `Edit.save`, byte for byte, once all pieces are in it.
+    The file equals that of `Edit.save`, byte for byte, once all pieces are written.
 
     Args:
         path: of the file.
@@ -219,12 +219,12 @@ class EditWriter:
         self._file.truncate(self._delta_start + end)
 
     def add_original(self, values: torch.Tensor) -> None:
-        """Write the weight's next elements, as they were before."""
+        """Write the next elements of the original weight."""
         self._file.seek(self._original_end)
         self._original_end += self._file.write(_bytes(values))
 
     def put_delta(self, block: torch.Tensor, top: int = 0, left: int = 0) -> None:
-        """Write a block of Δ whose first element belongs to row ``top`` and column ``left``."""
+        """Write a block of Δ that starts at row ``top`` and column ``left``."""
         whole_rows = block.shape[1] == self._width
         for number, part in enumerate([block] if whole_rows else block):
             self._file.seek(self._delta_start + 8 * ((top + number) * self._width + left))
@@ -243,10 +243,10 @@ class EditWriter:
 
 
 def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterator[torch.Tensor]:
-    """Rows of a saved Δ, in order, at most ``at_once`` of them in memory.
+    """Yield the rows of a saved Δ, in order, at most ``at_once`` of them in memory.
 
     Raises:
-        EditFileError: a damaged file, or one that does not hold the parameter's edit.
+        EditFileError: the file is damaged, or does not hold the parameter's edit.
     """
     try:
         with safe_open(str(path), framework="pt") as stored:
@@ -262,4 +262,4 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _unreadable(path: str | Path, error: Exception) -> EditFileError:
-    return EditFileError(f"{path} cannot be read as a saved edit ({error}); is it whole?")
+    return EditFileError(f"{path} cannot be read as a saved edit ({error}); is the file complete?")

@@ -3,7 +3,7 @@
 Every message says what is wrong, where, and what to do about it. The tree is small:
 
     PMETError
-    ├── InputError              something that the caller gave cannot be used
+    ├── InputError              an argument or input that cannot be used
     │   ├── RequestError            an edit request
     │   ├── HyperParameterError     a hyper-parameter file or value
     │   ├── ContextTemplateError    a list of context templates
@@ -21,7 +21,7 @@ class PMETError(Exception):
 
 
 class InputError(PMETError):
-    """Something given by the caller cannot be used."""
+    """An argument or input cannot be used."""
 
 
 class RequestError(InputError):
@@ -57,4 +57,4 @@ class NotPositiveDefiniteError(NumericalError):
 
 
 class OutOfMemoryError(PMETError):
-    """Memory does not hold a single request; the message names its lengths."""
+    """Not even a single request fits into memory; the message names its lengths."""

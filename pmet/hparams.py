@@ -1,9 +1,9 @@
 """Hyper-parameters, in the published file format.
 
 The JSON files of PMET are read unchanged, and those of MEMIT, ROME, EMMET and AlphaEdit, which
-share its keys; so is YAML with these keys. Keys of those methods and of their tools that have no
-meaning here are ignored and listed (``PMETHyperParams.ignored``). Any other unknown key, and any
-value that asks for something that PMET does not do, is refused.
+share its keys; so is YAML with these keys. Keys of those methods and their tools that have no
+meaning here are ignored and listed (``PMETHyperParams.ignored``). Any other unknown key is refused,
+and so is any value that asks for something PMET does not do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pmet.errors import HyperParameterError
 from pmet.strict_json import RepeatedKeyError, parse_json
 from pmet.yaml12 import YAMLTextError, parse_yaml
 
-# Keys of published files that have no meaning here, by the method or tool that has them.
+# Keys of published files that have no meaning here, by the method or tool that uses them.
 _FOREIGN = {
     "EasyEdit": (
         "alg_name",
@@ -66,7 +66,7 @@ _FOREIGN = {
     ),
 }
 FOREIGN_KEYS = frozenset(key for keys in _FOREIGN.values() for key in keys)
-# Read, but no field: MEMIT chooses among the layers, PMET edits each.
+# Read, but not a field: MEMIT selects among the layers, PMET edits each one.
 _SELECTION = "layer_selection"
 # The fields that are numbers of the method.
 _NUMBERS = (
@@ -84,7 +84,7 @@ _SHOWN = 60
 
 
 def _allowed(what: str) -> WrapValidator:
-    """Answer whatever the type refuses with the value, and ``what`` may stand there."""
+    """Replace any error of the type by a message with the value: ``what`` is allowed here."""
 
     def check(value: Any, handler: Any) -> Any:
         try:
@@ -104,7 +104,7 @@ def _shown(value: Any) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """An integer where a number like 20.0 is one, which JSON and YAML call a float, or NumPy's."""
+    """Convert a whole number such as 20.0, a float in JSON and YAML, or one of NumPy's, to int."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value.__index__() if hasattr(value, "__index__") and type(value) is not bool else value
@@ -114,7 +114,7 @@ def _adjusted(value: bool) -> bool:
     if not value:
         raise ValueError(
             "false asks for an update without second moments, which PMET cannot do; set it to "
-            "true, or leave the key out"
+            "true, or remove the key"
         )
     return value
 
@@ -143,7 +143,7 @@ FromZero = Annotated[
 Text = Annotated[str, _allowed("text")]
 FactToken = Annotated[
     Literal["subject_last"],
-    _allowed("subject_last, the only token at which PMET looks a fact up"),
+    _allowed("subject_last, the only token at which PMET looks up a fact"),
 ]
 Adjustment = Annotated[
     Annotated[bool, Strict(), _allowed("true")],
@@ -155,9 +155,9 @@ ModuleTemplates = Annotated[tuple[_Template, ...] | None, _allowed(f"a list with
 
 
 class PMETHyperParams(BaseModel):
-    """What the method can be told; names as in the published files.
+    """The parameters of the method; names as in the published files.
 
-    Module names may be left out for a model of a known family (see ``pmet.model.architecture``).
+    Module names may be omitted for a model of a known family (see ``pmet.model.architecture``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -168,7 +168,7 @@ class PMETHyperParams(BaseModel):
     """The edited layers, ascending; the last one is the target layer z."""
 
     v_num_grad_steps: Count = 30
-    """Most evaluations of the loss per target; the last one takes no step."""
+    """Maximum number of evaluations of the loss per target; the last one takes no step."""
     v_lr: Positive = 0.2
     """Adam's step size for the two free vectors."""
     v_weight_decay: FromZero = 0.5
@@ -180,9 +180,9 @@ class PMETHyperParams(BaseModel):
     clamp_norm_factor: Positive = 0.75
     """Radius of the ball that holds each δ, in units of ‖v‖."""
     v_loss_layer: LayerOrNull = None
-    """The layer that the loss is read from: the model's last one, or left out."""
+    """The layer that the loss is read from: the model's last one, or omitted."""
     fact_token: FactToken = "subject_last"  # noqa: S105
-    """Which token the fact is looked up at."""
+    """The token at which the fact is looked up."""
 
     mom2_update_weight: Positive = 15000.0
     """λ: weight of the second moment in the update."""
@@ -195,7 +195,7 @@ class PMETHyperParams(BaseModel):
     rewrite_module_tmps: ModuleTemplates = None
     """The module whose weight is edited: the FFN down-projection, as ``a.{}.b``."""
     rewrite_module_tmp: ModuleTemplate = None
-    """The same, read only where ``rewrite_module_tmps`` is missing (older files)."""
+    """The same, read only if ``rewrite_module_tmps`` is missing (older files)."""
     layer_module_tmp: ModuleTemplate = None
     mlp_module_tmp: ModuleTemplate = None
     attn_module_tmp: ModuleTemplate = None
@@ -215,29 +215,29 @@ class PMETHyperParams(BaseModel):
         if self.rewrite_module_tmps is not None and len(self.rewrite_module_tmps) != 1:
             raise ValueError(
                 "rewrite_module_tmps names "
-                f"{len(self.rewrite_module_tmps)} modules: PMET changes FFN weights only, "
+                f"{len(self.rewrite_module_tmps)} modules: PMET changes only FFN weights, "
                 "name just the FFN down-projection"
             )
         return self
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Keys of the file that belong to other methods and tools, and have no effect here."""
+        """Keys in the file that belong to other methods and tools, and have no effect here."""
         return self._ignored
 
     @property
     def defaulted(self) -> dict[str, float]:
-        """The numbers of the method that the file leaves out, with the values used for them."""
+        """The numbers of the method that the file omits, with the values used for them."""
         return {key: getattr(self, key) for key in _NUMBERS if key not in self.model_fields_set}
 
     @property
     def target_layer(self) -> int:
-        """Layer z, whose FFN output is given a target."""
+        """Layer z, whose FFN output gets a target."""
         return self.layers[-1]
 
     @property
     def down_projection_template(self) -> str | None:
-        """Where the edited weights are, if the file says."""
+        """The template of the edited modules, if the file names it."""
         if self.rewrite_module_tmps:
             return self.rewrite_module_tmps[0]
         return self.rewrite_module_tmp
@@ -246,10 +246,10 @@ class PMETHyperParams(BaseModel):
     def from_dict(
         cls, values: dict[str, Any], *, source: str = "hyper-parameters"
     ) -> PMETHyperParams:
-        """Check ``values`` and make them hyper-parameters.
+        """Validate ``values`` and build hyper-parameters from them.
 
         Raises:
-            HyperParameterError: one line for all that is wrong, naming ``source``.
+            HyperParameterError: one line with all errors, naming ``source``.
         """
         if not isinstance(values, dict):
             raise HyperParameterError(f"{source}: expected a mapping of names to values")
@@ -286,7 +286,7 @@ class PMETHyperParams(BaseModel):
         """Read a published JSON file, or YAML with the same keys.
 
         Warns:
-            UserWarning: the file has keys that are ignored; the message lists them.
+            UserWarning: the file has ignored keys; the message lists them.
 
         Raises:
             HyperParameterError: the file is missing, unreadable or wrong.
@@ -305,7 +305,7 @@ class PMETHyperParams(BaseModel):
 
     @classmethod
     def presets(cls) -> list[str]:
-        """Names that ``preset`` knows."""
+        """The names of the presets."""
         folder = resources.files("pmet") / "presets"
         return sorted(
             f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")
@@ -328,7 +328,7 @@ class PMETHyperParams(BaseModel):
 
 
 def ignored_sentence(hparams: PMETHyperParams) -> str | None:
-    """What a user should know of the keys that were ignored; None if there are none."""
+    """A sentence for the user about the ignored keys; None if there are none."""
     if not hparams.ignored:
         return None
     keys = ", ".join(hparams.ignored)
@@ -336,7 +336,7 @@ def ignored_sentence(hparams: PMETHyperParams) -> str | None:
 
 
 def _of_selection(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the choice of layers."""
+    """The error in the choice of layers, if any."""
     selection = values.get(_SELECTION, "all")
     if selection == "all":
         return []

@@ -1,12 +1,12 @@
-"""The method in the form that is easiest to see right: one request at a time.
+"""The method in its simplest form, the easiest to verify: one request at a time.
 
 Every evaluation runs the whole model over all contexts; nothing is cached, shared between
-requests or left out. This is the second opinion that the fast modules are compared with, so it
-imports none of them, and it is the baseline of the benchmarks: what the method costs when it is
-written down as it is read.
+requests or skipped. The fast modules are compared with this second implementation, so it imports
+none of them. It is also the baseline of the benchmarks: the cost of the method when implemented
+literally.
 
-Shape letters: E requests, C contexts, B rows of one forward pass (the contexts and what else
-is run with them), T tokens, N vocabulary, D model width, K key width, V value width (= D).
+Shape letters: E requests, C contexts, B rows of one forward pass (the contexts and anything run
+with them), T tokens, N vocabulary, D model width, K key width, V value width (= D).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SETTLED_KL = 0.01
 
 @dataclass(frozen=True)
 class PlainTargets:
-    """What the optimisation of each request ended with; all on the CPU.
+    """The result of the optimisation of each request; all on the CPU.
 
     Attributes:
         values: (E, D) float32, the FFN output wanted at the target layer, v* = v_f + δ_f.
         attention_values: (E, D) float32, its attention counterpart, which no update uses.
-        steps: (E,) int64, evaluations made.
+        steps: (E,) int64, number of evaluations.
         losses: (E,) float32, the loss of the last evaluation.
     """
 
@@ -50,7 +50,7 @@ class PlainTargets:
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of ``text`` and the characters that each stands for, without what follows the text."""
+    """Ids of ``text`` and the characters that each one covers, without trailing special tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets, so no token of the subject "
@@ -64,7 +64,7 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
 
 
 def _located(tokenizer: Any, request: EditRequest, template: str) -> tuple[list[int], int]:
-    """Ids of the prompt within ``template``, and where among them the subject's last token is."""
+    """Ids of the prompt within ``template``, and the index of the subject's last token."""
     ids, spans = _tokens(tokenizer, template.replace("{}", request.text))
     subject_end = template.index("{}") + request.subject_span[1]
     return ids, max(i for i, (start, end) in enumerate(spans) if start < min(end, subject_end))
@@ -82,13 +82,13 @@ def _continuation(tokenizer: Any, text: str, target: str) -> list[int]:
     return whole[len(before) :]
 
 
-# --- The model, read and moved by hooks ---------------------------------------------------------
+# --- Reading and changing the model with hooks ---------------------------------------------------
 
 
 def _module(model: nn.Module, template: str | None, layer: int) -> nn.Module:
     if template is None:
         raise InputError(
-            "the plain form does not look for modules; give hyper-parameters that name "
+            "the plain form does not search for modules; give hyper-parameters that name "
             "rewrite_module_tmps and attn_module_tmp"
         )
     return model.get_submodule(template.format(layer))
@@ -110,10 +110,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Place:
-    """One position in each row of a module's output: read there, and shifted if asked.
+    """One position in each row of a module's output, which is read there and optionally shifted.
 
-    A context manager: the module is hooked within. ``inputs`` (B, K) and ``outputs`` (B, V) hold
-    what the last forward pass had at the positions ``lasts``, before the shift.
+    A context manager that hooks the module. ``inputs`` (B, K) and ``outputs`` (B, V) hold the
+    values of the last forward pass at the positions ``lasts``, before the shift.
     """
 
     inputs: Tensor
@@ -147,7 +147,7 @@ class _Place:
 
 @contextmanager
 def _unchanged(model: nn.Module, weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
-    """Within: evaluation mode, nothing trainable. After: the model and ``weights`` as before."""
+    """Within: evaluation mode, nothing trainable. Afterwards: model and ``weights`` as before."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     originals = [weight.detach().clone() for weight in weights]
@@ -176,16 +176,16 @@ def plain_targets(
     *,
     shared_keys: SharedKeys = "joint",
 ) -> PlainTargets:
-    """Optimise the target of each request by itself, or of those that share their key together.
+    """Optimise the target of each request alone, or of those that share their key together.
 
     Args:
-        model: a causal language model of transformers; left as it was.
+        model: a causal language model of transformers; left unchanged.
         tokenizer: its fast tokenizer.
-        requests: E of them, at least one.
+        requests: E requests, at least one.
         hparams: which modules, and how the optimisation runs.
         context_templates: groups of templates; the first of the first group is the bare ``{}``.
-        shared_keys: ``joint``: requests with one subject and the same text in front of it have one
-            target; ``mean``: each its own, as published.
+        shared_keys: ``joint``: requests with the same subject and the same text before it get one
+            target; ``mean``: each gets its own, as published.
 
     Raises:
         InputError: the tokenizer gives no offsets, or joins a prompt and its target in one token.

@@ -1,4 +1,4 @@
-"""One edit request: the fact that a model shall hold from now on."""
+"""An edit request: a fact that the model shall hold from now on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal
 from pmet.errors import RequestError
 
 SharedKeys = Literal["joint", "mean"]
-"""What becomes of requests with one subject and the same text in front of it, which have one key:
-one target for all of them, or, as published, a target each, of which least squares writes the mean.
+"""How to treat requests with the same subject and the same text before it, which share one key:
+one joint target, or, as published, a target each, of which least squares writes the mean.
 """
 
 TEXT_LISTS = (
@@ -30,33 +30,33 @@ _CONTINUED = (
     "portability_prompts",
     "generation_prompts",
 )
-"""Fields whose texts a model goes on from, so that a line break at their end counts."""
+"""Fields whose texts a model continues, so that a line break at their end matters."""
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A prompt about a subject and the continuation that the model shall give.
+    """A prompt about a subject, and the continuation that the model shall give.
 
     White space around the prompt, the subject and the targets is not part of a fact and is
-    stripped, except where a prompt begins or ends in line breaks, as a written-out chat template
-    does: it is kept byte for byte. ``separator`` is what stands between a prompt and its target.
+    stripped, except that a prompt which begins or ends in line breaks, such as a written-out chat
+    template, is kept byte for byte. ``separator`` is the text between a prompt and its target.
 
     Attributes:
         prompt: text with exactly one ``{}``, the place of the subject.
         subject: what the fact is about.
         target_new: the continuation wanted.
-        case_id: any identifier; carried along, never interpreted.
-        target_true: what the unedited model is expected to say; only measured.
+        case_id: any identifier; passed through, never interpreted.
+        target_true: the answer expected from the unedited model; only measured.
         paraphrase_prompts: other complete prompts that ask for the same fact; only measured.
         neighborhood_prompts: complete prompts whose answer stays ``target_true``; only measured.
         portability_prompts: complete prompts about what follows from the new fact; only measured.
-        portability_targets: the answer to each of them, as many.
-        portability_targets_true: what the unedited model is expected to say to each of them, as
-            many; none where that is not known.
-        generation_prompts: beginnings of text about the subject, for the model to go on from; only
+        portability_targets: the answer to each of them, in the same number.
+        portability_targets_true: the answer to each of them expected from the unedited model, in
+            the same number; empty if unknown.
+        generation_prompts: beginnings of text about the subject, for the model to continue; only
             measured.
-        reference_texts: texts about subjects of which the new fact is true, which the model's own
-            shall be like; only measured.
+        reference_texts: texts about subjects for which the new fact is true, which the model's own
+            texts should resemble; only measured.
 
     Raises:
         RequestError: naming the field that is wrong.
@@ -96,13 +96,13 @@ class EditRequest:
 
     @property
     def subject_span(self) -> tuple[int, int]:
-        """First character of the subject in ``text``, and the one after its last."""
+        """Index of the subject's first character in ``text``, and of the one after its last."""
         start = self.prompt.index("{}")
         return start, start + len(self.subject)
 
 
 def separator(text: str) -> str:
-    """What stands between a prompt and what follows it: one space, unless white space ends it."""
+    """The text between a prompt and its target: one space, or none after white space."""
     return "" if text[-1:].isspace() else " "
 
 
@@ -124,7 +124,7 @@ def _stripped(name: str, value: object) -> str:
 
 
 def trimmed_prompt(value: str) -> str:
-    """A prompt without the white space on either side of it, unless that holds a line break."""
+    """A prompt stripped of white space on either side, unless that contains a line break."""
     stripped = value.strip()
     before, _, after = value.partition(stripped) if stripped else ("", "", "")
     return "".join((_if_breaking(before), stripped, _if_breaking(after)))
@@ -135,7 +135,7 @@ def _if_breaking(space: str) -> str:
 
 
 def _check_paired(request: EditRequest) -> None:
-    """Refuse answers that do not go with their prompts."""
+    """Refuse answers that do not match their prompts in number."""
     count = len(request.portability_prompts)
     for name, may_be_none in (("portability_targets", False), ("portability_targets_true", True)):
         given = len(getattr(request, name))

@@ -1,4 +1,4 @@
-"""JSON that people write, where Python keeps only the last value of a key that is given twice."""
+"""Hand-written JSON: repeated keys are detected, where Python would keep only the last value."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class RepeatedKeyError(ValueError):
-    """An object has a key twice."""
+    """A key occurs twice in an object."""
 
 
 class RepeatedKeyDict(dict[str, Any]):
-    """An object that has a key twice; of its values the last one is kept.
+    """An object with a repeated key, of whose values the last is kept.
 
     Attributes:
         repeated: the key.
@@ -22,10 +22,10 @@ class RepeatedKeyDict(dict[str, Any]):
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        RepeatedKeyError: an object has a key twice; the message names it.
+        RepeatedKeyError: a key occurs twice in an object; the message names it.
         ValueError: its syntax is wrong.
         RecursionError: it is nested too deeply.
     """
@@ -36,7 +36,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_records(text: str) -> Any:
-    """The same for records, one of which may be wrong alone: ``repeated_key`` says which.
+    """Parse records, of which single ones may be invalid: ``repeated_key`` finds them.
 
     Raises:
         ValueError: its syntax is wrong.
@@ -46,7 +46,7 @@ def parse_records(text: str) -> Any:
 
 
 def repeated_key(value: Any) -> str | None:
-    """The first key that is given twice, anywhere in a value of ``parse_records``."""
+    """The first repeated key anywhere in a value from ``parse_records``."""
     if isinstance(value, RepeatedKeyDict):
         return value.repeated
     inner: Iterable[Any] = ()

@@ -1,8 +1,8 @@
-"""YAML for files that people write: the scalars of YAML 1.2, and nothing that can hurt.
+"""YAML for hand-written files: the scalars of YAML 1.2, without dangerous features.
 
 ``1e-3`` is a number here, and ``2026-11-23``, ``on`` and ``12:30`` are text; YAML 1.1, which
-PyYAML reads by default, sees a string, a date, a truth value and the number 750. Refused are
-anchors' aliases (a few lines of which can stand for gigabytes), keys that occur twice or are
+PyYAML reads by default, sees a string, a date, a boolean and the number 750. Refused are
+aliases of anchors (a few lines of which can expand to gigabytes), keys that occur twice or are
 not text, and nesting deeper than any settings need.
 """
 
@@ -29,10 +29,10 @@ _RESOLVERS = (
 
 
 class YAMLTextError(ValueError):
-    """A text is not the YAML that is read here.
+    """A text is not valid YAML, or uses features that are refused.
 
     Attributes:
-        problems: one line for each, starting with the line of the text.
+        problems: one line for each, starting with its line number in the text.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -41,10 +41,10 @@ class YAMLTextError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a YAML document stands for; None where there is none.
+    """Parse a YAML document; None if it is empty.
 
     Raises:
-        YAMLTextError: its syntax is wrong, or it uses what is refused (see the module).
+        YAMLTextError: its syntax is wrong, or it uses a refused feature (see the module).
     """
     try:
         loader = _Loader(text)
@@ -62,7 +62,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """A value as YAML that ``parse_yaml``, and any reader of YAML 1.1 or 1.2, reads back alike."""
+    """A value as YAML that ``parse_yaml`` and any reader of YAML 1.1 or 1.2 read back equally."""
     return yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
     )
@@ -92,10 +92,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would not read as the same text."""
+    """Quotes text that either version of YAML would not read as the same text."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Plain and single-quoted text folds what YAML takes for line breaks.
+        # Plain and single-quoted styles fold what YAML treats as line breaks.
         odd = re.search("[\\r\\x85\\u2028\\u2029]", text)
         style = '"' if odd else "|" if "\n" in text else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)

@@ -1,7 +1,7 @@
-"""What a Ray cluster that is started here needs of this machine: a folder, and a token.
+"""What a Ray cluster started here needs on this machine: a folder and a token.
 
-Ray keeps its sockets in the folder, so that its path has to be short and, as Ray takes it, ASCII.
-Everyone who reaches the sockets can run anything as this user: the folder is closed to others.
+Ray keeps its sockets in the folder, so the folder's path must be short and, for Ray, ASCII. Anyone
+who can reach the sockets can run code as this user, so the folder is closed to others.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - a variable's name
 _ELSEWHERE = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - only a closed folder in them is used
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
 LONGEST_PATH = _LONGEST_SOCKET - len(SOCKET)
-"""Bytes that the path of Ray's folder may have."""
+"""Maximum length in bytes of the path of Ray's folder."""
 
 
 def folder_for_ray() -> tuple[Path, str | None]:
-    """A folder that Ray can use, and why it is not where the user would look for it.
+    """Return a folder that Ray can use, and the reason if it is not the expected one.
 
     That is ``$RAY_TMPDIR/ray``, else ``ray`` in the user's own folder in the temporary folder, else
     the same in another temporary folder of the machine.
 
     Returns:
-        The folder, which Ray makes, and the reason in words; None where it is the first choice.
+        The folder, which Ray creates, and the reason as text; None if it is the first choice.
 
     Raises:
         StorageError: no temporary folder of this machine can be used.
@@ -49,7 +49,7 @@ def folder_for_ray() -> tuple[Path, str | None]:
 
 
 def _choices() -> Iterator[tuple[str, Path]]:
-    """Folders that Ray might use, the best first, each with what its path follows from."""
+    """Folders that Ray might use, best first, each with the variable that determines its path."""
     if named := os.environ.get(RAY_FOLDER):
         yield RAY_FOLDER, Path(named).absolute() / "ray"
     usual = temporary_folder()
@@ -59,29 +59,29 @@ def _choices() -> Iterator[tuple[str, Path]]:
 
 
 def _unusable(folder: Path) -> str | None:
-    """What Ray has against a path; None if nothing."""
+    """Why Ray cannot use a path; None if it can."""
     if not str(folder).isascii():
-        return f"Ray cannot use {folder}, it takes only ASCII"
+        return f"Ray cannot use {folder}: it accepts only ASCII"
     if len(str(folder)) > LONGEST_PATH:
-        return f"Ray cannot use {folder}, it takes at most {LONGEST_PATH} bytes"
+        return f"Ray cannot use {folder}: it accepts at most {LONGEST_PATH} bytes"
     return None
 
 
 def _unmade(folder: Path) -> str | None:
-    """Make the user's own folder around Ray's; why that cannot be done, or None."""
+    """Create the user's own folder around Ray's; return why that fails, or None."""
     try:
         if folder.parent == own_folder(folder.parent.parent):
             make_own(folder.parent)
     except (OSError, StorageError) as error:
         return str(error)
-    return None if can_write(folder) else f"{folder} cannot be written"
+    return None if can_write(folder) else f"{folder} cannot be written to"
 
 
 def token() -> dict[str, str]:
-    """The variable that gives a cluster that is started now a token of its own.
+    """The variable that gives a cluster about to start a token of its own.
 
-    Ray would make one in ``~/.ray``, which may not be there or not be writable. One that the user
-    has is used as it is, and the variable left out.
+    Ray would otherwise create one in ``~/.ray``, which may be missing or read-only. If the user has
+    a token, it is used and the variable is left out.
     """
     forget_token()
     home = os.environ.get("HOME")
@@ -91,5 +91,5 @@ def token() -> dict[str, str]:
 
 
 def forget_token() -> None:
-    """Have the next cluster, which may be another's, asked with the user's own token."""
+    """Use the user's own token again for the next cluster, which may be another user's."""
     reset_token()

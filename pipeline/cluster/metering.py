@@ -1,16 +1,16 @@
-"""Figures of a run for Ray's metrics, which Prometheus reads from every node.
+"""Metrics of a run in Ray's metrics, which Prometheus reads from every node.
 
 | metric | tags | |
 | --- | --- | --- |
 | ``pmet_stage_done``, ``pmet_stage_total`` | ``run``, ``stage`` | items of a stage |
-| ``pmet_stage_rate`` | ``run``, ``stage`` | items a second: targets, in the stage of that name |
-| ``pmet_shards_done`` | ``run`` | shards of targets that were stored |
+| ``pmet_stage_rate`` | ``run``, ``stage`` | items per second: targets, in the stage of that name |
+| ``pmet_shards_done`` | ``run`` | shards of targets that have been stored |
 | ``pmet_events`` | ``run``, ``kind`` | events by kind: ``retry``, ``death``, ``timeout`` … |
-| ``pmet_gpu_peak_bytes`` | ``work`` | the most that a worker or a rank has allocated on its GPU |
+| ``pmet_gpu_peak_bytes`` | ``work`` | peak memory that a worker or a rank allocated on its GPU |
 
-Ray adds node and process. Nothing is sent while this process has joined no cluster. Ray takes ASCII
-only: in the values of tags all other characters, control characters and ``%`` are percent-encoded
-as UTF-8, ``runs/läuf`` as ``runs/l%C3%A4uf``.
+Ray adds node and process. Nothing is sent until this process has joined a cluster. Ray accepts only
+ASCII: in tag values, all other characters, control characters and ``%`` are percent-encoded as
+UTF-8, ``runs/läuf`` as ``runs/l%C3%A4uf``.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from pipeline.progress import CountedStage, Progress, Stage
 if TYPE_CHECKING:
     from ray.util import metrics
 
-# What stays as it is in a tag: the printable characters of ASCII but %, which marks the others.
+# Left as is in a tag: the printable ASCII characters except %, which marks the others.
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 _GAUGES = {
     "done": ("pmet_stage_done", "Items of a stage that are done."),
     "total": ("pmet_stage_total", "Items of a stage."),
-    "rate": ("pmet_stage_rate", "Items of a stage that are done in a second."),
+    "rate": ("pmet_stage_rate", "Items of a stage done per second."),
 }
 
 
 class MeteredProgress(Progress):
-    """Passes on what it is told, to who shows it and to Ray's metrics.
+    """Forwards all calls to another progress display, and sets Ray's metrics.
 
     Args:
-        shown: who shows it.
+        shown: the progress display.
     """
 
     def __init__(self, shown: Progress) -> None:
@@ -65,7 +65,7 @@ class MeteredProgress(Progress):
         self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
     ) -> None:
         """See `Progress.event`."""
-        self.count("pmet_events", "Things that happened.", kind=kind)
+        self.count("pmet_events", "Events.", kind=kind)
         self._shown.event(kind, text, shard=shard, attempt=attempt)
 
     def count(self, name: str, what: str, **tags: str) -> None:
@@ -75,7 +75,7 @@ class MeteredProgress(Progress):
             _counter(name, what, tuple(sorted(tags))).inc(1.0, _ascii(tags))
 
     def gauge(self, stage: str, count: dict[str, Any]) -> None:
-        """Set what there is to tell of a stage."""
+        """Set the gauges of a stage from its current count."""
         if not self._has_cluster():
             return
         for key, (name, what) in _GAUGES.items():
@@ -84,7 +84,7 @@ class MeteredProgress(Progress):
                 _gauge(name, what, ("run", "stage")).set(float(count[key]), _ascii(tags))
 
     def _has_cluster(self) -> bool:
-        """Whether this process has joined a cluster; says once where its dashboard is."""
+        """Whether this process has joined a cluster; reports once where its dashboard is."""
         if not _in_cluster():
             return False
         if not self._joined:
@@ -109,11 +109,11 @@ class _MeteredStage(CountedStage):
 
 
 def tell_gpu_memory(work: str) -> None:
-    """Set the most that this process has allocated on its GPUs; nothing where it has none."""
+    """Set the peak memory allocated on this process's GPUs; does nothing without one."""
     import torch
 
     if _in_cluster() and torch.cuda.is_available():
-        gauge = _gauge("pmet_gpu_peak_bytes", "Most that was allocated on a GPU.", ("work",))
+        gauge = _gauge("pmet_gpu_peak_bytes", "Peak memory allocated on a GPU.", ("work",))
         with contextlib.suppress(RuntimeError):
             gpus = range(torch.cuda.device_count())
             gauge.set(
@@ -128,7 +128,7 @@ def _in_cluster() -> bool:
 
 
 def _ascii(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags as Ray takes them, in ASCII; `urllib.parse.unquote` gives the text back."""
+    """Tags in ASCII, as Ray requires; `urllib.parse.unquote` restores the text."""
     return {name: quote(text, _PLAIN, errors="surrogateescape") for name, text in tags.items()}
 
 

@@ -1,8 +1,8 @@
-"""Nodes of a cluster that a job needs and that may still come.
+"""Waiting for nodes that a job needs and that may still join the cluster.
 
-A cluster that is joined may grow, because an autoscaler or a person adds nodes. Where it could not
-hold what a job asks for even if nothing else ran on it, the run says what it waits for, asks the
-cluster for it, and gives up after a while.
+An existing cluster may grow, because an autoscaler or a person adds nodes. If it is too small for a
+job's requirements even when idle, the run reports what it waits for, requests the resources from
+the cluster, and gives up after a while.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _LOOK_S = 1.0
 
 
 def wait_for_nodes(ask: Ask, say: Callable[[str], None]) -> None:
-    """Wait until the nodes of the cluster could hold what is asked for, were nothing else on them.
+    """Wait until the nodes of the cluster could meet a requirement if they were idle.
 
-    Meanwhile the cluster is asked for the place, so that an autoscaler adds nodes.
+    Meanwhile the resources are requested from the cluster, so that an autoscaler adds nodes.
 
     Args:
-        ask: what is asked for.
-        say: called with a sentence if there is something to wait for.
+        ask: the requirement.
+        say: called with a sentence if the wait is not immediately over.
 
     Raises:
-        NoRoomError: the cluster was not large enough in time.
+        NoRoomError: the cluster did not grow large enough in time.
     """
     if _holds(ask):
         return
@@ -61,5 +61,5 @@ def _too_small(ask: Ask) -> str:
 
 
 def minutes(seconds: float) -> str:
-    """A time as people say it: ``15 minutes``, ``0.5 s``."""
+    """A duration as readable text: ``15 minutes``, ``0.5 s``."""
     return f"{seconds:g} s" if seconds < 120 or seconds % 60 else f"{seconds / 60:g} minutes"

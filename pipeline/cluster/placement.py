@@ -1,7 +1,7 @@
-"""What a job asks of the place where it runs, and whether this machine has the GPUs for it.
+"""A job's requirements of processes and GPUs, and whether this machine has the GPUs.
 
-A job that runs on this machine and asks for more GPUs than there are is refused: none will be
-added. What a cluster that is joined lacks may still come: `pipeline.cluster.nodes` waits for it.
+A job that runs on this machine and asks for more GPUs than it has is refused: none will be added.
+An existing cluster may still grow: `pipeline.cluster.nodes` waits for it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pipeline.cluster.shares import fit_gpus
 from pipeline.errors import JobError
 from pipeline.job import EditSettings
 
-# Threads for each core that are no cause for a warning.
+# This many threads per core cause no warning.
 _CROWD = 2
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Processes of one kind that a job asks for.
+    """The processes of one kind that a job asks for.
 
     Attributes:
-        what: they are called: ``worker`` or ``rank``.
-        count: how many; None where the run takes as many as there is room for.
+        what: their name: ``worker`` or ``rank``.
+        count: how many; None if the run uses as many as there is room for.
         cpus: logical CPUs of each.
         gpus: GPUs of each, a fraction up to 1, or whole.
-        count_key: setting that says how many.
-        gpus_key: setting that says how many GPUs.
+        count_key: the setting for their number.
+        gpus_key: the setting for their GPUs.
     """
 
     what: str
@@ -41,11 +41,11 @@ class Ask:
 
     @property
     def least(self) -> int:
-        """How many there have to be before work can begin: workers need not all be there."""
+        """How many must exist before work can begin: not all workers are needed for that."""
         return self.count or 1 if self.what == "rank" else 1
 
     def __str__(self) -> str:
-        """``4 ranks of 1 CPU and 1 GPU each``, of as many as are needed to begin."""
+        """``4 ranks of 1 CPU and 1 GPU each``, for the number needed to begin."""
         each = f"{self.cpus:g} CPU and {self.gpus:g} GPU"
         return (
             f"a {self.what} of {each}"
@@ -55,7 +55,7 @@ class Ask:
 
 
 def asks(job: EditSettings) -> list[Ask]:
-    """The workers and the ranks of a job."""
+    """The workers and ranks of a job."""
     return [workers_of(job), ranks_of(job)]
 
 
@@ -83,15 +83,15 @@ def runs_here(address: str | None) -> bool:
 
 
 def check_gpus(wanted: list[Ask], address: str | None) -> None:
-    """Refuse what asks for more GPUs than this machine has, if it is to run here.
+    """Refuse requirements for more GPUs than this machine has, if the job is to run here.
 
     Args:
-        wanted: what is asked for.
-        address: of the cluster to run on; None: as the environment says, or this machine.
+        wanted: the requirements.
+        address: of the cluster to run on; None: as in the environment, else this machine.
 
     Raises:
-        JobError: a line for each setting that cannot be met, with the GPUs that there are and what
-            to set.
+        JobError: one line for each setting that cannot be met, with the available GPUs and the
+            remedy.
     """
     if not any(ask.gpus for ask in wanted) or not runs_here(address):
         return
@@ -102,7 +102,7 @@ def check_gpus(wanted: list[Ask], address: str | None) -> None:
 
 
 def gpus_here() -> tuple[int, str]:
-    """GPUs of this machine that both Ray and PyTorch see; and the number as a message has it.
+    """GPUs of this machine that both Ray and PyTorch see; and that number as text for messages.
 
     Devices that ``CUDA_VISIBLE_DEVICES`` hides do not count.
     """
@@ -122,7 +122,7 @@ def gpus_here() -> tuple[int, str]:
 
 
 def _fault(ask: Ask, here: int, known: str) -> str | None:
-    """What is wrong with what is asked of so many GPUs, and what to do; None if nothing."""
+    """What is wrong with a requirement given these GPUs, and the remedy; None if nothing."""
     if not ask.gpus:
         return None
     fit = fit_gpus(ask.gpus, here)
@@ -138,22 +138,22 @@ def _fault(ask: Ask, here: int, known: str) -> str | None:
     if ask.count is None or ask.count <= fit:
         return None
     return (
-        f"{ask.count_key}: {ask.count} of {ask.gpus:g} GPU each are more than the {fit} that this "
-        f"machine holds, which has {known}; set {ask.count_key} to {fit} or to auto, or {elsewhere}"
+        f"{ask.count_key}: {ask.count} of {ask.gpus:g} GPU each are more than the {fit} that fit "
+        f"on this machine, which has {known}; set {ask.count_key} to {fit} or auto, or {elsewhere}"
     )
 
 
 def crowding(job: EditSettings, address: str | None) -> list[str]:
-    """Warnings about workers or ranks that are too many for this machine's cores, if it runs here.
+    """Warnings if a job that runs here has too many workers or ranks for this machine's cores.
 
-    They are no error: what is computed does not depend on how many compute it.
+    They are not errors: the results do not depend on the number of processes.
     """
     if not runs_here(address):
         return []
     cores = os.cpu_count() or 1
     return [
         f"{ask.count_key}: {ask.count} {ask.what}s of {ask.cpus} CPU each share the {cores} of "
-        "this machine; each takes memory of its own, and together they are no faster: set "
+        "this machine; each needs its own memory, and together they are no faster: set "
         f"{ask.count_key} to {max(1, cores // ask.cpus)}, or to auto"
         for ask in asks(job)
         if ask.count and not ask.gpus and ask.count * ask.cpus > _CROWD * cores

@@ -1,7 +1,7 @@
-"""Pools of workers, and the one that computes in this process.
+"""Pools of workers, including one that computes in this process.
 
 A *worker* is an object made by a factory (a class); a stage is one of its methods, called once
-for each *task*. Pools only decide who computes what and when; a result never depends on it.
+per *task*. A pool only decides which worker computes a task and when; results never depend on it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Pool(ABC):
     """Runs tasks on workers made by one factory; use it as a context manager.
 
     Args:
-        max_attempts: how often a task is tried.
-        on_event: called with what went wrong.
+        max_attempts: how often a task is attempted.
+        on_event: called with retries, failures and other events.
     """
 
     def __init__(self, max_attempts: int, on_event: OnEvent | None) -> None:
@@ -54,16 +54,16 @@ class Pool(ABC):
         Args:
             method: name of the worker's method.
             tasks: read lazily.
-            on_result: called in this process with each task and what its call returned.
-            workers: how many the stage is worth: no more are started for it, but all that an
-                earlier stage has started take part. All if None.
+            on_result: called in this process with each task and the value its call returned.
+            workers: how many workers the stage justifies: no more are started for it, but all
+                workers that an earlier stage started take part. None: all.
             on_drained: called once, when the last task has been handed out.
 
         Returns:
-            The tasks given up after the allowed attempts, in the order of ``tasks``.
+            The tasks that failed in all allowed attempts, in the order of ``tasks``.
 
         Raises:
-            InputError: raised by a worker and never retried, because it would only come again.
+            InputError: raised by a worker and never retried, because it would only recur.
             WorkerError: no worker can start, or the pool is closed.
         """
         if self._closed:
@@ -80,11 +80,11 @@ class Pool(ABC):
     def _work_off(
         self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None
     ) -> None:
-        """Try tasks until none is left to be tried or awaited; see `run`."""
+        """Run tasks until none is left to be attempted or awaited; see `run`."""
 
     @abstractmethod
     def close(self) -> None:
-        """End all workers, whatever they do; a second call does nothing."""
+        """End all workers, even busy ones; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -101,13 +101,13 @@ class Pool(ABC):
 class SerialPool(Pool):
     """One worker in this process: the same results, attempts and errors, without Ray.
 
-    A task that takes too long, or kills its process, cannot be survived here.
+    A task that hangs or kills its process takes this process with it.
 
     Args:
         factory: class of the worker.
-        init_args: what the factory is called with.
-        threads: torch threads while the pool is open; as they are if None.
-        max_attempts: how often a task is tried.
+        init_args: arguments of the factory.
+        threads: torch threads while the pool is open; None leaves them unchanged.
+        max_attempts: how often a task is attempted.
         on_event: called with retries and failures.
     """
 
@@ -167,7 +167,7 @@ def run_all(
     """Run all of a stage's tasks on a pool; ``take`` gets each result in this process.
 
     Raises:
-        WorkerError: a task was given up; the message has its root cause.
+        WorkerError: a task failed for good; the message gives its root cause.
     """
     failed = pool.run(method, tasks, take)
     if not failed:
@@ -175,11 +175,11 @@ def run_all(
     shown = "; ".join(f"{f.task.key}: {f.failure}" for f in failed[:_SHOWN_SHARDS])
     raise WorkerError(
         f"{len(failed)} of {len(tasks)} tasks failed {failed[0].attempts} times each: {shown}. "
-        f"What was finished is kept: {remedy((f.failure.kind for f in failed), MEMORY_OF_WORKERS)}",
+        f"Finished work is kept: {remedy((f.failure.kind for f in failed), MEMORY_OF_WORKERS)}",
         cause_text=failed[0].failure.text,
     )
 
 
 def cannot_start(failure: Failure, error: BaseException) -> WorkerError:
-    """The error of a pool none of whose workers starts."""
+    """The error of a pool in which no worker starts."""
     return WorkerError(f"no worker can start: {failure}", cause_text=full_text(error))

@@ -1,4 +1,4 @@
-"""This process: its environment and threads, and what the errors that it raises say.
+"""This process: its environment, its threads, and descriptions of the errors it raises.
 
 Nothing here needs Ray.
 """
@@ -16,15 +16,15 @@ from pipeline.errors import StorageError
 from pipeline.failures import Failure, FailureKind
 
 OUT_OF_MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
-"""Names of the exceptions of Python, torch, Ray and pmet that say that memory is exhausted."""
+"""Names of the exceptions of Python, torch, Ray and pmet that mean memory is exhausted."""
 LOCAL = "local"
-"""The address of a cluster that is started on this machine."""
+"""The address that stands for a cluster started on this machine."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Have environment variables for the time of a ``with`` block."""
+    """Set environment variables for the duration of a ``with`` block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -38,9 +38,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def limit_threads(threads: int | None) -> int | None:
-    """Set the threads that torch computes with; returns the earlier number.
+    """Set the number of threads that torch computes with; return the previous number.
 
-    Does nothing, and returns None, where ``threads`` is None or torch is not installed.
+    Does nothing, and returns None, if ``threads`` is None or torch is not installed.
     """
     if threads is None or importlib.util.find_spec("torch") is None:
         return None
@@ -52,14 +52,14 @@ def limit_threads(threads: int | None) -> int | None:
 
 
 def cause_here(error: BaseException) -> Failure:
-    """The failure that an error of this process is, with the last traceback line."""
+    """Describe an error of this process as a failure, with the last traceback line."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     return failure_of(error, f"{last.filename}:{last.lineno} in {last.name}" if last else "")
 
 
 def failure_of(error: BaseException, place: str) -> Failure:
-    """The failure that an error is, with the place in the source where it arose."""
+    """Describe an error as a failure, with the place in the source where it arose."""
     message = one_line(str(error))
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return Failure(f"{text} ({place})" if place else text, _kind(error))
@@ -68,8 +68,8 @@ def failure_of(error: BaseException, place: str) -> Failure:
 def _kind(error: BaseException) -> FailureKind:
     if isinstance(error, StorageError):
         return FailureKind.STORAGE
-    # Named, not imported: this process has no need of torch. Its CPU allocator raises a plain
-    # RuntimeError, whose message is all there is to know it by.
+    # By name, not imported: this process does not need torch. Its CPU allocator raises a plain
+    # RuntimeError, which only its message identifies.
     short = type(error).__name__ in OUT_OF_MEMORY or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
@@ -77,7 +77,7 @@ def _kind(error: BaseException) -> FailureKind:
 
 
 def full_text(error: BaseException) -> str:
-    """All that an error says, the worker's traceback included, without terminal colours."""
+    """An error's full text, including the worker's traceback, without terminal colours."""
     return _ANSI.sub("", str(error)).strip()
 
 
@@ -88,6 +88,6 @@ def one_line(text: str, *, limit: int = 600) -> str:
 
 
 def named_cluster(address: str | None) -> str | None:
-    """The cluster that a call or the environment names; None: one is started on this machine."""
+    """The cluster named by a call or the environment; None: one is started on this machine."""
     where = address or os.environ.get("RAY_ADDRESS") or LOCAL
     return None if where == LOCAL else where

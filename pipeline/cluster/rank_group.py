@@ -1,8 +1,8 @@
-"""Ranks that compute together: one Ray actor each, placed as one group, living and dying as one.
+"""Ranks that compute together: one Ray actor each, placed as one group, which fails as a whole.
 
-In a collective operation every rank waits for all others, so the loss of one is the loss of the
-group: at the first error all are ended, and whoever made the group makes another and goes on from
-the work that was finished.
+In a collective operation every rank waits for all others, so losing one loses the group: at the
+first error all ranks are ended, and the caller creates another group, which resumes from the
+finished work.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from pipeline.events import EventKind, OnEvent
 from pmet.errors import InputError, NumericalError
 
 _TICK_S = 0.1
-# A free cluster makes room in less.
+# A free cluster needs less time than this to make room.
 _SILENCE_S = 5.0
-# When a rank is lost, its peers soon fail with a broken connection. Waiting this long for all of
-# them to speak lets the message name the one that failed first of its own accord.
+# When a rank is lost, its peers soon fail with a broken connection. Waiting this long for all
+# errors lets the message name the rank that failed first.
 _GRACE_S = 1.0
-# glibc's malloc raises its limit for blocks that go back to the system at once (up to 32 MiB) each
-# time that such a block is freed. Weights are gathered and let go all the time, and what was freed
-# would stay with the rank: some hundred MiB.
+# glibc's malloc raises the size limit above which blocks are returned to the system at once (up to
+# 32 MiB) each time such a block is freed. Weights are gathered and freed all the time, and the
+# freed memory, some hundred MiB, would stay with the rank.
 _MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 _PLAIN = (InputError, NumericalError)
 _ECHO = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
 
 
 class Rendezvous(NamedTuple):
-    """Who a rank is, and where the ranks meet.
+    """A rank's number, and where the ranks meet.
 
     Attributes:
         rank: 0 to ``world_size - 1``.
@@ -66,27 +66,27 @@ class Rendezvous(NamedTuple):
 class RankGroup:
     """A group of ranks; use it as a context manager.
 
-    Each rank holds ``factory(rendezvous, *init_args)``, made in its own process, all at once (the
-    factory may therefore wait for the other ranks).
+    Each rank holds ``factory(rendezvous, *init_args)``, created in its own process, all at the same
+    time, so the factory may wait for the other ranks.
 
     Args:
-        factory: class of what a rank holds.
+        factory: class of the object that a rank holds.
         ranks: number of ranks.
         init_args: further arguments of the factory.
         num_cpus: logical CPUs of one rank.
         num_gpus: GPUs of one rank.
         threads: threads of the numerical libraries in each rank; Ray's choice if None.
-        deadline_s: seconds that one call may take unless it says otherwise; no limit if None.
-        start_timeout_s: seconds until the cluster has room for all ranks, and again until all are
-            made.
-        on_event: told where the ranks wait for room.
-        wait: until all are made; otherwise they are made while others go on, and the first call
-            waits for them, and raises what would have been raised here.
+        deadline_s: default time limit of a call in seconds; no limit if None.
+        start_timeout_s: seconds until the cluster has room for all ranks, and again until all have
+            started.
+        on_event: called if the ranks wait for room.
+        wait: wait until all have started; otherwise they start in the background, and the first
+            call waits for them, and raises any error of the start.
 
     Raises:
-        InputError, NumericalError: raised by a rank's factory, as it was raised there.
-        WorkerError: the cluster has no room, or a rank cannot be made.
-        ValueError: less than one rank.
+        InputError, NumericalError: as raised by a rank's factory.
+        WorkerError: the cluster has no room, or a rank cannot start.
+        ValueError: fewer than one rank.
     """
 
     def __init__(
@@ -138,22 +138,22 @@ class RankGroup:
         *,
         deadline_s: float | None = None,
     ) -> list[Any]:
-        """Call a method on every rank at once, each with arguments of its own.
+        """Call a method on every rank at once, each with its own arguments.
 
         Args:
-            method: name of a method of what the ranks hold.
-            args_by_rank: positional arguments, one tuple a rank.
-            deadline_s: seconds that the call may take; the group's if None.
+            method: name of a method of the object that the ranks hold.
+            args_by_rank: positional arguments, one tuple per rank.
+            deadline_s: time limit of the call in seconds; None uses the group's.
 
         Returns:
-            What the ranks returned, in their order.
+            The ranks' results, in rank order.
 
         Raises:
-            InputError, NumericalError: raised by a rank, as it was raised there: another group
-                would only meet it again. The group is closed.
+            InputError, NumericalError: as raised by a rank; another group would only meet it again.
+                The group is closed.
             WorkerError: a rank failed or died, or the deadline passed, and the group was closed;
                 or it was closed before.
-            ValueError: not one tuple a rank.
+            ValueError: the number of tuples is not the number of ranks.
         """
         if not self._actors:
             raise WorkerError("this group of ranks is closed; make a new one")
@@ -172,7 +172,7 @@ class RankGroup:
             raise
 
     def close(self) -> None:
-        """End all ranks, whatever they do, and free their place; a second call does nothing."""
+        """End all ranks, even busy ones, and free their resources; a second call does nothing."""
         actors, self._actors = self._actors, []
         placement, self._placement = self._placement, None
         if not ray.is_initialized():
@@ -212,7 +212,7 @@ class RankGroup:
         ]
 
     def _begin(self, factory: type, init_args: tuple[Any, ...], threads: int | None) -> None:
-        """Have all ranks made as soon as there is room for them; nothing is waited for."""
+        """Start all ranks as soon as there is room for them, without waiting."""
         address = self._actors[0].claim.remote()
         self._starting = [address] + [
             actor.start.remote(factory, rank, self.size, address, init_args, threads)
@@ -220,7 +220,7 @@ class RankGroup:
         ]
 
     def _finish_start(self) -> None:
-        """Wait until all ranks are made."""
+        """Wait until all ranks have started."""
         if not self._starting:
             return
         self._wait_for_room()
@@ -232,7 +232,7 @@ class RankGroup:
 
     def _wait_for_room(self) -> None:
         begun, said = time.monotonic(), False
-        # In short waits: Ray lets no interrupt through while it waits for a placement.
+        # In short waits: Ray does not react to interrupts while it waits for a placement.
         while not self._placement.wait(min(1.0, self._start_timeout_s)):
             waited_s = time.monotonic() - begun
             if not said and waited_s > _SILENCE_S:
@@ -288,10 +288,10 @@ class RankGroup:
 
 
 class _RankProcess(HeldInActor):
-    """What runs in a rank's process: the factory's object behind a few calls."""
+    """The object in a rank's process: it wraps the factory's object in a few calls."""
 
     def claim(self) -> tuple[str, int]:
-        """Address of this machine and a port that is free on it."""
+        """This machine's address, and a free port on it."""
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -305,20 +305,20 @@ class _RankProcess(HeldInActor):
         init_args: tuple[Any, ...],
         threads: int | None,
     ) -> None:
-        """Make what this rank holds; ``address`` is what rank 0 has claimed."""
+        """Create the object that this rank holds; ``address`` is the one that rank 0 claimed."""
         self._hold(factory, (Rendezvous(rank, ranks, *address), *init_args), threads)
 
 
 def _placement(ranks: int, num_cpus: float, num_gpus: float) -> Any:
-    """A place for all ranks together: those that hold GPUs while they wait for their peers would
-    block each other."""
+    """Reserve resources for all ranks together: ranks that held GPUs while waiting for their peers
+    would block each other."""
     bundle = {"CPU": num_cpus, "GPU": num_gpus}
     bundle = {name: amount for name, amount in bundle.items() if amount > 0}
     return placement_group([bundle] * ranks, strategy="PACK")
 
 
 def _later_errors(waiting: dict[Any, int]) -> list[tuple[int, ray_exceptions.RayError]]:
-    """The errors of other ranks that come within a moment, in no certain order."""
+    """The errors of other ranks that arrive shortly after, in no particular order."""
     ready, _ = (
         ray.wait(list(waiting), num_returns=len(waiting), timeout=_GRACE_S) if waiting else ([], [])
     )

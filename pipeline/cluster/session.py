@@ -1,6 +1,6 @@
-"""The Ray cluster: a session on it, its size, what runs in its actors, and what its errors say.
+"""The Ray cluster: a session on it, its size, the objects in its actors, and its errors.
 
-Nothing here knows what the workers do.
+Nothing here depends on what the workers compute.
 """
 
 from __future__ import annotations
@@ -60,22 +60,22 @@ def ray_session(
     num_cpus: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[bool]:
-    """Have a Ray cluster for the time of a ``with`` block; yields whether this process started it.
+    """Provide a Ray cluster during a ``with`` block; yields whether this process started it.
 
-    A Ray that this process has already initialised is used as it is and left running. Otherwise
+    If this process has already initialised Ray, that is used unchanged and left running. Otherwise
     the session joins the cluster at ``address``, or the one that the environment names in
     ``RAY_ADDRESS`` (as Ray does inside a submitted job), or starts one on this machine that
-    listens on the loopback interface only. What was started or joined here is left on exit.
+    listens only on the loopback interface. A cluster started or joined here is left on exit.
 
     Args:
         address: ``host:port``, ``auto``, ``ray://…`` or ``local``.
         num_cpus: logical CPUs of a cluster started here; all of the machine's if None.
-        say: called with a sentence where a cluster started here keeps its files in another folder
-            than the user would look for them.
+        say: called with a sentence if a cluster started here keeps its files in another folder
+            than the user would expect.
 
     Raises:
         StorageError: this machine has no folder for the files of a cluster started here.
-        WorkerError: no cluster answers at the address, or none can be started.
+        WorkerError: no cluster responds at the address, or none can be started.
     """
     if ray.is_initialized():
         yield started_here()
@@ -88,7 +88,7 @@ def ray_session(
         _disconnect()
         raise WorkerError(_no_cluster(where, error), cause_text=str(error)) from error
     except BaseException:
-        # A signal while Ray starts: some of its processes are there already.
+        # A signal while Ray starts: some of its processes are already running.
         _disconnect()
         raise
     try:
@@ -102,40 +102,40 @@ def _no_cluster(where: str, error: Exception) -> str:
     reason = one_line(str(error))
     if where == LOCAL:
         return (
-            f"Ray cannot be started on this machine: {reason}; set {RAY_FOLDER} to a folder with "
-            "room that you can write to if that is what it lacks, or name a running cluster with "
-            "--address host:port"
+            f"Ray cannot be started on this machine: {reason}; if it lacks a writable folder with "
+            f"enough space, set {RAY_FOLDER} to one, or name a running cluster with --address "
+            "host:port"
         )
     return (
         f"Ray cannot be reached at {where!r}: {reason}; name a running cluster "
-        f"as host:port, or {LOCAL!r} to start one on this machine; where the cluster asks for "
+        f"as host:port, or {LOCAL!r} to start one on this machine; if the cluster requires "
         "a token, set RAY_AUTH_MODE=token"
     )
 
 
 def _keep_silent(text: str) -> None:
-    """Say nothing."""
+    """Ignore a message."""
 
 
 def cluster_resources() -> tuple[float, float]:
-    """Logical CPUs and GPUs of the whole cluster."""
+    """Total logical CPUs and GPUs of the cluster."""
     resources = ray.cluster_resources()
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
 def dashboard_url() -> str | None:
-    """Where the dashboard of the cluster is that this process has joined; None without one."""
+    """The URL of the dashboard of the cluster that this process has joined, or None."""
     where = dashboard_address()
     return f"http://{where}" if where else None
 
 
 def cpus_free() -> float:
-    """Logical CPUs of the cluster that nobody has reserved."""
+    """Logical CPUs of the cluster that are not reserved."""
     return float(ray.available_resources().get("CPU", 0.0))
 
 
 def free_text() -> str:
-    """What of the cluster is free, as messages say it."""
+    """The cluster's free resources as text for messages."""
     (cpus, gpus), free = cluster_resources(), ray.available_resources()
     return (
         f"the cluster has {cpus:g} CPU and {gpus:g} GPU, of which {free.get('CPU', 0.0):g} and "
@@ -144,14 +144,14 @@ def free_text() -> str:
 
 
 def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
-    """The number of workers that fills the cluster, as it is now.
+    """The number of workers that fills the cluster at its current size.
 
     Args:
-        gpus_per_worker: GPUs of one worker, a fraction allowed; 0 for workers without one.
+        gpus_per_worker: GPUs of one worker, possibly a fraction; 0 for workers without one.
         cpus_per_worker: logical CPUs of one worker.
 
     Raises:
-        WorkerError: no node of the cluster holds a single worker.
+        WorkerError: no node of the cluster can hold a single worker.
     """
     count = room_for_workers(gpus_per_worker, cpus_per_worker=cpus_per_worker)
     if count < 1:
@@ -159,13 +159,13 @@ def default_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> 
         raise WorkerError(
             f"a worker needs {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU of one node, but "
             f"the cluster has {cpus:g} CPU and {gpus:g} GPU in all; ask for less or use a larger "
-            "cluster; where nodes come when they are asked for, name the number of workers"
+            "cluster; if nodes are added on demand, set the number of workers"
         )
     return count
 
 
 def room_for_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) -> int:
-    """How many workers the nodes of the cluster hold, whatever else is running on them."""
+    """How many workers the nodes of the cluster can hold when idle."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(
         min(
@@ -179,8 +179,8 @@ def room_for_workers(gpus_per_worker: float, *, cpus_per_worker: float = 1.0) ->
 def worker_environment(*, threads: int | None) -> dict[str, str]:
     """Environment variables of a worker process.
 
-    A worker can import what this process can. The number of threads has to be known before any
-    numerical library is imported: it decides how sums are split, and so the last bits of every
+    A worker can import the same modules as this process. The number of threads must be set before
+    any numerical library is imported: it decides how sums are split, and so the last bits of every
     result.
 
     Args:
@@ -196,22 +196,22 @@ def worker_environment(*, threads: int | None) -> dict[str, str]:
 
 
 class HeldInActor:
-    """What runs in an actor's process: an object that a factory makes there, behind its methods."""
+    """The object in an actor's process: it wraps an object that a factory creates there."""
 
     def __init__(self) -> None:
         self._held: Any = None
-        # Before the arguments of what comes next import the libraries that read these.
+        # Before the next arguments import the libraries that read these variables.
         os.environ.update(libraries_environment())
-        # The arguments of what comes next bring thousands of modules with them, which stay: to
-        # look through them for garbage again and again takes a sixth of the time.
+        # The next arguments import thousands of modules, which stay: searching them for garbage
+        # repeatedly takes a sixth of the time.
         gc.disable()
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Call a method of what is held."""
+        """Call a method of the wrapped object."""
         return getattr(self._held, method)(*args)
 
     def _hold(self, factory: type, args: tuple[Any, ...], threads: int | None) -> None:
-        """Make it. Not in ``__init__``: Ray would report its errors as mere text."""
+        """Create the object. Not in ``__init__``: Ray would report its errors as mere text."""
         try:
             limit_threads(threads)
             self._held = factory(*args)
@@ -220,10 +220,10 @@ class HeldInActor:
 
 
 def root_cause(error: BaseException) -> Failure:
-    """What really went wrong: exception type, message and the last traceback line.
+    """The root cause of an error: exception type, message and the last traceback line.
 
-    An error that Ray wrapped is unwrapped; the death of a process is told with what is known of
-    it, without Ray's advice.
+    An error that Ray wrapped is unwrapped; the death of a process is reported with the known
+    details, without Ray's advice.
     """
     if isinstance(error, ray_exceptions.RayTaskError):
         return failure_of(original(error), _last_frame(str(error)))
@@ -240,7 +240,7 @@ def root_cause(error: BaseException) -> Failure:
 
 
 def original(error: ray_exceptions.RayTaskError) -> BaseException:
-    """The exception that the worker raised, as it was before Ray wrapped it."""
+    """The exception that the worker raised, before Ray wrapped it."""
     cause: BaseException = error
     while isinstance(cause, ray_exceptions.RayTaskError) and cause.cause is not cause:
         cause = cause.cause
@@ -273,7 +273,7 @@ def _prepared() -> Iterator[None]:
     It listens on the loopback interface only. It has no dashboard agent, which would serve HTTP on
     a fixed port: a second cluster on the machine would wait for that port for five seconds. Ctrl-C
     and the end of the terminal go to all processes of a job at once; Ray's would end, and the
-    driver, which has work to put down, would wait for them for a minute. They end with the driver,
+    driver, which has work to save, would wait for them for a minute. They end with the driver,
     however it ends.
     """
     with (
@@ -291,10 +291,10 @@ def _disconnect() -> None:
 
 @contextlib.contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM while Ray starts or ends in this block.
+    """Keep this process's SIGTERM handler while Ray starts or ends in this block.
 
-    Ray's own handlers end the process with another status and print a stack, and when Ray has
-    ended there is none at all. Without a handler of this process, Ray's are better than nothing.
+    Ray's own handlers end the process with another status and print a stack, and after Ray has
+    ended there is no handler at all. If this process has none, Ray's are better than nothing.
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         yield
@@ -304,21 +304,21 @@ def _handlers_kept() -> Iterator[None]:
 
 
 def knock(where: str) -> None:
-    """Raise ConnectionError at once where nobody listens: Ray would try for some minutes."""
+    """Raise ConnectionError at once if the address does not answer: Ray would retry for minutes."""
     found = _HOST_AND_PORT.fullmatch(where)
     if found is None:
         return
     try:
         socket.create_connection((found["host"], int(found["port"])), timeout=_KNOCK_S).close()
     except OSError as error:
-        raise ConnectionError(f"nobody listens there ({error})") from error
+        raise ConnectionError(f"nothing listens there ({error})") from error
 
 
 def _search_path() -> list[str]:
-    """What this process can import from besides its Python installation.
+    """The import paths of this process besides its Python installation.
 
-    Ray hands the driver's script folder and working directory to its workers, but not what else
-    is on the driver's path: a checkout named in PYTHONPATH, say. A folder that another machine
+    Ray passes the driver's script folder and working directory to its workers, but not the rest of
+    the driver's path, for example a checkout named in PYTHONPATH. A folder that another machine
     does not have does no harm there.
     """
     installations = (Path(sys.prefix), Path(sys.base_prefix))
@@ -333,17 +333,17 @@ def _search_path() -> list[str]:
 def _short_of_memory(text: str) -> str:
     used = _MEMORY_USED.search(text)
     how = f" ({used[1]} of {used[2]} were in use)" if used else ""
-    return f"memory was short: Ray ended the process before its machine had none left{how}"
+    return f"memory ran low: Ray ended the process before its machine ran out{how}"
 
 
 def _kind_of_death(text: str) -> FailureKind:
-    """Whether a process may have ended for want of memory: only Ray's message says."""
+    """Whether a process may have ended for lack of memory; only Ray's message shows it."""
     killed = any(sign in text for sign in (_SILENT_END, "SIGKILL", "OutOfMemory"))
     return FailureKind.MEMORY if killed else FailureKind.OTHER
 
 
 def _death(text: str) -> str:
-    """How a process ended, as far as Ray knows, and which one it was."""
+    """How a process ended, as far as Ray knows, and which process it was."""
     said = text.partition("Some common causes")[0]
     number = re.search(r"^\s*pid: (\d+)", said, re.MULTILINE)
     machine = re.search(r"^\s*ip: (\S+)", said, re.MULTILINE)
@@ -360,14 +360,14 @@ def _death(text: str) -> str:
 
 
 def _kernel_says(machine: str) -> str:
-    """Whether the kernel of this machine has killed for want of memory since the run began."""
+    """Whether this machine's kernel has killed a process for lack of memory since the run began."""
     if machine not in ("127.0.0.1", ray.util.get_node_ip_address()):
         return ""
     return " (and has done here since the run began)" if _oom_kills() > _OOM_KILLS_BEFORE else ""
 
 
 def _oom_kills() -> int:
-    """Processes that the kernel has killed for want of memory; 0 where it does not say."""
+    """The number of processes that the kernel has killed for lack of memory; 0 if unknown."""
     try:
         text = Path("/proc/vmstat").read_text()
     except OSError:

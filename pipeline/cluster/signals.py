@@ -1,12 +1,12 @@
 """Signals that ask a process to stop: SIGINT, SIGTERM and SIGHUP.
 
-The first one raises `Stopped` in the main thread, so that what is under way ends in good order:
-``run.json`` says so, workers end, the lease is released. Later ones are ignored while that goes
-on. Code in between may lose the exception (a destructor, a library that catches everything); the
-signal is then delivered again. What has not ended after 45 seconds, a library that waits for a
-process which is gone, is ended as it is.
+The first one raises `Stopped` in the main thread, so that the run shuts down cleanly:
+``run.json`` records it, workers end, the lease is released. Later signals are ignored meanwhile.
+Code in between may swallow the exception (a destructor, a library that catches everything); the
+signal is then delivered again. If the process has not ended after 45 seconds, for example because
+a library waits for a process that is gone, it is ended immediately.
 
-A signal that is ignored when the process starts stays ignored, as ``nohup`` asks for.
+A signal that is ignored when the process starts stays ignored, as ``nohup`` requests.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STOPPING = tuple(
     if name in signal.Signals.__members__
 )
 EXIT_BASE = 128
-"""What a shell adds to the number of a signal."""
+"""A shell adds this to the number of a signal to form the exit status."""
 _AGAIN_S = 0.2
 _GIVE_UP_S = 45.0
 _RESTORE_S = 0.002
-_GIVEN_UP = b"pmet: stopped by a signal; it could not end in good order within 45 s\n"
+_GIVEN_UP = b"pmet: stopped by a signal; it could not shut down cleanly within 45 s\n"
 
 _c_handler = ctypes.pythonapi.PyOS_getsig
 _c_handler.argtypes, _c_handler.restype = [ctypes.c_int], ctypes.c_void_p
@@ -53,11 +53,11 @@ class Stopped(SystemExit):
 
 
 class _Handlers:
-    """What the handlers of this process share.
+    """The state shared by the signal handlers of this process.
 
     Attributes:
         first: the signal that came first.
-        ended: whether signals mean nothing any more.
+        ended: whether signals are ignored from now on.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class _Handlers:
         self._raised: weakref.ref[Stopped] | None = None
         self._deferred = 0
         self.ended = False
-        # Unlike an event it may be used by a signal handler, whatever this thread is doing.
+        # Unlike an event, it may be used in a signal handler at any point.
         self._queue: SimpleQueue[int] = SimpleQueue()
 
     def install(self) -> None:
@@ -109,7 +109,7 @@ class _Handlers:
         return error
 
     def _is_stopping(self) -> bool:
-        """Whether the exception is on its way: it lives as long as it is being handled."""
+        """Whether the exception is propagating: it exists as long as it is being handled."""
         return self._raised is not None and self._raised() is not None
 
     def _deliver_again(self) -> None:
@@ -127,7 +127,7 @@ _handlers: _Handlers | None = None
 
 
 def install() -> None:
-    """Have the signals that ask this process to stop raise `Stopped`; call it in the main thread.
+    """Make the signals that ask this process to stop raise `Stopped`; call it in the main thread.
 
     A second call does nothing until `end`.
     """
@@ -144,7 +144,7 @@ def end() -> None:
 
 
 def first() -> signal.Signals | None:
-    """The signal that asked this process to stop, the first of several; None without one."""
+    """The first signal that asked this process to stop; None if there was none."""
     if _handlers is None or _handlers.first is None:
         return None
     return signal.Signals(_handlers.first)
@@ -152,7 +152,7 @@ def first() -> signal.Signals | None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let a ``with`` block come to its end; a signal that arrives in it raises afterwards."""
+    """Let a ``with`` block finish; a signal that arrives in it raises afterwards."""
     if _handlers is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -162,9 +162,9 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Keep the handlers that this process has while a library in C replaces them in a block.
+    """Keep this process's handlers while a C library replaces them in a block.
 
-    It may run in any thread, where Python itself sets no handler.
+    It may run in any thread, although Python itself cannot set handlers there.
     """
     before = {number: handler for number in STOPPING if (handler := _c_handler(number))}
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""Tasks of a stage: which are still to be tried, how often, and which are given up."""
+"""Tasks of a stage: which are still to be attempted, how often, and which have failed for good."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Task:
     Attributes:
         key: names the task in messages; unique within a stage.
         args: positional arguments of the call.
-        attempts: how often it is tried; as the pool says if None.
-        shard: the name of the shard that it is about, for events; None where it is not about one.
+        attempts: how often it is attempted; None uses the pool's number.
+        shard: the name of the shard that it belongs to, for events; None if there is none.
     """
 
     key: str
@@ -30,11 +30,11 @@ class Task:
 
 @dataclass(frozen=True)
 class FailedTask:
-    """A task that was given up.
+    """A task that failed for good.
 
     Attributes:
         task: the task.
-        attempts: how often it was tried.
+        attempts: how often it was attempted.
         failure: root cause of the last attempt.
     """
 
@@ -45,7 +45,7 @@ class FailedTask:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The ``number``-th try of a task that came ``place``-th in its stage; both from 1."""
+    """Attempt ``number`` at the task at position ``place`` of its stage; both from 1."""
 
     task: Task
     place: int
@@ -53,7 +53,7 @@ class Attempt:
 
 
 class TaskQueue:
-    """The tasks of one stage still to be tried, and those given up; see `Pool.run`."""
+    """The tasks of one stage still to be attempted, and those that failed; see `Pool.run`."""
 
     def __init__(
         self,
@@ -79,18 +79,18 @@ class TaskQueue:
         return not self._again
 
     def take(self) -> Attempt | None:
-        """The next attempt. Failed tasks go first: what ails them is then known early."""
+        """The next attempt. Failed tasks go first, so that persistent faults show early."""
         if self.empty:
             return None
         attempt = self._again.popleft()
         if self._on_drained and self.empty:
             self._on_drained()
-            # Once: what has failed comes again.
+            # Only once: failed tasks come back.
             self._on_drained = None
         return attempt
 
     def failed(self, attempt: Attempt, failure: Failure) -> None:
-        """Have the task tried again, or give it up."""
+        """Schedule another attempt, or give the task up."""
         task, number = attempt.task, attempt.number
         allowed = task.attempts or self._max_attempts
         text = f"{task.key}, attempt {number} of {allowed}: {failure}"

@@ -1,7 +1,7 @@
 """A supervised pool of workers on Ray.
 
-Ray's own pool loses tasks when an actor dies, and Ray's retries start an actor again without an
-end; so death, time and attempts are counted here, and Ray only starts and watches processes.
+Ray's own pool loses tasks when an actor dies, and Ray's retries restart an actor without limit; so
+deaths, time and attempts are counted here, and Ray only starts and watches processes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pmet.errors import InputError
 
 _TICK_S = 0.1
 _LOOK_S = 5.0
-# A worker is ready in less, unless its model is large or the cluster has no room for it.
+# Enough, unless the model is large or the cluster has no room.
 _SILENCE_S = 60.0
-# After one of these the process still lives, but its memory or its GPU is not to be trusted.
-# Named, not imported: an executor has no need of torch.
+# After one of these the process is still alive, but its memory or GPU cannot be trusted.
+# By name, not imported: an executor does not need torch.
 _RUINOUS = OUT_OF_MEMORY | {"AcceleratorError"}
 
 
@@ -44,25 +44,25 @@ class WorkerPool(Pool):
 
     A Python error in a task keeps the process; a process that dies, runs out of memory or exceeds
     the time limit is replaced at once. Each of these counts as an attempt of that task alone.
-    Workers that the cluster has no room for yet stay requested, and the others go on without them.
-    Processes are started by the first stage that is worth them, and stay for later ones.
+    Workers that the cluster has no room for stay requested, and the others work without them.
+    Processes are started by the first stage that justifies them, and stay for later ones.
 
     Args:
         factory: class of the worker; called once in each process.
-        count: largest number of workers.
-        grown: asked from time to time for a larger number, because the cluster may have grown.
-        init_args: what the factory is called with.
+        count: maximum number of workers.
+        grown: polled for a larger number, because the cluster may have grown.
+        init_args: arguments of the factory.
         num_cpus: logical CPUs of one worker.
         num_gpus: GPUs of one worker; a fraction shares one.
-        threads: threads of the numerical libraries in each worker. Fix it where results must be
-            bit-equal on any machine; Ray's choice, one a logical CPU, if None.
-        max_attempts: how often a task is tried, and how often in a row a process is started.
-        task_timeout_s: seconds that one call may take; no limit if None.
+        threads: threads of the numerical libraries in each worker. Set it if results must be
+            bit-equal on any machine; None leaves it to Ray, which uses one per logical CPU.
+        max_attempts: how often a task is attempted, and how often in a row a process is started.
+        task_timeout_s: time limit of one call in seconds; no limit if None.
         start_timeout_s: seconds until a first worker must be ready.
-        on_event: told about deaths, time-outs, retries and failures.
+        on_event: called with deaths, time-outs, retries and failures.
 
     Raises:
-        ValueError: a count, a limit or a number of attempts below one.
+        ValueError: a count, a limit or a number of attempts is below one.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class WorkerPool(Pool):
 
     @property
     def absent(self) -> int:
-        """How many workers are not there: not started yet, or still on their way."""
+        """The number of workers not started yet or still starting."""
         return sum(not seat.ready for seat in self._seats)
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class WorkerPool(Pool):
                 self._look_for_more_room(workers)
 
     def _look_for_more_room(self, workers: int | None) -> None:
-        """Add seats where the cluster has grown, but no more than the stage is worth."""
+        """Add seats if the cluster has grown, but no more than the stage justifies."""
         if self._grown is None or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _LOOK_S
@@ -184,7 +184,7 @@ class WorkerPool(Pool):
             return
         self._dismiss(seat)
         seat.failed_starts += 1
-        # A factory that raises on every worker's first start will go on to raise.
+        # If the factory raises at every worker's first start, it will keep raising.
         hopeless = isinstance(error, ray_exceptions.RayTaskError) and not self._ever_ready
         if not hopeless and seat.failed_starts < self._max_attempts:
             self._on_event(EventKind.START_FAILURE, f"worker {seat.index} did not start: {failure}")
@@ -218,7 +218,7 @@ class WorkerPool(Pool):
         queue.failed(attempt, failure)
 
     def _say_waiting(self) -> None:
-        """Say once that no worker has come, and what each waits for."""
+        """Report once that no worker has started, and what each is waiting for."""
         if not self._said_waiting:
             self._said_waiting = True
             self._on_event(
@@ -244,7 +244,7 @@ class WorkerPool(Pool):
         seat.expect(seat.actor.start.remote(*self._start_args))
 
     def _greet(self) -> None:
-        """Find the workers that died while idle, so that no task pays an attempt for them."""
+        """Find the workers that died while idle, so that no task loses an attempt to them."""
         for seat in self._seats:
             if seat.idle:
                 seat.expect(seat.actor.ping.remote())
@@ -256,10 +256,10 @@ class WorkerPool(Pool):
 
 
 class _WorkerProcess(HeldInActor):
-    """What runs in a worker's process: the factory's object behind three calls."""
+    """The object in a worker's process: it wraps the factory's object in three calls."""
 
     def start(self, factory: type, init_args: tuple[Any, ...], threads: int | None) -> None:
-        """Make the worker."""
+        """Create the worker."""
         self._hold(factory, init_args, threads)
 
     def ping(self) -> None:
@@ -268,9 +268,9 @@ class _WorkerProcess(HeldInActor):
 
 @dataclass
 class _Seat:
-    """The place of one worker: its process, and the reply that it owes.
+    """A slot for one worker: its process, and the pending reply.
 
-    Without an attempt the reply is to a start or a ping.
+    Without an attempt, the reply is to a start or a ping.
     """
 
     index: int

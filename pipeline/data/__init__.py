@@ -1,4 +1,4 @@
-"""What people hand in: tables of requests, corpora, and how they are cut into shards."""
+"""Input data: tables of requests, corpora, and how they are split into shards."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What people take for edit requests, and the command that makes requests of it."""
+"""Detection of other formats than edit requests, with the command that converts them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_DUMPS = ("subject", "relation", "object")
 
 
 def is_text(url: str) -> bool:
-    """Whether a file is CSV or JSON, by its name or its first character."""
+    """Whether a file is CSV or JSON, judged by its name or its first character."""
     if PurePosixPath(url).suffix.lower() in _TEXT_NAMES:
         return True
     try:
@@ -25,7 +25,7 @@ def is_text(url: str) -> bool:
 
 
 def conversion_of_text(url: str) -> str:
-    """What to do about requests that are CSV or JSON."""
+    """The remedy for requests that are CSV or JSON."""
     return (
         f"requests: {url} is CSV or JSON, not Parquet; convert it with "
         f"'pmet facts convert {url} requests.parquet' and name that file"
@@ -33,7 +33,7 @@ def conversion_of_text(url: str) -> str:
 
 
 def conversion_of_columns(url: str, names: Collection[str]) -> str:
-    """What to do about Parquet with other columns than requests have; empty where none fits."""
+    """The remedy for Parquet without the columns of requests; empty if no format fits."""
     if any(name in names for name in _OF_DATA_SETS):
         what, options = "records of a data set of edits", ""
     elif all(name in names for name in _OF_DUMPS):

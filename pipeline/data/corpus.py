@@ -1,7 +1,7 @@
-"""The text that second moments are taken over: cut at a token budget, and into parts.
+"""The text that second moments are computed on, cut to a token budget and split into parts.
 
-Which tokens are counted, and which of them are summed together, follows from the corpus and the
-budget alone, never from who computes it.
+Which tokens are counted, and which are summed together, depends only on the corpus and the budget,
+never on the workers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pipeline.storage import expand, read_column
 from pmet.model import encode
 
 TOKENS = 1_000_000
-"""The default budget: fewer tokens than the published 100,000 articles have, and enough (arXiv
+"""The default budget: fewer tokens than the published 100,000 articles have, but enough (arXiv
 2506.04226)."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Ordinary text, in its files' order, up to a budget.
+    """Ordinary text, in the order of its files, up to a budget.
 
     Attributes:
         files: the Parquet files that it was read from.
-        texts: those that were read; white space alone is no text.
-        sequences: tokens of each text that are counted, int32.
-        budget: tokens wanted.
-        max_length: tokens that every text is cut at.
+        texts: the texts that were read; white space alone is skipped.
+        sequences: the counted tokens of each text, int32.
+        budget: the number of tokens wanted.
+        max_length: the number of tokens that each text is truncated to.
     """
 
     files: list[str]
@@ -41,7 +41,7 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are counted: the budget, or all there are."""
+        """The number of counted tokens: the budget, or fewer if the corpus is smaller."""
         return sum(map(len, self.sequences))
 
     @property
@@ -54,7 +54,7 @@ class Corpus:
         return digest.hexdigest()
 
     def parts(self, count: int) -> list[list[array[int]]]:
-        """The sequences in at most ``count`` runs of about as many tokens each, none empty."""
+        """Split the sequences into at most ``count`` runs of similar token counts, none empty."""
         total, before = self.tokens, 0
         parts: list[list[array[int]]] = [[] for _ in range(count)]
         for sequence in self.sequences:
@@ -66,17 +66,17 @@ class Corpus:
 def read_corpus(
     patterns: Sequence[str], tokenizer: Any, *, max_length: int, budget: int = TOKENS
 ) -> Corpus:
-    """Read texts until ``budget`` tokens are together; the last text is cut to meet it exactly.
+    """Read texts until ``budget`` tokens are reached; the last text is cut to meet it exactly.
 
     Args:
         patterns: Parquet files, globs or folders; their column ``text`` is read.
         tokenizer: the model's, a fast one.
-        max_length: tokens that each text is cut at.
-        budget: tokens wanted.
+        max_length: the number of tokens that each text is truncated to.
+        budget: the number of tokens wanted.
 
     Raises:
         JobError: a file has no such column or cannot be read, or there is no text.
-        RequestTableError: a pattern reaches no file.
+        RequestTableError: a pattern matches no file.
     """
     files: list[str] = []
     texts: list[str] = []

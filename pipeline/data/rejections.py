@@ -10,14 +10,14 @@ from pipeline.data.rows import Row
 
 
 class RejectionCode(StrEnum):
-    """Why a row is not edited; the values stand in the column ``code`` of ``rejected.parquet``."""
+    """Why a row is not edited; these values appear in column ``code`` of ``rejected.parquet``."""
 
     INVALID = "invalid"
-    """A value is missing, or a request cannot have it."""
+    """A value is missing or invalid for a request."""
     DUPLICATE = "duplicate"
     """It repeats an earlier row."""
     CONTRADICTION = "contradiction"
-    """Another row asks the same and wants another answer."""
+    """Another row has the same prompt and subject, but another target."""
     UNFIT = "unfit"
     """The model cannot read it: it is too long, or has no tokens where some are needed."""
     NO_TARGET = "no-target"
@@ -40,10 +40,10 @@ class Reason(NamedTuple):
 class Rejection:
     """A row that is not edited, and why.
 
-    Attributes:
+    row: number of the row over all the input files, from 0.
         row: number of the row over all the input files, from 0.
         reason: what is wrong with it, for people.
-        code: the same for programs.
+        code: the same, for programs.
     """
 
     row: Row

@@ -1,6 +1,6 @@
-"""Edit requests as a sequence over Arrow tables: objects are made when asked for, and not kept.
+"""Edit requests as a sequence over Arrow tables: objects are created on access, and not kept.
 
-A request as a Python object takes kilobytes, and a fact dump has a great many of them.
+A request takes kilobytes as a Python object, and a fact dump may hold millions.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ REQUIRED_COLUMNS = ("prompt", "subject", "target_new")
 OPTIONAL_COLUMNS = ("case_id", "target_true", *TEXT_LISTS)
 REQUEST_COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
 _PORTABILITY = ("portability_prompts", "portability_targets", "portability_targets_true")
-NAMED_ROWS = 5  # of the rows that a row contradicts
-_BATCH = 1024  # rows that are Python objects at a time
-_CHUNK = 8192  # rows of a batch that requests are looked up in
+NAMED_ROWS = 5  # how many contradicted rows a reason lists
+_BATCH = 1024  # rows held as Python objects at a time
+_CHUNK = 8192  # rows per batch for looking up requests
 
 _Values = Mapping[str, Any]
 
 
 class Requests(Sequence[EditRequest]):
-    """The requests of some rows of tables, in an order of their own.
+    """The requests of some rows of tables, in any order.
 
     Args:
-        tables: with the columns of requests, each as its file has them.
-        rows: which rows, counted over all tables from 0; each has to be a valid request.
+        tables: with the columns of requests, with the types of their files.
+        rows: numbers of rows, counted over all tables from 0; each must be a valid request.
     """
 
     def __init__(self, tables: Sequence[pa.Table], rows: Iterable[int]) -> None:
-        # By batch: to take rows from a column of many chunks, Arrow would put them together first.
+        # By batch: to take rows from a column of many chunks, Arrow would concatenate them first.
         self._batches = [
             batch
             for table in tables
@@ -91,11 +91,11 @@ class Requests(Sequence[EditRequest]):
 
 
 class CheckedRows(NamedTuple):
-    """What a check of rows found, by their number over all tables.
+    """The findings of a check of rows, by their number over all tables.
 
     Attributes:
         reasons: why rows cannot be edited.
-        left_out: of the other rows, the texts that are left out as null or empty:
+        left_out: for the other rows, the texts left out because they are null or empty:
             ``paraphrase_prompts[1]``.
         breaking: how many of the other rows have a prompt that ends in a line break.
     """
@@ -108,9 +108,9 @@ class CheckedRows(NamedTuple):
 def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
     """Check every row of some tables.
 
-    A row is refused where ``EditRequest`` refuses it, where it repeats an earlier one (same prompt,
-    subject and new target), and where rows contradict each other (same prompt and subject,
-    different new targets): then all of them are. Texts are compared in their normal form
+    A row is refused if ``EditRequest`` refuses it, if it repeats an earlier one (same prompt,
+    subject and new target), or if it contradicts others (same prompt and subject, different new
+    target): then all of them are refused. Texts are compared in their normal form
     (`pipeline.data.normalization`). Null and empty texts in lists are left out.
     """
     reasons: dict[Row, Reason] = {}
@@ -137,7 +137,7 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
 
 
 def row_values(table: pa.Table) -> Iterator[_Values]:
-    """The rows of a table of requests; text that is not UTF-8 becomes the error that says so."""
+    """The rows of a table of requests; text that is not UTF-8 becomes the decoding error."""
     columns = [_python_values(column) for column in table.columns]
     for row in zip(*columns, strict=True):
         yield dict(zip(table.column_names, row, strict=True))
@@ -147,7 +147,7 @@ def checked(values: _Values) -> tuple[EditRequest | str, list[str]]:
     """The request that a row asks for, or the reason why it cannot be carried out.
 
     Returns:
-        Either, and the places of null and empty texts that are left out of the row.
+        The request or the reason, and the places of null and empty texts left out of the row.
     """
     given = {name: value for name, value in values.items() if not _is_missing(value)}
     for name in REQUIRED_COLUMNS:
@@ -164,12 +164,12 @@ def checked(values: _Values) -> tuple[EditRequest | str, list[str]]:
 
 
 def request_of(given: dict[str, Any]) -> tuple[EditRequest | str, list[str]]:
-    """The request with some fields, or the reason why ``EditRequest`` refuses them.
+    """Build a request from fields, or return the reason why ``EditRequest`` refuses them.
 
     Returns:
-        Either, and the places of null and empty texts that are left out of it. What is only
-        measured does not stand in the way of an edit. Portability asks in pairs: a prompt goes with
-        its answers.
+        The request or the reason, and the places of null and empty texts left out. A text that is
+        only measured does not prevent an edit. Portability comes in pairs: a prompt is left out
+        together with its answers.
     """
     try:
         return EditRequest(**given), []
@@ -184,7 +184,7 @@ def request_of(given: dict[str, Any]) -> tuple[EditRequest | str, list[str]]:
 
 
 def _without_empty(given: _Values) -> tuple[dict[str, Any], list[str]]:
-    """The fields without empty texts that are only measured, and the places of these."""
+    """The fields without empty texts that are only measured, and the places of those texts."""
     filled = dict(given)
     empty: list[str] = []
     if given.get("target_true") is not None and _is_empty(given["target_true"]):
@@ -195,7 +195,7 @@ def _without_empty(given: _Values) -> tuple[dict[str, Any], list[str]]:
     for name, texts in lists.items():
         beside = asked if name in _PORTABILITY else [texts]
         if not texts or len(set(map(len, beside))) > 1:
-            # Answers that do not go with their prompts are refused as they are.
+            # If answers do not match their prompts, they are kept and refused later.
             continue
         empty += [f"{name}[{i}]" for i, text in enumerate(texts) if _is_empty(text)]
         whole = [not any(map(_is_empty, row)) for row in zip(*beside, strict=True)]
@@ -208,7 +208,7 @@ def _is_empty(text: Any) -> bool:
 
 
 def bytes_type(type_: pa.DataType) -> pa.DataType:
-    """Text as bytes, also inside lists and structs; other types stay."""
+    """The type with text as bytes, including inside lists and structs; other types stay."""
     if pa.types.is_list(type_) or pa.types.is_large_list(type_):
         return pa.large_list(bytes_type(type_.value_type))
     if pa.types.is_struct(type_):
@@ -218,17 +218,17 @@ def bytes_type(type_: pa.DataType) -> pa.DataType:
 
 
 class Repeats:
-    """Which rows repeat or contradict another one, in normal form; 40 bytes a row."""
+    """Finds rows that repeat or contradict others, in normal form; 40 bytes per row."""
 
     def __init__(self) -> None:
         self._rows = array("q")
-        # The same of texts as they were given, for rows where these are not in normal form.
+        # The same for the original texts, for rows that are not in normal form.
         self._given: dict[int, tuple[bytes, ...]] = {}
-        # Two digests of 16 bytes a row: of what is asked, and of the answer wanted.
+        # Two digests of 16 bytes per row: one of the prompt and subject, one of the target.
         self._digests = bytearray()
 
     def add(self, row: int, request: EditRequest) -> None:
-        """Take in a valid row; rows come in ascending order."""
+        """Add a valid row; rows come in ascending order."""
         self._rows.append(row)
         given = (request.prompt, request.subject, request.target_new)
         forms = (normal(given[0]), normal(given[1]), normal(given[2]))
@@ -239,7 +239,7 @@ class Repeats:
         self._digests += b"".join(digests)
 
     def reasons(self) -> dict[Row, Reason]:
-        """Why each of them is refused."""
+        """The reason why each of them is refused."""
         reasons: dict[Row, Reason] = {}
         for rows_by_target in self._groups():
             aside = self._aside(rows_by_target.values(), 1)
@@ -255,18 +255,18 @@ class Repeats:
         return reasons
 
     def _aside(self, groups: Iterable[Sequence[int]], parts: int) -> str:
-        """What does not count, where rows differ in it.
+        """A remark about differences that are ignored, if the rows have any.
 
         Args:
             groups: numbers of rows.
-            parts: 1: they differ in what they ask; 2: in that or in their answers.
+            parts: 1: compare prompt and subject; 2: compare the target as well.
         """
         alike = (b"", b"")
         given = {self._given.get(row, alike)[:parts] for rows in groups for row in rows}
         return " but for white space or Unicode form" if len(given) > 1 else ""
 
     def _groups(self) -> Iterator[dict[bytes, list[Row]]]:
-        """Rows that ask the same, by what they want as an answer."""
+        """Rows with the same prompt and subject, grouped by their target."""
         digests = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 4)
         order = np.lexsort((digests[:, 1], digests[:, 0]))
         asked = digests[order, :2]
@@ -289,8 +289,8 @@ def _contradiction(others: Iterable[Sequence[int]], aside: str) -> str:
 
 
 def _digests(prompt: str, subject: str, target: str) -> tuple[bytes, bytes]:
-    """Of what is asked, and of the answer wanted."""
-    # Neither text holds a NUL that could move between them: their lengths go in, too.
+    """The digest of prompt and subject, and the digest of the target."""
+    # Any text may hold a NUL, so no separator is safe: the length goes in, too.
     return _digest(f"{len(prompt)} {prompt}{subject}"), _digest(target)
 
 
@@ -323,7 +323,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _whole(value: Any) -> Any:
-    """Whole numbers that were stored as floats, as they are beside missing ones, become int."""
+    """Convert whole numbers stored as floats, as beside missing values, to int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

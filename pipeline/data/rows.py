@@ -1,8 +1,8 @@
 """Two ways to number requests, kept apart by type.
 
-A *row* counts the rows of all input files, from 0: it is what users see, in ``rejected.parquet``
-and ``results.parquet``. A *place* counts the accepted requests in the order that they are computed
-in: it indexes ``RequestTable.requests`` and ``RequestTable.rows``, and shards are runs of places.
+A *row* counts the rows of all input files, from 0: users see it in ``rejected.parquet`` and
+``results.parquet``. A *place* counts the accepted requests in the order of computation: it indexes
+``RequestTable.requests`` and ``RequestTable.rows``, and shards are ranges of places.
 """
 
 from __future__ import annotations

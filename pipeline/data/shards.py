@@ -1,6 +1,6 @@
-"""Shards: the contiguous runs of rows that are computed together.
+"""Shards: contiguous ranges of requests that are computed together.
 
-They follow from the job alone, so that who computes a shard never changes what is in it.
+They depend only on the job, so the worker that computes a shard never changes its contents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Shard:
     """Places ``start`` (included) to ``stop`` (excluded) among the accepted requests.
 
     Attributes:
-        index: place among the shards, from 0.
+        index: number of the shard, from 0.
         start: first place.
         stop: the place after the last.
     """
@@ -40,13 +40,13 @@ class Shard:
 
 
 def plan_shards(count: int, shard_size: int, groups: Sequence[int] | None = None) -> list[Shard]:
-    """Cut ``count`` rows into shards of ``shard_size`` rows; the last one may be short.
+    """Split ``count`` rows into shards of ``shard_size`` rows; the last one may be shorter.
 
     Args:
-        count: of rows.
-        shard_size: rows in a shard.
-        groups: the group of each row, where no group may be cut: a shard is then longer by what is
-            left of its last one. A group's rows follow each other.
+        count: number of rows.
+        shard_size: number of rows in a shard.
+        groups: the group of each row, if groups must not be split: a shard is then extended to
+            the end of its last group. A group's rows are adjacent.
 
     Raises:
         ValueError: ``count`` is negative or ``shard_size`` is not positive.

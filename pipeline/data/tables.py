@@ -1,4 +1,4 @@
-"""Tables: the edit requests that come in, and the targets that go between the stages.
+"""Tables: the input edit requests, and the targets that pass between the stages.
 
 Shape letters: E requests, D model width.
 """
@@ -27,14 +27,14 @@ FIRST_LOSS = "first_loss"
 
 @dataclass(frozen=True)
 class RequestTable:
-    """What the request files hold; each row is either accepted or rejected.
+    """The contents of the request files; each row is either accepted or rejected.
 
     Attributes:
         requests: the accepted requests; as read, in the order of the files and their rows.
         rows: the input row of each accepted request, counted over all files from 0.
-        table: all the input rows, in order; dictionary-encoded columns are decoded.
+        table: all input rows, in order; dictionary-encoded columns are decoded.
         rejected: the other rows, ascending.
-        left_out: by row, null and empty texts that it does without: ``paraphrase_prompts[1]``.
+        left_out: for each row, the null and empty texts left out of it: ``paraphrase_prompts[1]``.
         breaking: how many prompts end in a line break.
     """
 
@@ -47,7 +47,7 @@ class RequestTable:
 
     @property
     def notes(self) -> list[str]:
-        """What was made of rows that are edited, and may not be what their writer meant."""
+        """Notes on edited rows that may not be what their author meant."""
         found = []
         if self.left_out:
             texts = sum(map(len, self.left_out.values()))
@@ -65,8 +65,8 @@ class RequestTable:
         return found
 
     def chosen(self, places: Sequence[Place], rejected: list[Rejection]) -> RequestTable:
-        """The same input with other rejections; ``places`` says which accepted requests stay, in
-        which order."""
+        """The same input with other rejections; ``places`` lists the accepted requests to keep, in
+        order."""
         rows = array("q", (self.rows[place] for place in places))
         assert isinstance(self.requests, Requests)
         staying = set(rows)
@@ -81,7 +81,7 @@ class RequestTable:
     def rejected_table(self) -> pa.Table:
         """The input columns of the rejected rows, with ``row`` (int64), ``code`` and ``reason``.
 
-        The code is one of `RejectionCode`, the reason a sentence.
+        The code is a `RejectionCode`, the reason a sentence.
 
         Bytes that are not UTF-8 are written as ``\\xNN``, so that any reader can open the table.
         """
@@ -95,18 +95,18 @@ class RequestTable:
 def read_requests(patterns: str | Sequence[str]) -> RequestTable:
     """Read the edit requests of Parquet files and check every row.
 
-    A row is rejected where ``EditRequest`` refuses it, where it repeats an earlier one (same
-    prompt, subject and new target), and where rows contradict each other (same prompt and
-    subject, different new targets): then all of them are. White space and Unicode's spellings do
-    not count there. Null and empty texts in a row's lists are left out.
+    A row is rejected if ``EditRequest`` refuses it, if it repeats an earlier one (same prompt,
+    subject and new target), or if it contradicts others (same prompt and subject, different new
+    target): then all of them are rejected. White space and Unicode spelling are ignored here. Null
+    and empty texts in a row's lists are left out.
 
     Args:
-        patterns: paths, URLs, globs or folders (see ``pipeline.storage.store.expand``); names such
-            as ``relation=capital`` of the folders below them are columns.
+        patterns: paths, URLs, globs or folders (see ``pipeline.storage.store.expand``); folder
+            names below them such as ``relation=capital`` become columns.
 
     Raises:
-        RequestTableError: a file is missing, unreadable, or lacks a column; or the files hold
-            columns of one name that cannot be put together.
+        RequestTableError: a file is missing, unreadable, or lacks a column; or columns of the same
+            name have types that cannot be combined.
     """
     files = expand_with_columns(patterns)
     tables = [_read(file, columns) for file, columns in files.items()]
@@ -123,7 +123,7 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
 
 
 def with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
-    """Add columns; a column of the table that has such a name is kept as ``input_…``."""
+    """Add columns; an existing column of the same name is renamed to ``input_…``."""
     taken = set(table.column_names)
     names = []
     for name in table.column_names:
@@ -143,10 +143,10 @@ class TargetArrays(NamedTuple):
     Attributes:
         rows: (E,) int64, the input row of each request.
         values: (E, D) float32, the value wanted at the target layer.
-        steps: (E,) int32, evaluations of the loss.
+        steps: (E,) int32, number of evaluations of the loss.
         losses: (E,) float32, the last loss.
-        first_losses: (E,) float32, the loss before the first step; NaN where it was not kept, None
-            where none was.
+        first_losses: (E,) float32, the loss before the first step; NaN where unknown, None if
+            unknown for all.
     """
 
     rows: np.ndarray
@@ -163,12 +163,12 @@ def targets_table(
     losses: Sequence[float] | np.ndarray,
     first_losses: np.ndarray | None = None,
 ) -> pa.Table:
-    """The table that a shard of targets is stored as.
+    """Build the table in which a shard of targets is stored.
 
     Args:
         rows: (E,) input row of each request.
         values: (E, D) float32.
-        steps: (E,) evaluations of the loss.
+        steps: (E,) number of evaluations of the loss.
         losses: (E,) last loss.
         first_losses: (E,) loss before the first step, NaN where unknown; None: unknown for all.
 
@@ -196,15 +196,15 @@ def targets_table(
 
 
 def read_targets(table: pa.Table) -> TargetArrays:
-    """The arrays that ``targets_table`` was given.
+    """The arrays of a table built by ``targets_table``.
 
     Raises:
-        StorageError: the table is not one of targets.
+        StorageError: the table is not a table of targets.
     """
     wanted = {"row": pa.int64(), "steps": pa.int32(), "loss": pa.float32()}
     found = dict(zip(table.column_names, table.schema.types, strict=True))
     target = found.pop("target", None)
-    # Older releases did not keep it.
+    # Older releases did not store it.
     kept = found.pop(FIRST_LOSS, None) == pa.float32()
     if found != wanted or not _is_vector(target) or any(c.null_count for c in table.columns):
         raise StorageError(
@@ -234,7 +234,7 @@ def _read(file: str, folder: Columns) -> pa.Table:
 
     Args:
         file: where it is.
-        folder: columns that its folders give it; what the file itself stores counts, not they.
+        folder: columns from folder names; a stored column takes precedence.
     """
     try:
         table = map_parquet(file)
@@ -267,13 +267,13 @@ def _concatenated(files: Sequence[str], tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def common_types(schemas: Sequence[pa.Schema]) -> dict[str, pa.DataType]:
-    """For each column of any file, a type that holds it in all of them."""
+    """For each column of any file, a type that holds its values in all of them."""
     names = dict.fromkeys(name for schema in schemas for name in schema.names)
     return {name: _common_type(name, schemas) for name in names}
 
 
 def _common_type(name: str, given: Sequence[pa.Schema]) -> pa.DataType:
-    """A type that holds a column of all files: promoted where Arrow can, else text."""
+    """A type that holds a column of all files: promoted if Arrow can, else text."""
     schemas = [
         pa.schema([schema.field(name).with_nullable(True)])
         for schema in given
@@ -286,7 +286,7 @@ def _common_type(name: str, given: Sequence[pa.Schema]) -> pa.DataType:
 
 
 def aligned(file: str, table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """A table of ``file`` with exactly these columns; those that it lacks are null.
+    """Convert a table of ``file`` to exactly these columns; missing ones become null.
 
     Raises:
         RequestTableError: a column cannot be cast.
@@ -301,14 +301,14 @@ def aligned(file: str, table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             found = table.schema.field(name).type
             raise RequestTableError(
-                f"column {name!r} of {file} is {found}, which does not go together with the "
+                f"column {name!r} of {file} has type {found}, which cannot be combined with the "
                 "other files; write it with one type everywhere"
             ) from None
     return pa.table(columns)
 
 
 def readable(table: pa.Table) -> pa.Table:
-    """The same table, with bytes in text that are not UTF-8 written as ``\\xNN``."""
+    """The table with bytes in text that are not UTF-8 written as ``\\xNN``."""
     for index, column in enumerate(table.columns):
         try:
             column.validate(full=True)

@@ -1,4 +1,4 @@
-"""How long a run will take, from samples timed on this machine."""
+"""Estimates of a run's duration and memory, from samples timed on this machine."""
 
 import lazy_loader
 

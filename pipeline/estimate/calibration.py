@@ -1,7 +1,7 @@
-"""Rates of a machine: a few seconds of a job's own work, in plain processes, without Ray.
+"""Calibration of a machine: a few seconds of a job's own work, in plain processes, without Ray.
 
-As many processes as workers would compute here side by side do the same kind of work at once, so
-that the figures hold what they take from each other.
+As many processes as workers would run here do the same kind of work at once, so that the figures
+include their effect on each other.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ _GROWTH = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """Some of a job's work.
+    """A sample of a job's work.
 
     Attributes:
-        source: the model, as targets are computed with it.
-        base: the model, as it is measured.
-        requests: as many as a shard has, drawn from all over the job.
+        source: the model, as used to compute targets.
+        base: the model, as used to measure it.
+        requests: as many as a shard has, drawn from the whole job.
         hparams: the method's hyper-parameters.
-        templates: context templates; None: the model writes them.
-        shared_keys: as the job says.
-        batch_size: as the job says; None: what the memory holds.
-        known: requests that are asked for what the model knows; none if the job does not.
-        how: prompts are put to the model.
+        templates: context templates; None: the model generates them.
+        shared_keys: as in the job.
+        batch_size: as in the job; None: as many as fit in memory.
+        known: requests to check for knowledge; none if the job does not check.
+        how: how requests are measured.
         asked: a part of an evaluation.
-        sequences: pieces of the corpus for second moments, if they are to be computed.
+        sequences: pieces of the corpus for second moments, if they have to be computed.
         texts: pieces of the corpus for perplexity, if there is one.
-        budget_s: seconds that the targets of the sample may take, and those that its evaluation
-            may; beyond that, few are computed.
+        budget_s: time limit in seconds for the targets of the sample, and for its evaluation;
+            beyond that, only a few are computed.
         threads: of each process.
-        gpus: that each process is given.
-        started: when the processes were started, as `time.time` tells it.
+        gpus: the GPUs given to each process.
+        started: the `time.time` at which the processes were started.
     """
 
     source: ModelSource
@@ -80,21 +80,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds that things take on this machine, each process of as many as fit beside each other.
+    """Seconds per unit of work on this machine, with as many processes as fit running side by side.
 
     Attributes:
         ready: from the start of a process until its model is open.
-        ranks: what a rank imports besides.
-        templates: for the model to write context templates; 0 if the job names some.
-        target: for a request's target.
-        key: to read a request's keys, of one layer.
-        measured: for a prompt of an evaluation, with its share of answers.
-        known: to ask whether the model knows a request.
-        moment: for a token of second moments.
-        text: for the perplexity of a text.
-        drawing: to import what draws the report's pictures.
-        flop: for one of the operations of a solve, in float64.
-        peak_bytes: the most memory that a process had.
+        ranks: the additional imports of a rank.
+        templates: to generate context templates; 0 if the job names some.
+        target: per request, to compute its target.
+        key: per request and layer, to read keys.
+        measured: per prompt of an evaluation, including its share of answers.
+        known: per request, to check whether the model knows it.
+        moment: per token of second moments.
+        text: per text, for perplexity.
+        drawing: to import the libraries that draw the report's charts.
+        flop: per operation of a solve, in float64.
+        peak_bytes: the peak memory of a process, in bytes.
         diverging: share of the sample's targets that were not found, or ended with a loss far above
             the first one.
     """
@@ -115,13 +115,13 @@ class Rates:
 
 
 def calibrate(samples: Sequence[Sample]) -> Rates:
-    """Do the work of each sample in a process of its own, all at once; the mean of what it took.
+    """Run each sample in a process of its own, all at once, and return the mean rates.
 
     Raises:
-        WorkerError: the model cannot do a part of the job's work.
+        WorkerError: the model fails at a part of the job's work.
     """
     context = multiprocessing.get_context("spawn")
-    # Before any numerical library is imported: as of a worker.
+    # Before any numerical library is imported, as for a worker.
     threads = str(samples[0].threads)
     kind = "cuda" if samples[0].gpus else "cpu"
     variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "DS_ACCELERATOR": kind}
@@ -137,7 +137,7 @@ def calibrate(samples: Sequence[Sample]) -> Rates:
 
 
 def _results(found: Iterator[Rates]) -> list[Rates]:
-    """What the processes have measured, or in one sentence why they have not."""
+    """The processes' measurements, or an error that says in one sentence why there are none."""
     try:
         return list(found)
     except PMETError:
@@ -145,8 +145,8 @@ def _results(found: Iterator[Rates]) -> list[Rates]:
     except BrokenProcessPool:
         raise WorkerError(
             "a process that tried a little of the job's work was killed, perhaps because memory "
-            "ran out; estimate the job on a machine like those that it will run on, or leave the "
-            "estimate out with --no-estimate"
+            "ran out; estimate the job on a machine like those that it will run on, or skip the "
+            "estimate with --no-estimate"
         ) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or "no message"
@@ -159,7 +159,7 @@ def _results(found: Iterator[Rates]) -> list[Rates]:
 
 
 def _gpu_names() -> list[str]:
-    """The GPUs that this process may use, as CUDA is told of them."""
+    """The GPUs that this process may use, as CUDA names them."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -167,7 +167,7 @@ def _gpu_names() -> list[str]:
 
 
 def work(sample: Sample) -> Rates:
-    """Do a sample's work in this process, and time it."""
+    """Run and time a sample in this process."""
     limit_threads(sample.threads)
     from pmet.evaluation import metrics
     from pmet.model import contexts
@@ -213,7 +213,7 @@ def work(sample: Sample) -> Rates:
 def _target_s(
     model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplates
 ) -> tuple[float, float]:
-    """Seconds for a target, and the share of those computed that diverge."""
+    """Seconds per target, and the share of computed targets that diverge."""
     from pmet.targets import Targets, compute_targets
 
     found: list[Targets] = []
@@ -231,7 +231,7 @@ def _target_s(
         found.append(targets)
 
     seconds = _each_s(compute, _FEW, len(sample.requests), sample.budget_s)
-    # The last ones are the most.
+    # The last requests of a sample are its largest part.
     last = found[-1]
     first_losses = () if last.first_losses is None else last.first_losses.tolist()
     pairs = list(zip(first_losses, last.losses.tolist(), strict=True))
@@ -254,9 +254,9 @@ def _measured_s(model: Any, tokenizer: Any, sample: Sample) -> float:
 
 
 def _each_s(work: Callable[[int], None], few: int, count: int, budget_s: float) -> float:
-    """Seconds an item, of as many items as there is time for: side by side they take less."""
+    """Seconds per item, for as many items as time allows: larger batches need less per item."""
     some = min(few, count)
-    # The first ones find nothing prepared.
+    # The first items pay for the warm-up.
     work(some)
     each = _timed(lambda: work(some))[0] / some
     while some < count:
@@ -268,7 +268,7 @@ def _each_s(work: Callable[[int], None], few: int, count: int, budget_s: float) 
 
 
 def _key_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplates) -> float:
-    """As a rank reads them: in whole passes, layer by layer."""
+    """Seconds per key, read as a rank does: in whole passes, layer by layer."""
     import torch
 
     from pmet.model import resolve

@@ -1,4 +1,4 @@
-"""How long a job will take and what memory its processes need, from rates measured here."""
+"""Predicted duration of a job and memory of its processes, from rates measured here."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ BUDGET_S = 10.0
 _SAMPLED_TOKENS = 4096
 _SAMPLED_TEXTS = 8
 _ASKED_WHAT_IT_KNOWS = 32
-# In units of what a process needs until its model is open, as found on quiet machines: the command
-# itself, which imports what a worker imports; Ray's own processes; ranks that meet and share out.
+# In units of the time a process needs to open its model, measured on quiet machines: the command
+# itself, which imports the same as a worker; Ray's own processes; ranks that meet and share out.
 _COMMAND_STARTS = 0.8
 _RAY_STARTS = 1.1
 _RANKS_START = 1.5
@@ -38,17 +38,17 @@ _MOST_OF_MEMORY = 0.8
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job is expected to take.
+    """The expected cost of a job.
 
     Attributes:
-        stages: seconds by stage, in their order.
+        stages: seconds per stage, in order.
         worker_bytes: memory of each target worker.
         rank_bytes: memory of each rank of the update.
-        workers: target workers that compute.
+        workers: number of workers that compute targets.
         ranks: ranks of the update.
-        side_by_side: processes that the machine was measured with.
-        by_workers: seconds of the whole run by the number of workers, where each of them and of
-            the ranks has a core, or a GPU, of its own.
+        side_by_side: number of processes used to measure the machine.
+        by_workers: seconds of the whole run by number of workers, if each worker and each rank has
+            a core, or a GPU, of its own.
         diverging: share of the sampled targets that were not found, or ended with a loss far above
             the first one.
     """
@@ -64,25 +64,25 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Total seconds for the whole run."""
         return sum(self.stages.values())
 
 
 def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
-    """Measure this machine with a little of the job's own work, and reckon what all of it takes.
+    """Measure this machine with a little of the job's own work, and predict the cost of all of it.
 
-    What earlier attempts or shared stores have already is not left out.
+    Work that earlier attempts or shared stores already hold is included.
 
     Args:
         plan: the job's plan.
-        budget_s: seconds that a sample of targets may take.
+        budget_s: time limit in seconds for a sample of targets.
 
     Raises:
-        JobError: the job wants GPUs and this machine has none, or has no memory for the model.
+        JobError: the job needs GPUs and this machine has none, or too little memory for the model.
     """
     if plan.base.on_gpu and not torch.cuda.is_available():
         raise JobError(
-            "the job wants GPUs and this machine has none: estimate it on a machine like those "
+            "the job needs GPUs and this machine has none: estimate it on a machine like those "
             "that it will run on"
         )
     workers, ranks, threads = _sizes(plan)
@@ -90,7 +90,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
     side_by_side = min(1 if plan.base.on_gpu else min(workers, cores), _replicas_that_fit(plan))
     work = _Work.of(plan)
     rates = calibrate(_samples(plan, work, side_by_side, threads, budget_s))
-    # On this machine, more processes than cores share them.
+    # On this machine, processes share cores if there are more of them.
     crowd = max(1.0, workers / cores)
     alone = {
         count: sum(_stages(plan, work, rates, count, ranks, 1.0, 1.0).values())
@@ -109,7 +109,7 @@ def estimate(plan: Plan, *, budget_s: float = BUDGET_S) -> Estimate:
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
-    """Workers, ranks, and threads of each; GPUs are counted here where the job does not say."""
+    """Workers, ranks, and threads per process; GPUs are counted here if the job does not say."""
     targets, update = plan.job.targets, plan.job.update
     workers, ranks, threads = local_sizes(plan)
     gpus = torch.cuda.device_count()
@@ -121,12 +121,12 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
 
 
 def _numbers(shards: int) -> list[int]:
-    """Numbers of workers worth telling of: powers of two, and what takes all shards at once."""
+    """Numbers of workers worth listing: powers of two, and the number of shards."""
     return [*(1 << power for power in range((shards - 1).bit_length())), shards]
 
 
 def _replicas_that_fit(plan: Plan) -> int:
-    """How many replicas the free memory of this machine holds, with something left for others."""
+    """How many replicas fit in this machine's free memory, leaving some for other programs."""
     needed, free = _model_bytes(plan), psutil.virtual_memory().available
     if needed > _MOST_OF_MEMORY * free:
         raise JobError(
@@ -137,7 +137,7 @@ def _replicas_that_fit(plan: Plan) -> int:
 
 
 def _model_bytes(plan: Plan) -> float:
-    """Of one replica: as stored on a GPU, in float32 on a CPU."""
+    """The memory of one replica: as stored on a GPU, in float32 on a CPU."""
     stored = float(stored_bytes(plan))
     itemsize = plan.stored[plan.hparams.target_layer].dtype.itemsize
     return stored if plan.base.on_gpu else stored * 4 / itemsize
@@ -145,12 +145,12 @@ def _model_bytes(plan: Plan) -> float:
 
 @dataclass(frozen=True)
 class _Work:
-    """What of a job is shared out among workers, beside the targets.
+    """The work of a job that workers share besides the targets.
 
     Attributes:
-        asked: before and after, in parts.
-        texts: that perplexity is measured on; none without a corpus.
-        corpus: parts of what second moments are computed from; none where they are there.
+        asked: the evaluations before and after, in parts.
+        texts: the texts that perplexity is measured on; none without a corpus.
+        corpus: parts of the corpus for second moments; none if these exist already.
     """
 
     asked: list[Asked]
@@ -159,7 +159,7 @@ class _Work:
 
     @classmethod
     def of(cls, plan: Plan) -> _Work:
-        """All of it; cutting a large job takes a while."""
+        """All of a plan's work; splitting a large job takes a while."""
         requests = [plan.table.requests[place] for place in sampled(plan)]
         writing = How.of(plan.job.evaluate, plan.job.seed).writing_seed is not None
         blocks = [requests[start : start + BLOCK] for start in range(0, len(requests), BLOCK)]
@@ -171,7 +171,7 @@ class _Work:
 
 
 def _samples(plan: Plan, work: _Work, count: int, threads: int, budget_s: float) -> list[Sample]:
-    """Samples for so many processes, from all over the job."""
+    """``count`` samples, each drawn from the whole job."""
     requests = plan.table.requests
     size = max(1, round(len(requests) / len(plan.target_shards)))
     places = [len(requests) * i // (size * count) for i in range(size * count)]
@@ -238,7 +238,7 @@ def _stages(
     if plan.job.in_this_process:
         ready = rates.ready
     elif not plan.job.update.gpus_per_rank:
-        # Where they need no worker's GPU, they start while the last shards are computed.
+        # If they need no worker's GPU, they start while the last shards are computed.
         ready = max(0.0, ready - max(shards) * rates.target * crowd - measure)
     stages[StageName.UPDATE] = ready + keys + _operations(plan, ranks) * rates.flop
     stages[StageName.MEASURE_AFTER] = measure
@@ -247,7 +247,7 @@ def _stages(
 
 
 def _in_turn(sizes: Sequence[int], workers: int) -> int:
-    """What the busiest of some workers has done when pieces of these sizes are handed out."""
+    """The work of the busiest worker when pieces of these sizes are handed out in turn."""
     busy = [0] * max(1, workers)
     for size in sizes:
         heapq.heappush(busy, heapq.heappop(busy) + size)
@@ -258,7 +258,7 @@ def _operations(plan: Plan, ranks: int) -> float:
     """Multiplications and additions of all solves, on one rank."""
     count, layers = len(plan.table.requests), len(plan.hparams.layers)
     keys, values = plan.layout.key_width, plan.layout.value_width
-    # The factor of a K×K matrix is what each rank needs in either form.
+    # Each rank needs the factor of a K×K matrix in either form.
     operations = keys**3 / 3
     if cheaper_form(count, keys, values, factored=False) == "keys":
         operations += 2 * keys**2 * values / ranks + 2 * count * keys * (keys + values) / ranks
@@ -268,7 +268,7 @@ def _operations(plan: Plan, ranks: int) -> float:
 
 
 def _rank_bytes(plan: Plan, rates: Rates, ranks: int) -> float:
-    """What a process has without a model, its slice of the model, and three K×K matrices."""
+    """The memory of a process without a model, its slice of the model, and three K×K matrices."""
     held = _model_bytes(plan)
     libraries = max(0.0, rates.peak_bytes - held)
     return libraries + held / ranks + 3 * 8.0 * plan.layout.key_width**2

@@ -15,17 +15,17 @@ from pmet.evaluation import summarize
 
 USUAL = ("relation_id", "relation")
 MOST = 200
-"""Groups that are told, the largest."""
+"""The maximum number of groups reported, largest first."""
 _NO_NAME = "–"
 
 Figures = Mapping[Row, Mapping[str, Any]]
 
 
 def group_column(wanted: str | None, names: Sequence[str]) -> str | None:
-    """The column to group by: the one that is wanted, or the usual one that there is.
+    """Return the column to group by: the one given, or a default column if it exists.
 
     Raises:
-        JobError: there is no such column.
+        JobError: the given column does not exist.
     """
     if wanted is not None and wanted not in names:
         raise JobError(
@@ -38,17 +38,17 @@ def group_column(wanted: str | None, names: Sequence[str]) -> str | None:
 def grouped(
     column: str | None, table: pa.Table, rows: Sequence[Row], measured: Mapping[str, Figures]
 ) -> dict[str, Any] | None:
-    """The figures of each group of requests, the largest group first.
+    """Compute the figures of each group of requests, largest group first.
 
     Args:
         column: of the table; None: no groups.
         table: all input rows.
-        rows: those that count.
-        measured: figures by row of the input, ``before`` and ``after``.
+        rows: the input rows to group.
+        measured: figures by input row, ``before`` and ``after``.
 
     Returns:
         The column and its groups, each with its number of requests, figures and intervals; None
-        without a column. ``left_out`` counts the groups that were too many to be told.
+        without a column. ``left_out`` is the number of groups beyond the maximum reported.
     """
     if column is None:
         return None

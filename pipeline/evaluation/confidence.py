@@ -1,10 +1,10 @@
-"""How far figures may be off because only so many requests were measured: 95 % intervals.
+"""95 % intervals: how far figures may be off because of the limited number of requests.
 
-Prompts of one request are alike, so requests are what is counted as independent, not prompts. The
+Prompts of one request are similar, so requests, not prompts, are treated as independent. The
 variance of a figure is that of a ratio of sums over requests (Cochran 1977, section 6.5). A
 fraction's interval is Wilson's (1927) for the number of independent prompts that would give this
-variance (Kish's effective sample size); where all requests say the same, each counts as one prompt.
-So a figure of 100 % on few requests has a wide interval, not none.
+variance (Kish's effective sample size); if all requests agree, each counts as one prompt.
+So a figure of 100 % on few requests has a wide interval, not an empty one.
 
 Shape letters: E requests (or texts).
 """
@@ -19,13 +19,13 @@ import numpy as np
 from pmet.evaluation import METRICS, SCORED, Row, harmonic_mean, weights
 
 Z = 1.959964
-"""Standard deviations either side of a normal mean that hold 95 %."""
+"""Standard deviations on either side of a normal mean that contain 95 %."""
 
 Interval = list[float]
 
 
 def intervals(rows: Sequence[Row]) -> dict[str, Interval]:
-    """The interval of each figure that these requests have; of fluency in bits."""
+    """The interval of each figure that these requests have; that of fluency is in bits."""
     found: dict[str, Interval] = {}
     shares: dict[str, _Mean] = {}
     for metric in (*METRICS, "consistency"):
@@ -40,7 +40,7 @@ def intervals(rows: Sequence[Row]) -> dict[str, Interval]:
 
 
 def of_shares(hits: Sequence[float], counts: Sequence[float]) -> Interval | None:
-    """The interval of a fraction over texts: so many hits among so many places in each."""
+    """The interval of a fraction over texts, from the hits and the positions in each text."""
     if not sum(counts):
         return None
     values = [hit / count if count else 0.0 for hit, count in zip(hits, counts, strict=True)]
@@ -61,13 +61,13 @@ def of_perplexity(nll: Sequence[float], counts: Sequence[float]) -> Interval | N
 
 
 class _Mean:
-    """A mean with what each request contributes to its error.
+    """A mean, with each request's contribution to its error.
 
     Args:
         value: the mean.
-        influence_E: how much each request moves it from what it would be.
-        count: requests that have a part in it.
-        most: prompts, which it can at most be worth.
+        influence_E: how far each request moves the mean.
+        count: number of contributing requests.
+        most: number of prompts, the upper bound of the effective sample size.
     """
 
     def __init__(self, value: float, influence_E: np.ndarray, count: int, most: float) -> None:
@@ -89,7 +89,7 @@ class _Mean:
     def wilson(self) -> Interval:
         p, variance = self.value, self.variance
         n = float(self.count)
-        # Rounding leaves a variance of some 1e-34 where there is none.
+        # Rounding leaves a variance of some 1e-34 where the true one is zero.
         if variance > 1e-20 and 0 < p < 1:
             n = min(self.most, max(1.0, p * (1 - p) / variance))
         middle = p + Z**2 / (2 * n)
@@ -111,7 +111,7 @@ def _mean_of(rows: Sequence[Row], metric: str) -> _Mean | None:
 
 
 def _score(parts: Sequence[_Mean]) -> _Mean:
-    """The harmonic mean, with the influences that its parts' have on it (the delta method)."""
+    """The harmonic mean, with its parts' influences propagated to it (the delta method)."""
     value = harmonic_mean([part.value for part in parts]) or 0.0
     count = max(part.count for part in parts)
     influence_E = np.zeros_like(parts[0].influence_E)
@@ -122,5 +122,5 @@ def _score(parts: Sequence[_Mean]) -> _Mean:
 
 
 def rounded(found: Mapping[str, Interval], digits: int = 6) -> dict[str, Interval]:
-    """Intervals as files hold them."""
+    """Intervals rounded for files."""
     return {name: [round(low, digits), round(high, digits)] for name, (low, high) in found.items()}

@@ -1,6 +1,6 @@
-"""What the figures of a model are called, what they mean, and how they are written.
+"""The names, meanings and formats of a model's figures.
 
-The report, the comparison, the model card, trackers and the terminal all take them from here.
+The report, the comparison, the model card, trackers and the terminal all use them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Figure:
 
     @property
     def label(self) -> str:
-        """As people read it."""
+        """The figure's displayed name."""
         for form in ("strict", "accuracy"):
             if self.name.endswith(f"_{form}"):
                 return f"{self.name.removesuffix(f'_{form}').replace('_', ' ')} ({form})"
@@ -83,7 +83,7 @@ _ALL = (
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in _ALL}
 CORE = ("efficacy", "generalization", "specificity")
 ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
-"""The figures that are listed even where they were not measured."""
+"""The figures that are listed even if they were not measured."""
 
 
 _OF_WEIGHTS = {
@@ -92,12 +92,12 @@ _OF_WEIGHTS = {
 
 
 def figure_of(name: str) -> Figure:
-    """A figure by its name; one that is not known is a bare number without a meaning."""
+    """The figure with this name; an unknown one is a plain number without a meaning."""
     return FIGURES.get(name) or _OF_WEIGHTS.get(name) or Figure(name, "", "plain")
 
 
 def duration(seconds: Any) -> str:
-    """A number of seconds as people read it; a dash where there is none."""
+    """A number of seconds as readable text; a dash if there is none."""
     if not is_number(seconds):
         return "–"
     if seconds < 60:
@@ -113,12 +113,12 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def is_figure(value: Any) -> TypeGuard[float]:
-    """Whether a value is a figure at all: a number, which may be infinite or undefined."""
+    """Whether a value is a figure at all: a number, which may be infinite or NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def show_special(value: Any) -> str:
-    """What stands for a value that cannot be shown as a number; a dash where there is none."""
+    """The text for a value that cannot be shown as a number; a dash if there is none."""
     if not is_figure(value):
         return "–"
     if math.isnan(value):
@@ -127,7 +127,7 @@ def show_special(value: Any) -> str:
 
 
 def measured(*scores: Mapping[str, Any], always: Sequence[str] = ()) -> list[Figure]:
-    """The figures that any of these scores holds, in the order that people read them.
+    """The figures that any of these scores has, in display order.
 
     Args:
         scores: values by name.
@@ -139,12 +139,12 @@ def measured(*scores: Mapping[str, Any], always: Sequence[str] = ()) -> list[Fig
 
 
 def is_fraction(name: str) -> bool:
-    """Whether a figure is a fraction from 0 to 1, which a chart draws on one axis with others."""
+    """Whether a figure is a fraction from 0 to 1, which a chart draws on a shared axis."""
     return figure_of(name).unit == "fraction"
 
 
 def show(value: Any, name: str) -> str:
-    """A figure's value in its unit; a dash where it was not measured."""
+    """A figure's value in its unit; a dash if it was not measured."""
     if not is_number(value):
         return show_special(value)
     match figure_of(name).unit:
@@ -157,7 +157,7 @@ def show(value: Any, name: str) -> str:
 
 
 def show_interval(interval: Any, name: str) -> str:
-    """The ends of a confidence interval; nothing where there is none."""
+    """The ends of a confidence interval; empty if there is none."""
     if not (isinstance(interval, list | tuple) and len(interval) == 2 and all_numbers(interval)):
         return ""
     low, high = interval
@@ -189,15 +189,15 @@ def show_change(after: Any, before: Any, name: str) -> str:
 
 @dataclass(frozen=True)
 class GateText:
-    """A gate of ``metrics.json`` in words.
+    """A gate of ``metrics.json`` as text.
 
     Attributes:
-        name: the gate's.
-        figure: the figure that it looks at.
-        kind: how it looks at it.
-        asked: what it demands.
-        reached: what it saw.
-        passed: whether it lets the model pass.
+        name: the gate's name.
+        figure: the figure that it checks.
+        kind: how it checks it.
+        asked: its requirement.
+        reached: the value it saw.
+        passed: whether the model passes it.
     """
 
     name: str
@@ -209,7 +209,7 @@ class GateText:
 
 
 def read_gate(gate: Mapping[str, Any]) -> GateText:
-    """A gate of ``metrics.json`` in words, of whatever kind it is."""
+    """Describe a gate of ``metrics.json``, of any kind."""
     # Runs before the name was one called it ``metric``.
     name = str(gate["name"] if "name" in gate else gate["metric"])
     known = GATES.get(name, Gate(name, "least"))
@@ -251,7 +251,7 @@ def _distance(value: Any, figure: str) -> str:
 
 
 def _drop(value: Any, figure: str) -> str:
-    """How far a figure fell; a rise is told as one."""
+    """How far a figure fell; a rise is described as one."""
     if not is_number(value):
         return "–"
     return f"{_distance(abs(value), figure)} {'above' if value < 0 else 'below'}"

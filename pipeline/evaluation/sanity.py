@@ -1,6 +1,6 @@
-"""What is odd about an edit beside its scores: layers that changed too much, targets gone astray.
+"""Anomalies of an edit besides its scores: layers that changed too much, diverging targets.
 
-A score says little about a model that answers the edited prompts and nothing else. These signs are
+Scores alone may not show that a model answers the edited prompts and nothing else. These signs are
 known before anything is measured; each becomes a warning of the run, and is marked in its report.
 docs/metrics.md has the measurements behind the limits.
 """
@@ -13,26 +13,26 @@ from typing import Any
 from pipeline.evaluation.figures import is_number, show_special
 
 CHANGE_WARNED = 10.0
-"""‖Δ‖/‖W‖ above which a layer is warned of: it holds more of the edit than of the model."""
+"""‖Δ‖/‖W‖ above which a layer causes a warning: it holds more of the edit than of the model."""
 ROUNDING_WARNED = 0.5
-"""Share of Δ rounded off by the stored dtype above which a layer is warned of."""
+"""Share of Δ rounded off by the stored dtype above which a layer causes a warning."""
 LOSS_WARNED = 1.0
 """Nats that a target's last loss may lie above its first one."""
 _NAMED = 5
 
 
 def is_astray(first_loss: Any, last_loss: Any) -> bool:
-    """Whether an optimisation ended far above its start, as far as both losses are known."""
+    """Whether an optimisation ended far above its start, if both losses are known."""
     return is_number(first_loss) and is_number(last_loss) and last_loss > first_loss + LOSS_WARNED
 
 
 def changes_too_much(share: Any) -> bool:
-    """Whether a layer's ‖Δ‖/‖W‖ is warned of; one that is undefined is."""
+    """Whether a layer's ‖Δ‖/‖W‖ causes a warning; an undefined one does."""
     return not is_number(share) or share > CHANGE_WARNED
 
 
 def rounds_too_much(rounding: Any) -> bool:
-    """Whether the share of a layer's Δ that its dtype rounds off is warned of."""
+    """Whether the share of a layer's Δ that its dtype rounds off causes a warning."""
     return not is_number(rounding) or rounding > ROUNDING_WARNED
 
 
@@ -60,10 +60,10 @@ def warnings_of_layers(layers: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def warnings_of_targets(courses: Sequence[tuple[int, Any, Any]]) -> list[str]:
-    """A sentence about the targets whose optimisation ended far above its start, if there are any.
+    """A sentence about the targets whose optimisation ended far above its start, if any.
 
     Args:
-        courses: row of the input, first and last loss of each target.
+        courses: input row, first and last loss of each target.
     """
     astray = [course for course in courses if is_astray(*course[1:])]
     if not astray:
@@ -79,7 +79,7 @@ def warnings_of_targets(courses: Sequence[tuple[int, Any, Any]]) -> list[str]:
 
 
 def weights_of(layers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The largest ``change`` (‖Δ‖/‖W‖) and ``rounding`` of all layers; None where none was edited.
+    """The largest ``change`` (‖Δ‖/‖W‖) and ``rounding`` of all layers; None without edited layers.
 
     Args:
         layers: with ``share`` and ``rounding``.
@@ -91,7 +91,7 @@ def weights_of(layers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _largest(values: Sequence[float]) -> float | None:
-    # What is undefined is the worst there is, and max() would pass over it.
+    # An undefined value is the worst, and max() would ignore it.
     return max(values, key=lambda value: (not is_number(value), value), default=None)
 
 

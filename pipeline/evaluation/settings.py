@@ -1,4 +1,4 @@
-"""What a job wants to know of a model, checked before any worker starts."""
+"""What a job measures on a model, checked before any worker starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class How:
 
     Attributes:
         chat_template: each prompt is a user's turn of the tokenizer's chat.
-        writing_seed: seed of what is drawn while the model writes; None: it does not write.
+        writing_seed: seed for generating text; None: no text is generated.
     """
 
     chat_template: bool = False
@@ -30,7 +30,7 @@ class How:
 
     @classmethod
     def of(cls, evaluate: EvaluateConfig, seed: int) -> How:
-        """As a job says."""
+        """The measurement settings of a job."""
         return cls(evaluate.chat_template, seed if evaluate.fluency else None)
 
 
@@ -40,7 +40,7 @@ class Last:
 
     Attributes:
         run: its folder.
-        after: the figures of the model that it made.
+        after: the figures of its edited model.
     """
 
     run: str
@@ -50,7 +50,7 @@ class Last:
 def check_evaluation(
     job: JobConfig, tokenizer: Any, columns: Sequence[str], *, corpus: bool
 ) -> tuple[str | None, Last | None]:
-    """Refuse what could only be found out to be impossible when all work is done.
+    """Refuse settings that would otherwise fail only after all the work is done.
 
     Args:
         job: the job.
@@ -59,10 +59,10 @@ def check_evaluation(
         corpus: whether there is one.
 
     Returns:
-        The column that figures are grouped by, and the run to compare with.
+        The column to group figures by, and the run to compare with.
 
     Raises:
-        JobError: naming the key and what it lacks.
+        JobError: naming the key and what is missing.
     """
     for name in job.gates.thresholds():
         figure = GATES[name].figure
@@ -74,7 +74,7 @@ def check_evaluation(
             )
         column = _COLUMNS.get(figure.partition("_")[0])
         if column and column not in columns:
-            raise JobError(f"gates.{name} needs a column {column}, which the requests have not")
+            raise JobError(f"gates.{name} needs a column {column}, which the requests do not have")
     try:
         Prompts(tokenizer, job.evaluate.chat_template)
     except InputError as error:
@@ -83,7 +83,7 @@ def check_evaluation(
 
 
 def read_last(url: str | None) -> Last | None:
-    """The run that a job compares with; None where it names none.
+    """The run that a job compares with; None if it names none.
 
     Raises:
         JobError: there is no finished run.
@@ -97,10 +97,10 @@ def read_last(url: str | None) -> Last | None:
     except StorageError as error:
         reason = str(error)
     except (AttributeError, KeyError, TypeError, ValueError):
-        reason = "its metrics.json is not one of a run"
+        reason = "its metrics.json was not written by a run"
     raise JobError(
-        f"evaluate.last: {url} has no figures to compare with ({reason}); name the output of a run "
-        "that has ended, or leave the key out"
+        f"evaluate.last: {url} has no figures to compare with ({reason}); name the output of a "
+        "finished run, or remove the key"
     )
 
 

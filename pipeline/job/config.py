@@ -1,4 +1,4 @@
-"""Job files: what one run is told, checked completely before anything is started.
+"""Job files: the settings of one run, checked completely before anything is started.
 
 Other files that hold the settings of an edit (`EditSettings`) are read the same way, by
 `load_settings`.
@@ -37,7 +37,7 @@ _LISTED_KEYS, _FIRST_KEYS = 24, 6
 
 
 def allowed(what: str) -> WrapValidator:
-    """Answer whatever the type refuses with the one sentence ``what`` may stand there."""
+    """Replace any error of the type by one sentence: ``what`` is allowed here."""
 
     def check(value: Any, handler: Any) -> Any:
         try:
@@ -52,7 +52,7 @@ _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]*@")
 
 
 def without_password(text: str) -> str:
-    """A text with the passwords of the URLs in it replaced by stars."""
+    """A text with the passwords of all its URLs replaced by stars."""
     return _PASSWORD.sub(r"\1:***@", text)
 
 
@@ -73,7 +73,7 @@ def _as_section(value: Any) -> Any:
 
 
 def is_part_or_whole(gpus: float) -> bool:
-    """Whether Ray shares GPUs out like that: a part of one, or whole ones."""
+    """Whether Ray can assign this number of GPUs: a fraction of one, or whole ones."""
     return gpus <= 1 or gpus % 1 == 0
 
 
@@ -115,7 +115,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4
 GPUsOfWorker = Annotated[
     _FromZero, AfterValidator(_part_or_whole), allowed("a fraction up to 1, or a whole number")
 ]
-# A process of NCCL has a GPU to itself.
+# An NCCL process needs a GPU of its own.
 GPUOfRank = Annotated[float, Field(ge=0, le=1, multiple_of=1), allowed("0 or 1")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
 SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
@@ -128,7 +128,7 @@ Maximum = Annotated[_FromZero | None, allowed("a number, 0 or more, or null")]
 
 
 class Section(BaseModel):
-    """Settings that belong together: immutable, and nothing else may stand among them."""
+    """A group of settings: immutable, and without any other keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -137,7 +137,7 @@ S = TypeVar("S", bound=Section)
 
 
 def _together(what: str) -> PydanticCustomError:
-    """The error of settings that do not go together."""
+    """The error for settings that contradict each other."""
     return PydanticCustomError("together", "{what}", {"what": what})
 
 
@@ -146,49 +146,49 @@ class TargetsConfig(Section):
 
     workers: CountOrAutoOrHere = Field(
         default="auto",
-        description="Worker processes, each with a replica of the model; auto: what fits; 0, "
+        description="Worker processes, each with a replica of the model; auto: as many as fit; 0, "
         "together with update.ranks: 0: everything in this process, without Ray.",
     )
     gpus_per_worker: GPUsOfWorker = Field(
         default=0.0,
-        description="GPUs for each worker; 0 computes on the CPU, a fraction shares a GPU, and "
-        "among several the layers of the model are shared out.",
+        description="GPUs per worker; 0 computes on the CPU, a fraction shares a GPU, and with "
+        "several GPUs the model's layers are split among them.",
     )
     batch_size: CountOrAuto = Field(
         default="auto",
         description="Requests optimised side by side; auto: up to 32 on a CPU, 256 on a GPU, or as "
-        "many as the free memory holds.",
+        "many as fit in the free memory.",
     )
     dtype: Dtype = Field(
         default="auto",
-        description="Of weights and activations while targets are computed; auto: float32 on a "
-        "CPU, as stored on a GPU. Free vectors, losses and optimiser are float32 in any case.",
+        description="Dtype of weights and activations while targets are computed; auto: float32 on "
+        "a CPU, as stored on a GPU. Free vectors, losses and optimiser always use float32.",
     )
     shared_keys: SharedKeys = Field(
         default="joint",
-        description="Targets of requests with one subject and the same text in front of it, which "
-        "have one key; joint: one for all of them, mean: one each, whose mean is written, as "
+        description="Targets of requests that share a key, because subject and preceding text are "
+        "the same; joint: one for all of them, mean: one each, whose mean is written, as "
         "published.",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
-        description="Requests in a shard, the unit that is computed, stored and resumed; "
-        "auto: 16 to 256, by the number of requests alone.",
+        description="Requests per shard, the unit that is computed, stored and resumed; "
+        "auto: 16 to 256, depending only on the number of requests.",
     )
     threads_per_worker: ThreadsOrAuto = Field(
         default="auto",
-        description="CPU threads for each worker; auto: one, so that results are the same to the "
-        "bit on any machine.",
+        description="CPU threads per worker; auto: one, so that results are the same to the bit on "
+        "any machine.",
     )
     timeout: SecondsOrNull = Field(
         default=86_400.0,
-        description="Seconds that a worker may take for one shard before it counts as hanging and "
-        "is replaced; null: any time.",
+        description="Time limit in seconds for one shard, after which its worker counts as hung "
+        "and is replaced; null: no limit.",
     )
     store: TextOrNull = Field(
         default=None,
-        description="Folder of targets that runs share: what it has is not computed again, what is "
-        "computed is added; null: none.",
+        description="Folder of targets that runs share: stored targets are reused, new ones are "
+        "added; null: none.",
     )
 
 
@@ -197,14 +197,15 @@ class UpdateConfig(Section):
 
     ranks: CountOrAutoOrHere = Field(
         default="auto",
-        description="Processes that hold the partitioned model together; auto: what fits; 0, "
-        "together with targets.workers: 0: this process.",
+        description="Processes that share the partitioned model; auto: as many as fit; 0, together "
+        "with targets.workers: 0: this process.",
     )
     gpus_per_rank: GPUOfRank = Field(
-        default=0.0, description="1: each rank computes on a GPU of its own; 0: on the CPU."
+        default=0.0, description="1: each rank computes on its own GPU; 0: on the CPU."
     )
     offload: Offload = Field(
-        default="none", description="Where partitioned weights wait: none (on the device) or cpu."
+        default="none",
+        description="Where partitioned weights are kept: none (on the device) or cpu.",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
@@ -216,33 +217,33 @@ class EvaluateConfig(Section):
     """How the model is measured before and after."""
 
     sample: CountOrNull = Field(
-        default=None, description="Requests measured, drawn under the seed; null: all of them."
+        default=None, description="Number of requests to measure, drawn by seed; null: all of them."
     )
     store: TextOrNull = Field(
         default=None,
-        description="Folder of measurements of the base that runs share: what it has is not "
-        "measured again; null: none.",
+        description="Folder of measurements of the base model that runs share: stored ones are not "
+        "repeated; null: none.",
     )
     group_by: TextOrNull = Field(
         default=None,
-        description="Column of the requests by which figures are given as well; null: relation_id "
-        "or relation, where there is one.",
+        description="Column of the requests to break figures down by; null: relation_id or "
+        "relation, if there is one.",
     )
     last: TextOrNull = Field(
         default=None,
-        description="Run folder whose figures the gates of the kind since_last compare with; "
-        "null: none.",
+        description="Run folder whose figures the since_last gates compare with; null: none.",
     )
     fluency: Flag = Field(
         default=False,
-        description="Let the model write, and measure fluency and consistency of its text.",
+        description="Generate text with the model, and measure its fluency and consistency.",
     )
     chat_template: Flag = Field(
-        default=False, description="Ask every prompt as a user's turn of the tokenizer's chat."
+        default=False,
+        description="Ask every prompt as a user turn of the tokenizer's chat template.",
     )
     perplexity_texts: Count = Field(
         default=256,
-        description="Texts of the corpus that perplexity and agreement are measured on.",
+        description="Number of corpus texts on which perplexity and agreement are measured.",
     )
 
 
@@ -266,44 +267,44 @@ else:
 
 
 class GatesConfig(_Gates):
-    """What the edited model must reach to be published; null: not asked.
+    """Requirements that the edited model must meet to be published; null: none.
 
     The keys are the names of the gates in `pipeline.job.gates`.
     """
 
     def thresholds(self) -> dict[str, float]:
-        """The thresholds of the gates that are asked for, by name."""
+        """The thresholds of the gates that are set, by name."""
         return self.model_dump(exclude_none=True)
 
 
 class TrackingConfig(Section):
-    """Where a run is tracked, beside its folder; credentials come from the environment."""
+    """Where a run is tracked besides its folder; credentials come from the environment."""
 
     tensorboard: AddressOrNull = Field(
-        default=None, description="Folder of TensorBoard's event files; null: none."
+        default=None, description="Folder for TensorBoard's event files; null: none."
     )
     mlflow: AddressOrNull = Field(
         default=None, description="MLflow's tracking URI, or a local folder; null: none."
     )
     wandb: TextOrNull = Field(
-        default=None, description="Project of Weights & Biases, or entity/project; null: none."
+        default=None, description="Weights & Biases project, or entity/project; null: none."
     )
-    experiment: Text = Field(default="pmet", description="MLflow's experiment.")
+    experiment: Text = Field(default="pmet", description="MLflow experiment.")
     name: TextOrNull = Field(
-        default=None, description="How the run is called there; null: as its folder is."
+        default=None, description="Name of the run there; null: the name of its folder."
     )
 
 
 class EditSettings(Section):
-    """How facts are put into a model; which facts, and where results go, is said elsewhere.
+    """How facts are edited into a model; the facts and the output are set elsewhere.
 
-    Paths may be local or any URL that fsspec reads, and are kept as they were written.
+    Paths may be local or any URL that fsspec reads, and are kept as written.
     """
 
     hparams: Text = Field(description="Hyper-parameters: the name of a preset, or a file.")
     second_moments: TextOrNull = Field(
         default=None,
-        description="Folder of second moments, read if there, else computed and kept; "
+        description="Folder of second moments, read if it exists, else computed and kept there; "
         "null: kept in the run folder.",
     )
     corpus: PathsOrNull = Field(
@@ -311,12 +312,12 @@ class EditSettings(Section):
         description="Parquet files of ordinary text that second moments are computed from.",
     )
     context_templates: TextOrNull = Field(
-        default=None, description="JSON file of context templates; null: generated under the seed."
+        default=None, description="JSON file of context templates; null: generated from the seed."
     )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
     skip_known: Flag = Field(
         default=False,
-        description="Leave out of the edit what the model already answers as wanted.",
+        description="Skip facts that the model already answers as wanted.",
     )
     targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
         default=TargetsConfig(), description="How the targets are computed."
@@ -328,10 +329,10 @@ class EditSettings(Section):
         default=EvaluateConfig(), description="How the model is measured before and after."
     )
     gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
-        default=GatesConfig(), description="What the edited model must reach to be published."
+        default=GatesConfig(), description="Requirements for publishing the edited model."
     )
     tracking: Annotated[TrackingConfig, BeforeValidator(_as_section)] = Field(
-        default=TrackingConfig(), description="Where the run is tracked, beside its folder."
+        default=TrackingConfig(), description="Where the run is tracked besides its folder."
     )
 
     @property
@@ -347,8 +348,8 @@ class EditSettings(Section):
             if update.ranks == 0:
                 zero, other = other, zero
             raise _together(
-                f"{zero} is 0, which computes in this process, and {other} is not; set both to 0, "
-                "or neither"
+                f"{zero} is 0, which computes in this process, but {other} is not 0; set both "
+                "to 0, or neither"
             )
         if self.in_this_process and (targets.gpus_per_worker or update.gpus_per_rank):
             raise _together(
@@ -362,7 +363,7 @@ class EditSettings(Section):
 class _Places(Section):
     model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
     requests: Paths = Field(description="Parquet files of edit requests: paths, globs or folders.")
-    output: Text = Field(description="The run folder: where everything is kept and published.")
+    output: Text = Field(description="The run folder: where all files are kept and published.")
 
 
 # The fields of the last base come first.
@@ -376,10 +377,10 @@ class JobConfig(EditSettings, _Places):
     def identity(self) -> dict[str, Any]:
         """The settings that the edited weights depend on, as JSON values.
 
-        Left out are where results go and are tracked, what is measured and demanded of them, and
-        which machines compute: the numbers of workers, ranks, threads and GPUs, the time that they
-        have, and offloading; and the store of targets, which has the same ones. The contents of
-        files that are named are not read here.
+        Excluded are where results are stored and tracked, what is measured and demanded of them,
+        which machines compute (the numbers of workers, ranks, threads and GPUs, time limits and
+        offloading), and the store of targets, which changes no target. The contents of named
+        files are not read here.
         """
         return self.model_dump(
             mode="json",
@@ -399,7 +400,7 @@ class JobConfig(EditSettings, _Places):
 
 
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read a job file and put overrides in its place.
+    """Read a job file and apply overrides to it.
 
     Args:
         source: path or URL of the file: YAML, at most 1 MiB (see ``pipeline.job.yaml_files``).
@@ -420,11 +421,11 @@ def load_settings(
     Args:
         kind: the settings: a `Section`, whose fields may be sections themselves.
         source: path or URL of the file.
-        overrides: as of ``load_job``.
-        what: the file describes, as messages call it: ``job``.
+        overrides: as for ``load_job``.
+        what: what the file describes, for messages: ``job``.
 
     Raises:
-        JobError: as ``load_job``.
+        JobError: as for ``load_job``.
     """
     keys = _Keys(kind)
     values = _mapping(str(source), what)
@@ -439,18 +440,18 @@ def load_settings(
 
 
 def dump_job(job: JobConfig) -> str:
-    """The whole job as YAML, defaults included; ``load_job`` reads it back to an equal job."""
+    """The complete job as YAML, defaults included; ``load_job`` reads it back to an equal job."""
     values = job.model_dump(mode="json")
     for key in ("requests", "corpus"):
         if values[key] and len(values[key]) == 1:
             values[key] = values[key][0]
-    # There are some fifty, and few jobs ask for more than three.
+    # There are some fifty, and few jobs set more than three.
     values["gates"] = job.gates.thresholds()
     return dump_yaml(values)
 
 
 def by_key(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """What settings hold, by key, as overrides name it: ``section.key``."""
+    """The values of settings by key, as overrides name them: ``section.key``."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from by_key(value, f"{before}{name}.")
@@ -459,7 +460,7 @@ def by_key(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
 
 
 class _Keys:
-    """The keys that settings of a kind have."""
+    """The keys that a kind of settings has."""
 
     def __init__(self, kind: type[Section]) -> None:
         self.fields = kind.model_fields
@@ -479,7 +480,7 @@ class _Keys:
         return [key for key in self.all if key.startswith(f"{section}.")]
 
     def suggestion(self, key: str) -> str:
-        """What may have been meant by a key that there is not."""
+        """The known keys closest to an unknown one, as text."""
         section, dot, name = key.rpartition(".")
         if inside := self.inside(key):
             return f"name one of {_listed(inside)}"
@@ -495,7 +496,7 @@ class _Keys:
 
 
 def _listed(keys: Sequence[str]) -> str:
-    """Keys in a message; of a great many the first, and where the others are told."""
+    """Keys in a message; of a long list, only the first, and where to find the others."""
     if len(keys) <= _LISTED_KEYS:
         return ", ".join(keys)
     more = len(keys) - _FIRST_KEYS
@@ -518,7 +519,7 @@ def _mapping(source: str, what: str) -> dict[str, Any]:
 def _put(
     overrides: Sequence[str], values: dict[str, Any], keys: _Keys
 ) -> tuple[dict[str, str], list[str]]:
-    """Write overrides into ``values``; returns the override behind each key, and the problems."""
+    """Write overrides into ``values``; return the override behind each key, and the problems."""
     origins: dict[str, str] = {}
     problems: list[str] = []
     for override in overrides:

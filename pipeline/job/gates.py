@@ -1,8 +1,8 @@
-"""Gates: what a job may demand of the edited model, and whether it gets it.
+"""Gates: what a job may demand of the edited model, and whether the model meets it.
 
-A gate has one name: its key under ``gates`` in a job, its ``name`` in ``metrics.json``, and what
-reports, comparisons and the terminal call it. Where it asks for at least so much, that is the name
-of its figure; other gates say the rest at the end:
+A gate has one name: the key under ``gates`` in a job, ``name`` in ``metrics.json``, and the name in
+reports, comparisons and the terminal. If the gate sets a minimum, that is the name of its figure;
+otherwise the ending names the kind:
 
     specificity                     after is at least the threshold
     perplexity_increase             after is at most so much above before, relatively
@@ -24,7 +24,7 @@ Kind = Literal["least", "most", "increase", "drop", "drop_since_last"]
 
 INCREASE = "perplexity_increase"
 SHARES = (*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency")
-"""Figures that are fractions; of more of each a model is better."""
+"""Figures that are fractions, where higher is better."""
 ROUNDING = "rounding"
 """Of the edited weights: the share of Δ that the stored dtype rounds off."""
 NOTHING_LAST = "nothing to compare with"
@@ -33,11 +33,11 @@ UNDEFINED = "not a finite number, and nothing that is undefined passes"
 
 @dataclass(frozen=True)
 class Gate:
-    """One demand that can be made.
+    """One kind of demand.
 
     Attributes:
-        figure: what it looks at.
-        kind: how.
+        figure: the figure it checks.
+        kind: how it checks it.
     """
 
     figure: str
@@ -45,12 +45,12 @@ class Gate:
 
     @property
     def name(self) -> str:
-        """What it is called everywhere."""
+        """The name of the gate, everywhere."""
         return self.figure if self.kind in ("least", "most") else f"{self.figure}_{self.kind}"
 
     @property
     def is_fraction(self) -> bool:
-        """Whether its threshold is a fraction from 0 to 1."""
+        """Whether the threshold is a fraction from 0 to 1."""
         return self.figure in SHARES or self.figure == ROUNDING
 
     @property
@@ -59,24 +59,24 @@ class Gate:
         name = self.figure.replace("_strict", ", strict form").replace("_accuracy", ", by tokens")
         match self.kind:
             case "least":
-                return f"Least {name} of the edited model."
+                return f"Minimum {name} of the edited model."
             case "most":
-                return "Largest share of Δ that the stored dtype may round off, in any layer."
+                return "Maximum share of Δ that the stored dtype may round off, in any layer."
             case "increase":
-                return f"Most that the {name} may rise, relative to before: 0.02 is 2 %."
+                return f"Maximum relative increase in {name}: 0.02 is 2 %."
             case "drop":
-                return f"Most that the {name} may be below the base's."
+                return f"Maximum drop in {name} below the base model's."
             case "drop_since_last":
-                return f"Most that the {name} may be below the last run's (evaluate.last)."
+                return f"Maximum drop in {name} below the last run's (evaluate.last)."
 
     def outcome(
         self, threshold: float, metrics: Mapping[str, Any], last: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """What the gate saw, and whether it lets the edited model pass.
+        """The value the gate saw, and whether the edited model passes.
 
-        A value that could not be measured does not pass, since it may be anything; nor does one
-        that is undefined. But where there is no last run, or none that measured this, there is
-        nothing to be worse than.
+        A value that could not be measured does not pass, since it may be anything, and neither does
+        an undefined one. But if there is no last run, or it did not measure this, the model passes:
+        it cannot be worse than nothing.
         """
         after = metrics["after"].get(self.figure)
         said: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def _gates() -> dict[str, Gate]:
     least = [*SHARES, "fluency"]
     gates = [Gate(figure, "least") for figure in least]
     gates += [Gate("perplexity", "increase"), Gate(ROUNDING, "most")]
-    # What the base says agrees with what the base says.
+    # The base model always agrees with itself.
     gates += [Gate(figure, "drop") for figure in least if figure != "agreement"]
     gates += [Gate(figure, "drop_since_last") for figure in least]
     return {gate.name: gate for gate in gates}
@@ -123,12 +123,12 @@ def outcomes(
     metrics: Mapping[str, Any],
     last: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Each gate that is asked for with the value it saw and whether it was passed.
+    """Evaluate each gate that is set: the value it saw, and whether it was passed.
 
     Args:
         thresholds: by name of the gate.
         metrics: ``before``, ``after`` and ``weights``.
-        last: ``after`` of the run to compare with; None where there is none.
+        last: ``after`` of the run to compare with; None if there is none.
     """
     return [GATES[name].outcome(value, metrics, last) for name, value in thresholds.items()]
 
@@ -136,7 +136,7 @@ def outcomes(
 def _increase(before: float | None, after: float | None) -> float | None:
     if before is None or after is None:
         return None
-    # Anything would be little beside an infinite figure of the base.
+    # Compared with an infinite figure of the base, any increase would be small.
     return after / before - 1 if before and math.isfinite(before) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""YAML files that people write, at a path or a URL; what is read as what, ``pmet.yaml12`` says."""
+"""Hand-written YAML files at a path or a URL; ``pmet.yaml12`` defines how values are read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["YAMLTextError", "dump_yaml", "parse_yaml", "read_yaml"]
 def read_yaml(
     source: str, label: str, *, limit: int, too_large: str, refusal: type[InputError]
 ) -> Any:
-    """The value of a YAML file that a person wrote.
+    """Read the value of a hand-written YAML file.
 
     Args:
         source: a path or a URL.
-        label: what the file is, for the message where it cannot be read.
+        label: the file's role, for the message if it cannot be read.
         limit: its largest size in bytes.
-        too_large: what to say of a larger one.
-        refusal: raised where the file is not what it should be.
+        too_large: the message for a larger file.
+        refusal: the exception raised for an invalid file.
 
     Raises:
         InputError: of the kind ``refusal``; one line for each problem, naming the file.

@@ -1,8 +1,8 @@
-"""Model folders: what is in a base checkpoint, and how an edited one is published.
+"""Model folders: reading a base checkpoint, and publishing an edited one.
 
 An edited checkpoint is the base's, byte for byte, with the edited tensors overwritten in place.
-Nothing is loaded, gathered or renamed, so all that was not edited is untouched by construction,
-and no process ever holds the model.
+Nothing is loaded, gathered or renamed, so everything that was not edited stays as it was, and no
+process ever holds the model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from pmet.errors import NotFiniteError
 from pmet.safetensors_header import DTYPES, Entry, read_header
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-# Weights in other formats, and what loads an adapter beside the model: beside an edited model they
-# would be those of the base.
+# Weights in other formats, and adapter files. Beside an edited model they would still be those of
+# the base.
 _OTHER_WEIGHTS = (*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "adapter_config.json")
 _DIGESTED = (".json", ".safetensors", ".model", ".txt")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -42,14 +42,14 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor of a checkpoint lies.
+    """The location of one tensor of a checkpoint.
 
     Attributes:
-        file: name of its safetensors file.
-        name: its name there, which may lack or add the model's prefix.
-        dtype: of its elements.
+        file: name of the safetensors file.
+        name: name in that file, which may lack or add the model's prefix.
+        dtype: of the elements.
         shape: as stored.
-        start: offset of its first byte in the file.
+        start: offset of the first byte in the file.
         size: bytes.
     """
 
@@ -63,14 +63,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder on the local disk, its weights in safetensors.
+    """A model folder on the local disk, with its weights in safetensors.
 
     Attributes:
-        folder: where it is.
+        folder: the model folder.
         tensors: floating-point tensors by their name in the files.
-        headers: of all tensors, also of those in types that no arithmetic here uses.
+        headers: of all tensors, including those of types that no code here computes with.
         weights: the files that the tensors are in.
-        config: what ``config.json`` holds.
+        config: the contents of ``config.json``.
     """
 
     folder: Path
@@ -81,11 +81,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Read the headers of a model folder, of the files that transformers reads.
+        """Read the headers of those files of a model folder that transformers reads.
 
         Raises:
             ModelError: there is no such folder, no configuration, no safetensors, or a damaged
-                one; a file or a tensor that the index names is missing, or a tensor is there twice.
+                file; a file or tensor named in the index is missing, or a tensor is there twice.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -98,7 +98,7 @@ class Checkpoint:
         return cls(folder, tensors, headers, weights, config)
 
     def find(self, parameter: str, prefix: str) -> StoredTensor:
-        """The stored tensor of a model's parameter.
+        """Return the stored tensor of a model parameter.
 
         Checkpoints of the bare model leave out the prefix that the model with a head adds.
 
@@ -112,39 +112,39 @@ class Checkpoint:
         if (stored := self.stored(parameter, prefix)) is not None:
             return stored
         raise ModelError(
-            f"model {self.folder} does not store {parameter} as a tensor of its own: transformers "
-            "makes it from others while it loads the model, and an edit is written into what is "
-            "stored; edit a model of another family"
+            f"model {self.folder} does not store {parameter} as a separate tensor: transformers "
+            "builds it from other tensors at load time, but an edit overwrites a stored tensor; "
+            "edit a model of another family"
         )
 
     def stored(self, parameter: str, prefix: str) -> StoredTensor | None:
-        """As `find`; None where the checkpoint has no such tensor."""
+        """Like `find`, but returns None if the checkpoint has no such tensor."""
         for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
             if name in self.tensors:
                 return self.tensors[name]
         return None
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
-        """One tensor of the checkpoint."""
+        """Read one tensor of the checkpoint."""
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         self.read_elements(stored, 0, tensor.view(-1))
         return tensor
 
     def read_elements(self, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
-        """Read elements of a flattened tensor, from the ``first`` on, as many as ``out`` has.
+        """Fill ``out`` with elements of a flattened tensor, starting at element ``first``.
 
         Args:
             stored: the tensor.
-            first: number of the first element.
+            first: index of the first element.
             out: contiguous and on the CPU; filled, in its own dtype.
 
         Raises:
-            ModelError: the file ends before.
+            ModelError: the file ends too early.
         """
         size = stored.dtype.itemsize
         with (self.folder / stored.file).open("rb") as file:
             file.seek(stored.start + first * size)
-            # In pieces: a copy in the stored dtype of all that is asked for would be as large.
+            # In pieces: a copy of everything in the stored dtype would be as large as ``out``.
             for piece in out.split(CHUNK_BYTES // size):
                 as_it_is = piece.dtype == stored.dtype
                 read = piece if as_it_is else torch.empty(len(piece), dtype=stored.dtype)
@@ -156,8 +156,8 @@ class Checkpoint:
     def files(self) -> list[str]:
         """Names of the model's files, in a fixed order.
 
-        Left out are hidden files and all weights that transformers does not read from here:
-        other safetensors files, pickles, other formats, adapters.
+        Excludes hidden files and all weights that transformers does not read from here: other
+        safetensors files, pickles, other formats, adapters.
         """
         skipped = {f for p in _OTHER_WEIGHTS for f in self.folder.glob(p)}
         return sorted(
@@ -183,16 +183,16 @@ def is_digested(name: str) -> bool:
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
-    """The digest of a model (`Checkpoint.digest`) from the SHA-256 of each of its files."""
+    """The digest of a model (`Checkpoint.digest`), computed from the SHA-256 of each file."""
     listing = [[name, digests[name]] for name in sorted(digests) if is_digested(name)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def open_model_folder(model: str, cache_dir: Path) -> Path:
-    """A local folder with the model: a path, a copy of a remote folder, or a hub snapshot.
+    """Return a local folder with the model: a path, a copy of a remote folder, or a hub snapshot.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: the model does not exist.
     """
     path = Path(localized(model, cache_dir)).expanduser()
     if path.is_dir():
@@ -213,21 +213,21 @@ def publish(
 ) -> None:
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
-    Files of the same names are overwritten; what else is there is the caller's to remove.
-    ``config.json`` goes first and comes last, once the edited tensors have been read back from
-    where transformers will look for them: a model that is not whole cannot be opened.
+    Files of the same names are overwritten; the caller removes any others. ``config.json`` is
+    removed first and written last, after the edited tensors have been read back from where
+    transformers will look for them: an incomplete model cannot be opened.
 
     Args:
         checkpoint: the base.
         names: the edited tensors, as the checkpoint's files call them.
-        edited: what becomes of one of them; one is held at a time.
+        edited: returns the new value of one of them; one is held at a time.
         store: the run folder.
-        folder: name in it.
-        on_file: told the name of each file written.
+        folder: folder name in the store.
+        on_file: called with the name of each file written.
 
     Raises:
-        ModelError: an edited tensor has not the shape it had.
-        StorageError: what was written does not have the edited tensors.
+        ModelError: an edited tensor has changed its shape.
+        StorageError: the published files do not hold the edited tensors.
         NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
     """
     written: dict[str, str] = {}
@@ -248,7 +248,7 @@ def publish(
 
 
 def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> str:
-    """Write a tensor over the one that was there; returns the SHA-256 of its bytes."""
+    """Overwrite a stored tensor; return the SHA-256 of the new bytes."""
     data = tensor.to(stored.dtype).contiguous()
     _check_finite(stored.name, data)
     if tuple(data.shape) != stored.shape or data.nbytes != stored.size:
@@ -260,7 +260,7 @@ def _overwrite(target: BinaryIO, stored: StoredTensor, tensor: torch.Tensor) -> 
 
 
 def _check_finite(name: str, data: torch.Tensor) -> None:
-    """The last guard: what is not a number is never published, whatever computed it."""
+    """Refuse to publish NaN or infinity, whatever computed it: the last safeguard."""
     if not torch.isfinite(data).all():
         raise NotFiniteError(
             f"the edited tensor {name} holds NaN or infinity as {data.dtype} and is not "
@@ -279,16 +279,16 @@ def _check_written(
     """Raise unless transformers will find the edited tensors, bit for bit, in a written folder.
 
     Args:
-        files: the folder, whose ``config.json`` is still to be written.
-        where: it is.
+        files: the folder, whose ``config.json`` has not been written yet.
+        where: the folder's path or URL, for messages.
         config: what ``config.json`` will hold.
         names: the edited tensors.
-        written: SHA-256 of each, as it was written.
+        written: SHA-256 of each, as written.
     """
     try:
         tensors, _ = _tensors(files, weight_files(files, config))
     except ModelError as error:
-        raise StorageError(f"what was published to {where} cannot be read back: {error}") from None
+        raise StorageError(f"the model published to {where} cannot be read back: {error}") from None
     wrong = [n for n in sorted(names) if _tensor_digest(files, tensors.get(n)) != written.get(n)]
     if wrong:
         raise StorageError(
@@ -299,7 +299,7 @@ def _check_written(
 
 
 def _tensor_digest(files: Files, stored: StoredTensor | None) -> str:
-    """SHA-256 of a tensor's bytes as they are read; empty where it is not there."""
+    """SHA-256 of a tensor's bytes as read back; empty if the tensor is missing."""
     if stored is None:
         return ""
     digest = hashlib.sha256()
@@ -311,7 +311,7 @@ def _tensor_digest(files: Files, stored: StoredTensor | None) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` holds; transformers says what is wrong with it where it is damaged."""
+    """The contents of ``config.json``; if it is damaged, transformers reports what is wrong."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -320,7 +320,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder has in the place of the weights that are read, and what to do."""
+    """What a folder holds instead of readable weights, and what to do about it."""
     if pickles := sorted(f.name for p in _PICKLES for f in folder.glob(p)):
         return (
             f", only {', '.join(pickles[:3])}: pickle can run code and is refused; "
@@ -368,7 +368,7 @@ def _tensors(
 
 
 def _file_entries(files: Files, file: str) -> Mapping[str, Entry]:
-    """Read a safetensors header, and nothing else."""
+    """Read only a safetensors header."""
     try:
         with files.read_stream(file) as stream:
 
@@ -382,7 +382,7 @@ def _file_entries(files: Files, file: str) -> Mapping[str, Entry]:
 
 
 def _stored_tensor(file: str, name: str, entry: Entry) -> StoredTensor | None:
-    """Where a tensor lies; None for one in a type that no arithmetic here uses."""
+    """Where a tensor is stored; None for types that no code here computes with."""
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         return None
@@ -402,7 +402,7 @@ def _hub_snapshot(model: str) -> Path:
     try:
         if (cache := hub_cache()) is None:
             return Path(snapshot_download(model, allow_patterns=files))
-        # An image may bring the model along, in a folder that nothing can be added to.
+        # An image may contain the model, in a read-only folder.
         with suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
         make_cache(cache)
@@ -410,6 +410,6 @@ def _hub_snapshot(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"model {model} is no local folder, and the hub does not give it ({reason}); check the "
-            "path or the id"
+            f"model {model} is neither a local folder nor available from the hub ({reason}); check "
+            "the path or the id"
         ) from None

@@ -1,8 +1,8 @@
-"""Whether a model can be edited, found out from its configuration, its tokenizer and its headers.
+"""Checks whether a model can be edited, from its configuration, tokenizer and headers.
 
-What is refused here would otherwise fail on the workers, after hours of work perhaps, or would
-give a model that is not the one asked for: transformers fills parameters that a checkpoint lacks
-with random numbers. Nothing of the weights is read.
+A model refused here would otherwise fail on the workers, perhaps after hours of work, or yield
+a different model than the one asked for: transformers fills parameters that a checkpoint lacks
+with random numbers. No weights are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pmet.hparams import PMETHyperParams
 from pmet.model import Layout, part_with, parts_beside, resolve, transformers_internals
 from pmet.safetensors_header import DTYPES
 
-# Layers that keep nothing but keys and values of their own, as `pmet.model.prefix` holds them.
+# Layers that keep only keys and values of their own, as `pmet.model.prefix` holds them.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _FULL = (
     "an edit changes full-precision weights; edit the model that it was made from, which its model "
@@ -34,10 +34,10 @@ _MULTIMODAL = 'docs/jobs.md ("Multimodal models")'
 
 
 def check_configuration(checkpoint: Checkpoint) -> None:
-    """Refuse models whose configuration alone says that they cannot be edited.
+    """Refuse models whose configuration shows that they cannot be edited.
 
     Raises:
-        ModelError: the model is quantised, a multimodal one, or has an adapter beside it.
+        ModelError: the model is quantised or multimodal, or has an adapter beside it.
     """
     _check_adapter(checkpoint)
     _check_index(checkpoint)
@@ -46,26 +46,25 @@ def check_configuration(checkpoint: Checkpoint) -> None:
 
 
 def check_weights(checkpoint: Checkpoint, skeleton: nn.Module, tokenizer: Any) -> None:
-    """Refuse weights that are not those of the model's configuration, or of its tokenizer.
+    """Refuse weights that do not match the model's configuration or its tokenizer.
 
     Args:
         checkpoint: the model folder.
-        skeleton: the model that its configuration makes (`pipeline.models.skeleton.open_skeleton`).
+        skeleton: the model built from its configuration (`pipeline.models.skeleton.open_skeleton`).
         tokenizer: the model's.
 
     Raises:
-        ModelError: a parameter is missing, stored twice or in another shape or type than the
-            configuration gives it; or the tokenizer has more tokens than the embedding has rows.
+        ModelError: a parameter is missing, stored twice, or stored in another shape or type than
+            the configuration gives; or the tokenizer has more tokens than the embedding has rows.
     """
     _check_parameters(checkpoint, skeleton)
     _check_tokenizer(checkpoint, skeleton, tokenizer)
 
 
 def check_readable(checkpoint: Checkpoint, tokenizer: Any) -> None:
-    """`check_weights` of a model that is to be read and not edited.
+    """Run `check_weights` for a model that is only read, not edited.
 
-    What would be refused for an edit only, a quantised or a multimodal model, is left to
-    transformers.
+    Models that only an edit would refuse, quantised or multimodal ones, are left to transformers.
     """
     _check_index(checkpoint)
     if not _quantisation(checkpoint.config) and _wrapped(checkpoint) is None:
@@ -75,17 +74,17 @@ def check_readable(checkpoint: Checkpoint, tokenizer: Any) -> None:
 def checked_layout(
     checkpoint: Checkpoint, skeleton: nn.Module, tokenizer: Any, hparams: PMETHyperParams
 ) -> Layout:
-    """Where a model keeps its parts, once it has been found that the method can use them.
+    """Return the layout of a model, after checking that the method can use it.
 
     Args:
         checkpoint: the model folder.
-        skeleton: the model that its configuration makes.
+        skeleton: the model built from its configuration.
         tokenizer: the model's.
         hparams: the layers, and names of modules for an unknown family.
 
     Raises:
-        ModelError: see `check_weights`; or a layer holds something else than attention and an FFN
-            that treats tokens one by one.
+        ModelError: see `check_weights`; or a layer holds something other than attention and an FFN
+            that processes tokens one by one.
         ArchitectureError: the parts cannot be found.
     """
     _check_state(checkpoint, skeleton)
@@ -107,14 +106,14 @@ def _check_adapter(checkpoint: Checkpoint) -> None:
 
 
 def _check_index(checkpoint: Checkpoint) -> None:
-    """Transformers fails without the index's ``metadata``, even where it is empty."""
+    """Refuse an index without ``metadata``: transformers requires it, even if empty."""
     index = checkpoint.weights.index
     if index is None:
         return
     path = checkpoint.folder / index
     if not isinstance(json.loads(path.read_bytes()).get("metadata"), dict):
         raise ModelError(
-            f"{path} has no metadata, without which transformers does not open it; add "
+            f"{path} has no metadata, and transformers cannot open it without; add "
             '"metadata": {} beside weight_map'
         )
 
@@ -127,7 +126,7 @@ def _check_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:
-    """The method by which a model, or its language model, is quantised; None where it is not."""
+    """The quantisation method of a model, or of its language model; None if not quantised."""
     sections = (config, *(value for value in config.values() if isinstance(value, Mapping)))
     for section in sections:
         for key in ("quantization_config", "compression_config"):
@@ -154,19 +153,19 @@ def _check_multimodal(checkpoint: Checkpoint) -> None:
 
 
 def _wrapped(checkpoint: Checkpoint) -> Any:
-    """The configuration of the language model that a multimodal model wraps; None without one."""
+    """The configuration of the language model that a multimodal model wraps, or None."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **NO_CODE)
         text = config.get_text_config(decoder=True)
     except UNREADABLE:
-        return None  # Opening the model says what is wrong.
+        return None  # Opening the model reports what is wrong.
     return None if text is config else text
 
 
 def _check_parameters(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Compare the shapes that the configuration makes with those in the files' headers."""
+    """Compare the shapes that the configuration implies with those in the files' headers."""
     names, converted = _stored_names(checkpoint, model)
     shapes: dict[nn.Parameter, list[str]] = {}
     # Tied parameters have several names, and any of them may be stored.
@@ -177,7 +176,7 @@ def _check_parameters(checkpoint: Checkpoint, model: nn.Module) -> None:
             if name in names:
                 _check_header(checkpoint, model, name, names[name], tuple(parameter.shape))
     if converted:
-        # What a file stores in another form makes parameters under names that are not known here.
+        # Tensors stored in another form yield parameters under names that are not known here.
         return
     optional = transformers_internals.computed_parameters(model)
     missing = [
@@ -194,7 +193,7 @@ def _check_parameters(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def _stored_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, str], bool]:
-    """By parameter the name of the tensor that is loaded into it; whether some are converted."""
+    """The name of the stored tensor for each parameter; whether some tensors are converted."""
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix = getattr(model, "base_model_prefix", "")
     found: dict[str, str] = {}
@@ -213,7 +212,7 @@ def _stored_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, s
 
 
 def _parameter(loaded: str, prefix: str, known: set[str]) -> str | None:
-    """The parameter that a tensor is loaded into; checkpoints may leave out or add the prefix."""
+    """The parameter a tensor is loaded into; checkpoints may omit or add the prefix."""
     names = (loaded, f"{prefix}.{loaded}", loaded.removeprefix(f"{prefix}."))
     return next((name for name in names if name in known), None)
 
@@ -233,7 +232,7 @@ def _check_header(
     if _is_embedding(model, name) and header.shape[1:] == shape[1:]:
         remedy = f"set vocab_size to {header.shape[0]} there, or copy the weights that belong to it"
     raise ModelError(
-        f"model {checkpoint.folder} stores {stored} as {_times(header.shape)}, and its config.json "
+        f"model {checkpoint.folder} stores {stored} as {_times(header.shape)}, but its config.json "
         f"asks for {_times(shape)}; {remedy}"
     )
 
@@ -257,31 +256,31 @@ def _check_tokenizer(checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None
 
 
 def _check_state(checkpoint: Checkpoint, model: Any) -> None:
-    """Refuse models that keep something else of earlier tokens than keys and values per layer."""
+    """Refuse models that keep any state of earlier tokens but keys and values per layer."""
     config = model.config.get_text_config(decoder=True)
     what = f"model {checkpoint.folder} ({config.model_type})"
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(
-            f"{what} holds attention keys and values in compressed form (multi-head latent "
-            f"attention), and the method needs them as they are; {_ALL_ATTENTION}, its keys and "
-            "values uncompressed"
+            f"{what} stores attention keys and values in compressed form (multi-head latent "
+            f"attention), but the method needs them uncompressed; {_ALL_ATTENTION}, with "
+            "uncompressed keys and values"
         )
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
     if others or transformers_internals.is_recurrent(model):
         raise ModelError(
             f"{what} has layers that are not plain attention ({', '.join(others) or 'recurrent'}), "
-            "and the method holds attention keys and values of what stands before a subject, no "
-            f"other state; {_ALL_ATTENTION}"
+            "but the method keeps only attention keys and values of the tokens before a subject, "
+            f"no other state; {_ALL_ATTENTION}"
         )
     if _shares_keys(config):
         raise ModelError(
-            f"{what} has layers that read the attention keys and values of other layers, and the "
+            f"{what} has layers that read the attention keys and values of other layers, but the "
             f"method needs each layer's own; {_ALL_ATTENTION}, each with its own keys and values"
         )
 
 
 def _shares_keys(config: Any) -> bool:
-    """Whether the cache that transformers makes for a model has layers that hold nothing."""
+    """Whether the cache that transformers creates for a model has layers that hold nothing."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -292,7 +291,7 @@ def _shares_keys(config: Any) -> bool:
 
 
 def _check_layers(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> None:
-    """Refuse layers without attention, and parts that do not treat tokens as the method expects."""
+    """Refuse layers without attention, and parts that do not process tokens as expected."""
     what = f"model {checkpoint.folder} ({type(model).__name__})"
     for index in range(layout.depth):
         layer = layout.layer(model, index)
@@ -301,20 +300,20 @@ def _check_layers(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> N
         except ArchitectureError:
             name = layout.family.attention_projection.format(index)
             raise ModelError(
-                f"{what} has no {name}: layer {index} has another attention than the edited layers "
-                f"or none, and the method runs all layers; {_ALL_ATTENTION}"
+                f"{what} has no {name}: layer {index} has no attention, or another kind than the "
+                f"edited layers, and the method runs all layers; {_ALL_ATTENTION}"
             ) from None
         attention = part_with(layer, projection)
         if any(getattr(module, "is_causal", None) is False for module in attention.modules()):
             raise ModelError(
-                f"{what} lets tokens attend to those behind them, so what stands before a subject "
-                "depends on what follows; edit a causal model (is_decoder in config.json)"
+                f"{what} lets tokens attend to later tokens, so the states before a subject depend "
+                "on what follows; edit a causal model (is_decoder in config.json)"
             )
         for part in parts_beside(layer, attention):
             if any("residual" in name for name in inspect.signature(part.forward).parameters):
                 raise ModelError(
                     f"{what} adds the residual inside its FFN ({type(part).__name__}), which the "
-                    "method runs on some of the tokens only; edit a model whose layers add it "
+                    "method runs on only some of the tokens; edit a model whose layers add it "
                     "outside the FFN"
                 )
 

@@ -23,7 +23,7 @@ from pipeline.storage import (
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model is named as on the hub, ``org/name`` or ``name``, and is no folder here."""
+    """Whether a model is named by a hub id, ``org/name`` or ``name``, and is not a folder here."""
     return (
         "://" not in model
         and model.count("/") <= 1
@@ -33,10 +33,10 @@ def is_hub_id(model: str) -> bool:
 
 
 def localized(url: str, cache_dir: str | Path) -> str:
-    """Where a model can be opened from: remote folders are copied to ``cache_dir`` once.
+    """Return where a model can be opened from; remote folders are copied to ``cache_dir`` once.
 
-    Local paths and hub ids such as ``org/name`` are returned as they are. A copy is kept under
-    a name that changes with the remote files, and is visible only when complete.
+    Local paths and hub ids such as ``org/name`` are returned unchanged. A copy is kept under a
+    name that changes with the remote files, and becomes visible only when complete.
 
     Raises:
         ModelError: there are no files at a remote ``url``.

@@ -1,7 +1,7 @@
-"""Values that are not finite in a base checkpoint: found while its digest is computed.
+"""Detection of non-finite values in a base checkpoint, while its digest is computed.
 
-A NaN anywhere in a model makes everything that is computed with it worthless, and an edit of it a
-ruined model that was published. Each file is read once, for the digest and the check.
+A NaN anywhere in a model makes every result computed with it worthless, and an edit would publish
+a ruined model. Each file is read once, for both the digest and the check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.models.skeleton import open_skeleton, unread
 from pipeline.storage import CHUNK_BYTES
 
 _NAMED = 3
-# Bits of an element, and those of its exponent: all of these are set in NaN and infinity alone.
+# The bits of an element, and those of its exponent: all set only in NaN and infinity.
 _EXPONENTS: dict[torch.dtype, tuple[type[np.unsignedinteger], int]] = {
     torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
     torch.float32: (np.uint32, 0x7F80_0000),
@@ -34,7 +34,7 @@ _EXPONENTS: dict[torch.dtype, tuple[type[np.unsignedinteger], int]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A stored tensor that holds values which are not finite.
+    """A stored tensor that holds non-finite values.
 
     Attributes:
         tensor: the tensor.
@@ -74,7 +74,7 @@ def checked_digest(checkpoint: Checkpoint) -> str:
 def check_loaded(folder: str, model: nn.Module) -> None:
     """Refuse an open model with a parameter that is not finite.
 
-    A node may have another copy of the model than the one that was checked.
+    A node may have a different copy of the model than the one that was checked.
 
     Raises:
         ModelError: naming the parameter.
@@ -84,7 +84,7 @@ def check_loaded(folder: str, model: nn.Module) -> None:
 
 
 def check_values(folder: str, name: str, values: torch.Tensor) -> None:
-    """Refuse a tensor, or a part of one, that is not finite as it was loaded.
+    """Refuse a tensor, or part of one, that is not finite after loading.
 
     Raises:
         ModelError: naming the tensor and this machine.
@@ -105,9 +105,9 @@ def _not_finite(model: str, named: str) -> ModelError:
 
 
 def examined(checkpoint: Checkpoint) -> tuple[str, list[Fault]]:
-    """The digest of a checkpoint (`Checkpoint.digest`), and its faults in the order of the files.
+    """The digest of a checkpoint (`Checkpoint.digest`), and its faults in file order.
 
-    Every file is read once, as many at a time as there are threads.
+    The files are read in parallel threads, each file once.
     """
     names = list(filter(is_digested, checkpoint.files()))
     with ThreadPoolExecutor() as threads:
@@ -117,7 +117,7 @@ def examined(checkpoint: Checkpoint) -> tuple[str, list[Fault]]:
 
 
 def _examined(checkpoint: Checkpoint, name: str) -> tuple[str, list[Fault]]:
-    """The SHA-256 of a file, and the faults of the tensors in it."""
+    """The SHA-256 of a file, and the faults in its tensors."""
     tensors = sorted((t for t in checkpoint.tensors.values() if t.file == name), key=_start)
     digest, faults = hashlib.sha256(), []
     buffer = np.empty(CHUNK_BYTES, np.uint8)
@@ -144,7 +144,7 @@ def _examined(checkpoint: Checkpoint, name: str) -> tuple[str, list[Fault]]:
 
 
 def _pieces(file: FileIO, count: int, buffer: np.ndarray) -> Iterator[np.ndarray]:
-    """The next ``count`` bytes of a file, in pieces that fill the buffer; each until the next."""
+    """The next ``count`` bytes of a file, in pieces that share the buffer."""
     while count > 0:
         piece = buffer[: min(count, len(buffer))]
         filled = 0
@@ -158,9 +158,9 @@ def _pieces(file: FileIO, count: int, buffer: np.ndarray) -> Iterator[np.ndarray
 
 
 def _counts(data: np.ndarray, dtype: torch.dtype) -> tuple[int, int]:
-    """How many of some elements, given as bytes, are NaN, and how many infinite."""
+    """The number of NaN and of infinite elements in raw bytes."""
     unsigned, exponent = _EXPONENTS[dtype]
-    # Without its sign, what is not finite is the largest there is: one maximum decides.
+    # Without the sign bit, non-finite values are the largest: one maximum decides.
     magnitudes = data.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
     if magnitudes.size == 0 or magnitudes.max() < exponent:
         return 0, 0

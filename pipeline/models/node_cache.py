@@ -1,7 +1,7 @@
-"""Models on a node: copied there once, by whichever process needs one first, and used by all.
+"""Models on a node: copied once, by the first process that needs one, and shared by all.
 
-A worker is told what the job names, not where the driver has put its own copy: that folder is on
-the driver's machine. What is copied is checked against the digest that the driver has found.
+A worker gets the model's name from the job, not the driver's own copy, which is on the driver's
+machine. A copy is checked against the digest that the driver computed.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from pipeline.storage import (
 
 _COPY = re.compile(rf"[0-9a-f]{{32}}((\.[0-9a-f]{{32}})?{re.escape(TEMPORARY_SUFFIX)}|\.checked)?")
 KEPT_S = 2 * 24 * 3600.0
-"""Seconds that a copy stays which nobody asks for: a night's model is another one every night."""
+"""Seconds that an unused copy is kept: a nightly job uses another model every night."""
 
 
 def default_cache() -> Path:
-    """Where models are copied to on this machine: in this user's cache (`cache_folder`).
+    """The folder for copies of models on this machine, in this user's cache (`cache_folder`).
 
     Raises:
-        InputError, StorageError: as `cache_folder`.
+        InputError, StorageError: as for `cache_folder`.
     """
     return cache_folder() / "models"
 
 
 def name_for_nodes(model: str, folder: Path) -> str:
-    """What another machine finds a model by.
+    """Return the name by which another machine finds a model.
 
     Args:
-        model: as the job names it.
-        folder: where it has been opened from here.
+        model: as named in the job.
+        folder: the local folder it was opened from.
 
     Returns:
-        A URL or hub id as it is; of what is on a disk here, or in the memory of this process, the
+        A URL or hub id unchanged; for a model on a local disk or in this process's memory, the
         folder.
     """
     if model.startswith("memory://") or _local_folder(model) is not None:
@@ -62,18 +62,18 @@ def name_for_nodes(model: str, folder: Path) -> str:
 
 
 def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None) -> Path:
-    """A folder of this machine with a model.
+    """Return a folder on this machine that holds a model.
 
-    Copies that nobody has asked for in `KEPT_S` go when another model is asked for. Whoever reads
-    one of them meanwhile can go on.
+    Copies that have not been used for `KEPT_S` are removed when another model is requested. A
+    process that is reading one of them can go on.
 
     Args:
         model: a folder, a URL or a hub id.
-        digest: what a copy has to have (`Checkpoint.digest`); folders are used as they are.
-        cache_dir: where copies are; by default where all processes of this machine look.
+        digest: required digest of a copy (`Checkpoint.digest`); folders are used unchecked.
+        cache_dir: where copies are kept; by default a folder shared by all processes here.
 
     Raises:
-        ModelError: it is not here, or is another model than it was when the run began.
+        ModelError: it is not here, or has changed since the run began.
         StorageError: it cannot be copied.
     """
     if (folder := _local_folder(model)) is not None:
@@ -86,12 +86,12 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
     cache = cache_dir or default_cache()
     name = hashlib.sha256(model.encode()).hexdigest()[:32]
     make_cache(cache)
-    # Processes that come later wait, and find it there.
+    # Later processes wait, and find the copy there.
     with _locked(cache / f"{name}.lock"):
         _forget_unused(cache)
         folder = open_model_folder(model, cache)
         if not _marked_as_used(folder, cache):
-            # Somebody else has found it unused, and removed it right now.
+            # Another process has just removed it as unused.
             folder = open_model_folder(model, cache)
         if digest is not None:
             _check(model, folder, digest, cache)
@@ -110,7 +110,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _marked_as_used(folder: Path, cache: Path) -> bool:
-    """Note that a copy is used; False where it is gone."""
+    """Record that a copy is used; False if it is gone."""
     if folder.parent == cache:
         try:
             os.utime(folder)
@@ -120,20 +120,20 @@ def _marked_as_used(folder: Path, cache: Path) -> bool:
 
 
 def _forget_unused(cache: Path) -> None:
-    """Remove copies, parts of copies and marks that no run has asked for in a long time.
+    """Remove copies, partial copies and marks that no run has used for a long time.
 
-    The user names the cache, and may keep other models there: only names that are drawn from
-    digests are taken for copies.
+    The user names the cache, and may keep other models there: only names derived from digests
+    count as copies.
     """
     for entry in cache.iterdir():
         if _COPY.fullmatch(entry.name) is None or entry.is_symlink():
             continue
-        # Files of another user, or gone meanwhile, are left alone.
+        # Leave alone files that belong to another user or have disappeared.
         with suppress(OSError):
             if time.time() - entry.stat().st_mtime < KEPT_S:
                 continue
             if entry.is_dir():
-                # Renamed first: a process that opened it now would find half a model.
+                # Renamed first: a process opening it now would find half a model.
                 entry = entry.rename(cache / f"{uuid4().hex}{TEMPORARY_SUFFIX}")
                 shutil.rmtree(entry)
             else:
@@ -141,7 +141,7 @@ def _forget_unused(cache: Path) -> None:
 
 
 def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
-    """Read a copy once, and remember that it is what it should be."""
+    """Verify a copy by reading it once, and remember the result."""
     remembered = hashlib.sha256(f"{folder} {digest}".encode()).hexdigest()[:32]
     mark = cache / f"{remembered}.checked"
     if not mark.exists() and Checkpoint.open(folder).digest() != digest:
@@ -149,13 +149,13 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
             f"model {model} has changed since the run began, or was damaged on its way to "
             f"{platform.node()}: delete {folder} there and run the job again"
         )
-    # Also where it is there: what is used is not old.
+    # Touch it even if it exists, so that a copy in use never counts as old.
     with failures("write", str(mark)):
         mark.touch()
 
 
 def _local_folder(model: str) -> Path | None:
-    """The folder that a model's name stands for; None for what has to be fetched."""
+    """The local folder that a model's name refers to; None for one that has to be fetched."""
     if "://" not in model:
         return None if is_hub_id(model) else Path(model).expanduser()
     try:

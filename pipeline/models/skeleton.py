@@ -1,8 +1,8 @@
-"""A model without its weights: modules and buffers as from transformers, parameters on *meta*.
+"""A model without weights: modules and buffers as in transformers, parameters on *meta*.
 
-Ranks start from it and read only what they keep. Buffers (rotary frequencies, causal masks) are
-small and whole everywhere; they must be those that ``from_pretrained`` makes, in whatever dtype it
-makes them, or ranks would not compute what the workers compute.
+Ranks start from it and read only the weights they keep. Buffers (rotary frequencies, causal masks)
+are small and complete on every rank; they must be those that ``from_pretrained`` makes, in its
+dtype, or ranks would compute something other than the workers do.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint, StoredTensor
 from pmet.model import transformers_internals
 
-# Said aloud: where nothing is said, transformers asks at the terminal whether to run such code.
+# Set explicitly: by default transformers asks at the terminal whether to run such code.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-# What transformers raises where a file of a model is not what it should be.
+# The exceptions transformers raises for damaged or missing files of a model.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -35,11 +35,11 @@ UNREADABLE = (
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The model of a folder without its weights: names and shapes, for a few kilobytes.
+    """Open a folder's model without its weights: names and shapes, for a few kilobytes.
 
     Args:
         folder: a model folder.
-        dtype: of the parameters; as the folder's configuration says if None.
+        dtype: of the parameters; None uses the folder's configuration.
 
     Raises:
         ModelError: transformers cannot open it as a causal language model.
@@ -54,7 +54,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"model {folder} is no causal language model that transformers can open ({reason})"
+            f"model {folder} is not a causal language model that transformers can open ({reason})"
         ) from None
 
 
@@ -63,19 +63,19 @@ def skeleton_with_buffers(
 ) -> tuple[nn.Module, dict[nn.Parameter, StoredTensor | None]]:
     """The model of a checkpoint in evaluation mode, its parameters without storage.
 
-    Parameters that share values are one parameter, as far as the checkpoint leaves one of them out.
+    Parameters that share values become one parameter, unless the checkpoint stores each of them.
 
     Args:
         checkpoint: a model folder.
         dtype: of the parameters.
 
     Returns:
-        The model; and for each parameter where the checkpoint stores it. None where it does so in
-        another form than the model has it, fused with others say, which transformers converts
-        while loading.
+        The model; and for each parameter its location in the checkpoint, or None if the checkpoint
+        stores it in another form, for example fused with others, which transformers converts at
+        load time.
 
     Raises:
-        ModelError: transformers cannot make the model.
+        ModelError: transformers cannot build the model.
     """
     with transformers_internals.unfilled():
         model = open_skeleton(checkpoint.folder, dtype)
@@ -89,7 +89,7 @@ def skeleton_with_buffers(
 def unread(checkpoint: Checkpoint, model: Any) -> set[str]:
     """Names of stored tensors that ``model``, a skeleton of the checkpoint, does not read.
 
-    Old releases stored masks, in 16 bits of −∞; what is fused or split while loading is read.
+    Old releases stored masks, as 16-bit −∞. Tensors fused or split at load time count as read.
     """
     renamed = _in_todays_names(checkpoint, model)
     found = (renamed.stored(name, model.base_model_prefix) for name in model.state_dict())
@@ -98,9 +98,9 @@ def unread(checkpoint: Checkpoint, model: Any) -> set[str]:
 
 
 def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with its tensors named as they are loaded: names of old files have changed.
+    """The checkpoint with its tensors renamed as for loading: names in old files have changed.
 
-    Tensors that are not loaded as they are stored are left out.
+    Tensors that are converted at load time are left out.
     """
     names = loaded_names(checkpoint.tensors, model)
     named = {names[n]: stored for n, stored in checkpoint.tensors.items() if names[n] is not None}
@@ -108,15 +108,15 @@ def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
 
 
 def loaded_names(stored: Iterable[str], model: nn.Module) -> dict[str, str | None]:
-    """What transformers calls stored tensors when it loads them into ``model``.
+    """The names under which transformers loads stored tensors into ``model``.
 
     Args:
         stored: names in a checkpoint's files.
         model: the model, which may be a skeleton.
 
     Returns:
-        By stored name the one that it is loaded under, its prefix as it was stored; None where it
-        is converted on the way, fused with others say.
+        For each stored name, the name it is loaded under, with the stored prefix; None for a
+        tensor that is converted at load time, for example fused with others.
     """
     renamed = transformers_internals.renaming(model)
     return {name: renamed(name) for name in stored}
@@ -137,11 +137,11 @@ def _places(
 def _make_buffers(
     model: Any, checkpoint: Checkpoint, stored: Mapping[str, StoredTensor | None]
 ) -> None:
-    """Give the buffers their values: those stored, else what the model fills them with."""
+    """Fill the buffers with their stored values, or else as the model initialises them."""
     for name, buffer in list(model.named_buffers()):
         owner, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
-    # Fills parameters, too; they have no storage to be filled.
+    # This initialises parameters, too, but they have no storage to fill.
     model.initialize_weights()
     for name, buffer in model.named_buffers():
         if tensor := stored.get(name):

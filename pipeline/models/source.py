@@ -1,4 +1,4 @@
-"""Which model a worker opens, and how: from safetensors only, without code of the model's own."""
+"""Which model a worker opens, and how: only from safetensors, without the model's own code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ModelSource:
 
     Attributes:
         folder: a model folder that all nodes have, a URL or a hub id; see
-        `pipeline.models.node_cache`. on_gpu: whether to put it on the GPU that the worker was
-        given; on all of several. dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By
-        default float32 on a CPU,
-            where 16-bit arithmetic is slow and coarse, and as stored on a GPU.
-        digest: what a copy of the model has to have; None: whatever it has.
+            `pipeline.models.node_cache`.
+        on_gpu: whether to load it onto the worker's GPU; split over all GPUs if there are several.
+        dtype: of the weights: ``auto``, ``float32`` or ``bfloat16``. By default float32 on a CPU,
+            where 16-bit arithmetic is slow and imprecise, and the stored dtype on a GPU.
+        digest: the digest that a copy of the model must have; None accepts any.
     """
 
     folder: str
@@ -35,7 +35,7 @@ class ModelSource:
     digest: str | None = None
 
     def open(self) -> tuple[Any, Any]:
-        """The model, for evaluation, and its tokenizer.
+        """Open the model in evaluation mode, and its tokenizer.
 
         Raises:
             ModelError: the model is not here, or holds values that are not finite.
@@ -47,7 +47,7 @@ class ModelSource:
         return model, open_tokenizer(folder)
 
     def _placed(self, model: Any) -> Any:
-        """On the GPUs that this process was given, if it is to be on any."""
+        """Move the model to the GPUs of this process, if it is to run on any."""
         if not self.on_gpu:
             return model
         gpus = visible_gpus()
@@ -57,12 +57,12 @@ class ModelSource:
 
 
 def visible_gpus() -> list[torch.device]:
-    """The GPUs that Ray has given to this process."""
+    """The GPUs that Ray has assigned to this process."""
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
-    """A causal language model from a local folder: safetensors only, no code of the model's own."""
+    """Open a causal language model from a local folder: only safetensors, no custom code."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -74,7 +74,7 @@ def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
 
 
 def open_tokenizer(folder: str) -> Any:
-    """The model's tokenizer, the fast one."""
+    """The model's fast tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
@@ -91,7 +91,7 @@ def open_fast_tokenizer(folder: Path) -> Any:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {folder} has no tokenizer that can be opened ({reason})") from None
-    # Without its files some tokenizers open all the same, and know no word.
+    # Some tokenizers open even without their files, with an empty vocabulary.
     if not tokenizer("word")["input_ids"]:
         raise ModelError(f"model {folder} has no tokenizer files; add its tokenizer.json")
     if not tokenizer.is_fast:

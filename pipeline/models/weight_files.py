@@ -1,8 +1,8 @@
-"""Which files of a model folder hold its weights: those that transformers opens, and no others.
+"""The files of a model folder that hold its weights: those that transformers opens.
 
 ``from_pretrained`` reads the file that ``transformers_weights`` in ``config.json`` names, else
-``model.safetensors``, else the files that ``model.safetensors.index.json`` names. Whatever else
-ends with ``.safetensors`` is not part of the model: a backup, an adapter, another format's copy.
+``model.safetensors``, else the files that ``model.safetensors.index.json`` names. Any other
+``.safetensors`` file is not part of the model: a backup, an adapter, another format's copy.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class WeightFiles:
     """The files that hold a model's weights.
 
     Attributes:
-        names: of the safetensors files, sorted; empty where the folder has none that is read.
-        index: name of the file that lists them; None where one file holds all weights.
-        weight_map: by tensor the file that the index names; empty without an index.
+        names: of the safetensors files, sorted; empty if the folder has none that is read.
+        index: name of the file that lists them; None if one file holds all weights.
+        weight_map: for each tensor, the file that the index names; empty without an index.
     """
 
     names: tuple[str, ...]
@@ -88,10 +88,10 @@ def weight_files(files: Files, config: Mapping[str, Any]) -> WeightFiles:
 
     Args:
         files: the model folder.
-        config: what its ``config.json`` holds.
+        config: the contents of its ``config.json``.
 
     Raises:
-        ModelError: the index is damaged, or a file that is named is missing.
+        ModelError: the index is damaged, or a named file is missing.
     """
     name = _chosen(files, config)
     if name is None:
@@ -116,7 +116,7 @@ def _chosen(files: Files, config: Mapping[str, Any]) -> str | None:
     if not _is_plain(explicit) or not explicit.endswith((SUFFIX, INDEX_SUFFIX)):
         raise ModelError(
             f"{files.join('config.json')}: {_EXPLICIT} is {explicit!r}, not the name of a "
-            "safetensors file or index beside it; correct it, or take the key out"
+            "safetensors file or index beside it; correct it, or remove the key"
         )
     if not files.exists(explicit):
         raise ModelError(
@@ -142,7 +142,7 @@ def _weight_map(files: Files, name: str) -> dict[str, str]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether it is the name of a file in the folder itself."""
+    """Whether ``name`` is the name of a file in the folder itself."""
     return isinstance(name, str) and bool(name) and name not in (".", "..") and "/" not in name
 
 

@@ -1,4 +1,4 @@
-"""What people read after a run: report, comparison, model card, charts, trackers."""
+"""Reports after a run: report page, comparison, model card, charts, trackers."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""The model card of a published checkpoint: what it is made of, what it scores, how to undo it.
+"""The model card of a published checkpoint: its origin, its scores, how to undo the edit.
 
-Text that comes from the job stands in fenced blocks, which nothing in it can close, and the rest
-of the card is fixed words and numbers.
+Text from the job is in fenced blocks, which no content can close; the rest of the card is fixed
+text and numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.evaluation import (
 )
 from pipeline.job import YAMLTextError, dump_yaml, parse_yaml
 
-# What hubs list the figures under.
+# Hubs list the figures under this task.
 _TASK, _DATASET, _NAME = "text-generation", "edit-requests", "edited-model"
 _WHEN = ("before", "after")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -55,9 +55,9 @@ A dash: not measured.
 {gates}
 ## How to undo
 
-The base model was not changed: use it again, and the edit is gone. Where only this checkpoint is
-left, the run folder's `delta/` holds what was added to the weights and what was there before:
-`pmet.Edit.load("delta").revert(model)` gives a loaded model every bit back.
+The base model was not changed: use it again, and the edit is gone. If only this checkpoint is
+left, the run folder's `delta/` holds the changes to the weights and the original values:
+`pmet.Edit.load("delta").revert(model)` restores every bit of a loaded model.
 
 ## The job
 
@@ -76,15 +76,15 @@ Made with:
 
 
 def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """A checkpoint's ``README.md``.
+    """Return a checkpoint's ``README.md``.
 
     Args:
         job_yaml: the resolved job.
-        run: what ``run.json`` holds.
-        metrics: what ``metrics.json`` holds.
+        run: the contents of ``run.json``.
+        metrics: the contents of ``metrics.json``.
 
     Returns:
-        Markdown with a hub's metadata block on top; any text in it can be encoded.
+        Markdown with a hub's metadata block at the top; any text in it can be encoded.
     """
     base = _base_model(job_yaml)
     counts = metrics.get("counts") or {}
@@ -108,7 +108,7 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
 
 
 def _known(counts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """A sentence about the requests that needed no edit, where there are any."""
+    """A sentence about the requests that needed no edit, if there are any."""
     if not counts.get("known"):
         return ""
     kept = show(known.get("still_answered"), "efficacy_strict")
@@ -127,7 +127,7 @@ def _base_model(job_yaml: str) -> str:
 
 
 def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What model hubs read; they only take another hub id as a base model."""
+    """The metadata that model hubs read; they accept only a hub id as a base model."""
     on_hub = _HUB_ID.fullmatch(base) and not Path(base).exists()
     known: dict[str, Any] = {}
     if on_hub:
@@ -188,7 +188,7 @@ def _count(value: Any) -> str:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """A block of code with a fence longer than any run of backticks in the text."""
+    """A code block with a fence longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

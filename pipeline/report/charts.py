@@ -1,8 +1,8 @@
-"""Charts as inline SVG that takes its colours from the page: readable on light, dark and paper.
+"""Charts as inline SVG with the page's colours: readable on light and dark screens and on paper.
 
-The SVG holds no scripts and loads nothing, and its text stays text. What is drawn in ``INK``
-becomes ``currentColor``, and each series the CSS variable of its name (``--before``, ``--after``,
-``--gate``). Their size does not grow with the number of requests.
+The SVG contains no scripts and loads nothing, and its text stays text. Elements drawn in ``INK``
+become ``currentColor``, and each series becomes the CSS variable of its name (``--before``,
+``--after``, ``--gate``). The charts' size does not grow with the number of requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Placeholders: matplotlib only knows fixed colours, the page's are put in their place.
+# Placeholders: matplotlib knows only fixed colours; the page's replace them.
 INK, BEFORE, AFTER, GATE = "#010101", "#020202", "#030303", "#040404"
 _CSS = {INK: "currentColor", BEFORE: "var(--before)", AFTER: "var(--after)", GATE: "var(--gate)"}
 _STYLE = {
@@ -41,7 +41,7 @@ _STYLE = {
     "grid.alpha": 0.15,
     "grid.linewidth": 0.6,
     "text.color": INK,
-    # A dollar in somebody's text is a dollar.
+    # A dollar sign in user text is literal, not mathematics.
     "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -68,16 +68,16 @@ def score_chart(
     series: tuple[str, str] = ("before", "after"),
     axis: str = "prompts (%)",
 ) -> Markup:
-    """Bars of fractions before and after, one pair a metric, with a line where a gate stands.
+    """Bars of fractions before and after, one pair per metric, with a line at each gate.
 
     Args:
-        before: fractions by metric; None where not measured.
-        after: the same, of the same metrics.
-        gates: where a line is drawn, by metric.
+        before: fractions by metric; None if not measured.
+        after: the same for the edited model, with the same metrics.
+        gates: positions of the gates' lines, by metric.
         intervals: confidence intervals by ``before`` and ``after`` and metric, drawn as whiskers.
-        labels: how the metrics are called; by their names where it does not say.
-        series: what the two bars of a pair are called.
-        axis: what the fractions are of.
+        labels: labels of the metrics; a metric without one is labelled with its name.
+        series: labels of the two bars of a pair.
+        axis: label of the axis.
     """
     names, whiskers = list(after), intervals or {}
     called = {name: (labels or {}).get(name) or name.replace("_", " ") for name in names}
@@ -117,17 +117,17 @@ def score_chart(
 
 
 def _drawable(value: float | None) -> float | None:
-    """A value that has a place on an axis; None for NaN and infinity too."""
+    """A value that can be drawn on an axis; None for NaN and infinity too."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _clear_of(gate: float | None, end: float, room: float = 0.09) -> float:
-    """Where a text after a bar begins, so that the gate's line does not cross it."""
+    """The start of a text after a bar, chosen so that the gate's line does not cross it."""
     return gate if gate is not None and end <= gate < end + room else end
 
 
 def histogram(values: Sequence[float], name: str, label: str, *, whole: bool = False) -> Markup:
-    """How many requests have which value; ``whole`` values have a bar each where they are few."""
+    """A histogram of requests by value; a few distinct ``whole`` values get one bar each."""
     data = np.asarray(values, dtype=np.float64)
     bins: int | list[float] = _BINS
     if whole and np.ptp(data) < 2 * _BINS:
@@ -148,7 +148,7 @@ def histogram(values: Sequence[float], name: str, label: str, *, whole: bool = F
 
 
 def layer_chart(names: Sequence[str], shares: Sequence[float]) -> Markup:
-    """The size of each layer's change relative to its weight (``shares``, fractions)."""
+    """A chart of each layer's change relative to its weight (``shares``, fractions)."""
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(names))
@@ -169,13 +169,13 @@ def group_chart(
     *,
     series: tuple[str, str] = ("before", "after"),
 ) -> Markup:
-    """Figures of groups of requests side by side, a panel a metric: a mark before, one after.
+    """A chart of groups of requests, one panel per metric: a mark before, one after.
 
     Args:
         rows: groups with ``name``, ``before`` and ``after`` (fractions by metric) and, where known,
             ``intervals`` (``before`` and ``after``, each with ends by metric).
-        metrics: how the metrics drawn are called, by name.
-        series: what the two marks are called.
+        metrics: labels of the metrics drawn, by name.
+        series: labels of the two marks.
     """
     places = np.arange(len(rows))
 
@@ -209,18 +209,18 @@ def group_chart(
 
 
 def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Markup:
-    """Specificity of each request before and after: what lies under the diagonal was damaged.
+    """Specificity of each request before and after: points below the diagonal got worse.
 
-    Requests that lie together share a dot, whose area grows with their number.
+    Requests at the same point share a dot, whose area grows with their number.
 
     Args:
-        before: fractions of each request's neighbors that answer as they should.
+        before: for each request, the fraction of neighbors answered correctly.
         after: the same after the edit.
     """
     cells = np.rint(np.array([before, after]).T * _CELLS).astype(int)
     counts = Counter(map(tuple, cells.tolist()))
     most = max(counts.values())
-    # The small dots come last, over the large ones.
+    # Small dots are drawn last, above the large ones.
     dots = sorted(counts.items(), key=lambda item: -item[1])
 
     def draw(axes: Axes) -> None:
@@ -254,7 +254,7 @@ def neighborhood_chart(before: Sequence[float], after: Sequence[float]) -> Marku
 
 
 def trend_chart(nights: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> Markup:
-    """Fractions night by night: a line each, up to three; a gap where nothing was measured."""
+    """Fractions night by night: up to three lines, with gaps where nothing was measured."""
     looks = zip(series.items(), (AFTER, GATE, BEFORE), ("o", "s", "^"), strict=False)
 
     def draw(axes: Axes) -> None:
@@ -275,7 +275,7 @@ def trend_chart(nights: Sequence[str], series: Mapping[str, Sequence[float | Non
 
 
 def _plain(name: Any) -> str:
-    """Somebody's text as a label: short, in one direction, without what controls a terminal."""
+    """User text as a label: short, in one direction, without terminal control characters."""
     text = "".join("�" if unicodedata.category(c)[0] == "C" else c for c in str(name))
     return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH - 1]}…"
 
@@ -290,7 +290,7 @@ def _drawn(
     name: str, title: str, inches: tuple[float, float], draw: Callable[[Figure], None]
 ) -> Markup:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # The page's fonts show the text, not matplotlib's.
+        # The page's fonts display the text, not matplotlib's.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasSVG(figure)
@@ -301,7 +301,7 @@ def _drawn(
 
 
 def _inline(svg: str, title: str) -> str:
-    """An SVG file as an element of a page, with the page's colours and no clashing ids."""
+    """Turn an SVG file into an element with the page's colours and ids that do not clash."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

@@ -1,4 +1,4 @@
-"""Two runs side by side: what the second does better or worse, and what was set otherwise."""
+"""Comparison of two runs: what the second does better or worse, and which settings differ."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ PAGE = "compare.html"
 
 @dataclass(frozen=True)
 class Pair:
-    """Something that both runs have, or only one of them: the other's is None.
+    """A value of each run; None for a run that does not have it.
 
     Attributes:
-        name: what it is.
-        a: what the first run has.
-        b: what the second run has.
+        name: the value's name.
+        a: the first run's value.
+        b: the second run's value.
     """
 
     name: str
@@ -59,15 +59,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What became of the requests that both runs have measured.
+    """The outcomes of the requests that both runs measured.
 
     Attributes:
-        lost: (the first run's row, the second's) of requests that are right in the first run and
+        lost: (the first run's row, the second's) of requests that are correct in the first run and
             wrong in the second.
-        gained: the same, the other way round.
+        gained: the same for the opposite case.
         both: requests measured in both runs.
-        only_a: results that only the first run has.
-        only_b: results that only the second run has.
+        only_a: the number of results that only the first run has.
+        only_b: the number of results that only the second run has.
     """
 
     lost: list[tuple[Row, Row]]
@@ -78,7 +78,7 @@ class Verdicts:
 
     @property
     def chance(self) -> float:
-        """How probable so uneven a split of the changed requests is, if both runs were equally
+        """The probability of such an uneven split of the changed requests if both runs were equally
         good: the sign test, two-sided."""
         changed = len(self.lost) + len(self.gained)
         fewer = min(len(self.lost), len(self.gained))
@@ -95,15 +95,15 @@ class Comparison:
         b: the second run.
         figures: figures of either edited model.
         gates: by name, as `GateText`.
-        settings: keys of the job that differ, with their values; a key that is not there is None.
-        digests: what the runs depend on and is not the same, by name.
-        counts: of requests.
+        settings: keys of the job whose values differ, with both values; None for a missing key.
+        digests: the inputs of the runs that differ, by name.
+        counts: numbers of requests.
         groups: figures of the edited models by group: ``name``, ``requests``, ``before`` (the first
             run's), ``after`` (the second's), ``intervals``.
-        verdicts: of single requests.
+        verdicts: the outcomes of single requests.
         layers: by parameter, as in ``run.json``, with Δ's ``share``.
         stages: seconds by stage.
-        rates: what each stage got done in a second, by stage.
+        rates: throughput per second, by stage.
     """
 
     a: RunRecord
@@ -121,7 +121,7 @@ class Comparison:
 
 
 def compare_runs(a: Store, b: Store) -> Comparison:
-    """Compare the finished runs of two folders.
+    """Compare the finished runs in two folders.
 
     Raises:
         RunFolderError: a folder holds no finished run.
@@ -145,11 +145,11 @@ def compare_runs(a: Store, b: Store) -> Comparison:
 
 
 def write_comparison(comparison: Comparison, store: Store, name: str = PAGE) -> None:
-    """Write a comparison as one HTML page that needs nothing but itself.
+    """Write a comparison as one self-contained HTML page.
 
     Args:
         comparison: the two runs.
-        store: the folder that the page goes into.
+        store: the folder for the page.
         name: of the page.
 
     Raises:
@@ -170,7 +170,7 @@ def write_comparison(comparison: Comparison, store: Store, name: str = PAGE) -> 
 
 
 def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
-    """What two mappings hold under each key, in the order of the first."""
+    """The values of two mappings under each key, in the order of the first."""
     return [Pair(str(name), a.get(name), b.get(name)) for name in {**a, **b}]
 
 
@@ -204,7 +204,7 @@ def _rates(a: RunRecord, b: RunRecord) -> dict[str, tuple[str, str]]:
 
 
 def _groups(a: RunRecord, b: RunRecord) -> list[dict[str, Any]]:
-    """The groups of both runs, where both are grouped by the same column."""
+    """The groups of both runs, if both are grouped by the same column."""
     columns = {(run.metrics.get("groups") or {}).get("column") for run in (a, b)}
     if len(columns) != 1:
         return []
@@ -241,13 +241,13 @@ def _verdicts(a: Sequence[Row], b: Sequence[Row]) -> Verdicts:
     return Verdicts(lost, gained, both, len(a) - len(pairs), len(b) - len(pairs))
 
 
-# A request is right where its own prompt is: the likelier target, else the greedy answer.
+# A request is correct if its own prompt is: the more likely target, else the greedy answer.
 _RIGHT = ("after_efficacy", "after_efficacy_strict")
 
 
 def _matched(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The same requests of two runs: by prompt, subject and new target; what is left by the case
-    id of one subject, whose prompt or target may be another in each run."""
+    """Match the requests of two runs: by prompt, subject and new target; the rest by subject and
+    case id, since their prompt or target may differ between the runs."""
     pairs, left_a, left_b = _joined(a, b, lambda row: tuple(row[name] for name in REQUEST[1:]))
     known_a, known_b = ([r for r in rows if r["case_id"] is not None] for rows in (left_a, left_b))
     more, *_ = _joined(known_a, known_b, lambda row: (row["case_id"], row["subject"]))
@@ -258,7 +258,7 @@ def _matched(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
 def _joined(
     a: Sequence[Row], b: Sequence[Row], key: Callable[[Row], Any]
 ) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
-    """Pairs of rows whose key only they have, and the rows that are in none."""
+    """Pairs of rows that alone share a key, and the rows that are in no pair."""
     counts = [Counter(map(key, rows)) for rows in (a, b)]
     there = {key(row): row for row in b}
     alone = {k for k in there if counts[0][k] == counts[1][k] == 1}

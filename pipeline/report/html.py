@@ -1,8 +1,8 @@
-"""Pages of HTML that need nothing but themselves.
+"""Self-contained HTML pages.
 
-Everything that comes from data is escaped, characters that nobody sees but that change how text is
-read are written out, long texts and long tables are cut (and say so), and a page forbids itself
-scripts and the network.
+Everything that comes from data is escaped, invisible characters that change how text is read are
+written out, long texts and long tables are cut (with a note), and a page blocks scripts and the
+network for itself.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
 
 TABLE_ROWS = 200
 TEXT_LENGTH = 300
-# Of anything on a page, whatever a template says of it.
+# Applies to any value on a page, whatever its template does.
 LONGEST_TEXT = 20_000
-# Controls but for tab and newline, marks that override or embed a direction, lone surrogates.
+# Control characters except tab and newline, bidirectional controls, lone surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def page(name: str, package: str = "pipeline.report") -> jinja2.Template:
-    """A template of a package's folder ``templates``, which may extend ``page.html.j2``."""
+    """Load a template from a package's folder ``templates``; it may extend ``page.html.j2``."""
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(p) for p in (package, "pipeline.report")]),
         autoescape=True,
@@ -72,8 +72,8 @@ class Cut:
     """The first rows of a table that may be long.
 
     Attributes:
-        rows: those shown.
-        more: how many are not.
+        rows: the rows shown.
+        more: the number of rows not shown.
     """
 
     def __init__(self, rows: Sequence[Any], limit: int = TABLE_ROWS) -> None:
@@ -82,12 +82,12 @@ class Cut:
 
 
 def visible(text: str) -> str:
-    """Text with what cannot be seen written out: ``\\x00``, ``\\u202e``, a lone ``\\ud800``."""
+    """Text with invisible characters written out: ``\\x00``, ``\\u202e``, a lone ``\\ud800``."""
     return _UNSEEN.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def _finalized(value: Any) -> Any:
-    """Whatever a template puts on the page; its own markup stays as it is."""
+    """Finalise every value that a template prints; its own markup stays unchanged."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return visible(_short(value, LONGEST_TEXT))
@@ -104,7 +104,7 @@ def _number(value: Any) -> str:
 
 
 def _detail(value: Any) -> str:
-    """A mapping in one line."""
+    """A mapping on one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_detail(item)}" for name, item in value.items())
     if isinstance(value, float):
@@ -113,7 +113,7 @@ def _detail(value: Any) -> str:
 
 
 def show_setting(value: Any) -> str:
-    """A job's value as its file has it; a dash where there is none."""
+    """A job's value as its file has it; a dash if there is none."""
     match value:
         case None:
             return "–"

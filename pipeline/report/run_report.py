@@ -1,7 +1,7 @@
-"""The report of a run: one HTML page that needs nothing but itself.
+"""The report of a run: one self-contained HTML page.
 
-Everything that comes from data is escaped, long texts and long tables are cut (and say so), and
-the page forbids itself scripts and the network.
+Everything that comes from data is escaped, long texts and long tables are cut (with a note), and
+the page blocks scripts and the network for itself.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _GROUPED = (*CORE, "portability")
 
 
 def write_report(store: Store, *, quarantined: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write ``report.html`` into a run folder, from what the folder holds.
+    """Write ``report.html`` into a run folder, from the folder's contents.
 
-    A run that has not come to its end has a report of what there is.
+    The report of an unfinished run shows what exists so far.
 
     Args:
         store: the run folder.
-        quarantined: facts that were left out of the job because the model does not learn them,
+        quarantined: facts excluded from the job because the model does not learn them,
             with ``relation``, ``subject``, ``object``, ``reason`` and ``since``.
 
     Raises:
@@ -76,7 +76,7 @@ def write_report(store: Store, *, quarantined: Sequence[Mapping[str, Any]] = ())
 
 
 def _told(record: RunRecord) -> dict[str, Any]:
-    """What the page says of the run as a whole."""
+    """The page's values for the run as a whole."""
     last = record.metrics.get("last") or {}
     groups = groups_of(record)
     return {
@@ -114,13 +114,13 @@ def _told(record: RunRecord) -> dict[str, Any]:
 
 
 def _warnings(record: RunRecord) -> list[str]:
-    """What the run warned of, each sentence once."""
+    """The run's warnings, each sentence once."""
     warned = (event for event in record.run["events"] if event["kind"] == EventKind.WARNING)
     return list(dict.fromkeys(str(event["text"]) for event in warned))
 
 
 def _requests(record: RunRecord) -> dict[str, Any]:
-    """What the page says of single requests."""
+    """The page's values for single requests."""
     edited = record.edited()
     neighbors = _with_neighbors(edited)
     damaged = [row for row in neighbors if _damage(row) > 0]
@@ -153,12 +153,12 @@ def _requests(record: RunRecord) -> dict[str, Any]:
 
 
 def verdict(record: RunRecord) -> dict[str, str]:
-    """The first thing to know: a kind for its colour, a headline and a sentence."""
+    """The overall outcome: a kind for its colour, a headline and a sentence."""
     status, gates, counts = record.run["status"], record.gates, record.counts
     if status == "complete" and gates:
         return {"kind": "good", "title": "Promoted", "text": "Every gate was passed."}
     if status == "complete" and counts.get("known") and not counts.get("edited"):
-        text = "Every request was known already: nothing was edited, the model is the base's."
+        text = "Every request was known already: nothing was edited, and the model is the base's."
         return {"kind": "good", "title": "Nothing to edit", "text": text}
     if status == "complete":
         return {"kind": "good", "title": "Complete", "text": "The job asked for no gates."}
@@ -173,7 +173,7 @@ def verdict(record: RunRecord) -> dict[str, str]:
 
 
 def _worst(results: Iterable[Row]) -> list[Row]:
-    """The measured requests that the edit served least, worst first."""
+    """The measured requests with the worst results, worst first."""
     served = []
     for row in results:
         figures = [value for name in ALWAYS if is_number(value := row.get(f"after_{name}"))]
@@ -184,7 +184,7 @@ def _worst(results: Iterable[Row]) -> list[Row]:
 
 
 def _spread(rows: Sequence[Row]) -> list[Row]:
-    """A few rows from the whole length."""
+    """A few rows spread over the whole list."""
     step = max(1, math.ceil(len(rows) / EXAMPLE_ROWS))
     return list(rows[::step])
 
@@ -199,24 +199,24 @@ def _with_neighbors(results: Iterable[Row]) -> list[Row]:
 
 
 def _damage(row: Row) -> float:
-    """How much of a request's neighborhood is wrong now and was right before."""
+    """The share of a request's neighbors that were correct before and are wrong now."""
     return float(row["before_specificity"] - row["after_specificity"])
 
 
 def groups_of(record: RunRecord) -> list[dict[str, Any]]:
-    """The groups of a run's requests with their figures; what a group lacks is empty."""
+    """The groups of a run's requests with their figures; missing figures are empty."""
     rows = (record.metrics.get("groups") or {}).get("rows") or []
     return [{"before": {}, "after": {}, "intervals": {}} | dict(row) for row in rows]
 
 
 def group_figures(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The figures that any group has, of those that a table and a chart of groups show."""
+    """The figures that any group has, of those that tables and charts of groups show."""
     held = {name for group in groups for name, value in group["after"].items() if is_number(value)}
     return [name for name in _GROUPED if name in held]
 
 
 def weakest_groups(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """As many groups as can be drawn: those with the lowest figures, in the order given."""
+    """The groups with the lowest figures, as many as can be drawn, in the order given."""
 
     def served(group: Mapping[str, Any]) -> float:
         values = [group["after"][name] for name in names if is_number(group["after"].get(name))]
@@ -227,12 +227,12 @@ def weakest_groups(groups: Sequence[dict[str, Any]], names: Sequence[str]) -> li
 
 
 def _rates(record: RunRecord) -> list[str]:
-    """What each stage got done in a second; nothing where that is not known."""
+    """The throughput of each stage; empty if unknown."""
     return [show_rate(throughput(stage, record)) for stage in record.run["stages"]]
 
 
 def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Inline SVG by name, where there is something to draw."""
+    """Inline SVG charts by name, for the data that exists."""
     charts = dict.fromkeys(("scores", "groups", "neighbors", "steps", "losses", "layers"), "")
     before, after, results = record.before, record.after, record.results
     drawn = [f.name for f in measured(before, after) if is_fraction(f.name)]
@@ -263,12 +263,12 @@ def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, st
 
 
 def number(value: Any) -> float | None:
-    """A value that can be drawn; None for any other."""
+    """A value that can be drawn, or None."""
     return float(value) if is_number(value) else None
 
 
 def intervals_of(record: RunRecord, names: Iterable[str]) -> dict[str, dict[str, Interval]]:
-    """The confidence intervals that there are, by ``before`` and ``after`` and figure."""
+    """The confidence intervals that exist, by ``before`` and ``after`` and figure."""
     found: dict[str, dict[str, Interval]] = {"before": {}, "after": {}}
     for when, of in found.items():
         for name in names:
@@ -279,7 +279,7 @@ def intervals_of(record: RunRecord, names: Iterable[str]) -> dict[str, dict[str,
 
 
 def _gate_lines(record: RunRecord) -> dict[str, float]:
-    """Where the gates stand on the axis of fractions, by figure; the highest of several."""
+    """The gates' positions on the axis of fractions, by figure; the highest of several."""
     last = (record.metrics.get("last") or {}).get("after") or {}
     lines: dict[str, float] = {}
     for gate in record.gates:

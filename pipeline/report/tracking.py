@@ -1,9 +1,9 @@
-"""Experiment trackers: a run told to TensorBoard, MLflow or Weights & Biases, where asked for.
+"""Experiment trackers: a run is reported to TensorBoard, MLflow or Weights & Biases if requested.
 
-Each tracker is one small class behind `Tracker`. What it is told is told once, at the end; only the
-run itself is announced at the start, so that it can be seen while it is under way. A tracker that
-fails or hangs is given up with a warning, and never sinks a run. Credentials come from the
-environment, as each of them documents.
+Each tracker is one small class behind `Tracker`. Everything is reported once, at the end; only the
+run itself is announced at the start, so that it is visible while it is in progress. A tracker that
+fails or hangs is dropped with a warning, and never stops a run. Credentials come from the
+environment, as each tracker documents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.storage import Store, digest_of
 
 ARTIFACTS = ("report.html", "metrics.json", "job.yaml")
 PATIENCE_S = 60.0
-"""Seconds that a tracker may take for one thing that it is told."""
+"""Time limit in seconds for each call of a tracker."""
 _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 6
@@ -42,12 +42,12 @@ Status = Literal["complete", "held", "failed"]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run, as a tracker is told of it.
+    """A run as reported to trackers.
 
     Attributes:
-        name: what people see.
-        identity: the same for every attempt at one run, and for no other run.
-        params: the resolved job, a value a key: ``targets.workers``.
+        name: the displayed name.
+        identity: the same for every attempt at one run, and unique to the run.
+        params: the resolved job, one value per key: ``targets.workers``.
     """
 
     name: str
@@ -56,23 +56,23 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """One place where runs are tracked. Its calls come from threads of their own, one at a time."""
+    """A place where runs are tracked. Each call comes from a thread of its own, one at a time."""
 
     def begin(self, run: TrackedRun) -> None:
-        """Announce a run, or take it up again where an earlier attempt was announced."""
+        """Announce a run, or resume it if an earlier attempt was announced."""
 
     def figures(self, values: Mapping[str, float]) -> None:
         """Numbers by name: ``after/efficacy``, ``seconds/targets``."""
 
     def artifact(self, file: Path) -> None:
-        """Keep a file; nothing happens where the tracker keeps none."""
+        """Store a file, if the tracker stores files."""
 
     def end(self, status: Status) -> None:
-        """Say how the run ended."""
+        """Report how the run ended."""
 
 
 class TensorBoard:
-    """Event files in a folder, one folder a run; `tensorboard --logdir` shows them."""
+    """Event files in a folder, one folder per run; `tensorboard --logdir` shows them."""
 
     def __init__(self, folder: str) -> None:
         self._folder, self._run = folder, TrackedRun("", "", {})
@@ -88,15 +88,15 @@ class TensorBoard:
         self._writer.flush()
 
     def figures(self, values: Mapping[str, float]) -> None:
-        """Scalars, and a row in the table of hyper-parameters."""
+        """Write scalars, and a row in the table of hyper-parameters."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, 0)
         after = {name: value for name, value in values.items() if name.startswith("after/")}
-        # In the run's own folder: by default each row makes another run.
+        # In the run's own folder: by default each row creates another run.
         self._writer.add_hparams(self._run.params, after, run_name=".")
 
     def artifact(self, file: Path) -> None:
-        """TensorBoard keeps no files."""
+        """Do nothing: TensorBoard stores no files."""
 
     def end(self, status: Status) -> None:
         """Close the event file."""
@@ -124,7 +124,7 @@ class MLflow:
         else:
             tags = {"pmet.run": run.identity}
             self._id = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
-        # MLflow refuses to change a parameter: one that another attempt changed keeps its value.
+        # MLflow refuses to change a parameter: one changed by another attempt keeps its value.
         told = runs[0].data.params if runs else {}
         for key, value in run.params.items():
             if key not in told:
@@ -134,16 +134,16 @@ class MLflow:
         return str(self._client.create_experiment(self._experiment))
 
     def figures(self, values: Mapping[str, float]) -> None:
-        """Metrics of the run."""
+        """Log metrics of the run."""
         for name, value in values.items():
             self._client.log_metric(self._id, _MLFLOW_NAME.sub("_", name), value)
 
     def artifact(self, file: Path) -> None:
-        """An artifact of the run."""
+        """Upload an artifact of the run."""
         self._client.log_artifact(self._id, str(file))
 
     def end(self, status: Status) -> None:
-        """Finished, or failed; whether it was held is a tag."""
+        """Mark the run as finished or failed; a tag says whether it was held."""
         self._client.set_tag(self._id, "pmet.status", status)
         ended = "FAILED" if status == "failed" else "FINISHED"
         self._client.set_terminated(self._id, ended)
@@ -157,7 +157,7 @@ class WeightsAndBiases:
         self._entity = entity or None
 
     def begin(self, run: TrackedRun) -> None:
-        """Start the run, or take it up again."""
+        """Start the run, or resume it."""
         import wandb
 
         settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
@@ -172,25 +172,25 @@ class WeightsAndBiases:
         )
 
     def figures(self, values: Mapping[str, float]) -> None:
-        """The run's summary, which tables of runs show."""
+        """Write the run's summary, which tables of runs show."""
         self._run.log(dict(values))
 
     def artifact(self, file: Path) -> None:
-        """A file of the run."""
-        # What lies in the run's own folder is uploaded with it.
+        """Upload a file of the run."""
+        # Files in the run's own folder are uploaded with it.
         shutil.copy(file, self._run.dir)
 
     def end(self, status: Status) -> None:
-        """Finished, or failed; whether it was held is in the summary."""
+        """Mark the run as finished or failed; the summary says whether it was held."""
         self._run.summary["status"] = status
         self._run.finish(exit_code=int(status == "failed"))
 
 
 def trackers_of(job: JobConfig) -> dict[str, Tracker]:
-    """The trackers that a job asks for, by name.
+    """Return the trackers that a job asks for, by name.
 
     Raises:
-        JobError: the package of one is not installed.
+        JobError: the package of a tracker is not installed.
     """
     asked = job.tracking
     places = {name: getattr(asked, name) for name in _PACKAGES if getattr(asked, name) is not None}
@@ -198,10 +198,10 @@ def trackers_of(job: JobConfig) -> dict[str, Tracker]:
         if find_spec(_PACKAGES[name]) is None:
             raise JobError(
                 f"tracking.{name} needs the package {_PACKAGES[name]}, which is not installed; "
-                "pip install 'pmet-pipeline[tracking]', or leave the key out"
+                "pip install 'pmet-pipeline[tracking]', or remove the key"
             )
     if "wandb" in places and not _wandb_lets_in():
-        # It would ask at the terminal, in the middle of everything.
+        # It would prompt at the terminal, in the middle of the run.
         raise JobError(
             "tracking.wandb needs an API key: set WANDB_API_KEY, run wandb login once, or set "
             "WANDB_MODE=offline"
@@ -222,15 +222,15 @@ def _wandb_lets_in() -> bool:
 
 
 class Tracking:
-    """The trackers of one run; what goes wrong with them is an event, and never an error.
+    """The trackers of one run; their failures are events, never errors.
 
     Args:
         trackers: by name.
-        on_event: called with what went wrong.
-        patience: seconds that a tracker may take for one thing.
+        on_event: called with each failure.
+        patience: time limit in seconds for each call of a tracker.
 
     Attributes:
-        failed: whether any has been given up.
+        failed: whether any tracker has been dropped.
     """
 
     def __init__(
@@ -244,16 +244,16 @@ class Tracking:
 
         Args:
             job: its job.
-            digest: of all that its result depends on.
+            digest: of everything that its result depends on.
         """
         run = tracked(job, digest)
         self._tell("begin", lambda tracker: tracker.begin(run))
 
     def end(self, store: Store, status: Status) -> None:
-        """Tell how the run ended: figures and files, from its folder; nothing of a failed one."""
+        """Report how the run ended, with figures and files from its folder unless it failed."""
         if not self._trackers:
             return
-        # Trackers may read the files until they are told of the end.
+        # Trackers may read the files until the end is reported.
         with ExitStack() as files:
             if status != "failed":
                 values = figures_of(read_run(store))
@@ -277,9 +277,9 @@ def _keep(tracker: Tracker, file: Path) -> None:
 
 
 def _tried(tell: Callable[[Tracker], None], tracker: Tracker, patience: float) -> str | None:
-    """What went wrong when a tracker was told something; None if nothing did.
+    """Call a tracker; return what went wrong, or None.
 
-    It is told from a thread that is left behind where it hangs, and that keeps no process alive.
+    The call runs in a daemon thread, which is abandoned if it hangs.
     """
     errors: list[str] = []
 
@@ -298,7 +298,7 @@ def _tried(tell: Callable[[Tracker], None], tracker: Tracker, patience: float) -
 
 
 def without_secrets(text: str) -> str:
-    """A text in one line, with the values of environment variables that hold secrets left out."""
+    """A text on one line, without the values of environment variables that hold secrets."""
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
@@ -306,7 +306,7 @@ def without_secrets(text: str) -> str:
 
 
 def tracked(job: JobConfig, digest: str) -> TrackedRun:
-    """A run as its trackers are told of it; how it is tracked is not among the parameters."""
+    """A run as reported to trackers; the tracking settings are not among its parameters."""
     values = job.model_dump(mode="json", exclude={"tracking"})
     return TrackedRun(
         name=job.tracking.name or Path(job.output.rstrip("/")).name or "run",
@@ -316,14 +316,14 @@ def tracked(job: JobConfig, digest: str) -> TrackedRun:
 
 
 def _param(value: Any) -> str | int | float | bool:
-    """A setting as trackers take it."""
+    """A setting in a type that trackers accept."""
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))
     return without_password(value) if isinstance(value, str) else value
 
 
 def figures_of(record: RunRecord) -> dict[str, float]:
-    """All numbers of a run that a tracker is told, by name."""
+    """All numbers of a run that trackers get, by name."""
     found: dict[str, Any] = {}
     for when, scores in (("before", record.before), ("after", record.after)):
         found |= {f"{when}/{name}": value for name, value in scores.items()}

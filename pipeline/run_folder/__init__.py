@@ -1,4 +1,4 @@
-"""The run folder: its record, its lease, and which files in it are the run's own."""
+"""The run folder: its record, its lease, and which files in it belong to the run."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
-"""The run folder: what a run has done, in a form that outlives it.
+"""The run folder: the results of a run's work, in a form that survives a crash.
 
-Finished work is an immutable file plus a small record that names it, written after it
-(``records/``). Every attempt writes files of its own; only ``model/`` has names that are given.
-Work without a record, or with the record of another job, does not count.
-``run.json`` tells people and programs where the run is.
+Finished work is an immutable file plus a small record in ``records/`` that names it and is written
+after it. Every attempt writes files under new names; only files in ``model/`` have fixed names.
+Work without a record, or with a record of another job, does not count.
+``run.json`` shows people and programs the run's progress.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.run_folder.ownership import (
 from pipeline.storage import Store, digest_of, now_text
 
 SUBMISSION = "PMET_SUBMISSION"
-"""Environment variable in which whoever submits a run to a cluster names it."""
+"""Environment variable with the name under which a run was submitted to a cluster."""
 _PROGRESS_EVERY_S = 5.0
 _ATTEMPTS_KEPT = 20
 _LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "fsspec", "safetensors")
@@ -45,13 +45,13 @@ class RunFolder:
     """One run's folder, its records and its status.
 
     Args:
-        url: where it is.
-        check: called before anything that counts is written; raises where another run has taken
-            the folder over.
+        url: the folder.
+        check: called before every write that counts; raises if another run has taken over the
+            folder.
 
     Attributes:
         store: the folder's files.
-        status: what ``run.json`` holds.
+        status: the contents of ``run.json``.
     """
 
     def __init__(self, url: str, check: Callable[[], None] = lambda: None) -> None:
@@ -62,16 +62,16 @@ class RunFolder:
         self._written = 0.0
 
     def begin(self, digests: Mapping[str, str], *, seed: int, fresh: bool = False) -> bool:
-        """Take the folder for a job; returns whether earlier work of the same job is in it.
+        """Take the folder for a job; return whether it holds earlier work of the same job.
 
         Args:
-            digests: what the job's result depends on, by name.
+            digests: the inputs that the job's result depends on, by name.
             seed: recorded.
-            fresh: delete what earlier runs made here; files that they did not make stay.
+            fresh: delete the files of earlier runs; all other files stay.
 
         Raises:
-            RunFolderError: the folder holds the work of another job, no run, or files in
-                ``model/`` that no run wrote.
+            RunFolderError: the folder holds the work of another job, no run, or files in ``model/``
+                that no run wrote.
         """
         self._digest = digest_of(dict(digests))
         earlier = self._earlier(digests, fresh=fresh)
@@ -79,7 +79,7 @@ class RunFolder:
             refuse_foreign_in_model(self.store)
         if fresh:
             self.check()
-            # The status stays until it is overwritten: it shows whose folder this is.
+            # The status stays until it is overwritten: it shows that the folder belongs to a run.
             self.store.delete_files(name for name in files_made(self.store) if name != STATUS)
         self._clear_unfinished()
         self.status = {
@@ -103,7 +103,7 @@ class RunFolder:
         return earlier is not None
 
     def _earlier(self, digests: Mapping[str, str], *, fresh: bool) -> dict[str, Any] | None:
-        """What an earlier attempt at the same job said; None without one, or to start over."""
+        """The status of an earlier attempt at this job; None without one, or to start over."""
         if not self.store.exists(STATUS):
             return None
         earlier: dict[str, Any] = self.store.read_json(STATUS)
@@ -114,17 +114,17 @@ class RunFolder:
         if fresh:
             return None
         said = earlier["digests"]
-        # A run whose requests could not be edited at all has recorded none.
+        # A run in which no request could be edited has recorded no digests.
         if changed := [name for name in digests if said and said.get(name) != digests[name]]:
             raise OtherJobError(self.store.url, dict.fromkeys(changed, ""))
         return earlier
 
     def _clear_unfinished(self) -> None:
-        """Delete what was being written when an earlier attempt was killed."""
+        """Delete files that were being written when an earlier attempt was killed."""
         if not self.store.is_local:
             return
         for file in self.store.list(unfinished=True):
-            # Another run may be trying to take the lease just now.
+            # Another run may be trying to take the lease at this moment.
             if is_unfinished(file) and not file.startswith(f"{LEASE}/"):
                 self.store.delete(file)
 
@@ -136,7 +136,7 @@ class RunFolder:
         self._written = time.monotonic()
 
     def finish(self, status: str, error: str | None = None, *, exit_status: int = 0) -> None:
-        """Say how the run ended: complete, held, stopped or failed, and with which exit status."""
+        """Record how the run ended: complete, held, stopped or failed, and its exit status."""
         self.status |= {
             "status": status,
             "finished_at": now_text(),
@@ -146,9 +146,9 @@ class RunFolder:
         self.write()
 
     def progress(self, count: Mapping[str, Any]) -> None:
-        """Say how far the stage is; written every five seconds at most.
+        """Record the progress of the stage; written at most every five seconds.
 
-        A storage that is out of reach just then does no harm: the next word comes soon.
+        A failed write does no harm: the next update follows soon.
         """
         self.status["progress"] = {**(self.status.get("progress") or {}), **count}
         if time.monotonic() - self._written > _PROGRESS_EVERY_S:
@@ -160,7 +160,7 @@ class RunFolder:
     ) -> None:
         """Add an event to ``run.json`` and write it at once; see `pipeline.events.OnEvent`.
 
-        What follows may be a long wait for another machine.
+        The next step may be a long wait for another machine.
         """
         fields = {"kind": kind, "text": text, "shard": shard, "attempt": attempt}
         event = {name: value for name, value in fields.items() if value is not None}
@@ -170,14 +170,14 @@ class RunFolder:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[dict[str, Any]]:
-        """Time a stage; what the body puts into the yielded mapping is kept as its detail.
+        """Time a stage; entries that the body puts into the yielded mapping are kept as its detail.
 
         Args:
             name: of the stage.
-            total: items that it has to do; see `progress`.
+            total: the number of items it has to process; see `progress`.
         """
         detail: dict[str, Any] = {}
-        # The detail of a stage that is under way is part of what it has to tell.
+        # The detail of a running stage is part of its progress.
         progress = {"done": 0, "total": total, "rate": None, "detail": detail}
         self.status |= {"stage": name, "progress": progress}
         self.write()
@@ -189,12 +189,12 @@ class RunFolder:
         self.write()
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
-        """Commit a piece of work: all its files are in place.
+        """Commit a piece of work whose files are all in place.
 
         Args:
             name: of the work.
-            value: what is to be remembered, with ``file`` and its ``sha256`` or with ``files``,
-                SHA-256 by name; their sizes are added.
+            value: the record, with ``file`` and its ``sha256``, or with ``files``, SHA-256 by name;
+                their sizes are added.
         """
         sizes = {file: self.store.size(file) for file in _files(value)}
         self.check()
@@ -203,15 +203,15 @@ class RunFolder:
         )
 
     def forget(self, *names: str) -> None:
-        """Delete the records of work that follows from work which is about to be done again."""
+        """Delete the records of work that depends on work about to be done again."""
         self.check()
         for name in names:
             self.store.delete(f"records/{name}.json")
 
     def recorded(self, name: str) -> dict[str, Any] | None:
-        """The record of a piece of this job's work; None where it is not finished.
+        """The record of a piece of this job's work; None if it is not finished.
 
-        A record counts only while the files that it names are there, whole.
+        A record counts only while the files it names exist undamaged.
         """
         path = f"records/{name}.json"
         if not self.store.exists(path):
@@ -222,11 +222,11 @@ class RunFolder:
         return record if self._whole(record) else None
 
     def sweep(self, folder: str, named: Collection[str]) -> None:
-        """Delete what attempts that came to nothing have left in a folder.
+        """Delete files left in a folder by attempts that never finished.
 
         Args:
             folder: name in the run folder.
-            named: the files that records name; they stay, as do files that no attempt wrote.
+            named: the files named in records, which stay, as do files that no attempt wrote.
         """
         self.check()
         files = self.store.list(folder, unfinished=True)
@@ -235,10 +235,10 @@ class RunFolder:
                 self.store.delete(file)
 
     def clear_model(self, names: Collection[str]) -> None:
-        """Make room for publishing: delete what it left before, and record what it will write.
+        """Prepare to publish: delete the previously published files, and record the new ones.
 
         Args:
-            names: of the files in ``model/`` that are about to be written.
+            names: of the files about to be written to ``model/``.
 
         Raises:
             RunFolderError: ``model/`` holds files that no run wrote.
@@ -268,11 +268,11 @@ def _files(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _attempts(status: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The attempts that a ``run.json`` tells of, in short: how they ended, and what they took."""
+    """A summary of the attempts in a ``run.json``: how they ended, and how long they took."""
     kept = ("attempt", "status", "started_at", "finished_at", "written_at", "stages", "error")
     last = {name: status.get(name) for name in kept}
     if last["status"] == "running":
-        # Nobody has said how it ended.
+        # The attempt's end was never recorded.
         last["status"] = "killed"
     last["events"] = dict(Counter(event["kind"] for event in status.get("events", [])))
     return [*status.get("earlier", []), last]

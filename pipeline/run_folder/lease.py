@@ -1,13 +1,13 @@
-"""Who may write a run folder: one run at a time.
+"""The right to write to a run folder: one run at a time.
 
 A lease is a small file, ``lease/000003.json``, that only its holder writes. The highest number
-counts: who takes a free folder creates the next one, and of several that try at once the storage
-lets one succeed. The holder renews its file from time to time; a lease that is not renewed
-expires, and a holder that finds a higher number has lost the folder. So no file ever has two
-writers, and the storage need offer no more than "create this unless it is there".
+counts. To take a free folder, a run creates the next number; if several try at once, the storage
+lets one succeed. The holder renews its file periodically; a lease that is not renewed expires, and
+a holder that finds a higher number has lost the folder. So no file ever has two writers, and the
+storage need support no more than "create unless it exists".
 
-Where it does not offer that, a lease is written and read back after a while. Two runs that start
-within that while are told apart; it is all that such a storage allows.
+If the storage does not support that, a lease is written and read back after a delay. Two runs that
+start within that delay may not be distinguished; such a storage allows nothing better.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _SAME_START_S = 5.0
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease says of the run that holds it.
+    """The contents of a lease: the run that holds it.
 
     Attributes:
-        token: drawn at random; no two leases have the same.
+        token: drawn at random and unique to the lease.
         host: name of the machine, for people.
-        machine: what the process number counts in: machine, start of its system, container.
+        machine: the scope of the process number: machine, boot time, container.
         pid: number of the run's process.
-        process_started: when that process began, in seconds since 1970: numbers are used again.
+        process_started: when that process began, in seconds since 1970, because numbers are reused.
         since: when the run took the folder.
-        renewed_at: when it was last heard of, by its own clock.
+        renewed_at: time of the last renewal, by the holder's own clock.
         expires_s: seconds without renewal after which the folder is free.
-        released_at: when the run gave the folder back; None while it holds it.
+        released_at: when the run released the folder; None while it holds it.
     """
 
     token: str
@@ -69,19 +69,19 @@ class Holder:
 
     @classmethod
     def here(cls, expires_s: float) -> Holder:
-        """This process."""
+        """A holder for this process."""
         pid, now = os.getpid(), now_text()
         began = psutil.Process(pid).create_time()
         return cls(uuid4().hex, platform.node(), _machine(), pid, began, now, now, expires_s)
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is known that the process has ended: it was on this machine."""
+        """Whether the process is known to have ended: it ran on this machine."""
         if self.machine != _machine():
             return False
         try:
             process = psutil.Process(self.pid)
-            # Start times are reckoned from a clock that may have been set since.
+            # Start times derive from a clock that may have been adjusted since.
             other = abs(process.create_time() - self.process_started) > _SAME_START_S
             return other or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
@@ -94,12 +94,12 @@ class Holder:
 
 
 class Lease:
-    """The right to write a folder; use it as a context manager, which gives it back.
+    """The right to write to a folder; a context manager that releases it on exit.
 
-    A thread renews it. What is to be written is preceded by `check`.
+    A thread renews it. Call `check` before each write.
 
     Attributes:
-        exclusive: whether the storage itself lets only one run have it.
+        exclusive: whether the storage itself guarantees a single holder.
     """
 
     def __init__(self, store: Store, name: str, holder: Holder, exclusive: bool) -> None:
@@ -115,16 +115,16 @@ class Lease:
     def acquire(
         cls, store: Store, *, expires_s: float = EXPIRES_S, settle_s: float = _SETTLE_S
     ) -> Lease:
-        """Take a folder that no living run holds.
+        """Take a folder that no running process holds.
 
         Args:
             store: the folder.
-            expires_s: seconds without a sign of life after which others may take it; a sign is
-                given four times as often.
-            settle_s: seconds between writing and reading back where the storage is not exclusive.
+            expires_s: seconds without renewal after which others may take it; it is renewed four
+                times as often.
+            settle_s: seconds between writing and reading back if the storage is not exclusive.
 
         Raises:
-            FolderBusyError: another run holds it; the message says which, and what to do.
+            FolderBusyError: another run holds it; the message names it and says what to do.
             StorageError: the folder cannot be read or written.
         """
         exclusive, now = _probe(store)
@@ -140,17 +140,17 @@ class Lease:
                         store.delete(numbered(FOLDER, earlier))
                 return cls(store, name, holder, exclusive)
         raise FolderBusyError(
-            f"{store.url} is being taken by other runs again and again; start one run at a time"
+            f"{store.url} keeps being taken by other runs; start one run at a time"
         )
 
     def check(self) -> None:
-        """Make sure that the folder is still this run's.
+        """Verify that this run still holds the folder.
 
         Raises:
-            LeaseLostError: it is not.
-            StorageError: that cannot be found out.
+            LeaseLostError: it does not.
+            StorageError: the lease cannot be read or renewed.
         """
-        # Heard of again before it looks: nobody takes over between the look and the write.
+        # Renew before looking, so that no other run takes over between the look and the write.
         if time.monotonic() - self._renewed > self._holder.expires_s / 2:
             self.renew()
         last = last_number(self._store, FOLDER)
@@ -161,7 +161,7 @@ class Lease:
         raise LeaseLostError(self._loss(last))
 
     def renew(self) -> None:
-        """Give a sign of life."""
+        """Renew the lease."""
         with self._writing:
             if self._ended.is_set():
                 return
@@ -172,13 +172,13 @@ class Lease:
             self._renewed = started
 
     def release(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Release the folder; a second call does nothing."""
         with self._writing:
             if self._ended.is_set():
                 return
             self._ended.set()
         self._thread.join()
-        # Where it does not work, the lease expires by itself; what else went wrong matters more.
+        # If this fails, the lease expires by itself; the original error matters more.
         with suppress(StorageError):
             if _read(self._store, self._name).token == self._holder.token:
                 self._write(replace(self._holder, renewed_at=now_text(), released_at=now_text()))
@@ -196,7 +196,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._holder.expires_s / _BEATS):
-            # The next beat tries again; if none succeeds, `check` is the one to say so.
+            # The next beat tries again; if none succeeds, `check` reports it.
             with suppress(StorageError):
                 self.renew()
 
@@ -209,17 +209,17 @@ class Lease:
         except StorageError:
             who = "is no longer held by this run: its lease file is gone or another's"
         return (
-            f"{self._store.url} {who}; this run has stopped and written nothing more. It was not "
-            f"heard of for {self._holder.expires_s:g} s: was its machine suspended, or the storage "
-            "out of reach? What was finished is kept: run the same job again when the other run "
-            "has ended"
+            f"{self._store.url} {who}; this run has stopped and written nothing more. Its lease "
+            f"was not renewed for {self._holder.expires_s:g} s: was its machine suspended, or the "
+            "storage out of reach? Finished work is kept: run the same job again when the other "
+            "run has ended"
         )
 
 
 def last_holder(store: Store) -> tuple[Holder, float] | None:
-    """Who has taken a folder last, and the seconds since it was heard of; None if nobody has.
+    """A folder's last holder and the seconds since its last renewal; None if it never had one.
 
-    Nothing is written, so the seconds are told by two clocks: the storage's and this machine's.
+    Nothing is written, so the seconds compare two clocks: the storage's and this machine's.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -234,15 +234,15 @@ def last_holder(store: Store) -> tuple[Holder, float] | None:
 
 
 def _probe(store: Store) -> tuple[bool, datetime | None]:
-    """Whether the storage lets only one of two create a file, and what its clock says."""
+    """Whether the storage lets only one of two writers create a file, and the time of its clock."""
     name = f"{FOLDER}/probe-{uuid4().hex}"
     exclusive = store.creates_exclusively
     try:
         if exclusive:
             exclusive = store.create_bytes(name, b"1") and not store.create_bytes(name, b"2")
     except StorageError:
-        # Storages say in many ways that they do not know such a request. One that cannot be
-        # written at all fails in the next line.
+        # Storages report in many ways that they do not support such a request. One that cannot be
+        # written to at all fails in the next line.
         exclusive = False
     try:
         store.write_bytes(name, b"3")
@@ -274,7 +274,7 @@ def _claim(store: Store, name: str, holder: Holder, settle_s: float | None) -> b
     """Create a lease; False if another run was faster."""
     data = json_bytes(asdict(holder))
     if settle_s is None:
-        # A request that was answered too late and sent again finds its own file.
+        # A retried request whose first response came too late finds its own file.
         return store.create_bytes(name, data) or _read(store, name).token == holder.token
     if store.exists(name):
         return False
@@ -288,12 +288,12 @@ def _read(store: Store, name: str) -> Holder:
         return Holder(**store.read_json(name))
     except TypeError:
         raise StorageError(
-            f"{store.join(name)} is no lease of this version; delete it if no run writes the folder"
+            f"{store.join(name)} is not a lease of this version; delete it if the folder is unused"
         ) from None
 
 
 def _machine() -> str:
-    """What process numbers can be compared in: two containers of one host count by themselves."""
+    """The scope of process numbers: each container of a host is its own."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

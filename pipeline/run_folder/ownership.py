@@ -1,7 +1,7 @@
-"""Which files a run made: it writes only into a folder of its own, and deletes only these.
+"""The files that a run owns: it writes only to its own folder, and deletes only its own files.
 
-A folder is a run's own if it was empty when the first run began, and from then on carries the
-run's records: its lease and ``run.json``. Which files in it a run made is known by name:
+A folder belongs to a run if it was empty when the first run began, and then carries the run's
+records: its lease and ``run.json``. Which files in it a run made is known by name:
 
     run.json, job.yaml, metrics.json, …                    fixed
     records/*.json                                         the run's records
@@ -26,13 +26,13 @@ from pipeline.storage import TEMPORARY_SUFFIX, Store
 STATUS = "run.json"
 MODEL = "model"
 CARD = "README.md"
-"""The model card in ``model/``: written at the end, over what the base has under this name."""
+"""The model card in ``model/``: written last, replacing a file of this name from the base."""
 LEASE = "lease"
 PUBLISHING = "publishing"
-"""Record of the files that publishing is about to write, made before it writes the first one."""
+"""Record of the files that publishing will write, created before it writes the first one."""
 PUBLISHED = "published"
 PARTS = "second_moments.parts"
-"""Folder of the parts that second moments are merged from, beside them."""
+"""Folder for the parts that second moments are merged from, next to them."""
 
 _FILES = (
     "context_templates.json",
@@ -71,19 +71,19 @@ def is_run_record(status: Any) -> bool:
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a file has the name that `pipeline.storage.store.Store` gives unfinished files."""
+    """Whether a file has a name that `pipeline.storage.store.Store` gives unfinished files."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
 def made(names: Iterable[str]) -> Iterator[str]:
-    """Those of the names of files in a run folder that runs give, ``model/`` left out."""
+    """The given names that runs create in a run folder, ``model/`` excluded."""
     for name in names:
         if name in _FILES or _MADE.fullmatch(name):
             yield name
 
 
 def published_files(store: Store) -> set[str]:
-    """Names of the files in ``model/`` that runs in this folder have written, or began to write."""
+    """Names of the files in ``model/`` that runs in this folder have written or begun to write."""
     names: set[str] = set()
     for record in (PUBLISHING, PUBLISHED):
         name = f"records/{record}.json"
@@ -99,7 +99,7 @@ def _said_files(record: Mapping[str, Any]) -> set[str]:
 
 
 def files_made(store: Store) -> list[str]:
-    """All files in a run folder that runs have made, leases and unfinished files left out."""
+    """All files in a run folder that runs made, except leases and unfinished files."""
     names = store.list()
     published = published_files(store)
     return [*made(names), *(name for name in names if name in published)]
@@ -114,7 +114,7 @@ def delete_parts(moments: Store) -> None:
 def refuse_foreign_in_model(store: Store) -> None:
     """Refuse to publish beside files in ``model/`` that no record names.
 
-    They would be part of the published model, or be overwritten by it.
+    They would become part of the published model, or be overwritten by it.
 
     Raises:
         RunFolderError: naming some of them.
@@ -130,14 +130,14 @@ def refuse_foreign_in_model(store: Store) -> None:
 
 
 def refuse_foreign_folder(store: Store, beside: Collection[str] = ()) -> None:
-    """Refuse to run in a folder that holds files and carries no record of a run.
+    """Refuse to run in a folder that holds files but no record of a run.
 
     Args:
         store: the run folder; it need not exist.
         beside: names of files and folders in it that the caller wrote for this run.
 
     Raises:
-        RunFolderError: the folder is the user's, or has a link in the place of a run's own file.
+        RunFolderError: the folder is the user's, or has a link in place of a run's own file.
         StorageError: it cannot be read.
     """
     if store.is_file():
@@ -151,8 +151,8 @@ def refuse_foreign_folder(store: Store, beside: Collection[str] = ()) -> None:
     links = [name for name in names if name not in beside and store.is_link(name)]
     if links:
         raise RunFolderError(
-            f"{store.join(links[0])} is a link, and a run would write or delete what it leads to; "
-            "replace it by what it leads to, or name another output"
+            f"{store.join(links[0])} is a link, and a run would write to or delete its target; "
+            "replace the link by the target itself, or name another output"
         )
     if STATUS in names:
         if not is_run_record(_status(store)):
@@ -181,7 +181,7 @@ def _status(store: Store) -> Any:
 
 
 def _dangling(path: Path | None) -> Path | None:
-    """The link in a path that leads nowhere; None without one."""
+    """The dangling link in a path; None if there is none."""
     places = () if path is None else (path, *path.parents)
     return next((place for place in places if place.is_symlink() and not place.exists()), None)
 

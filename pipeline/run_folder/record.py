@@ -1,6 +1,6 @@
-"""What a run folder tells of its run: status, metrics, job, and a row for every request.
+"""The contents of a run folder: status, metrics, job, and a row for every request.
 
-The report, the comparison and trackers read it from here.
+The report, the comparison and trackers read them through this module.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, as its folder tells of it.
+    """A run, as recorded in its folder.
 
     Attributes:
         store: the run folder.
-        run: what ``run.json`` holds; no key that is always there is missing.
-        metrics: what ``metrics.json`` holds; empty where there is none yet.
-        job: ``job.yaml``; empty where there is none.
-        results: a row for every request that was not rejected, in the order of the input: its
-            text, its course and its figures; what the table lacks is None.
+        run: the contents of ``run.json``; every key that is always written is present.
+        metrics: the contents of ``metrics.json``; empty if it does not exist yet.
+        job: ``job.yaml``; empty if it does not exist.
+        results: a row for every request that was not rejected, in input order, with its text,
+            its optimisation and its figures; columns missing from the table are None.
         rejected: the other rows, each with its ``code`` and ``reason``.
     """
 
@@ -63,12 +63,12 @@ class RunRecord:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """How many requests there were, and what became of them."""
+        """The number of requests, and how many were edited, rejected and so on."""
         return self.metrics.get("counts") or self.run.get("counts") or {}
 
     @property
     def before(self) -> dict[str, Any]:
-        """The base's figures."""
+        """The base model's figures."""
         return self.metrics.get("before") or {}
 
     @property
@@ -78,19 +78,19 @@ class RunRecord:
 
     @property
     def gates(self) -> list[dict[str, Any]]:
-        """The gates, with what they saw."""
+        """The gates, with the values they checked."""
         return self.metrics.get("gates") or []
 
     def interval(self, when: str, name: str) -> Any:
-        """The confidence interval of a figure, ``before`` or ``after``; None where unknown."""
+        """The confidence interval of a figure, ``before`` or ``after``; None if unknown."""
         return ((self.metrics.get("intervals") or {}).get(when) or {}).get(name)
 
     def seconds(self) -> float | None:
-        """Seconds from start to end of the last attempt, where both were recorded."""
+        """Seconds from start to end of the last attempt, if both were recorded."""
         return _seconds(self.run, "finished_at")
 
     def attempts(self) -> list[dict[str, Any]]:
-        """The earlier attempts: ``attempt``, ``status``, ``seconds`` until it was last heard of,
+        """The earlier attempts: ``attempt``, ``status``, ``seconds`` until its last update,
         its ``stages``, how many ``events`` of each kind it had, and its ``error``."""
         return [
             {**attempt, "seconds": _seconds(attempt, "finished_at", "written_at")}
@@ -113,7 +113,7 @@ def _seconds(attempt: Mapping[str, Any], *ends: str) -> float | None:
 
 
 def read_run(store: Store) -> RunRecord:
-    """Read a run folder; a run that has not come to its end is read as far as it is.
+    """Read a run folder; for an unfinished run, as much as there is.
 
     Raises:
         RunFolderError: there is no ``run.json``.
@@ -134,15 +134,15 @@ def read_run(store: Store) -> RunRecord:
 def _mapping(store: Store, name: str) -> dict[str, Any]:
     value = store.read_json(name)
     if not isinstance(value, dict):
-        raise RunFolderError(f"{store.join(name)} is not what a run writes; name a run's output")
+        raise RunFolderError(f"{store.join(name)} was not written by a run; name a run's output")
     return value
 
 
 def read_finished(store: Store) -> RunRecord:
-    """Read the folder of a run that has come to its end, complete or held.
+    """Read the folder of a finished run, complete or held.
 
     Raises:
-        RunFolderError: it is not there, or not at its end.
+        RunFolderError: the run does not exist or is not finished.
         StorageError: a file cannot be read.
     """
     require_results(store)
@@ -156,7 +156,7 @@ def read_finished(store: Store) -> RunRecord:
 
 
 def require_results(store: Store) -> None:
-    """Refuse a folder that no run has brought results into.
+    """Refuse a folder without the results of a run.
 
     Raises:
         RunFolderError: files are missing; the message names them.
@@ -170,7 +170,7 @@ def require_results(store: Store) -> None:
 
 
 def _rows(store: Store, name: str, columns: Sequence[str]) -> list[Row]:
-    """The rows of a table with these columns; what the table lacks, or never holds, is None."""
+    """The rows of a table with these columns; columns it lacks, or may lack, are None."""
     if not store.exists(name):
         return []
     table = read_columns(store, name, columns)
@@ -182,7 +182,7 @@ def _rows(store: Store, name: str, columns: Sequence[str]) -> list[Row]:
 
 
 def read_columns(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Those of these columns that a Parquet file has; the others are not fetched.
+    """Read those of these columns that a Parquet file has; no others are fetched.
 
     Raises:
         StorageError: it cannot be read.
@@ -204,16 +204,16 @@ def layers(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def share_of(delta_norm: float, weight_norm: float) -> float:
-    """‖Δ‖/‖W‖; infinite where a weight of zeros was changed."""
+    """‖Δ‖/‖W‖; infinite if a weight of zeros was changed."""
     if weight_norm:
         return delta_norm / weight_norm
     return math.inf if delta_norm else 0.0
 
 
 def throughput(stage: Mapping[str, Any], record: RunRecord) -> tuple[float, str] | None:
-    """What a stage got done in a second, and what it counts; None where that is not known.
+    """A stage's throughput per second, and its unit; None if unknown.
 
-    Work that an earlier attempt or another run had done is not counted.
+    Work done by an earlier attempt or another run is not counted.
     """
     seconds, detail = stage["seconds"], stage.get("detail") or {}
     if not (is_number(seconds) and seconds > 0):
@@ -240,7 +240,7 @@ def _was_measured(row: Row, when: str) -> bool:
 
 
 def show_rate(rate: tuple[float, str] | None) -> str:
-    """What ``throughput`` found, as people read it; nothing where it found nothing."""
+    """The result of ``throughput`` as text; empty if there is none."""
     if rate is None:
         return ""
     count, unit = rate
@@ -248,7 +248,7 @@ def show_rate(rate: tuple[float, str] | None) -> str:
 
 
 def event_counts(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How often each kind of event happened, in the order of the first."""
+    """The number of events of each kind, in order of first occurrence."""
     counts: dict[str, int] = {}
     for event in events:
         kind = str(event["kind"])

@@ -1,8 +1,8 @@
-"""Second moments of a model over a corpus: one pass for all layers, in parts that add up.
+"""Second moments of a model over a corpus: one pass for all layers, in parts that are summed.
 
-A part is a run of texts. A worker sums a part and writes a file a layer; a small record names
-them, so an interrupted pass goes on where it was. When all parts are there they are merged in
-their order, one layer at a time, and deleted.
+A part is a run of texts. A worker sums a part and writes one file per layer; a small record names
+them, so an interrupted pass resumes. When all parts exist, they are merged in order, one layer at a
+time, and deleted.
 
     second_moments.safetensors, second_moments.json     the result; the provenance is written last
     second_moments.parts/<key>-<parts>/
@@ -57,7 +57,7 @@ from pmet.update import convergence, longest
 _MOST_PARTS = 16
 _PART_TOKENS = 8192
 _ALL_PARTS_BYTES = 64 * 2**30
-"""What the sums of all parts may take on the disk: there are fewer parts where keys are wide."""
+"""The disk space for the sums of all parts: there are fewer parts if keys are wide."""
 
 RunTasks = Callable[[str, Sequence[Task], Callable[[Task, Any], None]], None]
 """Runs tasks on workers, as `pipeline.cluster.pool.run_all` does."""
@@ -65,7 +65,7 @@ RunTasks = Callable[[str, Sequence[Task], Callable[[Task, Any], None]], None]
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file that a worker has written, and the SHA-256 of its bytes."""
+    """A file written by a worker, and the SHA-256 of its bytes."""
 
     file: str
     sha256: str
@@ -73,12 +73,12 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class MomentsJob:
-    """All that decides second moments.
+    """Everything that second moments depend on.
 
     Attributes:
         source: the model, for the workers.
         model: digest of its files.
-        layout: where it keeps its parts.
+        layout: the model's layout.
         hparams: the layers, and names of modules.
         corpus: the text.
         stored: the dtype of the weights in the model's files.
@@ -93,12 +93,12 @@ class MomentsJob:
 
     @property
     def modules(self) -> list[str]:
-        """Whose inputs are measured, in the order of the layers."""
+        """The modules whose inputs are measured, in layer order."""
         return [module_name(self.layout, layer) for layer in self.hparams.layers]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the result follows from, as JSON."""
+        """Everything that determines the result, as JSON."""
         on_gpu = self.source.on_gpu
         return {
             "model": self.model,
@@ -112,14 +112,14 @@ class MomentsJob:
 
     @property
     def key(self) -> str:
-        """SHA-256 of the identity: results and parts under another key are never used."""
+        """SHA-256 of the identity: results and parts with another key are never used."""
         return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
 
     def parts(self) -> list[list[array[int]]]:
-        """The corpus in parts: enough to share out, not more than the disk should hold."""
+        """Split the corpus into parts: enough to distribute, but no more than fit on the disk."""
         size = len(self.hparams.layers) * 8 * self.layout.key_width**2
         most = min(_MOST_PARTS, self.corpus.tokens // _PART_TOKENS, _ALL_PARTS_BYTES // size)
-        # Pairs: the figure of convergence compares the even ones with the odd ones.
+        # An even number, because the convergence figure compares even with odd parts.
         return self.corpus.parts(2 * max(1, most // 2))
 
 
@@ -132,19 +132,19 @@ def plan_statistics(
     max_length: int,
     on_gpu: bool,
 ) -> MomentsJob:
-    """Read and check all that second moments are computed from; nothing is started.
+    """Read and check every input of second moments; nothing is started.
 
     Args:
         model: a folder, a URL or a hub id.
         corpus: Parquet files with a column ``text``.
         hparams: the layers, and names of modules for an unknown family.
-        tokens: the budget.
-        max_length: tokens that each text is cut at, or the model's context where it is shorter.
-        on_gpu: whether workers compute on GPUs, in the stored dtype; else in float32.
+        tokens: the token budget.
+        max_length: tokens that each text is truncated to, or the model's context if shorter.
+        on_gpu: whether workers compute on GPUs, in the stored dtype; otherwise in float32.
 
     Raises:
-        InputError: something cannot be used; the message says what, where, and the remedy.
-        StorageError: something cannot be read.
+        InputError: an input cannot be used; the message says what, where, and the remedy.
+        StorageError: a file cannot be read.
     """
     folder = open_model_folder(model, default_cache())
     checkpoint = Checkpoint.open(folder)
@@ -164,10 +164,10 @@ def plan_statistics(
 
 
 def finished(job: MomentsJob, store: Store) -> dict[str, Any] | None:
-    """The provenance of these very second moments, if the folder has them.
+    """Return the provenance of these second moments, if the folder holds them.
 
     Raises:
-        JobError: the folder has others, which are not overwritten.
+        JobError: the folder holds others, which are not overwritten.
     """
     if store.exists(PROVENANCE):
         said: dict[str, Any] = store.read_json(PROVENANCE)
@@ -180,7 +180,7 @@ def finished(job: MomentsJob, store: Store) -> dict[str, Any] | None:
         )
     if store.exists(TENSORS) and made_under(read_header(store, TENSORS)) is None:
         raise JobError(
-            f"output: {store.join(TENSORS)} is there and does not say how it was made; name "
+            f"output: {store.join(TENSORS)} exists and does not say how it was made; name "
             "another folder"
         )
     return None
@@ -192,14 +192,14 @@ def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> d
     Args:
         job: what to compute.
         store: the folder.
-        run_tasks: has `pipeline.workers.worker.ModelWorker` sum parts.
+        run_tasks: runs the tasks, which call `pipeline.workers.worker.ModelWorker` to sum parts.
         bar: counts tokens.
 
     Returns:
         ``tokens``, ``parts``, how many of them were ``reused``, and ``convergence`` by module.
 
     Raises:
-        WorkerError: a part was given up; the finished ones are kept.
+        WorkerError: a part failed for good; the finished ones are kept.
     """
     parts = job.parts()
     folder = f"{PARTS}/{job.key[:16]}-{len(parts)}"
@@ -221,7 +221,7 @@ def _sum_missing(
     run_tasks: RunTasks,
     bar: Stage,
 ) -> None:
-    """Have workers sum the parts that are not ``done``, and record each."""
+    """Have workers sum the parts that are not ``done``, and record each one."""
     bar.skip(sum(len(s) for i in done for s in parts[i]))
     numbers = {f"part {i} of the corpus": i for i in range(len(parts)) if i not in done}
 
@@ -244,7 +244,7 @@ def _sum_missing(
 def _commit(
     job: MomentsJob, store: Store, parts: Sequence[Sequence[StoredFile]], tokens: Sequence[int]
 ) -> dict[str, float | None]:
-    """Merge the parts, write the result and then its provenance; returns the convergence."""
+    """Merge the parts, write the result and then its provenance; return the convergence."""
     even, odd = sum(tokens[::2]), sum(tokens[1::2])
     moved: dict[str, float | None] = {}
     with moments_writer(store, job.layout, job.hparams.layers, job.key) as write:
@@ -270,7 +270,7 @@ def _commit(
 
 
 def _added_up(store: Store, files: Sequence[str], width: int) -> torch.Tensor:
-    """The parts' sums at one layer, added in their order, (K, K) float64."""
+    """The parts' sums at one layer, added in order, (K, K) float64."""
     total_KK = torch.zeros(width, width, dtype=torch.float64)
     for file in files:
         total_KK += load(store.read_bytes(file))["sum"]
@@ -278,7 +278,7 @@ def _added_up(store: Store, files: Sequence[str], width: int) -> torch.Tensor:
 
 
 def _recorded(job: MomentsJob, store: Store, folder: str, number: int) -> list[StoredFile] | None:
-    """The files of a finished part; None where one is missing or not whole."""
+    """The files of a finished part; None if one is missing or incomplete."""
     name = _record(folder, number)
     if not store.exists(name):
         return None

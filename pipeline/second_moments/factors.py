@@ -1,8 +1,8 @@
-"""Cholesky factors of second moments, kept beside them: they are the same every night.
+"""Cholesky factors of second moments, cached next to them: they stay the same every night.
 
-A factor belongs to the very numbers it was computed from: its file is named by their digest, so one
-of other second moments is never found. A folder that cannot be written to does without, and so do
-second moments that a job names by a file: what lies beside that is not ours.
+A factor belongs to exactly the numbers it was computed from: its file is named by their digest, so
+a factor of other second moments is never used. Read-only folders get no cache, and neither do
+second moments that a job names by file, because the files next to that are not ours.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pmet.update import JITTERS, Factor, moment_factor
 
 _TENSOR = "lower"
 _ROWS = 1024
-# Of ‖C x‖: rounding leaves 1e-13 or so, a jitter 1e-11.
+# Relative to ‖C x‖: rounding leaves about 1e-13, a jitter 1e-11.
 _TOLERANCE = 1e-9
 
 
 class FactorFile:
-    """The place of one second moment's factor.
+    """The location of one second moment's factor.
 
     Args:
         url: folder or file of the second moments.
-        module: whose inputs the second moment describes.
+        module: the module whose inputs the second moment describes.
         second_moment_KK: C.
     """
 
@@ -40,14 +40,14 @@ class FactorFile:
         self._name = f"factors/{module}-{hashlib.sha256(data.data).hexdigest()[:32]}.safetensors"
 
     def exists(self) -> bool:
-        """Whether the factor has been kept."""
+        """Whether the factor is cached."""
         return self._store is not None and self._store.exists(self._name)
 
     def read(self) -> Factor:
-        """The factor that has been kept, or, where it cannot be read or is not C's, a new one.
+        """Read the cached factor; if it cannot be read or is not C's, compute a new one.
 
         Raises:
-            NumericalError: there is no factor.
+            NumericalError: C has no factor.
         """
         assert self._store is not None
         try:
@@ -63,7 +63,7 @@ class FactorFile:
         return found if _is_factor(found, self._moment_KK) else moment_factor(self._moment_KK)
 
     def keep(self, found: Factor) -> bool:
-        """Keep a factor; returns whether there is a folder that took it."""
+        """Cache a factor; return whether the folder could take it."""
         if self._store is None:
             return False
         try:
@@ -86,8 +86,8 @@ def _is_factor(found: Factor, moment_KK: torch.Tensor) -> bool:
         return False
     random = torch.Generator().manual_seed(0)
     vector_K = torch.randn(len(lower_KK), generator=random, dtype=torch.float64)
-    # In pieces: C in float64 takes twice the memory of the file.
+    # In pieces: all of C in float64 takes twice the memory of the file.
     wanted_K = torch.cat([rows.double() @ vector_K for rows in moment_KK.split(_ROWS)])
     error_K = lower_KK @ (lower_KK.T @ vector_K) - wanted_K
-    # NaN is not less than anything.
+    # NaN compares false.
     return bool(error_K.norm() <= _TOLERANCE * wanted_K.norm())

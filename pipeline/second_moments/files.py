@@ -1,7 +1,7 @@
-"""Second moments on disk: one safetensors file, and where it comes from beside it.
+"""Second moments on disk: one safetensors file, and a JSON file with its provenance.
 
-Tensors are named by the module whose inputs they describe, for example
-``transformer.h.3.mlp.fc_out``; each is (K, K) float32. The published ``.npz`` files are read too
+Each tensor is named by the module whose inputs it describes, for example
+``transformer.h.3.mlp.fc_out``, and is (K, K) float32. The published ``.npz`` files can be read too
 (``pipeline.second_moments.published``).
 """
 
@@ -30,12 +30,12 @@ _KEY = "key"
 
 
 def is_file_name(url: str) -> bool:
-    """Whether ``url`` names a file of second moments, not a folder to keep them in."""
+    """Whether ``url`` names a file of second moments rather than a folder to keep them in."""
     return url.endswith((SAFETENSORS, NPZ))
 
 
 def module_name(layout: Layout, layer: int) -> str:
-    """What a layer's second moment is called in files: the module whose input it describes."""
+    """The name of a layer's second moment in files: the module whose input it describes."""
     return layout.family.down_projection.format(layer)
 
 
@@ -43,13 +43,13 @@ def module_name(layout: Layout, layer: int) -> str:
 def moments_writer(
     store: Store, layout: Layout, layers: Sequence[int], key: str
 ) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Write the tensors to a folder: call what is yielded with each layer's mean, in their order.
+    """Write the tensors to a folder: call the yielded function with each layer's mean, in order.
 
-    Only one of them has to be in memory. The file says under which ``key`` it was made; without
-    a provenance beside it, it counts as unfinished.
+    Only one mean has to be in memory. The file records the ``key`` it was made under; without a
+    provenance file it counts as unfinished.
 
     Raises:
-        NotFiniteError: by what is yielded, of a mean that float32 does not hold; there is no file.
+        NotFiniteError: from the yielded function, if a mean overflows float32; no file is left.
     """
     width = layout.key_width
     tensors = {module_name(layout, layer): (torch.float32, (width, width)) for layer in layers}
@@ -61,8 +61,8 @@ def moments_writer(
             mean_KK = mean_KK.float()
             if not _is_finite(mean_KK):
                 raise NotFiniteError(
-                    f"a second moment for {store.url} is not finite in float32; what the model "
-                    "computes on the corpus overflows: check the model and the corpus"
+                    f"a second moment for {store.url} is not finite in float32; the model's "
+                    "activations on the corpus overflow: check the model and the corpus"
                 )
             stream.write(mean_KK.contiguous().cpu().numpy().data)
 
@@ -70,10 +70,10 @@ def moments_writer(
 
 
 def check_moments(url: str, layout: Layout, layers: tuple[int, ...], model_digest: str) -> bool:
-    """Whether second moments of the edited layers are there; reads no more than headers.
+    """Check that second moments of the edited layers exist; reads only headers.
 
     Raises:
-        JobError: what is there is damaged, lacks a layer, or belongs to another model.
+        JobError: the file is damaged, lacks a layer, or belongs to another model.
     """
     store, name = _stored_at(url)
     if url.endswith(NPZ) or not store.exists(name):
@@ -85,14 +85,14 @@ def check_moments(url: str, layout: Layout, layers: tuple[int, ...], model_diges
     if name == TENSORS and store.exists(PROVENANCE):
         _check_provenance(store, model_digest)
     elif made_under(header) and not is_file_name(url):
-        # Made here and interrupted before its provenance; files from elsewhere have no key.
+        # Made here, but interrupted before its provenance was written; other files have no key.
         return False
     _check_fit(store.join(name), header, layout, layers)
     return True
 
 
 def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
-    """Second moments of the edited layers, (K, K) float32 each.
+    """Read second moments of the edited layers, (K, K) float32 each.
 
     Raises:
         JobError: they are damaged, not finite, or not of these layers.
@@ -104,11 +104,11 @@ def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int,
 
 
 def refuse_not_finite(url: str, layout: Layout, layers: tuple[int, ...]) -> None:
-    """Read second moments that lie on this machine, one layer at a time, and check that they are
-    finite; those at a remote URL are checked by each rank that reads them.
+    """Check that second moments on this machine are finite, reading one layer at a time; those at
+    a remote URL are checked by each rank that reads them.
 
     Raises:
-        JobError: as `read_moments`.
+        JobError: as for `read_moments`.
     """
     if _stored_at(url)[0].local_path() is not None:
         for layer in layers:
@@ -145,10 +145,10 @@ def _read(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.
 
 
 def read_header(store: Store, name: str) -> Header:
-    """What a safetensors file of second moments says about itself.
+    """The header of a safetensors file of second moments.
 
     Raises:
-        JobError: it is no such file, or cut short.
+        JobError: it is not a safetensors file, or it is cut short.
     """
     where = store.join(name)
     try:
@@ -163,13 +163,13 @@ def read_header(store: Store, name: str) -> Header:
 
 
 def made_under(header: Header) -> str | None:
-    """The key that a file was made under; None for one from elsewhere."""
+    """The key that a file was made under; None for a file from elsewhere."""
     key = header.metadata.get(_KEY)
     return key if isinstance(key, str) else None
 
 
 def _stored_at(url: str) -> tuple[Store, str]:
-    """The store and the file that ``url``, a folder or a safetensors file, stands for."""
+    """The store and file name for ``url``, a folder or a safetensors file."""
     if url.endswith(SAFETENSORS):
         folder, _, name = url.rpartition("/")
         return Store(folder or "."), name
@@ -207,13 +207,13 @@ def _check_present(where: str, module: str, there: Mapping[str, Any]) -> None:
 def _check_shape(where: str, module: str, shape: tuple[int, ...], layout: Layout) -> None:
     if shape != (layout.key_width, layout.key_width):
         raise JobError(
-            f"second_moments: {module} in {where} is {shape}, the model's keys are "
+            f"second_moments: {module} in {where} is {shape}, but the model's keys are "
             f"{layout.key_width} wide; it belongs to another model"
         )
 
 
 def _check_provenance(store: Store, model_digest: str) -> None:
-    """Refuse second moments that say they are another model's."""
+    """Refuse second moments whose provenance names another model."""
     said = store.read_json(PROVENANCE)
     if said.get("model") != model_digest:
         raise JobError(

@@ -1,9 +1,9 @@
-"""Second moments as the ROME and MEMIT code publishes them: an ``.npz`` file for each layer.
+"""Second moments as published by the ROME and MEMIT code: one ``.npz`` file per layer.
 
 A file is named ``<module>_<precision>_mom2….npz``, for example
-``transformer.h.3.mlp.fc_out_float32_mom2_100000.npz``. In it ``mom2.mom2`` is the sum of k kᵀ
+``transformer.h.3.mlp.fc_out_float32_mom2_100000.npz``. In it, ``mom2.mom2`` is the sum of k kᵀ
 over ``mom2.count`` tokens (kmeng01/rome: rome/layer_stats.py, util/runningstats.py). The arrays
-are plain numbers; whatever would have to be unpickled is refused.
+are plain numbers; anything that would require unpickling is refused.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _HEADERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dt
 
 @dataclass(frozen=True)
 class PublishedMoments:
-    """The files of one folder.
+    """The published files of one folder.
 
     Attributes:
         store: the folder.
-        files: names by module; more than one where several were computed.
+        files: names by module; several if there are several versions.
     """
 
     store: Store
@@ -44,7 +44,7 @@ class PublishedMoments:
 
     @classmethod
     def find(cls, url: str) -> PublishedMoments | None:
-        """The files that ``url`` stands for: a folder, one file or a glob; None where none is.
+        """Return the files that ``url`` refers to: a folder, one file or a glob; None without any.
 
         Raises:
             StorageError: the storage cannot be listed.
@@ -60,7 +60,7 @@ class PublishedMoments:
         return cls(store, files) if files else None
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """Of the second moment of a module; reads no more than headers.
+        """The shape of a module's second moment; reads only headers.
 
         Raises:
             JobError: the file is damaged, ambiguous, or holds something else.
@@ -70,7 +70,7 @@ class PublishedMoments:
             return _header(archive, _SUM, where)[0]
 
     def read(self, module: str) -> torch.Tensor:
-        """The second moment of a module, (K, K) float32: the sum divided by the count.
+        """Read a module's second moment, (K, K) float32: the sum divided by the count.
 
         Raises:
             JobError: the file is damaged, ambiguous, or holds something else.
@@ -88,7 +88,7 @@ class PublishedMoments:
         if len(names) > 1:
             raise JobError(
                 f"second_moments: {self.store.url} has {len(names)} files of {module}: "
-                f"{', '.join(names)}; name the ones that are meant with a glob such as "
+                f"{', '.join(names)}; select one of each module with a glob such as "
                 f"{self.store.join('*_' + names[0].rpartition('_')[2])}"
             )
         where = self.store.join(names[0])
@@ -99,7 +99,7 @@ class PublishedMoments:
             except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
                 reason = " ".join(str(error).split())
                 raise JobError(
-                    f"second_moments: {where} is no whole .npz file with {_SUM} and {_COUNT} "
+                    f"second_moments: {where} is not a complete .npz file with {_SUM} and {_COUNT} "
                     f"({reason}); download it again"
                 ) from None
 
@@ -116,7 +116,7 @@ def _header(archive: zipfile.ZipFile, name: str, where: str) -> tuple[tuple[int,
         shape, dtype = _read_header(member)
     if dtype.hasobject:
         raise JobError(
-            f"second_moments: {name} in {where} would have to be unpickled, which can run code "
+            f"second_moments: {name} in {where} would require unpickling, which can run code "
             "and is refused; save it as numbers"
         )
     if dtype.kind not in "fiu":

@@ -1,4 +1,4 @@
-"""The stages of a run; each finds what the run folder already has, and does only the rest."""
+"""The stages of a run; each reuses what the run folder already has, and does only the rest."""
 
 import lazy_loader
 

@@ -1,11 +1,11 @@
-"""The stages of a run. Each finds what the run folder already has, and does only the rest.
+"""What all stages share. Each reuses what the run folder already has, and does only the rest.
 
     templates ─▶ second moments ─▶ targets ─▶ measure before ─▶ update ─▶ publish ─▶ measure after
 
-Targets and measurements are modules of their own (`pipeline.stages.targets`,
-`pipeline.stages.measurement`). Where a job says so, what the base knows is found before the targets
-(`pipeline.stages.known`), and asked again at the end. What is computed together is decided by the
-plan, never by who computes it.
+Targets and measurements have modules of their own (`pipeline.stages.targets`,
+`pipeline.stages.measurement`). If a job asks for it, the facts that the base model already knows
+are found before the targets (`pipeline.stages.known`), and checked again at the end. The plan alone
+decides what is computed together, never the workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def channel(folder: RunFolder, progress: Progress) -> OnEvent:
-    """What records each event in ``run.json`` and shows it."""
+    """Return a function that records each event in ``run.json`` and shows it."""
 
     def on_event(
         kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
@@ -42,7 +42,7 @@ def channel(folder: RunFolder, progress: Progress) -> OnEvent:
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage works with."""
+    """The objects that every stage works with."""
 
     plan: Plan
     folder: RunFolder
@@ -67,7 +67,7 @@ class Context:
             yield CountedStage(bar, total, self.folder.progress), detail
 
     def map(self, method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
-        """Run a stage's tasks; each result is taken only while the folder is this run's."""
+        """Run a stage's tasks; a result is taken only while the run holds its folder."""
 
         def take_if_held(task: Task, value: Any) -> None:
             self.folder.check()
@@ -78,12 +78,12 @@ class Context:
 
 @dataclass
 class FoundTargets:
-    """Where the targets are.
+    """Where the targets are stored.
 
     Attributes:
-        files: file in the run folder, by number of the shard.
+        files: file in the run folder, by shard number.
         failures: reason by row of the input, for requests that have no target.
-        known: rows of the input that need none, because the base answers them as wanted.
+        known: input rows that need no target, because the base model already answers as wanted.
     """
 
     files: dict[int, str] = field(default_factory=dict)
@@ -91,12 +91,12 @@ class FoundTargets:
     known: frozenset[Row] = frozenset()
 
     def edited(self, rows: Iterable[Row]) -> list[Row]:
-        """Those of these rows that have a target."""
+        """The given rows that have a target."""
         return [row for row in rows if row not in self.failures and row not in self.known]
 
 
 def sampled(plan: Plan) -> list[Place]:
-    """Which accepted requests are measured: all, or as many as asked, drawn under the seed."""
+    """The accepted requests to measure: all, or a sample of the size asked for."""
     count, wanted = len(plan.table.requests), plan.job.evaluate.sample
     if wanted is None or wanted >= count:
         return list(places_from(0, count))

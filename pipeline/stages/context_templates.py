@@ -7,7 +7,7 @@ from pipeline.stages.context import Context
 
 
 def write_templates(run: Context) -> list[list[str]]:
-    """Context templates: those of the job, or what the model writes under the seed."""
+    """Return the context templates: the job's, or texts that the model generates from the seed."""
     templates = run.plan.templates
     if templates is None:
         if record := run.folder.recorded("context_templates"):

@@ -1,8 +1,8 @@
-"""Which single requests make a computation fail: found by halving what fails.
+"""Isolation of requests that make a computation fail, by halving the failing group.
 
-A request can kill every worker that computes it: it triggers a bug of a library, or needs more
-memory than there is. Its group is halved until the request stands alone; it is then set aside, and
-the others are computed without it. A fault that affects all requests (no storage, a broken driver)
+A request can kill every worker that computes it: it triggers a library bug, or needs more memory
+than there is. Its group is halved until the request stands alone; it is then set aside, and the
+others are computed without it. A fault that affects all requests (no storage, a broken driver)
 shows as too many failures, and is an error of the run.
 """
 
@@ -16,9 +16,9 @@ from pipeline.errors import WorkerError
 from pipeline.failures import MEMORY_OF_WORKERS, Failure, remedy
 
 GROUP_ATTEMPTS = 2
-"""Tries of a group of several requests: one that fails by chance is only cut further."""
+"""Attempts at a group of several requests: one that fails by chance is only split further."""
 SINGLE_ATTEMPTS = 3
-"""Tries of a single request before it is set aside."""
+"""Attempts at a single request before it is set aside."""
 _MOST = 5
 _MOST_SHARE = 0.01
 _SHOWN = 3
@@ -26,12 +26,12 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Piece:
-    """Requests that are computed together: of one shard, or what several have left.
+    """Requests that are computed together: those of one shard, or the remainders of several.
 
     Attributes:
-        shards: those that the requests are of, in order.
-        places: their places among the accepted requests, ascending.
-        groups: the group of each of them, where those of a group belong together.
+        shards: the shards that the requests belong to, in order.
+        places: the requests' places among the accepted requests, ascending.
+        groups: the group of each request, if a group's requests belong together.
     """
 
     shards: tuple[Shard, ...]
@@ -49,18 +49,18 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """Of the shard; of the first and the last one where there are several."""
+        """The shard's name; those of the first and the last one if there are several."""
         return "-".join(dict.fromkeys((self.shards[0].name, self.shards[-1].name)))
 
     @property
     def attempts(self) -> int:
-        """How often it is tried while requests are isolated."""
+        """How often it is attempted while requests are isolated."""
         return SINGLE_ATTEMPTS if len(self.places) == 1 else GROUP_ATTEMPTS
 
     def halves(self) -> tuple[Piece, Piece]:
         """Both halves, in order; a single request has none.
 
-        A group is only cut where there is nothing else.
+        A group of requests is only split when nothing else is left to split.
         """
         count = len(self.places)
         cuts = [i for i in range(1, count) if self.groups[i - 1 : i] != self.groups[i : i + 1]]
@@ -74,7 +74,7 @@ class Piece:
 
 
 def most_isolated(count: int) -> int:
-    """How many of a job's requests may be set aside: 5, or 1 %, but never more than half."""
+    """The number of a job's requests that may be set aside: 5, or 1 %, but at most half."""
     return min(max(_MOST, int(_MOST_SHARE * count)), count // 2)
 
 
@@ -84,19 +84,19 @@ def isolate(
     set_aside: Callable[[Piece, Failure], None],
     limit: int,
 ) -> None:
-    """Halve what failed until single requests are left, and set those aside.
+    """Halve failing pieces until single requests are left, and set those aside.
 
     A round computes at most twice as many pieces as the ``limit``, and there are as many rounds as
-    a shard can be halved: to find one request of a shard of 256 takes some 20 failed attempts.
+    a shard can be halved: finding one request in a shard of 256 takes some 20 failed attempts.
 
     Args:
-        failed: the reason by piece.
-        compute: computes pieces, and returns the reason by piece for those that failed.
-        set_aside: called with each single request that fails, and why.
-        limit: the most requests that may be set aside.
+        failed: the failure of each piece.
+        compute: computes pieces, and returns the failure of each piece that failed.
+        set_aside: called with each single request that fails, and its failure.
+        limit: the maximum number of requests that may be set aside.
 
     Raises:
-        WorkerError: more than that would have to be; the message has the root causes.
+        WorkerError: more requests fail than the limit; the message gives the root causes.
     """
     found: dict[Piece, Failure] = {}
     suspects = dict(failed)
@@ -116,8 +116,8 @@ def _refuse_too_many(failing: Mapping[Piece, Failure], limit: int) -> None:
         return
     shown = "; ".join(f"{piece}: {failure}" for piece, failure in list(failing.items())[:_SHOWN])
     raise WorkerError(
-        f"at least {len(failing)} requests fail again and again, of which {limit} may be set "
-        f"aside; so many look like a fault of the job or of its machines: {shown}. What was "
-        f"finished is kept: {remedy((f.kind for f in failing.values()), MEMORY_OF_WORKERS)}",
+        f"at least {len(failing)} requests fail repeatedly, of which {limit} may be set "
+        f"aside; so many suggest a fault of the job or of its machines: {shown}. Finished work "
+        f"is kept: {remedy((f.kind for f in failing.values()), MEMORY_OF_WORKERS)}",
         cause_text=next(iter(failing.values())).text,
     )

@@ -1,7 +1,7 @@
-"""What the base already answers as wanted: found before the edit, and asked again after it.
+"""Facts that the base model already knows: found before the edit, and checked again after it.
 
-All accepted requests are asked, not a sample: who is known decides what is edited. They are asked
-in parts that follow from the job alone.
+All accepted requests are asked, not a sample, because the answer decides what is edited. They are
+asked in parts that depend only on the job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def find_known(run: Context) -> frozenset[Row]:
 
 
 def still_known(run: Context, known: Collection[Row], source: ModelSource) -> frozenset[Row]:
-    """Those of the known rows that a model answers as wanted."""
+    """The known rows that a model still answers as wanted."""
     places = [Place(place) for place, row in enumerate(run.plan.table.rows) if row in known]
     return _answered(run, "after", source, places) if places else frozenset()
 

@@ -1,7 +1,7 @@
 """Measuring a model: requests and held-out texts, in parts that workers share.
 
-What is shared out is prompts, not requests: neighbors of one answer are asked about in many
-requests, and are read once. What is measured together follows from the job alone.
+Workers share prompts, not requests: many requests have the same neighbors with the same answer,
+which are read only once. What is measured together depends only on the job.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from pmet.evaluation import (
 from pmet.request import EditRequest
 
 LARGEST_PART = 512
-"""Prompts that are sent to a worker together."""
+"""Prompts sent to a worker together."""
 BLOCK = 8192
-"""Requests that are in memory at a time."""
+"""Requests in memory at a time."""
 TEXTS_TOGETHER = 32
 _LARGEST_EXPONENT = 700.0
 
@@ -51,10 +51,10 @@ _STAGES = {"before": StageName.MEASURE_BEFORE, "after": StageName.MEASURE_AFTER}
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model was found to say.
+    """The measurements of a model.
 
     Attributes:
-        rows: figures, greedy answer and written text by input row, for the measured requests.
+        rows: figures, greedy answer and generated text by input row, for the measured requests.
         texts: scores of held-out texts; empty without a corpus.
     """
 
@@ -63,7 +63,7 @@ class Measurement:
 
     @property
     def perplexity(self) -> float | None:
-        """On the held-out texts; None without any. A ruined model's may be NaN or infinite."""
+        """Perplexity on the held-out texts; None without any. A ruined model's may be NaN or ∞."""
         count = sum(len(text.greedy) for text in self.texts)
         if not count:
             return None
@@ -71,15 +71,15 @@ class Measurement:
         return math.inf if mean >= _LARGEST_EXPONENT else math.exp(mean)
 
     def agreed(self, other: Measurement) -> tuple[list[int], list[int]]:
-        """By held-out text, at how many places two models have the same likeliest token, and at how
-        many they were asked.
+        """For each held-out text, the number of positions at which two models have the same most
+        likely token, and the number of positions compared.
         """
         agreed = [text.agreed(theirs) for text, theirs in zip(self.texts, other.texts, strict=True)]
         return agreed, [len(text.greedy) for text in self.texts]
 
 
 def measure(run: Context, name: str, source: ModelSource) -> Measurement:
-    """Score the sampled requests on a model, and held-out texts where there is a corpus."""
+    """Measure a model on the sampled requests, and on held-out texts if there is a corpus."""
     plan = run.plan
     how, asked = How.of(plan.job.evaluate, plan.job.seed), _asked(plan)
     record = run.folder.recorded(f"measured-{name}")
@@ -87,7 +87,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
         texts = [TextScore(**text) for text in record["texts"]]
         return Measurement({Row(int(r)): v for r, v in record["rows"].items()}, texts)
     table, chosen = plan.table, sampled(plan)
-    # The base says the same every time.
+    # The base model gives the same answers every time.
     kept = MeasurementStore.of(plan) if source == plan.base else None
     keys = {} if kept is None else {i: request_key(table.requests[i], how) for i in chosen}
     of_texts = texts_key(plan)
@@ -117,7 +117,7 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
 
 
 def _asked(plan: Plan) -> str:
-    """Digest of what a job wants measured; where it has changed, what was measured is stale."""
+    """Digest of everything a job wants measured; if it changes, old measurements are stale."""
     evaluate = plan.job.evaluate.model_dump(include={"sample", "perplexity_texts"})
     how = How.of(plan.job.evaluate, plan.job.seed)
     return digest_of([FORMAT, evaluate, asdict(how)])
@@ -130,7 +130,7 @@ def _measure_requests(
     places: Sequence[Place],
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The place of each request, with its figures and what the model said."""
+    """Yield the place of each request, with its figures and the model's answers."""
     for start in range(0, len(places), BLOCK):
         block = places[start : start + BLOCK]
         requests = [run.plan.table.requests[i] for i in block]
@@ -145,7 +145,7 @@ def _measure_requests(
 
 
 class _Taking:
-    """Takes in the answers to tasks, and tells of how many requests that is the share."""
+    """Collects the answers to tasks, and reports progress as a share of the requests."""
 
     def __init__(self, answers: Answers, numbers: Mapping[str, int], requests: int) -> None:
         self._answers, self._numbers, self._requests = answers, numbers, requests
@@ -159,14 +159,14 @@ class _Taking:
 
 
 class Answers:
-    """What a model said to the parts of an evaluation, put together.
+    """A model's answers to the parts of an evaluation, combined.
 
     Args:
-        parts: what it was asked.
+        parts: the questions of each part.
 
     Attributes:
         parts: the same.
-        taken: how many of them are answered.
+        taken: how many of them have been answered.
     """
 
     def __init__(self, parts: Sequence[Asked]) -> None:
@@ -176,7 +176,7 @@ class Answers:
         self._written: dict[str, str] = {}
 
     def take(self, number: int, measured: Measured) -> None:
-        """Take in what was said to a part."""
+        """Add the answers to a part."""
         part = self.parts[number]
         self.taken += 1
         for (prompt, targets), scores in zip(part.prompts, measured.scores, strict=True):
@@ -190,7 +190,7 @@ class Answers:
         return [figures_of(request, self._scored) for request in requests]
 
     def rows(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
-        """The figures, greedy answer and written text of each request."""
+        """The figures, greedy answer and generated text of each request."""
         rows = self.figures(requests)
         for row, request in zip(rows, requests, strict=True):
             row["answer"] = self._said[request.text]
@@ -200,14 +200,14 @@ class Answers:
 
 
 def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[Asked]:
-    """What requests ask, in parts of about one size; what several of them ask is there once.
+    """Split the questions of requests into parts of similar size; shared questions occur once.
 
-    Prompts that begin alike are in one part. The number of parts is a power of two, which most
-    numbers of workers share out well.
+    Prompts that begin alike are in one part. The number of parts is a power of two, which divides
+    evenly among most numbers of workers.
 
     Args:
         requests: the requests.
-        writing: whether text is to be written.
+        writing: whether to generate text.
     """
     targets: dict[str, dict[str, None]] = defaultdict(dict)
     for request in requests:
@@ -224,7 +224,7 @@ def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[
 
 
 def _cut(items: list[_Item], number: int) -> list[list[_Item]]:
-    """Items in ``number`` runs of about one length."""
+    """Split items into ``number`` runs of similar length."""
     edges = [len(items) * i // number for i in range(number + 1)]
     return [items[start:stop] for start, stop in pairwise(edges)]
 
@@ -244,5 +244,5 @@ def _score_texts(run: Context, name: str, source: ModelSource) -> list[TextScore
 
 
 def held_out(texts: Sequence[str], count: int) -> list[str]:
-    """``count`` texts from the whole length of a corpus, or all it has."""
+    """``count`` texts spread evenly over a corpus, or all it has."""
     return list(texts[:: max(1, len(texts) // count)][:count])

@@ -1,9 +1,9 @@
-"""What the base says, measured once and kept for later runs.
+"""Measurements of the base model, kept for later runs.
 
-A run measures the base on the prompts of its requests before it edits them. Night after night most
-of these prompts are the same, and so is the base. A measurement is kept under the digest of the
-model, the dtype, all prompts of the request and how they are asked; the scores of held-out texts
-under that of the corpus. Both are kept in segments (`pipeline.storage.segments`).
+A run measures the base model on the prompts of its requests before it edits them. From night to
+night most of these prompts are the same, and so is the base. A measurement is stored under the
+digest of the model, the dtype, all prompts of the request and the evaluation settings; the scores
+of held-out texts under that of the corpus. Both are kept in segments (`pipeline.storage.segments`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pmet.request import EditRequest
 
 FORMAT = 2
 _KEY, _VALUE = "key", "value"
-# Consistency is worked out anew: it depends on the reference texts of all requests.
+# Consistency is recomputed: it depends on the reference texts of all requests.
 _NOT_ASKED = ("case_id", "reference_texts")
 
 
 @dataclass(frozen=True)
 class MeasurementStore:
-    """The store, for one base model.
+    """The measurements of one base model.
 
     Attributes:
-        store: its folder.
+        store: the store's folder.
         segments: those of the model.
     """
 
@@ -40,21 +40,21 @@ class MeasurementStore:
 
     @classmethod
     def of(cls, plan: Plan) -> MeasurementStore | None:
-        """The store that a job names; None where it names none."""
+        """The store that a job names, or None."""
         url = plan.job.evaluate.store
         if url is None:
             return None
         context = {
             "format": FORMAT,
             "model": plan.digests["model"],
-            # On a CPU always float32; on a GPU as stored.
+            # Always float32 on a CPU; the stored dtype on a GPU.
             "on_gpu": plan.base.on_gpu,
         }
         store = Store(url)
         return cls(store, Segments(store, "evaluate.store", context))
 
     def read(self, keys: Collection[str]) -> dict[str, Any]:
-        """What is kept under some keys, for those of which something is.
+        """Return the stored values of some keys; keys without one are left out.
 
         Raises:
             StorageError: the store cannot be read, or a segment of it is damaged.
@@ -70,7 +70,7 @@ class MeasurementStore:
         return {key: json_text.loads(value) for key, value in zip(*columns, strict=True)}
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Keep values, which JSON has to hold, under their keys.
+        """Store values, which must be representable as JSON, under their keys.
 
         Raises:
             StorageError: the store cannot be written.
@@ -82,7 +82,7 @@ class MeasurementStore:
 
 
 def request_key(request: EditRequest, how: How) -> str:
-    """Digest of all that is measured on a request, and of how."""
+    """Digest of everything that is measured on a request, and of the evaluation settings."""
     asked = {k: v for k, v in asdict(request).items() if k not in _NOT_ASKED}
     return digest_of([asked, asdict(how)])
 

@@ -15,7 +15,7 @@ from pmet.delta import Edit, checked
 def publish_model(run: Context, reports: list[LayerReport]) -> None:
     """Write the edited checkpoint to ``model/``: the base's files with the edited tensors.
 
-    Without reports these are the base's files as they are.
+    Without reports, the base's files are written unchanged.
     """
     plan = run.plan
     if run.folder.recorded(PUBLISHED):
@@ -34,7 +34,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
     digests: dict[str, str] = {}
     base = plan.checkpoint
     if not base.folder.is_dir():
-        # Days have passed since it was opened: another run has made room on this disk.
+        # The store may have been opened days ago, and another run may have freed this disk.
         base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
     run.folder.clear_model(base.files())
     with run.stage(StageName.PUBLISH, len(base.files())) as (bar, _):

@@ -1,4 +1,4 @@
-"""What a run reports of its requests: a row each, and the model's figures."""
+"""A run's results: a row for each request, and the model's figures."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def results_table(
     before: Measured,
     after: Measured,
 ) -> pa.Table:
-    """A row for every request that was not rejected: its input columns, its target's course, its
-    figures.
+    """Build a row for every request that was not rejected: its input columns, the optimisation
+    of its target, and its figures.
 
     Bytes in an extra column that are not UTF-8 are written as ``\\xNN``, so that any reader can
-    open the table. Where null or empty texts were left out of lists, ``left_out`` names them.
+    open the table. If null or empty texts were left out of lists, ``left_out`` names them.
 
     Args:
         table: the input.
-        status: by row of the input: ``edited``, or ``known`` for a request that needs no target.
-        targets: target shards, with columns ``row``, ``steps``, ``loss`` and perhaps
+        status: by input row: ``edited``, or ``known`` for a request that needs no target.
+        targets: target shards, with columns ``row``, ``steps``, ``loss`` and optionally
             ``first_loss``.
-        before: figures and answer of measured rows on the base model.
+        before: figures and answers of measured rows on the base model.
         after: the same on the edited model.
     """
     course = {row: own for shard in targets for row, *own in courses_of(shard)}
@@ -67,12 +67,12 @@ def results_table(
 
 
 def read_courses(store: Store, file: str) -> pa.Table:
-    """A shard of targets without the targets themselves, for `courses_of`."""
+    """Read a shard of targets without the target vectors, for `courses_of`."""
     return read_columns(store, file, _COURSE)
 
 
 def courses_of(shard: pa.Table) -> Iterator[tuple[Any, ...]]:
-    """Row, steps, last and first loss of each target; None for a first loss that is not known."""
+    """Row, steps, last and first loss of each target; the first loss is None if unknown."""
     nothing = [None] * len(shard)
     there = [shard.column(n).to_pylist() if n in shard.column_names else nothing for n in _COURSE]
     for row, steps, loss, first in zip(*there, strict=True):
@@ -80,16 +80,16 @@ def courses_of(shard: pa.Table) -> Iterator[tuple[Any, ...]]:
 
 
 def answered(asked: Collection[Row], right: Collection[Row]) -> dict[Row, dict[str, Any]]:
-    """The one figure of requests that were only asked for their answer, by row of the input."""
+    """The only figure of requests that were asked just for their answer, by input row."""
     return {row: {"efficacy_strict": float(row in right)} for row in asked}
 
 
 def model_metrics(before: Measurement, after: Measurement, rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of both models over those of these input rows that were measured.
+    """The figures of both models over the given input rows, as far as they were measured.
 
     Returns:
-        ``before`` and ``after``: each figure, None where it was not measured; ``intervals``: the
-        same of their 95 % intervals, without those that there are not.
+        ``before`` and ``after``: each figure, None if not measured; ``intervals``: the same for
+        their 95 % intervals, where there are any.
     """
     return {
         "before": figures_of(before, rows),
@@ -104,12 +104,12 @@ def model_metrics(before: Measurement, after: Measurement, rows: Sequence[Row]) 
 def figures_of(
     measured: Measurement, rows: Sequence[Row], base: Measurement | None = None
 ) -> dict[str, float | None]:
-    """A model's figures over those of these input rows that were measured, and on held-out text.
+    """A model's figures over the measured ones of these input rows, and on held-out text.
 
     Args:
-        measured: what the model said.
+        measured: the model's measurements.
         rows: of the input.
-        base: what the unedited model said, with which it may agree; None: that is not asked.
+        base: the unedited model's, to compute agreement with; None: without agreement.
     """
     own = [measured.rows[row] for row in rows if row in measured.rows]
     figures = {**summarize(own), "perplexity": measured.perplexity}

@@ -1,4 +1,4 @@
-"""The stage that collects the second moments a job needs and does not have."""
+"""The stage that collects the second moments that a job needs and does not have."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pipeline.storage import Store
 
 
 def moments_url(run: Context) -> str:
-    """Where this run's second moments are, or will be."""
+    """The location of this run's second moments, which need not exist yet."""
     return run.plan.job.second_moments or run.store.join("second_moments")
 
 
 def collect_moments(run: Context) -> None:
-    """Second moments of all edited layers, in one pass over the corpus; kept if already there."""
+    """Compute the second moments of all edited layers in one pass, unless they exist."""
     plan, url = run.plan, moments_url(run)
     if check_moments(url, plan.layout, plan.hparams.layers, plan.digests["model"]):
         if plan.job.second_moments is None:
-            # A run that was killed just before the end has left them.
+            # A run killed just before it finished has left them.
             delete_parts(Store(url))
         return
     job = moments_job(plan)
@@ -29,7 +29,7 @@ def collect_moments(run: Context) -> None:
 
 
 def moments_job(plan: Plan) -> MomentsJob:
-    """The second moments that a job's plan asks for: it has a corpus."""
+    """The second moments that a plan asks for; it must have a corpus."""
     assert plan.corpus is not None, "the plan refuses a job with neither"
     return MomentsJob(
         source=plan.base,

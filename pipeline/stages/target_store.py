@@ -1,10 +1,10 @@
 """Targets of earlier runs, kept for later ones.
 
-A target follows from the model, the hyper-parameters, the context templates, the dtype, and the
-request itself with those that share its target, and is kept under the digest of all of these.
-Everything but the requests is the *context*, whose targets are kept in segments
-(`pipeline.storage.segments`): those that were found together are one. A lookup reads the column of
-keys, and then of the segments that matter what is wanted.
+A target depends on the model, the hyper-parameters, the context templates, the dtype, and the
+request itself with those that share its target, and is stored under the digest of all of these.
+Everything except the requests is the *context*, whose targets are kept in segments
+(`pipeline.storage.segments`); targets found together form one segment. A lookup first reads the key
+columns, then only the rows it needs.
 
 Shape letters: E requests, D model width.
 """
@@ -32,7 +32,7 @@ from pmet.request import EditRequest
 
 FORMAT = 1
 _KEY, _FILE = "key", "__filename"
-# What the update reads, and no target depends on.
+# Used only by the update; no target depends on them.
 _UPDATE_ONLY = {
     "layers",
     "mom2_update_weight",
@@ -44,14 +44,14 @@ _UPDATE_ONLY = {
 
 
 class StoredTargets:
-    """The targets that a lookup has found; their values are in a temporary file.
+    """The targets that a lookup found; their values are in a temporary file.
 
     Args:
-        keys: those found, in the order of the arrays.
+        keys: the keys found, in the order of the arrays.
         values: (E, D) float32.
-        steps: (E,) int32, evaluations of the loss.
+        steps: (E,) int32, number of evaluations of the loss.
         losses: (E,) float32, the last loss.
-        first_losses: (E,) float32, the loss before the first step; NaN where it was not kept.
+        first_losses: (E,) float32, the loss before the first step; NaN where unknown.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class StoredTargets:
 
     @classmethod
     def none(cls, width: int) -> StoredTargets:
-        """What a lookup that finds nothing gives."""
+        """The result of a lookup that finds nothing."""
         none = np.empty(0, np.float32)
         return cls([], np.empty((0, width), np.float32), np.empty(0, np.int32), none, none)
 
     def arrays(self, keys: Sequence[str], rows: Sequence[int]) -> TargetArrays:
-        """The targets of some keys that were found, for the rows of an input."""
+        """The targets of some of the found keys, for the given input rows."""
         places = [self._places[key] for key in keys]
         return TargetArrays(
             rows=np.array(rows, np.int64),
@@ -92,10 +92,10 @@ class StoredTargets:
 
 @dataclass(frozen=True)
 class TargetStore:
-    """The store, for the requests of one context.
+    """The store for the requests of one context.
 
     Attributes:
-        store: its folder.
+        store: the store's folder.
         context: what all targets of a run depend on, as JSON.
         width: D.
     """
@@ -106,7 +106,7 @@ class TargetStore:
 
     @classmethod
     def of(cls, plan: Plan, templates: Sequence[Sequence[str]]) -> TargetStore | None:
-        """The store that a job names; None where it names none."""
+        """The store that a job names, or None."""
         url = plan.job.targets.store
         if url is None:
             return None
@@ -132,16 +132,16 @@ class TargetStore:
         return self.segments.digest
 
     def key(self, request: EditRequest, group: Sequence[EditRequest] = ()) -> str:
-        """SHA-256 of all that a request's target depends on.
+        """SHA-256 of everything that a request's target depends on.
 
         Args:
-            request: whose target it is.
-            group: those that get one target together, ``request`` among them; else none.
+            request: the request.
+            group: the requests that share one target, including ``request``; otherwise empty.
         """
         return digest_of([self.digest, *_asked(request), *sorted(map(_asked, group))])
 
     def keys(self, requests: Sequence[EditRequest], groups: Sequence[int]) -> list[str]:
-        """The keys of requests that are computed together, those of one group for one target."""
+        """The keys of requests that are computed together; one group shares one target."""
         by_group: dict[int, list[EditRequest]] = defaultdict(list)
         for request, group in zip(requests, groups, strict=True):
             by_group[group].append(request)
@@ -157,9 +157,9 @@ class TargetStore:
         arrays: TargetArrays,
         groups: Sequence[int] | None = None,
     ) -> None:
-        """Keep targets (E, D) of requests that were computed together, in ``groups`` if any.
+        """Store targets (E, D) of requests that were computed together, in ``groups`` if any.
 
-        What is not finite is left out.
+        Targets that are not finite are left out.
 
         Raises:
             StorageError: the store cannot be written.
@@ -182,10 +182,10 @@ class TargetStore:
 
     @contextmanager
     def lookup(self, keys: Collection[str]) -> Iterator[StoredTargets]:
-        """Find the targets of some keys; they can be read for the time of a ``with`` block.
+        """Find the targets of some keys; they can be read during the ``with`` block.
 
-        Where several segments have a target, the first by name gives it. What is not finite is no
-        target, whoever has written it.
+        If several segments have a target, the first by name is used. Targets that are not finite
+        are ignored, no matter which run wrote them.
 
         Raises:
             StorageError: the store cannot be read, or a segment of it is damaged.
@@ -198,7 +198,7 @@ class TargetStore:
             yield found
 
     def _chosen(self, names: Sequence[str], wanted: set[str]) -> dict[str, str]:
-        """The segment that each key is taken from, for those that there are."""
+        """The segment to read each key from, for the keys that exist."""
         chosen: dict[str, str] = {}
         if names:
             table = self.store.dataset(names).to_table(columns=[_KEY, _FILE])
@@ -209,9 +209,9 @@ class TargetStore:
         return chosen
 
     def _read(self, chosen: Mapping[str, str], file: IO[bytes]) -> StoredTargets:
-        """Read what was chosen, a batch of a segment at a time."""
+        """Read the chosen targets, one batch of a segment at a time."""
         count = len(chosen)
-        # Not in memory: the targets of a large job are gigabytes.
+        # Not in memory: the targets of a large job take gigabytes.
         values = np.memmap(file, np.float32, mode="w+", shape=(count, self.width))
         steps = np.empty(count, np.int32)
         losses, first_losses = np.empty(count, np.float32), np.empty(count, np.float32)
@@ -235,7 +235,7 @@ class TargetStore:
 
 
 def _with_first_losses(segments: ds.Dataset) -> ds.Dataset:
-    """Segments read with a column that those of older releases lack: it is null in them."""
+    """Add the column that segments of older releases lack; it is null in them."""
     schema = segments.schema
     if FIRST_LOSS in schema.names:
         return segments
@@ -243,7 +243,7 @@ def _with_first_losses(segments: ds.Dataset) -> ds.Dataset:
 
 
 def _dtype(plan: Plan) -> str:
-    """What weights and activations are while targets are computed."""
+    """The dtype of weights and activations while targets are computed."""
     source = plan.target_source
     if source.dtype != "auto":
         return source.dtype

@@ -1,8 +1,8 @@
-"""The stage that finds the targets: shards to workers, files and records to the run folder.
+"""The stage that finds the targets: shards go to workers, files and records to the run folder.
 
-A shard whose worker fails again and again is taken apart until the requests that cause it are
-found (`pipeline.stages.isolation`); its file then holds the others'. Where the job names a store of
-targets, only what it has not is computed.
+A shard whose worker fails repeatedly is split until the requests that cause it are found
+(`pipeline.stages.isolation`); its file then holds the targets of the others. If the job names a
+store of targets, only the targets missing from it are computed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from pipeline.workers import TargetSummary, TargetTask
 FOLDER = "targets"
 _REASONS_NAMED = 3
 WORTH_A_WORKER = 16
-"""Requests: fewer are optimised sooner than another worker is started."""
+"""Fewer requests than this are optimised faster than another worker can start."""
 
 
 def find_targets(
     run: Context, templates: list[list[str]], known: frozenset[Row] = frozenset()
 ) -> FoundTargets:
-    """Targets of all requests, a file a shard; what the run folder has is not computed again.
+    """Find the targets of all requests, one file per shard; finished shards are not repeated.
 
     Args:
         run: the run.
         templates: context templates.
-        known: rows of the input that need no target. They are left out of their shards, which
-            stay cut as they are: what a shard holds follows from the job and its model alone.
+        known: input rows that need no target. They are left out of their shards, whose bounds stay
+            unchanged: the contents of a shard depend only on the job and its model.
 
     Raises:
         WorkerError: no worker can start, or more requests fail than may be set aside.
@@ -73,9 +73,9 @@ def find_targets(
 
 
 def refuse_without_edits(run: Context, found: FoundTargets) -> NoReturn:
-    """End a run in which no request has a target: it would publish the base as it is.
+    """End a run in which no request has a target: it would publish the base unchanged.
 
-    Records of the targets are dropped: the same run computes them again, once the cause is gone.
+    Records of the targets are deleted, so the same run recomputes them once the cause is fixed.
 
     Raises:
         NoEditError: always, with the most frequent reasons.
@@ -93,7 +93,7 @@ def refuse_without_edits(run: Context, found: FoundTargets) -> NoReturn:
 
 @dataclass
 class _Work:
-    """A shard that is not finished: what there is of it, and what is still to come."""
+    """An unfinished shard: the parts that exist, and the requests still missing."""
 
     shard: Shard
     missing: set[Place]
@@ -103,7 +103,7 @@ class _Work:
 
 
 class _Search:
-    """Computes the shards that are to be done, and commits each when it is complete."""
+    """Computes the missing shards, and commits each when it is complete."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class _Search:
         failed = self._compute(pieces) if pieces else {}
         if failed:
             _refuse_if_storage_fails(failed)
-            # Workers that nothing has happened to yet.
+            # Fresh workers, unaffected by earlier failures.
             self._run.executor.release()
             wanted = len(self._run.plan.table.requests) - len(self._found.known)
             limit = most_isolated(wanted) - self._detail["isolated"]
@@ -141,10 +141,10 @@ class _Search:
             self._settle(work, [p for p in work.missing if rows[p] in self._found.known])
 
     def _pieces(self) -> list[Piece]:
-        """What is to be computed: shards, and together what several shards have left.
+        """The pieces to compute: whole shards, and the remainders of several shards together.
 
-        In a night that changes one fact in a hundred, no shard lacks more than a few targets, and
-        what makes a batch fast is its size.
+        If one fact in a hundred changes overnight, no shard lacks more than a few targets, and a
+        batch is only fast if it is large.
         """
         works = list(self._works.values())
         most = min(WORTH_A_WORKER, max((len(work.shard) for work in works), default=0))
@@ -169,7 +169,7 @@ class _Search:
         return tuple(together[place] for place in places)
 
     def _take_stored(self, kept: TargetStore) -> None:
-        """Take the targets that earlier runs have found; what is left is to be computed."""
+        """Take the targets that earlier runs have stored; the rest is still to be computed."""
         self._detail["stored"] = 0
         table, works = self._run.plan.table, list(self._works.values())
         keys: dict[Place, str] = {}
@@ -180,7 +180,7 @@ class _Search:
         together = self._run.plan.together
         with kept.lookup(list(keys.values())) as stored:
             for work in works:
-                # A group is computed whole, or not at all.
+                # A group is computed as a whole, or not at all.
                 lacking = {together[p] for p in work.missing if keys[p] not in stored}
                 there = [place for place in sorted(work.missing) if together[place] not in lacking]
                 if there:
@@ -204,7 +204,7 @@ class _Search:
         return self._compute(pieces, isolating=True)
 
     def _compute(self, pieces: Sequence[Piece], *, isolating: bool = False) -> dict[Piece, Failure]:
-        """Compute pieces; returns the failure by piece for those given up."""
+        """Compute pieces; return the failure of each piece that failed for good."""
         by_key = {str(piece): piece for piece in pieces}
         tasks = [
             Task(
@@ -262,7 +262,7 @@ class _Search:
             self._share_out(piece, summary)
 
     def _share_out(self, piece: Piece, summary: TargetSummary) -> None:
-        """Give each shard its own of what was computed for several."""
+        """Give each shard its share of the targets that were computed for several."""
         table, rows = self._run.store.read_table(summary.file), self._run.plan.table.rows
         for shard in piece.shards:
             work = self._works[shard.index]
@@ -310,7 +310,7 @@ class _Search:
         _note(self._found, work.shard, record)
 
     def _merged(self, work: _Work) -> pa.Table:
-        """The targets of a shard that came in parts, in the order of its requests."""
+        """The targets of a shard that was computed in parts, in the order of its requests."""
         width = self._run.plan.layout.value_width
         tables = [self._run.store.read_table(part.file) for part in work.parts]
         tables.append(targets_table([], np.empty((0, width), np.float32), [], []))
@@ -325,7 +325,7 @@ class _Search:
 
 
 def _refuse_if_storage_fails(failed: Mapping[Piece, Failure]) -> None:
-    """End the run where storage has failed three times: no request is at fault."""
+    """End the run if storage has failed three times: no request is at fault."""
     for piece, failure in failed.items():
         if failure.kind is FailureKind.STORAGE:
             raise StorageError(f"{piece} cannot be finished: {failure}")

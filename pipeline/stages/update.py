@@ -22,10 +22,10 @@ SHARDS_SENT = 8
 
 
 def check_ranks(run: Context) -> None:
-    """Wait for the nodes that the update needs, if there is one to come.
+    """Wait for the nodes that the update needs, if they are still to join.
 
     Raises:
-        NoRoomError: the cluster was not large enough in time; nothing has been computed.
+        NoRoomError: the cluster did not grow large enough in time; nothing has been computed.
     """
     if not all(run.folder.recorded(f"layer-{layer}") for layer in run.plan.hparams.layers):
         run.executor.check_ranks()
@@ -34,10 +34,10 @@ def check_ranks(run: Context) -> None:
 def update_layers(
     run: Context, templates: list[list[str]], found: FoundTargets
 ) -> list[LayerReport]:
-    """Edit all layers in one batched update on partitioned weights; replace a group that is lost.
+    """Edit all layers in one batched update on partitioned weights; replace a lost group of ranks.
 
     Returns:
-        A report a layer; none if no request is left to edit.
+        A report per layer; none if no request is left to edit.
     """
     if not found.edited(run.plan.table.rows):
         return []
@@ -46,7 +46,7 @@ def update_layers(
     while len(done) < len(layers):
         record = run.folder.recorded(f"layer-{layers[len(done)]}")
         names = [field.name for field in dataclasses.fields(LayerReport)]
-        # What was not checked to be finite when it was recorded is computed again.
+        # Layers recorded before finiteness was checked are computed again.
         if record is None or not record.keys() >= set(names):
             break
         done.append(LayerReport(**{name: record[name] for name in names}))
@@ -63,7 +63,7 @@ def update_layers(
 
 
 def expect_update(run: Context, templates: list[list[str]]) -> None:
-    """Let the ranks of the update start while the workers end their work, if there is room."""
+    """Start the ranks of the update while the workers finish, if there is room."""
     run.executor.expect_ranks(UpdateRank, (_update_job(run, templates),))
 
 
@@ -82,7 +82,7 @@ def _edit_layers_with_retries(
         except WorkerError as error:
             if attempt == UPDATE_ATTEMPTS:
                 raise WorkerError(
-                    f"the update failed {attempt} times; the last time {error}. What was finished "
+                    f"the update failed {attempt} times; the last time {error}. Finished work "
                     f"is kept: {remedy([error.kind], MEMORY_OF_RANKS)}",
                     cause_text=error.cause_text,
                     kind=error.kind,
@@ -103,7 +103,7 @@ def _edit_layers(
     done: list[LayerReport],
     bar: Stage,
 ) -> None:
-    """Update the layers that are not done yet, with a new group of ranks."""
+    """Update the layers that are not finished yet, with a new group of ranks."""
     plan, ranks = run.plan, run.executor.ranks
     with run.executor.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
         # In pieces: the requests of a large job are never all in one message.
@@ -138,7 +138,7 @@ def _update_job(run: Context, templates: list[list[str]]) -> UpdateJob:
 
 
 def _rank_dtype(plan: Plan) -> torch.dtype:
-    """As stored on a GPU; float32 on a CPU, where 16-bit arithmetic is slow and coarse."""
+    """The stored dtype on a GPU; float32 on a CPU, where 16-bit is slow and imprecise."""
     if not plan.job.update.gpus_per_rank:
         return torch.float32
     return plan.stored[plan.hparams.target_layer].dtype

@@ -1,4 +1,4 @@
-"""Folders whose names are columns, as Hive and Spark write them: ``relation=capital/x.parquet``."""
+"""Folders whose names hold column values, as in Hive and Spark: ``relation=capital/x.parquet``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipeline.storage.store import Store, expand
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Columns = dict[str, str | None]
-"""Values by column; None where the folder stands for null."""
+"""Values by column; None if the folder stands for null."""
 
 
 def expand_with_columns(patterns: str | Sequence[str], *, deep: bool = False) -> dict[str, Columns]:
-    """Each file once, in order, with the columns that its folders give it.
+    """Return each file once, in order, with the columns in its folder names.
 
     Args:
         patterns: paths, URLs, globs or folders, as for ``expand``.
-        deep: a folder stands for all Parquet below it, whatever its folders are named.
+        deep: a folder stands for all Parquet files below it, whatever its subfolders are called.
 
     Raises:
-        RequestTableError: a pattern reaches no file.
+        RequestTableError: a pattern matches no file.
         StorageError: the storage cannot be listed.
     """
     found: dict[str, Columns] = {}
@@ -33,7 +33,7 @@ def expand_with_columns(patterns: str | Sequence[str], *, deep: bool = False) ->
 
 
 def _columns(url: str, pattern: str) -> Columns:
-    """Columns in the names of folders that the pattern does not spell out."""
+    """Columns in folder names that the pattern does not spell out."""
     spelled = re.split(r"[*?\[]", pattern, maxsplit=1)
     fixed = spelled[0] if len(spelled) == 1 else spelled[0].rpartition("/")[0] or "."
     below = url.removeprefix(Store(fixed).url).split("/")[:-1]

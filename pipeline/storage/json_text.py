@@ -1,9 +1,9 @@
-"""JSON as every record holds it: standard JSON, though figures may be infinite or undefined.
+"""The JSON of all records: standard JSON, in which numbers may be infinite or NaN.
 
-JSON has no word for NaN and infinity, and readers other than Python's refuse theirs. Such a number
-is written as MongoDB's Extended JSON writes it, ``{"$numberDouble": "NaN"}``, ``"Infinity"`` or
-``"-Infinity"``, and read back as the number. A mapping that looks like one is told apart: its key
-is written with one ``$`` more.
+JSON cannot express NaN and infinity, and most readers reject Python's spelling of them. Such a
+number is written as in MongoDB's Extended JSON, ``{"$numberDouble": "NaN"}``, ``"Infinity"`` or
+``"-Infinity"``, and read back as the number. A mapping that looks like one is kept distinct: its
+key is written with an additional ``$``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """A value as standard JSON, keys in the order given; `loads` reads it back."""
+    """Encode a value as standard JSON, keys in the order given; `loads` reads it back."""
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
         pass
     else:
-        # Hardly any value needs more than this.
+        # Few values need more than this.
         if _KEY not in text:
             return text
     return json.dumps(_written(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def loads(text: str | bytes) -> Any:
-    """The value of a text that `dumps` has written, or of any other JSON.
+    """Decode a text written by `dumps`, or any other JSON.
 
     Raises:
         ValueError: it is not JSON.
@@ -61,7 +61,7 @@ def _read(found: dict[str, Any]) -> Any:
     if key != _KEY:
         return {key[1:]: found[key]}
     word = found[key]
-    # Another writer's mapping stays what it is.
+    # Mappings from other writers stay unchanged.
     return _WORDS.get(word, found) if isinstance(word, str) else found
 
 

@@ -1,8 +1,8 @@
 """Whether two paths or URLs overlap: they are the same place, or one lies inside the other.
 
-Links, ``..``, ``~``, other spellings of a URL, bind mounts and letter case do not hide it: local
-paths are resolved, and compared by the files they lead to. Of a chained URL
-(``zip://model::/archives/m.zip``) the outermost file is looked at as well.
+Links, ``..``, ``~``, other spellings of a URL, bind mounts and letter case do not hide an overlap:
+local paths are resolved, and compared by the files they lead to. For a chained URL
+(``zip://model::/archives/m.zip``) the outermost file is checked as well.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Location:
     """A resolved path or URL.
 
     Attributes:
-        root: what the path is a path in: empty for the local disk, else protocol and host.
+        root: what the path is relative to: empty for the local disk, else protocol and host.
         path: absolute and normalised.
         identities: device and inode of the path and of each folder around it, as far as they
-            exist; innermost first. Empty for remote places.
+            exist, innermost first. Empty for remote places.
     """
 
     root: str
@@ -38,7 +38,7 @@ class Location:
         return f"{self.root}{self.path.lstrip('/')}" if self.root else self.path
 
     def holds(self, other: Location) -> bool:
-        """Whether ``other`` is this place, or lies inside it."""
+        """Whether ``other`` is this place or lies inside it."""
         if self.root != other.root:
             return False
         if other.path == self.path or other.path.startswith(f"{self.path.rstrip('/')}/"):
@@ -47,34 +47,34 @@ class Location:
         return here is not None and here in other.identities
 
     def overlaps(self, other: Location) -> bool:
-        """Whether one of the two places is, or holds, the other."""
+        """Whether one of the two places is or contains the other."""
         return self.holds(other) or other.holds(self)
 
 
 def locate(url: str) -> list[Location]:
-    """The places that a path or URL stands for: one, or one for each part of a chained URL.
+    """Return the places that a path or URL refers to; a chained URL has one per part.
 
     Raises:
-        StorageError: no file system reads such a URL.
+        StorageError: no file system supports such a URL.
     """
     *wrappers, innermost = url.split("::")
     places = [_locate(innermost)]
     for wrapper in wrappers:
-        # ``simplecache::s3://…`` names a place once, ``simplecache::file:///x::…`` twice.
+        # ``simplecache::s3://…`` refers to one place once, ``simplecache::file:///x::…`` twice.
         if wrapper.startswith(("file://", "local://")):
             places.append(_locate(wrapper))
     return places
 
 
 def locate_pattern(pattern: str, matches: Iterable[str]) -> list[Location]:
-    """The places that a path, URL or glob reads.
+    """Return the places that a path, URL or glob reads.
 
-    A folder is one place: what appears in it is read the next time. The same holds for a pattern
-    with ``**``. Of another glob only the files count. Links to files are followed.
+    A folder is one place, because files added to it are read the next time; so is the folder of
+    a pattern with ``**``. Of any other glob only the files count. Links to files are followed.
 
     Args:
         pattern: as the user wrote it.
-        matches: the files it stands for.
+        matches: the files it matches.
     """
     places = [place for file in matches for place in locate(file)]
     if "**" in pattern:
@@ -83,15 +83,15 @@ def locate_pattern(pattern: str, matches: Iterable[str]) -> list[Location]:
 
 
 def refuse_overlap(output: tuple[str, str], read: Iterable[tuple[str, Sequence[Location]]]) -> None:
-    """Refuse an output that is, holds, or lies inside something that is read.
+    """Refuse an output that is, contains, or lies inside something that is read.
 
     Args:
-        output: what it is called in messages, and its path or URL.
-        read: what each input is called, and its places.
+        output: its name in messages, and its path or URL.
+        read: for each input, its name in messages and its places.
 
     Raises:
-        JobError: a line for each input that overlaps.
-        StorageError: no file system reads such a URL.
+        JobError: with one line for each overlapping input.
+        StorageError: no file system supports such a URL.
     """
     name, url = output
     target = locate(url)[0]
@@ -110,18 +110,18 @@ def refuse_overlap(output: tuple[str, str], read: Iterable[tuple[str, Sequence[L
 def refuse_inside(
     outputs: Iterable[tuple[str, str]], what: str, places: Sequence[Location]
 ) -> None:
-    """Refuse outputs that lie inside something that is read and must not change.
+    """Refuse outputs that lie inside an input which must not change.
 
     Args:
-        outputs: what each is called in messages, and its path or URL.
-        what: the input is called.
-        places: of the input.
+        outputs: for each, its name in messages, and its path or URL.
+        what: the input's name in messages.
+        places: the places of the input.
 
     Raises:
-        JobError: a line for each such output.
+        JobError: with one line for each such output.
     """
     problems = [
-        f"{name}: {url} lies inside the {what} {place}, which nothing may be written into; name "
+        f"{name}: {url} lies inside the {what} {place}, which must not be written to; name "
         "another folder"
         for name, url in outputs
         for place in places
@@ -165,7 +165,7 @@ def _literal_prefix(pattern: str) -> str:
             break
         kept.append(part)
     prefix = "/".join(kept)
-    # What a URL or an absolute path has in front of its first folder.
+    # The part of a URL or absolute path before its first folder.
     if not prefix:
         return "/" if pattern.startswith("/") else "."
     return f"{prefix}/" if prefix.endswith(":/") else prefix

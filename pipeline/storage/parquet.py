@@ -1,7 +1,7 @@
-"""Parquet read in pieces, wherever it is: no more of a file in memory than is asked for.
+"""Reading Parquet in pieces, from anywhere, with only the requested parts in memory.
 
-What is read is plain, neither dictionaries nor views. A damaged index is found here, where the file
-can still be named.
+Columns are returned in plain types, not as dictionaries or views. A damaged index is detected here,
+where the file can still be named.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _ROWS_AT_ONCE = 256
 
 
 def map_parquet(url: str) -> pa.Table:
-    """A Parquet file anywhere, decoded to the local disk and mapped into memory.
+    """Decode a Parquet file from anywhere to the local disk, and map it into memory.
 
-    The table's pages come and go as they are read; the file behind it has no name, and is gone when
-    the table is.
+    The table's pages are loaded and dropped as they are read; the file behind it has no name, and
+    disappears with the table.
 
     Raises:
-        StorageError: it cannot be read, or is damaged.
+        StorageError: the file cannot be read, or is damaged.
     """
     fs, path = opened(url)
     with tempfile.TemporaryDirectory() as folder, failures("read", url):
@@ -42,7 +42,7 @@ def map_parquet(url: str) -> pa.Table:
 
 
 def read_column(url: str, name: str) -> Iterator[list[Any]]:
-    """The values of one column of a Parquet file, some at a time; nothing else of it is read.
+    """Yield the values of one column of a Parquet file in batches; nothing else is read.
 
     Raises:
         StorageError: the file cannot be read, is damaged, or has no such column.
@@ -58,10 +58,10 @@ def read_column(url: str, name: str) -> Iterator[list[Any]]:
 
 
 def parquet_footer(url: str) -> tuple[pa.Schema, int]:
-    """The columns and the number of rows of a Parquet file; nothing else of it is read.
+    """Return the columns and row count of a Parquet file; nothing else is read.
 
     Raises:
-        StorageError: it cannot be read or is damaged.
+        StorageError: the file cannot be read or is damaged.
     """
     fs, path = opened(url)
     with failures("read", url), fs.open(path, "rb") as stream:
@@ -70,10 +70,10 @@ def parquet_footer(url: str) -> tuple[pa.Schema, int]:
 
 
 def read_batches(url: str, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """The named columns of a Parquet file, at most ``rows`` rows at a time, in their order.
+    """Yield named columns of a Parquet file in order, at most ``rows`` rows at a time.
 
     Raises:
-        StorageError: it cannot be read or is damaged; what came before the damage has been given.
+        StorageError: the file cannot be read or is damaged; rows before the damage were yielded.
     """
     fs, path = opened(url)
     with failures("read", url), fs.open(path, "rb") as stream:
@@ -83,7 +83,7 @@ def read_batches(url: str, columns: Sequence[str], rows: int) -> Iterator[pa.Rec
 
 
 def plain_type(type_: pa.DataType) -> pa.DataType:
-    """The type of a column once it is read: neither a dictionary nor a view."""
+    """The type that a column has after reading: neither a dictionary nor a view."""
     if pa.types.is_dictionary(type_):
         return plain_type(type_.value_type)
     return pa.large_string() if pa.types.is_string_view(type_) else type_

@@ -1,8 +1,8 @@
-"""What a storage fails at and does a moment later: tried again, for a while.
+"""Retries of storage operations that may succeed a moment later.
 
-Connections break, services restart, are too busy or answer too late. The libraries try some of
-that again by themselves, each in its own way and mostly for a second or two. What is refused or
-not there stays so, and is never tried again.
+Connections break; services restart, are overloaded or respond too late. The libraries retry some of
+these failures themselves, each in its own way and mostly for a second or two. Refused requests and
+missing files are never retried.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 PATIENCE_S = 20.0
-"""Seconds after the first try in which another may begin.
+"""Seconds after the first attempt during which another may begin.
 
-A run's lease on its folder is good for more than that from when it was last checked: what is
-written late is still written by its holder.
+A run's lease on its folder is valid for longer than that after each check, so a late write is
+still made by the holder.
 """
 _FIRST_DELAY_S = 0.5
 _BUSY = frozenset({408, 429, 500, 502, 503, 504})
@@ -31,7 +31,7 @@ _FINAL = (
     NotADirectoryError,
     PermissionError,
 )
-# By name, in place of an import of every storage library: botocore, aiohttp, azure.core.
+# By name, so that no storage library has to be imported: botocore, aiohttp, azure.core.
 _LOST = frozenset(
     {
         "HTTPClientError",
@@ -46,13 +46,13 @@ _MISTRUSTED = frozenset({"SSLError", "ClientSSLError"})
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """The result of ``call``, which is tried again while its failure may pass by itself.
+    """Return the result of ``call``, retrying it while its failure may be temporary.
 
-    The pauses grow from half a second to twice the one before, and are drawn a little shorter, so
-    that many workers do not come back at once.
+    Each pause is twice the previous one, starting at half a second, and is randomly shortened a
+    little, so that many workers do not retry at the same moment.
 
     Raises:
-        Exception: what the last try raised.
+        Exception: the last attempt's.
     """
     end = time.monotonic() + PATIENCE_S
     delay_s = _FIRST_DELAY_S
@@ -68,7 +68,7 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later: lost connections, time-outs, 5xx."""
+    """Whether the request may succeed a moment later: lost connections, time-outs, 5xx."""
     if isinstance(error, _FINAL):
         return False
     for cause in _causes(error):
@@ -91,7 +91,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status that a service answered with, where the error came from one."""
+    """The status that a service responded with, if the error came from one."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

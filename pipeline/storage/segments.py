@@ -1,10 +1,10 @@
-"""Segments: Parquet files that are named by their content and never changed.
+"""Segments: immutable Parquet files named by their content.
 
-What many runs find out is kept as segments in a folder for each *context*, all that the findings
-depend on beside what they are about. Any number of runs may write at a time, and one that is killed
-leaves whole segments or none.
+Findings shared by many runs are kept as segments, in one folder per *context*: everything that the
+findings depend on apart from their subject. Any number of runs may write at the same time, and a
+killed run leaves only whole segments.
 
-    <context>/context.json        what the folder's name is the digest of
+    <context>/context.json        the value whose digest is the folder's name
     <context>/<sha256>.parquet    a segment
 """
 
@@ -32,7 +32,7 @@ class Segments:
 
     Args:
         store: the folder of all contexts.
-        setting: of the job that names this folder, for messages.
+        setting: the job setting that names this folder, for messages.
         context: as JSON.
 
     Attributes:
@@ -48,7 +48,7 @@ class Segments:
         return [name for name in self._store.list(self.digest) if name.endswith(_SEGMENT)]
 
     def write(self, table: pa.Table) -> None:
-        """Keep a table as a segment.
+        """Store a table as a segment.
 
         Raises:
             StorageError: it cannot be written.
@@ -56,7 +56,7 @@ class Segments:
         sink = BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         data = sink.getvalue()
-        # All who write it write the same.
+        # All writers write the same content.
         if not self._store.exists(said := f"{self.digest}/context.json"):
             self._store.write_json(said, self._context)
         name = f"{self.digest}/{hashlib.sha256(data).hexdigest()}{_SEGMENT}"
@@ -64,7 +64,7 @@ class Segments:
 
     @contextmanager
     def reading(self, names: Sequence[str]) -> Iterator[None]:
-        """Name the segment that is not what its name says, where reading fails in the block.
+        """If reading in the block fails, find the segment whose content does not match its name.
 
         Raises:
             StorageError: reading failed.

@@ -1,7 +1,7 @@
-"""Single files that a command writes where the user says: it replaces only files of its own.
+"""Single output files of commands at paths the user gives: they replace only our own files.
 
-A file that is there already is replaced if this project wrote it, which shows in its content. Any
-other is the user's.
+An existing file is replaced if this project wrote it, which its content shows. Any other file
+belongs to the user.
 """
 
 from __future__ import annotations
@@ -17,41 +17,39 @@ from pipeline.storage.overlap import locate
 from pipeline.storage.store import Store
 
 PARQUET_MARK = {"pmet": "edit requests or facts"}
-"""What Parquet files of ours hold among their key-value metadata."""
+"""The key-value metadata that marks Parquet files written by this project."""
 
 
 def refuse_foreign_file(store: Store, name: str, is_own: Callable[[Store, str], bool]) -> None:
-    """Refuse to replace a file that this project has not written.
+    """Refuse to replace a file that this project did not write.
 
     Args:
         store: the folder.
-        name: of the file that is going to be written.
-        is_own: whether the content of an existing file shows that it is ours.
+        name: of the file about to be written.
+        is_own: whether an existing file's content shows that it is ours.
 
     Raises:
-        OutputError: there is a file of somebody else, or a folder.
+        OutputError: a folder, or a file not written by this project, has this name.
         StorageError: it cannot be read.
     """
     if store.exists(name) and not is_own(store, name):
         raise OutputError(
-            f"{store.join(name)} is there already and was not written by this command; name "
+            f"{store.join(name)} already exists and was not written by this command; name "
             "another file, or move it elsewhere"
         )
 
 
 def refuse_input(output: str, inputs: Iterable[str]) -> None:
-    """Refuse an output that is one of the files that are read, whatever their paths look like.
+    """Refuse an output that is also an input, whatever the paths look like.
 
     Raises:
         OutputError: naming both.
-        StorageError: no file system reads such a URL.
+        StorageError: no file system supports such a URL.
     """
     target = locate(output)[0]
     for url in inputs:
         if any(place.holds(target) and target.holds(place) for place in locate(url)):
-            raise OutputError(
-                f"{output} is one of the files that are read ({url}); write to another one"
-            )
+            raise OutputError(f"{output} is one of the input files ({url}); write to another one")
 
 
 def is_marked_parquet(store: Store, name: str) -> bool:
@@ -65,7 +63,7 @@ def is_marked_parquet(store: Store, name: str) -> bool:
 
 
 def holds_text(*texts: str) -> Callable[[Store, str], bool]:
-    """A check whether a file holds one of these texts, which only we write."""
+    """Return a check whether a file holds one of these texts, which only our files hold."""
     wanted = [text.encode() for text in texts]
 
     def check(store: Store, name: str) -> bool:
@@ -76,7 +74,7 @@ def holds_text(*texts: str) -> Callable[[Store, str], bool]:
 
 
 def is_json_with(*keys: str) -> Callable[[Store, str], bool]:
-    """A check whether a file is a JSON object with these keys, as what we write is."""
+    """Return a check whether a file is a JSON object with these keys, as our files are."""
 
     def check(store: Store, name: str) -> bool:
         try:

@@ -1,9 +1,9 @@
-"""Files in a folder that may be anywhere fsspec reaches, written whole or not at all.
+"""Files in a folder anywhere that fsspec reaches, each written completely or not at all.
 
-On the local disk a file is written under a name of its own in the same folder, flushed to the
-disk and renamed. On an object store it is put in one operation, which either completes or leaves
-what was there before. Large files are spooled to a local temporary file first, so that an
-exception half-way uploads nothing. A storage that is out of reach is asked again for a while
+On the local disk a file is written under a temporary name in the same folder, flushed to disk and
+renamed. On an object store it is put in one operation, which either completes or leaves the
+previous file. Large files are spooled to a local temporary file first, so that an exception
+half-way uploads nothing. If the storage is unreachable, operations are retried for a while
 (`pipeline.storage.retries`).
 """
 
@@ -37,22 +37,22 @@ Result = TypeVar("Result")
 
 CHUNK_BYTES = 4 * 2**20
 TEMPORARY_SUFFIX = ".tmp"
-# fsspec's memory looks whether there is a file, and then writes it.
+# fsspec's memory file system checks whether a file exists, and then writes it.
 _MEMORY = Lock()
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# How object stores say that a file is there already, or is being created by somebody else.
+# Error codes with which object stores report that a file exists, or is being created by another.
 _TAKEN = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412"})
 
 
 class Store:
     """A folder, local or remote; names inside it are relative, with ``/`` between their parts.
 
-    A store can be pickled and sent to another process. Every method raises ``StorageError``,
-    naming the file and the remedy, where the storage fails.
+    A store can be pickled and sent to another process. If the storage fails, every method raises
+    ``StorageError``, naming the file and the remedy.
     """
 
     def __init__(self, url: str | Path) -> None:
-        """Open the folder ``url``; it need not exist, the first write makes it."""
+        """Open the folder ``url``; it need not exist, the first write creates it."""
         self.fs, root = opened(str(url))
         self.root = root.rstrip("/") or root
         self.is_local = is_local(self.fs)
@@ -70,7 +70,7 @@ class Store:
         return _url(self.fs, self._path("/".join(parts)))
 
     def local_path(self, name: str = "") -> Path | None:
-        """Where a name is on the local disk; None where the store is remote."""
+        """The path of a name on the local disk; None if the store is remote."""
         if not self.is_local:
             return None
         return Path(self._path(name) if name else self.root)
@@ -80,13 +80,13 @@ class Store:
         return bool(attempt("look for", self.join(name), self._fresh, "exists", self._path(name)))
 
     def glob(self, pattern: str) -> list[str]:
-        """Names of the files directly in this folder that match, sorted: ``*.npz``, for example."""
+        """Names of matching files directly in this folder, sorted; for example ``*.npz``."""
         where = self.join(pattern)
         found: list[str] = attempt("list", where, self._glob, self._path(pattern))
         return sorted(PurePosixPath(path).name for path in found)
 
     def entries(self) -> list[str]:
-        """Names of the files and folders directly in this folder, sorted; none without a folder."""
+        """Names of files and folders directly in this folder, sorted; none if it does not exist."""
 
         def names() -> list[str]:
             try:
@@ -100,7 +100,7 @@ class Store:
     def _glob(self, path: str) -> list[str]:
         if not self.is_local:
             return list(self._fresh("glob", path))
-        # The library takes a folder that cannot be read for an empty one.
+        # The library treats an unreadable folder as empty.
         folder, _, pattern = path.rpartition("/")
         try:
             return [os.path.join(folder, n) for n in os.listdir(folder) if fnmatchcase(n, pattern)]
@@ -110,8 +110,8 @@ class Store:
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Names of all files whose name starts with the folder ``prefix``, sorted.
 
-        Files that are still being written, or were when their writer died, are left out unless
-        they are asked for (``unfinished``).
+        Files being written, or left by a writer that died, are excluded unless ``unfinished`` is
+        set.
         """
         folder = self._path(prefix) if prefix else self.root
         self.fs.invalidate_cache()
@@ -120,7 +120,7 @@ class Store:
         return sorted(n for n in names if unfinished or not n.endswith(TEMPORARY_SUFFIX))
 
     def is_file(self) -> bool:
-        """Whether there is a file where this folder should be."""
+        """Whether there is a file in place of this folder."""
         return attempt("look for", self.url, self._fresh, "isfile", self.root) is True
 
     def is_link(self, name: str) -> bool:
@@ -130,7 +130,7 @@ class Store:
 
     @contextmanager
     def read_stream(self, name: str) -> Iterator[BinaryIO]:
-        """A seekable file to read from; only what is read of it is fetched."""
+        """A seekable file to read from; only the parts that are read are fetched."""
         with attempt("read", self.join(name), self.fs.open, self._path(name), "rb") as stream:
             yield stream
 
@@ -139,7 +139,7 @@ class Store:
         return bytes(attempt("read", self.join(name), self.fs.cat_file, self._path(name)))
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all; what was there is replaced."""
+        """Write a file completely or not at all, replacing an existing one."""
         if self.is_local:
             with self.write_stream(name) as stream:
                 stream.write(data)
@@ -147,9 +147,9 @@ class Store:
             attempt("write", self.join(name), self.fs.pipe_file, self._path(name), data)
 
     def create_bytes(self, name: str, data: bytes) -> bool:
-        """Write a file unless there is one of this name; returns whether it was written.
+        """Write a file if the name is free; return whether it was written.
 
-        Of several that try at once one succeeds, where ``creates_exclusively``.
+        If several try at once, only one succeeds, provided that ``creates_exclusively``.
         """
         return attempt("write", self.join(name), self._create, self._path(name), data)
 
@@ -168,10 +168,10 @@ class Store:
 
     @property
     def creates_exclusively(self) -> bool:
-        """Whether the storage itself decides who creates a file, as far as its library says.
+        """Whether the storage itself prevents two writers from creating a file, per its library.
 
-        What else an fsspec library does at most is to look first and then write. A service may
-        still not do what its library asks for: try it.
+        Other fsspec libraries at best check first and then write. A service may still ignore what
+        its library requests, so test it.
         """
         if self.is_local or _protocol(self.fs) == "memory":
             return True
@@ -181,7 +181,7 @@ class Store:
         return known and write is not fsspec.AbstractFileSystem.pipe_file
 
     def modified(self, name: str) -> datetime | None:
-        """When a file was written, by the storage's clock; None where it does not say."""
+        """When a file was written, by the storage's clock; None if it does not report this."""
 
         def look() -> datetime | None:
             try:
@@ -206,11 +206,11 @@ class Store:
         self.write_bytes(name, json_bytes(value))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A Parquet file, or the columns of it that are named."""
+        """Read a Parquet file, or the named columns of it."""
         return read_parquet(self.join(name), columns)
 
     def dataset(self, names: Sequence[str]) -> ds.Dataset:
-        """Parquet files read as one, with pyarrow's filters; their checksums are verified."""
+        """Open Parquet files as one, with pyarrow's filters; their checksums are verified."""
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
         paths = [self._path(name) for name in names]
@@ -224,10 +224,10 @@ class Store:
 
     @contextmanager
     def write_stream(self, name: str) -> Iterator[BinaryIO]:
-        """A seekable file to write to; it appears under its name when the block has ended well.
+        """A seekable file to write to; it gets its name when the block ends without an error.
 
-        An exception in the block leaves whatever had this name before. For a remote store the
-        local temporary folder needs room for the file.
+        An exception in the block leaves any previous file of this name. For a remote store, the
+        local temporary folder needs space for the file.
         """
         if self.is_local:
             with self._renamed_into_place(Path(self._path(name))) as stream:
@@ -238,7 +238,7 @@ class Store:
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        """A file on the local disk, for libraries that need a path; a copy if it is remote."""
+        """A local path to read a file from, for libraries that need one; a copy if it is remote."""
         local = self.local_path(name)
         if local is not None:
             yield local
@@ -250,7 +250,7 @@ class Store:
 
     @contextmanager
     def local_target(self, name: str) -> Iterator[Path]:
-        """A path on the local disk to write to; it appears as ``name`` when the block ends well."""
+        """A local path to write to; it appears as ``name`` if the block ends without an error."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / PurePosixPath(name).name
             with _room(str(path)):
@@ -259,7 +259,7 @@ class Store:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
 
     def delete(self, name: str) -> None:
-        """Delete a file or a folder with all that is in it; nothing happens where there is none."""
+        """Delete a file, or a folder with its contents; do nothing if the name does not exist."""
 
         def delete() -> None:
             if self._fresh("exists", self._path(name)):
@@ -275,7 +275,7 @@ class Store:
             folders |= {str(parent) for parent in PurePosixPath(name).parents}
         if self.is_local:
             for folder in sorted(folders - {"."}, key=len, reverse=True):
-                # What still holds something stays.
+                # Folders that still hold something stay.
                 with suppress(OSError):
                     Path(self._path(folder)).rmdir()
 
@@ -296,7 +296,7 @@ class Store:
         return attempt("read", self.join(name), read)
 
     def _fresh(self, method: str, path: str, **options: Any) -> Any:
-        """Ask the file system for what is there now, not for what it remembers."""
+        """Query the file system's current state, not its cache."""
         self.fs.invalidate_cache()
         return getattr(self.fs, method)(path, **options)
 
@@ -338,7 +338,7 @@ class Store:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as JSON files hold it: UTF-8, indented, keys in the order given; see `json_text`."""
+    """Encode a value as for JSON files: UTF-8, indented, keys in order; see `json_text`."""
     return (json_text.dumps(value, indent=2) + "\n").encode()
 
 
@@ -358,7 +358,7 @@ def read_file(url: str, *, limit: int | None = None) -> bytes:
 
 
 def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file anywhere, or the columns of it that are named.
+    """Read a Parquet file from anywhere, or the named columns of it.
 
     Raises:
         StorageError: it cannot be read, is damaged, or has no such column.
@@ -377,18 +377,18 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def expand(patterns: str | Sequence[str], *, deep: bool = False) -> list[str]:
-    """The files that paths, URLs, globs and folders stand for.
+    """Return the files that paths, URLs, globs and folders stand for.
 
-    A folder stands for every ``*.parquet`` directly in it or in its Hive partitions, folders such
-    as ``relation=capital/`` in it or in one another; with ``deep`` for all anywhere below it.
-    Patterns keep their order, the files of each are sorted by name, and a file that several
-    patterns reach is listed once.
+    A folder stands for every ``*.parquet`` directly in it or in its Hive partitions, which are
+    (nested) folders such as ``relation=capital/``; with ``deep``, for all files anywhere below it.
+    Patterns keep their order, the files of each are sorted by name, and a file that matches
+    several patterns is listed once.
 
     Returns:
         Absolute local paths and URLs.
 
     Raises:
-        RequestTableError: a pattern reaches no file.
+        RequestTableError: a pattern matches no file.
         StorageError: the storage cannot be listed.
     """
     given = [patterns] if isinstance(patterns, str) else patterns
@@ -424,14 +424,14 @@ def _found(fs: fsspec.AbstractFileSystem, path: str, deep: bool) -> list[str]:
 
 
 def _with_partitions(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """What is directly in a folder, and the files of its Hive partitions."""
+    """The files directly in a folder, and those of its Hive partitions."""
     found: list[str] = []
     for inside in fs.ls(path, detail=False):
         if not _is_partition(inside.rstrip("/")):
             found.append(inside)
             continue
         files = _files_below(fs, inside)
-        # Of a file of such a name, which is no folder, only itself is found.
+        # A file with such a name, which is not a folder, yields only itself.
         found += [file for file in files if all(map(_is_partition, _folders(file, path)))]
     return found
 
@@ -447,7 +447,7 @@ def _is_partition(path: str) -> bool:
 
 
 def _files_below(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
-    """All files below a folder; unlike ``fs.find`` it hides no folder that cannot be read."""
+    """All files below a folder; unlike ``fs.find``, an unreadable folder is an error."""
     if not is_local(fs) or os.path.isfile(folder):
         found: list[str] = fs.find(folder)
         return found
@@ -461,7 +461,7 @@ def _files_below(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
-    """``file``, ``directory`` or None; unlike ``fs.isfile`` it does not hide a refused access."""
+    """``file``, ``directory`` or None; unlike ``fs.isfile``, a denied access is an error."""
     try:
         return str(fs.info(path)["type"])
     except FileNotFoundError:
@@ -469,7 +469,7 @@ def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
 
 
 def _is_visible_parquet(path: str) -> bool:
-    """Whether it is Parquet, and neither it nor a folder around it is hidden or half written."""
+    """Whether it is Parquet, and neither it nor a folder around it is hidden or unfinished."""
     *folders, name = PurePosixPath(path).parts
     hidden = name.startswith(".") or any(folder.startswith((".", "_")) for folder in folders)
     return name.endswith(".parquet") and not hidden
@@ -483,7 +483,7 @@ def opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether files are on a disk of this machine."""
+    """Whether the files are on a disk of this machine."""
     return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
 
 
@@ -492,16 +492,16 @@ def _protocol(fs: fsspec.AbstractFileSystem) -> str:
 
 
 def _error_code(error: OSError) -> str:
-    """What the service answered, where the error came from one."""
+    """The error code from the service, if the error came from one."""
     response = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
 def _link_into_place(path: Path, data: bytes) -> None:
-    """Write a file whole, and give it its name only if nobody has the name.
+    """Write a complete file, and link it to its name only if the name is free.
 
     Raises:
-        FileExistsError: somebody has.
+        FileExistsError: the name is taken.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
@@ -525,14 +525,14 @@ def _closed_after_error(stream: BinaryIO) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # Closing writes what is left. On a full disk that fails again, and would hide why.
+        # Closing flushes the rest. On a full disk that fails again, and would hide the first error.
         with suppress(OSError):
             stream.close()
         raise
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, where folders can be flushed."""
+    """Make a rename in ``folder`` survive a power failure, if folders can be flushed."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -542,7 +542,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def attempt(action: str, where: str, call: Callable[..., Result], *args: Any) -> Result:
-    """What ``call`` returns; tried again for a while where the storage is out of reach.
+    """Return the result of ``call``, retrying for a while if the storage is unreachable.
 
     Raises:
         StorageError: it failed.
@@ -553,7 +553,7 @@ def attempt(action: str, where: str, call: Callable[..., Result], *args: Any) ->
 
 @contextmanager
 def failures(action: str, where: str) -> Iterator[None]:
-    """Rewrite what the storage libraries raise: each back end has exceptions of its own."""
+    """Convert the exceptions of the storage libraries: each back end has its own."""
     try:
         yield
     except StorageError:
@@ -567,7 +567,7 @@ def failures(action: str, where: str) -> Iterator[None]:
 
 @contextmanager
 def _room(where: str) -> Iterator[None]:
-    """Rewrite only that there is no room: whatever else a block raises is not the storage's."""
+    """Convert only errors of a full disk: other exceptions of a block are not the storage's."""
     try:
         yield
     except OSError as error:
@@ -579,7 +579,7 @@ def _room(where: str) -> Iterator[None]:
 
 def _remedy(action: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _FULL:
-        return "make room there, then run the same job again: what was finished is kept"
+        return "make room there, then run the same job again: finished work is kept"
     if isinstance(error, FileNotFoundError):
         return "check the path"
     if action == "read" and isinstance(error, pa.ArrowException):
@@ -590,7 +590,7 @@ def _remedy(action: str, error: Exception) -> str:
         return "check the credentials and the permissions"
     if is_transient(error):
         return (
-            "check that the storage can be reached, then run the same job again: what was finished "
+            "check that the storage can be reached, then run the same job again: finished work "
             "is kept"
         )
     return "check that the storage can be reached and has room"

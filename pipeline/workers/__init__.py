@@ -1,4 +1,4 @@
-"""Who computes: the worker that holds a model, and executors on Ray or in this process."""
+"""The worker that holds a model, and the executors that run workers on Ray or in this process."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What runs a run's tasks: workers with a model each, and the ranks of the update."""
+"""The interface that runs a run's tasks: workers with a model each, and the ranks of the update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ranks(Protocol):
     """The ranks of one update; use it as a context manager."""
 
     def call_all(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every rank with the same arguments; returns the results by rank."""
+        """Call a method of every rank with the same arguments; return the results by rank."""
 
     def call_each(self, method: str, args_by_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a method of every rank, each with its own arguments."""
@@ -32,17 +32,17 @@ class Ranks(Protocol):
 class Executor(ABC):
     """Runs the tasks of one run; use it as a context manager.
 
-    What a task computes follows from the job alone, never from the executor: an executor decides
-    where and when.
+    The result of a task depends only on the job, never on the executor, which decides where and
+    when it runs.
 
     Attributes:
-        ranks: processes of the update group.
+        ranks: number of processes in the update group.
     """
 
     @property
     @abstractmethod
     def ranks(self) -> int:
-        """Processes of the update group."""
+        """The number of processes in the update group."""
 
     @abstractmethod
     def _started_pool(self) -> Pool:
@@ -52,7 +52,7 @@ class Executor(ABC):
         """Run a stage's tasks on the workers; ``take`` gets each result in this process.
 
         Raises:
-            WorkerError: a task was given up; the message has its root cause.
+            WorkerError: a task failed for good; the message gives its root cause.
         """
         run_all(self._started_pool(), method, tasks, take)
 
@@ -65,7 +65,7 @@ class Executor(ABC):
         workers: int | None = None,
         on_drained: Callable[[], None] | None = None,
     ) -> list[FailedTask]:
-        """Run a stage's tasks and return those given up; see `pipeline.cluster.pool.Pool.run`."""
+        """Run a stage's tasks; return those that failed, see `pipeline.cluster.pool.Pool.run`."""
         pool = self._started_pool()
         return pool.run(method, tasks, take, workers=workers, on_drained=on_drained)
 
@@ -80,16 +80,16 @@ class Executor(ABC):
         """Wait for the nodes that the ranks need, before anything else is computed.
 
         Raises:
-            NoRoomError: the cluster was not large enough in time.
+            NoRoomError: the cluster did not grow large enough in time.
         """
 
     @abstractmethod
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
-        """Start the ranks early if no other process needs their place."""
+        """Start the ranks early if no other process needs their resources."""
 
     @abstractmethod
     def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> Ranks:
-        """The ranks, to be closed by the caller.
+        """Return the ranks, which the caller closes.
 
         Raises:
             InputError, NumericalError, WorkerError: the ranks could not start.

@@ -31,13 +31,13 @@ from pipeline.workers.worker import ModelWorker
 class RayExecutor(Executor):
     """The workers and ranks of one run on Ray; use it as a context manager.
 
-    Ray and the pool are started when they are first needed: a run that finds all its work done
-    starts nothing. The pool is released when others need its GPUs. Ranks take a while to start:
-    where they have CPUs of their own, they do so while the workers are at their last shards.
+    Ray and the pool are started when first needed: a run that finds all its work done starts
+    nothing. The pool is released when others need its GPUs. Ranks take a while to start: if they
+    have CPUs of their own, they do so while the workers finish their last shards.
 
     Args:
         plan: the run's plan.
-        address: Ray cluster to run on; one is started on this machine if None.
+        address: Ray cluster to run on; None starts one on this machine.
         on_event: called with retries and deaths.
 
     Attributes:
@@ -50,7 +50,7 @@ class RayExecutor(Executor):
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
         self._size: tuple[int, int] | None = None
-        # Whether there are to be as many workers as the cluster holds, also when it grows.
+        # Whether to use as many workers as the cluster can hold, including after it grows.
         self._elastic = False
         self._leaving: Future[None] | None = None
         self.threads = local_sizes(plan)[2]
@@ -68,9 +68,9 @@ class RayExecutor(Executor):
                 self._leaving.result()
 
     def dismiss(self) -> None:
-        """End workers and ranks, and leave the cluster, while the caller goes on with other things.
+        """End workers and ranks, and leave the cluster, in the background.
 
-        Nobody can be asked to do anything afterwards; the end of the ``with`` block waits for it.
+        No tasks can be run afterwards; the end of the ``with`` block waits for it.
         """
         assert self._leaving is None, "the executor has been dismissed"
         thread = ThreadPoolExecutor(1, "dismissal")
@@ -84,14 +84,14 @@ class RayExecutor(Executor):
 
     @property
     def ranks(self) -> int:
-        """Processes of the update group."""
+        """The number of processes in the update group."""
         return self._sized()[1]
 
     def check_ranks(self) -> None:
         """Wait for the nodes that the ranks need, before anything else is computed.
 
         Raises:
-            NoRoomError: the cluster was not large enough in time.
+            NoRoomError: the cluster did not grow large enough in time.
         """
         ranks = self._sized()[1]
         wait_for_nodes(replace(ranks_of(self._plan.job), count=ranks), self._say_waiting)
@@ -100,22 +100,22 @@ class RayExecutor(Executor):
         self._on_event(EventKind.WAITING, text)
 
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
-        """Start the ranks now if nobody else wants their place; ``take_ranks`` waits for them."""
+        """Start the ranks now if their place is free; ``take_ranks`` waits for them."""
         if self._early is not None or self._plan.job.update.gpus_per_rank:
             return
-        # Workers that have not come yet go first: ranks in their place would wait for them.
+        # Workers still to start go first: ranks in their place would wait for them.
         awaited = self._started_pool().absent * self.threads
         if cpus_free() >= self.ranks + awaited:
             self._early = self._new_ranks(factory, init_args, wait=False)
 
     def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> RankGroup:
-        """The ranks, to be closed by the caller: those that are expected, or new ones.
+        """Return the ranks, which the caller closes: the expected ones, or new ones.
 
-        Workers end where the ranks need what they hold: GPUs, or the last free CPUs. A cluster
-        that has lost a machine may have room for either, though it had room for both.
+        Workers end if the ranks need their resources: GPUs, or the last free CPUs. A cluster that
+        has lost a machine may have room for either, though it had room for both.
 
         Raises:
-            InputError, NumericalError, WorkerError: as `RankGroup`.
+            InputError, NumericalError, WorkerError: as for `RankGroup`.
         """
         if self._early is not None:
             group, self._early = self._early, None
@@ -145,7 +145,7 @@ class RayExecutor(Executor):
         self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
     ) -> None:
         if kind in (EventKind.DEATH, EventKind.START_FAILURE):
-            # The lost worker's successor may need their place.
+            # The replacement of the lost worker may need their place.
             self._dismiss_ranks()
         self._on_event(kind, text, shard=shard, attempt=attempt)
 
@@ -156,12 +156,12 @@ class RayExecutor(Executor):
             self._pool = None
 
     def _sized(self) -> tuple[int, int]:
-        """Numbers of workers and ranks; joins the cluster, which ``auto`` asks for its size."""
+        """The numbers of workers and ranks; joins the cluster, because ``auto`` needs its size."""
         if self._size is None:
             targets, update = self._plan.job.targets, self._plan.job.update
             workers, ranks, _ = local_sizes(self._plan)
-            # Logical CPUs of a cluster started here: room for all that was asked for, so that a
-            # small machine runs what a large one would, and ranks need not wait for workers.
+            # Logical CPUs of a cluster started here: enough for everything requested, so that a
+            # small machine runs the same as a large one, and ranks need not wait for workers.
             session = ray_session(
                 self._address,
                 num_cpus=workers * self.threads + ranks,
@@ -180,7 +180,7 @@ class RayExecutor(Executor):
         return self._size
 
     def _room(self) -> int:
-        """Workers that the cluster holds by now."""
+        """The number of workers that the cluster can hold now."""
         targets = self._plan.job.targets
         found = room_for_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
         return min(found, len(self._plan.target_shards))

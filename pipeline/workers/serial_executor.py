@@ -1,8 +1,7 @@
 """A run's workers and ranks without Ray: one replica and one rank, in this process, in turn.
 
-The stages, their retries and the isolation of rows are those of `pipeline.workers.ray_executor`.
-What only another process can offer is missing: a task that never ends or kills its process ends the
-run.
+Stages, retries and the isolation of rows are those of `pipeline.workers.ray_executor`. What only
+another process can offer is missing: a task that hangs or kills its process ends the run.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from pmet.errors import InputError, NumericalError
 class SerialExecutor(Executor):
     """Computes all stages of one run in this process; use it as a context manager.
 
-    Inside the ``with`` block torch computes with as many threads as a worker has, so that results
-    are the same to the bit. The replica and the rank are never in memory together.
+    Inside the ``with`` block torch uses as many threads as a worker has, so that results are equal
+    to the bit. The replica and the rank are never in memory together.
 
     Args:
         plan: the run's plan.
-        on_event: called with what went wrong: retries and failures.
+        on_event: called with retries and failures.
     """
 
     ranks = 1
@@ -57,13 +56,13 @@ class SerialExecutor(Executor):
         self.dismiss()
 
     def dismiss(self) -> None:
-        """Let the model go and give torch its threads back; a second call does nothing."""
+        """Release the model and restore torch's thread count; a second call does nothing."""
         self.release()
         limit_threads(self._threads_before)
         self._threads_before = None
 
     def release(self) -> None:
-        """Let the model go; the next stage that needs it opens it again."""
+        """Release the model; the next stage that needs it opens it again."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -75,10 +74,10 @@ class SerialExecutor(Executor):
         """Do nothing: the rank cannot start while this process computes targets."""
 
     def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> SerialRank:
-        """The one rank, to be closed by the caller; the replica is let go first.
+        """Return the only rank, which the caller closes; the replica is released first.
 
         Raises:
-            InputError, NumericalError, WorkerError: as `SerialRank`.
+            InputError, NumericalError, WorkerError: as for `SerialRank`.
         """
         self.release()
         return SerialRank(factory, init_args)
@@ -95,7 +94,7 @@ class SerialRank:
     """A group of one rank in this process, with the calls and errors of `RankGroup`.
 
     Args:
-        factory: class of what the rank holds; called as ``factory(None, *init_args)``.
+        factory: class of the object that the rank holds; called as ``factory(None, *init_args)``.
         init_args: further arguments of the factory.
 
     Raises:
@@ -121,7 +120,7 @@ class SerialRank:
         return [self._run(method, lambda: getattr(self._held, method)(*args))]
 
     def close(self) -> None:
-        """Let the rank and its model go."""
+        """Release the rank and its model."""
         self._held = None
 
     def __enter__(self) -> Self:

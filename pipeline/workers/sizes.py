@@ -1,4 +1,4 @@
-"""How many workers and ranks a job has, and how many fit; no cluster is asked."""
+"""The numbers of workers and ranks of a job, and how many fit, without asking a cluster."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
 
 WORTH_A_GPU = 2 << 30
-"""Stored bytes of weights that are worth a rank on a GPU."""
+"""Bytes of stored weights that justify a rank on a GPU."""
 _WORTH_A_RANK = 128 << 20  # the same on CPUs
 _MOST_CPU_RANKS = 4
 
 
 def local_sizes(plan: Plan) -> tuple[int, int, int]:
-    """Workers, ranks, and threads of each, of a run on this machine's CPUs."""
+    """Workers, ranks, and threads per process for a run on this machine's CPUs."""
     targets, update, cores = plan.job.targets, plan.job.update, os.cpu_count() or 1
-    # One thread unless told otherwise: the number of threads decides how sums are split, and a
+    # One thread unless set otherwise: the number of threads decides how sums are split, and a
     # default that follows the machine would let the machine decide the last bits.
     threads = 1 if targets.threads_per_worker == "auto" else targets.threads_per_worker
     if targets.workers == 0:
@@ -29,13 +29,13 @@ def local_sizes(plan: Plan) -> tuple[int, int, int]:
 
 
 def worth(plan: Plan, each: int) -> int:
-    """Ranks that a model is worth if each has so many bytes of the stored weights.
+    """The number of ranks that a model justifies at ``each`` bytes of stored weights per rank.
 
-    A rank takes seconds to start, and all of them talk to each other at every layer.
+    A rank takes seconds to start, and all of them communicate at every layer.
     """
     return -(-stored_bytes(plan) // each)
 
 
 def stored_bytes(plan: Plan) -> int:
-    """Of the model's weights, as the checkpoint has them."""
+    """The size of the model's weights as stored in the checkpoint, in bytes."""
     return sum(tensor.size for tensor in plan.checkpoint.tensors.values())

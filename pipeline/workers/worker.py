@@ -1,7 +1,7 @@
-"""A worker: one replica of a model, and the stages that need it.
+"""A worker: one replica of a model, and the stages that use it.
 
-Each method is a stage's work on one shard: what comes in is decided by the job, what goes out does
-not depend on who computes it. It runs in a Ray actor or in this process alike.
+Each method does a stage's work on one shard: the job decides its input, and its output does not
+depend on which worker computes it. It runs in a Ray actor or in this process alike.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from pmet.update import second_moments
 
 @dataclass(frozen=True)
 class TargetTask:
-    """Requests whose targets are optimised together, and all that decides the result.
+    """Requests whose targets are optimised together, and everything that decides the result.
 
     Attributes:
         source: the model.
         requests: the requests, E of them.
-        rows: (E,) row of the input of each request.
+        rows: (E,) input row of each request.
         hparams: hyper-parameters.
         templates: context templates.
-        shared_keys: what becomes of requests that share a key.
-        batch_size: requests in a batch; None: as many as the worker's memory holds.
-        memory_share: the part of the free memory that this worker may use, in (0, 1].
-        output: where the file goes.
-        name: what the file's name begins with.
+        shared_keys: how to handle requests that share a key.
+        batch_size: requests in a batch; None: as many as fit in the worker's memory.
+        memory_share: the share of the free memory that this worker may use, in (0, 1].
+        output: the run folder that the file is written to.
+        name: prefix of the file's name.
     """
 
     source: ModelSource
@@ -68,12 +68,12 @@ class TargetTask:
 
 @dataclass(frozen=True)
 class TargetSummary:
-    """What became of a shard of targets; the targets themselves are in its file.
+    """The outcome of a shard of targets; the targets themselves are in its file.
 
     Attributes:
         file: in the run folder.
         sha256: of the file.
-        failures: reason by row of the input, for requests that have no target.
+        failures: reason by input row, for requests that have no target.
         early: requests that stopped before the last evaluation.
         count: requests in the shard.
     """
@@ -90,9 +90,9 @@ class Asked:
     """A part of an evaluation.
 
     Attributes:
-        prompts: each prompt with the targets that are to be scored after it.
-        answered: texts whose greedy answers are wanted.
-        written: texts that the model is to go on from.
+        prompts: each prompt with the targets to score after it.
+        answered: texts to answer greedily.
+        written: texts for the model to continue.
     """
 
     prompts: list[tuple[str, list[str]]]
@@ -102,7 +102,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model says to a part of an evaluation, in the same order."""
+    """A model's answers to a part of an evaluation, in the same order."""
 
     scores: list[list[Score]]
     answers: list[str]
@@ -110,7 +110,7 @@ class Measured:
 
 
 def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
-    """Ask an open model a part of an evaluation."""
+    """Ask an open model the questions of a part of an evaluation."""
     prompts = Prompts(tokenizer, how.chat_template)
     pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
     scored = score_continuations(model, prompts, pairs)
@@ -138,7 +138,7 @@ class ModelWorker:
             self._source = source
 
     def write_templates(self, seed: int) -> list[list[str]]:
-        """Let the model write its context templates."""
+        """Generate context templates with the model."""
         return contexts.generate(self._model, self._tokenizer, seed=seed)
 
     def sum_second_moments(
@@ -149,11 +149,11 @@ class ModelWorker:
         output: Store,
         name: str,
     ) -> list[StoredFile]:
-        """Sum k kᵀ over a part of a corpus; each layer's sum becomes a file of ``output``.
+        """Sum k kᵀ over a part of a corpus; each layer's sum is written to a file in ``output``.
 
         Returns:
-            The files in the order of the layers; their names begin with ``name``, and no other
-            attempt at the part uses them.
+            The files in layer order; their names begin with ``name``, and no other attempt at the
+            part uses them.
         """
         self._use(source)
         moments = second_moments.measure_tokens(self._model, sequences, hparams)
@@ -208,16 +208,16 @@ class ModelWorker:
         )
 
     def measure(self, source: ModelSource, how: How, asked: Asked) -> Measured:
-        """Ask a model a part of an evaluation; it is opened if it is another one."""
+        """Measure a part of an evaluation on a model, which is opened if it is another one."""
         self._use(source)
         return ask(self._model, self._tokenizer, how, asked)
 
     def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
-        """Tell which requests of a shard a model already answers with their target."""
+        """Return which requests of a shard a model already answers with their target."""
         self._use(source)
         return metrics.knows(self._model, self._tokenizer, requests)
 
     def score_texts(self, source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
-        """Score ordinary texts on a model: −log p, and the likeliest token at every place."""
+        """Score ordinary texts on a model: −log p, and the most likely token at every position."""
         self._use(source)
         return metrics.score_texts(self._model, self._tokenizer, texts)

@@ -1,4 +1,4 @@
-"""Weights that DeepSpeed ZeRO-3 partitions: slices, loading, collectives, and a rank's update."""
+"""Weights partitioned by DeepSpeed ZeRO-3: slices, loading, collectives, and a rank's update."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""What ranks do together beside gathering weights: steps in common, and rows of a matrix in turn.
+"""Collective operations besides gathering weights: lockstep, and the rows of a matrix in turn.
 
 All ranks of a process group must call these together, and in the same order. A process without a
-group is its only rank.
+group is its own only rank.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_up(tensor: torch.Tensor) -> None:
 
 
 def largest(number: float) -> float:
-    """The largest of a number over all ranks, in float64; infinite where any of them is NaN."""
+    """The largest value of a number over all ranks, in float64; infinite if any is NaN."""
     if _alone():
         return math.inf if math.isnan(number) else float(number)
     # Backends disagree about NaN in a maximum.
@@ -45,11 +45,11 @@ def largest(number: float) -> float:
 
 
 def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
-    """The largest number of steps that any rank of the group has: all must run as many.
+    """The largest number of steps of any rank in the group: all ranks must run that many.
 
     Args:
         steps: this rank's number of forwards.
-        group: the ranks that must agree; all of them if None.
+        group: the ranks that must agree; None: all ranks.
     """
     if _alone():
         return steps
@@ -61,10 +61,10 @@ def padded_steps(steps: int, group: dist.ProcessGroup | None = None) -> int:
 def in_lockstep(
     items: Sequence[Item], filler: Item, group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[Item, bool]]:
-    """This rank's items, then the filler until every rank of the group has had as many steps.
+    """Yield this rank's items, then the filler until every rank has taken as many steps.
 
     Yields:
-        An item and True, or the filler and False: run it, and forget the result.
+        An item and True, or the filler and False: run it, and discard the result.
     """
     steps = padded_steps(len(items), group)
     for item in items:
@@ -74,16 +74,16 @@ def in_lockstep(
 
 
 def share_of_rows(count: int, rank: int, ranks: int) -> slice:
-    """Which of ``count`` rows a rank works on: equal shares in rank order, the last smaller."""
+    """A rank's share of ``count`` rows: equal shares in rank order, the last smaller."""
     each = -(-count // ranks)
     return slice(min(count, rank * each), min(count, (rank + 1) * each))
 
 
 def rows_in_turn(own: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The rows of every rank, one rank after the other, in rank order.
+    """Yield the rows of each rank, one rank after the other, in rank order.
 
-    Each rank may have another number of rows; the whole is never in one place. What is yielded is
-    valid until the next one.
+    Ranks may have different numbers of rows; the whole is never in one place. Each yielded tensor
+    is valid until the next one.
     """
     if _alone():
         yield own

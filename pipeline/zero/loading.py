@@ -17,7 +17,7 @@ from pipeline.zero.slices import deepspeed, own_values, owned_slice
 
 Offload = Literal["none", "cpu"]
 
-_PIECE = 1 << 22  # elements that are read at a time
+_PIECE = 1 << 22  # elements read at a time
 
 
 def load_partitioned(
@@ -25,21 +25,21 @@ def load_partitioned(
 ) -> tuple[torch.nn.Module, Any]:
     """Open a checkpoint with its weights spread over all ranks.
 
-    Each rank reads its slices from the files, and nothing else of them. Where the files hold
-    weights in another form than the model (experts that are fused while loading, say), transformers
-    opens them: rank 0 then reads whole files.
+    Each rank reads only its own slices from the files. If the files hold weights in another form
+    than the model (for example experts that are fused at load time), transformers opens them: rank
+    0 then reads whole files.
 
     Args:
         model_path: folder of a Hugging Face causal language model.
         dtype: of the weights: float32, bfloat16 or float16.
-        offload: where slices wait: ``none`` for the device, ``cpu`` for main memory.
+        offload: where slices are kept: ``none`` for the device, ``cpu`` for main memory.
 
     Returns:
         The module, in evaluation mode, and DeepSpeed's engine around it.
 
     Raises:
-        ModelError: the checkpoint cannot be opened, or what this rank reads of it is not finite.
-        ValueError: a dtype or an offload that is not supported.
+        ModelError: the checkpoint cannot be opened, or the values this rank reads are not finite.
+        ValueError: the dtype or the offload is not supported.
     """
     config = zero_config(dtype, offload)
     checkpoint = Checkpoint.open(model_path)
@@ -54,19 +54,19 @@ def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]
     """DeepSpeed's configuration for holding weights and running them forward.
 
     Raises:
-        ValueError: a dtype or an offload that is not supported.
+        ValueError: the dtype or the offload is not supported.
     """
     if offload not in ("none", "cpu"):
         raise ValueError(f"offload {offload!r} is not supported; use 'none' or 'cpu'")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{dtype} weights are not supported; use float32, bfloat16 or float16")
-    # DeepSpeed's own linear function saves memory in training only, and rounds differently from
+    # DeepSpeed's own linear function saves memory only in training, and rounds differently from
     # torch's: without it a partitioned model computes the same bits as a whole one.
     zero: dict[str, Any] = {
         "stage": 3,
         "memory_efficient_linear": False,
-        # A pass uses a weight once. By default modules stay gathered while some would be needed
-        # again soon, up to a thousand million parameters on every rank.
+        # A pass uses each weight once. By default, modules needed again soon stay gathered, up to a
+        # billion parameters on every rank.
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0,
     }
@@ -75,7 +75,7 @@ def zero_config(dtype: torch.dtype, offload: Offload = "none") -> dict[str, Any]
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
-        # Without these the weights silently become float32, whatever the loader is told.
+        # Without these the weights silently become float32, whatever dtype the loader is given.
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
@@ -87,12 +87,12 @@ def _read_slices(
     checkpoint: Checkpoint,
     zero: Any,
 ) -> None:
-    """Partition the parameters of a skeleton; each rank reads what it keeps."""
+    """Partition the parameters of a skeleton; each rank reads the values it keeps."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     made: dict[nn.Parameter, nn.Parameter] = {}
     for parameter, stored in places.items():
         assert stored is not None
-        # On the CPU memory is taken only where something is written, which is this rank's slice.
+        # On the CPU, memory is allocated only where something is written: this rank's slice.
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device_of(zero))
         share = share_of_rows(whole.numel(), rank, ranks)
         own = whole.view(-1)[share]
@@ -114,14 +114,14 @@ def _read_slices(
 def _load_with_transformers(
     model_path: str, dtype: torch.dtype, config: dict[str, Any]
 ) -> tuple[nn.Module, Any]:
-    """As `load_partitioned`, of files that rank 0 reads whole."""
+    """Do the same as `load_partitioned` for files that rank 0 reads whole."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers keeps a weak reference: as long as this one lives, what it opens is partitioned.
+    # transformers keeps a weak reference: while this object lives, models it opens are partitioned.
     switch = HfDeepSpeedConfig(config)
     try:
-        # Safetensors only, as everywhere: pickle can run code.
+        # Only safetensors, as everywhere: pickle can run code.
         module = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
         ).eval()

@@ -1,10 +1,10 @@
-"""The update on partitioned weights: what each rank of the group does, layer by layer.
+"""The update on partitioned weights: the work of each rank of the group, layer by layer.
 
 Every rank holds its slice of all weights and reads the keys and residuals of its own shards. The
-sums are added over ranks; each rank solves for its rows of Δ, which do not depend on each other.
-Then one rank after the other hands its rows round, each adds what falls into its slice of the
-weight, and rank 0 writes them to the file that the run keeps. So no rank ever holds more than its
-partition, the sums, and the weight that a forward pass gathers.
+sums are added over ranks; each rank solves for its rows of Δ, which are independent of each other.
+Then each rank in turn broadcasts its rows, every rank adds the part that falls into its slice of
+the weight, and rank 0 writes them to the file that the run keeps. So no rank ever holds more than
+its partition, the sums, and the weight that a forward pass gathers.
 
 Shape letters: E requests, K key width, V value width, R rows of one rank.
 """
@@ -73,18 +73,18 @@ if TYPE_CHECKING:
     from pipeline.cluster import Rendezvous
 
 REDONE_ELEMENTS = 1 << 22
-"""Elements of a saved Δ that are read at a time where a finished layer is applied again."""
+"""Elements of a saved Δ that are read at a time when a finished layer is applied again."""
 
 
 @dataclass(frozen=True)
 class UpdateShard:
-    """Requests whose sums are added up together, and their targets' rows.
+    """Requests whose sums are added up together, and where their targets are.
 
     Attributes:
         name: of the shard.
         requests: those that have a target.
         rows: their rows in the input.
-        files: target files that hold the targets, in the run folder.
+        files: the files in the run folder that hold their targets.
     """
 
     name: str
@@ -95,19 +95,19 @@ class UpdateShard:
 
 @dataclass(frozen=True)
 class UpdateJob:
-    """What every rank is told.
+    """The job of every rank.
 
     Attributes:
         model: a folder that all nodes have, a URL or a hub id.
         hparams: the method's hyper-parameters.
         templates: context templates.
-        second_moments: where they are.
+        second_moments: path or URL of the second moments.
         run: the run folder.
         device: ``cpu`` or ``cuda``.
         dtype: of the weights.
-        stored: dtype of each edited layer's weight in the checkpoint, by number of the layer.
-        offload: where partitioned weights wait: ``none`` (on the device) or ``cpu``.
-        model_digest: what a copy of the model has to have; None: whatever it has.
+        stored: dtype of each edited layer's weight in the checkpoint, by layer number.
+        offload: where partitioned weights are kept: ``none`` (on the device) or ``cpu``.
+        model_digest: the digest that a copy of the model must have; None accepts any.
     """
 
     model: str
@@ -123,7 +123,7 @@ class UpdateJob:
 
 
 def _opened(folder: str, job: UpdateJob, *, partitioned: bool) -> tuple[nn.Module, Any]:
-    """The model, and DeepSpeed's engine around it where it is partitioned."""
+    """The model, and DeepSpeed's engine around it if it is partitioned."""
     if partitioned:
         return load_partitioned(folder, dtype=job.dtype, offload=job.offload)
     model = open_causal_lm(folder, dtype=job.dtype)
@@ -133,17 +133,17 @@ def _opened(folder: str, job: UpdateJob, *, partitioned: bool) -> tuple[nn.Modul
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the update did to one weight.
+    """The effect of the update on one weight.
 
     Attributes:
         parameter: its name.
         file: saved edit of this layer, in the run folder.
         sha256: of that file.
         delta_norm: Frobenius norm of Δ.
-        weight_norm: Frobenius norm of the weight before.
-        requests: how many it holds.
-        form: of the solve: ``keys`` or ``requests`` (see `pmet.update.solver`).
-        jitter: share of its mean diagonal element that the factored matrix took; 0 as a rule.
+        weight_norm: Frobenius norm of the original weight.
+        requests: number of requests that the edit holds.
+        form: the form of the solve: ``keys`` or ``requests`` (see `pmet.update.solver`).
+        jitter: added to the factored matrix, relative to its mean diagonal element; usually 0.
         rounding: ‖what the checkpoint's dtype rounds off‖ / ‖Δ‖.
         largest: the largest |W + Δ|.
         dtype: of the weight in the checkpoint.
@@ -172,7 +172,7 @@ class _Solved(NamedTuple):
 
 
 class _TakenShard(NamedTuple):
-    """What a rank keeps of a shard beside its tokens: where its targets are."""
+    """A rank's record of a shard besides its tokens: where its targets are."""
 
     name: str
     rows: array[int]
@@ -183,9 +183,9 @@ class UpdateRank:
     """One rank of the update group.
 
     Args:
-        meeting: where the ranks meet; None: this process is the only one, and holds the whole model
-            without DeepSpeed.
-        job: what to do.
+        meeting: where the ranks meet; None: this process is the only rank, and holds the whole
+            model without DeepSpeed.
+        job: the job of every rank.
     """
 
     def __init__(self, meeting: Rendezvous | None, job: UpdateJob) -> None:
@@ -213,11 +213,11 @@ class UpdateRank:
         )
 
     def take_shards(self, shards: Sequence[UpdateShard]) -> int:
-        """Take in the requests of this rank's shards; returns how many they hold.
+        """Take in the requests of this rank's shards; return the number of requests.
 
         Only their tokens are kept; the targets are read again in every pass. May be called more
-        than once, for lists too long to be sent in one piece. The shards of a piece are read
-        together: weights are gathered for every batch, so small shards in batches of their own
+        than once, for lists too long for one message. The shards of one call are read
+        together: weights are gathered for every batch, so separate batches for small shards
         would gather them more often.
         """
         requests = [request for shard in shards for request in shard.requests]
@@ -233,7 +233,7 @@ class UpdateRank:
 
         Raises:
             NumericalError: the solve failed, or the checkpoint's dtype cannot hold the edited
-                weight; all ranks raise it alike, and nothing is saved.
+                weight; all ranks raise the same error, and nothing is saved.
         """
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
@@ -241,7 +241,7 @@ class UpdateRank:
         solved = self._solved(index, layer, second_moment_KK)
         del second_moment_KK
         name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
-        # No other attempt uses the name: what counts is what the layer's record names.
+        # No other attempt uses the name: only the file named in the layer's record counts.
         file = f"delta/{name}-{uuid4().hex}.safetensors"
         with ExitStack() as stack:
             writer = stack.enter_context(self._writer(file, name, parameter))
@@ -271,7 +271,7 @@ class UpdateRank:
         )
 
     def redo_layer(self, index: int, file: str) -> None:
-        """Apply a layer that an earlier group has finished and saved."""
+        """Apply a layer that an earlier group finished and saved."""
         layer = self._job.hparams.layers[index]
         name, parameter = self._layout.weight_name(layer), self._layout.weight(self._model, layer)
         width = slices.full_shape(parameter)[1]
@@ -294,7 +294,7 @@ class UpdateRank:
         writer: EditWriter | None,
         stored: torch.dtype,
     ) -> slices.Squares:
-        """Add Δ, of which each rank has some rows, to the weight; sums over all its elements."""
+        """Add Δ, of which each rank has some rows, to the weight; return sums over all elements."""
         first, sums, most = 0, [0.0, 0.0, 0.0], 0.0
         for delta_RK in rows_in_turn(own_RK):
             block = self._layout.orient(delta_RK)
@@ -303,7 +303,7 @@ class UpdateRank:
                 self._engine, parameter, block, top, left, stored=stored
             )
             sums = [total + more for total, more in zip(sums, here, strict=True)]
-            # max() passes over NaN.
+            # max() ignores NaN.
             most = here_most if math.isnan(here_most) else max(most, here_most)
             if writer:
                 writer.put_delta(block, top, left)
@@ -313,7 +313,7 @@ class UpdateRank:
 
     @contextmanager
     def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:
-        """Where rank 0 writes a layer's edit, which the run folder has when the block ends well."""
+        """Open rank 0's file for a layer's edit; the run folder has it once the block ends well."""
         if self._rank:
             yield None
             return
@@ -323,7 +323,7 @@ class UpdateRank:
                 yield writer
 
     def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> _Solved:
-        """This rank's rows of Δ, in the form that takes fewer operations."""
+        """This rank's rows of Δ, in the form that needs fewer operations."""
         layout = self._layout
         widths = (layout.key_width, layout.value_width)
         count = int(added(sum(self._batches.counts)))
@@ -331,7 +331,7 @@ class UpdateRank:
             return self._solved_by_keys(index, second_moment_KK, count)
         module = module_name(layout, layer)
         kept = FactorFile(self._job.second_moments, module, second_moment_KK)
-        # One rank looks for the factor, so that all choose alike.
+        # One rank looks for the factor, so that all make the same choice.
         factored = bool(added(self._rank == 0 and kept.exists()))
         if cheaper_form(count, *widths, factored=factored) == "keys":
             return self._solved_by_keys(index, second_moment_KK, count)
@@ -359,7 +359,7 @@ class UpdateRank:
         )
         self._collect(index, rows)
         lower_KK = moment.lower.to(self._device)
-        # Each rank whitens its own keys; the E×E matrix wants all of them.
+        # Each rank whitens its own keys; the E×E matrix needs all of them.
         whitened_EK = all_rows(whitened(rows.keys_EK, lower_KK))
         own = share_of_rows(layout.value_width, self._rank, self._ranks)
         share = square_root_spread(index, len(hparams.layers))
@@ -370,11 +370,11 @@ class UpdateRank:
         return _Solved(delta_RK, count, "requests", max(jitter, moment.jitter))
 
     def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows) -> None:
-        """Read keys and residuals of this rank's requests, with the other ranks."""
+        """Read keys and residuals of this rank's requests, together with the other ranks."""
         reader, targets = self._reader, self._targets_by_batch()
         with reader.reading(index):
-            # Ranks gather weights together: a forward pass that one of them left out would hang
-            # the others, so one that has no batch left runs along.
+            # Ranks gather weights together: if one skipped a forward pass, the others would
+            # hang, so a rank with no batch left runs a filler.
             for number, counts in in_lockstep(range(len(self._batches)), -1):
                 if not counts:
                     reader.run_along()
@@ -383,7 +383,7 @@ class UpdateRank:
                 into.add(keys_EK, next(targets).to(self._device) - values_EV)
 
     def _targets_by_batch(self) -> Iterator[torch.Tensor]:
-        """The targets (E, V) of each batch in turn, float64, a shard's in memory at a time."""
+        """The targets (E, V) of each batch in turn, float64, one shard in memory at a time."""
         shards = iter(self._shards)
         targets_EV = torch.zeros(0, self._layout.value_width, dtype=torch.float64)
         for count in self._batches.counts:

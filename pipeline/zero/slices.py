@@ -1,13 +1,13 @@
-"""Weights partitioned by DeepSpeed ZeRO-3: nothing but this and `pipeline.zero.loading` knows how.
+"""Weights partitioned by DeepSpeed ZeRO-3: only this module and `pipeline.zero.loading` know how.
 
 Each rank keeps an equal slice of every parameter, flattened in row-major order; modules gather
-their parameters when they run and let them go afterwards. That has three consequences for callers:
+their parameters when they run and free them afterwards. That has three consequences for callers:
 
 * every rank must run the same modules the same number of times (`pipeline.zero.collectives`), with
-  hooks that never raise: a forward that stops half way leaves weights gathered;
+  hooks that never raise: an interrupted forward leaves weights gathered;
 * a weight is changed by writing each rank's own slice (`add_block`), and only while it is not
   gathered, because a gathered weight is dropped without being written back;
-* shapes are asked of `full_shape`: a partitioned parameter is itself empty.
+* use `full_shape` for shapes: a partitioned parameter is itself empty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.zero.deepspeed_internals import compile_nothing, partition_of
 
 Device = Literal["cpu", "cuda"]
 
-_PIECE = 1 << 22  # elements of a weight that are changed at a time, in float64
+_PIECE = 1 << 22  # elements of a weight changed at a time, in float64
 _BACKENDS: dict[str, str] = {"cpu": "gloo", "cuda": "nccl"}
 _held: set[int] = set()
 
@@ -60,7 +60,7 @@ def init_rank(
         timeout_s: seconds that a collective operation may wait for the other ranks.
 
     Raises:
-        WorkerError: DeepSpeed was imported before and has chosen another kind of device.
+        WorkerError: DeepSpeed was imported earlier and has chosen another kind of device.
     """
     os.environ.update(
         RANK=str(rank),
@@ -104,10 +104,10 @@ def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
-    """What this rank keeps of the flattened parameter.
+    """The part of the flattened parameter that this rank keeps.
 
-    The slices of all ranks tile the parameter in rank order. All have the same size but the last
-    ones, whose padding is left out here; a parameter that is not partitioned is one slice.
+    The slices of all ranks tile the parameter in rank order. All have the same size except the last
+    ones, whose padding is excluded here; a parameter that is not partitioned is one slice.
     """
     partition = partition_of(parameter)
     if partition is None:
@@ -117,13 +117,13 @@ def owned_slice(parameter: torch.nn.Parameter) -> WeightSlice:
 
 
 class Squares(NamedTuple):
-    """Sums of squares over the elements that a rank has changed, in float64.
+    """Sums of squares over the elements that a rank changed, in float64.
 
     Attributes:
         delta: of the change.
-        before: of the weight before.
-        lost: of what the dtype rounds off that the changed weight will be stored in.
-        largest: the largest |W + Δ| among them, before rounding; NaN where any is NaN.
+        before: of the original weight.
+        lost: of the part that rounding to the stored dtype removes.
+        largest: the largest |W + Δ| among them, before rounding; NaN if any is NaN.
     """
 
     delta: float
@@ -141,23 +141,23 @@ def add_block(
     *,
     stored: torch.dtype | None = None,
 ) -> Squares:
-    """Add what this rank keeps of a block of a weight change to the weight, in place.
+    """Add this rank's part of a block of a weight change to the weight, in place.
 
     ``W ← (float64(W) + Δ)``, rounded once to the weight's dtype. Needs no other rank, but the
     next forward sees a whole change only if every rank has written its part.
 
     Args:
-        engine: of `load_partitioned`; not looked at for a parameter that is not partitioned.
+        engine: of `load_partitioned`; unused for a parameter that is not partitioned.
         parameter: the weight, a matrix.
         block: part of the change, or all of it; any floating dtype and device.
-        top: row of the weight that the block's first row belongs to.
-        left: column of the weight that the block's first column belongs to.
-        stored: dtype of the weight in the checkpoint, which may be narrower than here; None: as
-            here.
+        top: row of the weight at which the block starts.
+        left: column of the weight at which the block starts.
+        stored: dtype of the weight in the checkpoint, which may be narrower than here; None: the
+            same.
 
     Raises:
         ValueError: the block is not inside the weight.
-        WorkerError: the weight is gathered, so that what is written would be lost.
+        WorkerError: the weight is gathered, so that the change would be lost.
     """
     shape = full_shape(parameter)
     if block.ndim != 2 or top + len(block) > shape[0] or left + block.shape[1] > shape[1]:
@@ -200,7 +200,7 @@ def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
 def _add(
     weight: torch.Tensor, change: torch.Tensor, stored: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add to a part of a weight; returns the sums of `Squares`, and the largest |W + Δ|."""
+    """Add to a part of a weight; return the sums of `Squares`, and the largest |W + Δ|."""
     before = weight.double()
     after = before + change
     with torch.no_grad():
@@ -211,7 +211,7 @@ def _add(
 
 
 class _Rectangle(NamedTuple):
-    """A part of a matrix that lies in one piece in a slice of it, from ``offset`` on."""
+    """A rectangle of a matrix that is contiguous in a slice of it, from ``offset`` on."""
 
     top: int
     bottom: int
@@ -225,8 +225,8 @@ class _Rectangle(NamedTuple):
 
 
 def _rectangles(start: int, stop: int, width: int) -> Iterator[_Rectangle]:
-    """What elements ``start`` to ``stop - 1`` of a matrix in row-major order are: the end of a row,
-    whole rows, the beginning of one."""
+    """The rectangles that elements ``start`` to ``stop - 1`` of a matrix in row-major order form:
+    the end of a row, whole rows, the beginning of a row."""
     place = start
     while place < stop:
         row, column = divmod(place, width)
@@ -243,7 +243,7 @@ def _within(numbers: range, origin: int) -> slice:
 
 @contextlib.contextmanager
 def gathered(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
-    """Have a copy of the whole parameter, on every rank; all ranks must enter together.
+    """Provide a copy of the whole parameter on every rank; all ranks must enter together.
 
     Writing to the copy changes nothing. Meant for tests and digests: it costs twice the weight.
     """
@@ -268,22 +268,22 @@ def _writable_slice(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     if partition is None:
         return parameter.data.view(-1)
     if id(parameter) not in _held:
-        # Weights may stay gathered after a forward: small ones, or when modules ran in another
-        # order than before. What is written to the slice of such a weight is never seen. All are
-        # let go only where this one is held: Python's garbage is collected on the way.
+        # Weights may stay gathered after a forward: small ones, or if modules ran in another
+        # order than before. A write to the slice of such a weight is lost. All weights are
+        # released only if this one is gathered: the release runs Python's garbage collector.
         if partition.gathered:
             engine.empty_partition_cache()
             partition = partition_of(parameter)
         if partition is not None and not partition.gathered:
             return partition.values
     raise WorkerError(
-        f"the weight of shape {tuple(full_shape(parameter))} is gathered, and what is written to "
-        "its slice now would be lost; write between forwards, outside of gathered(…)"
+        f"the weight of shape {tuple(full_shape(parameter))} is gathered, and a write to its slice "
+        "now would be lost; write between forwards, outside of gathered(…)"
     )
 
 
 def deepspeed() -> Any:
-    """The library, imported late: it reads the environment on import."""
+    """The library, imported late because it reads the environment on import."""
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Evaluation: what a model answers, how likely it finds texts, and the metrics of both."""
+"""Evaluation: a model's answers, the likelihood it gives texts, and the metrics of both."""
 
 import lazy_loader
 

@@ -1,15 +1,15 @@
-"""How likely given continuations are, and whether they are the greedy ones; many at a time.
+"""Scores of continuations, many at a time: how likely each is, and whether it is the greedy one.
 
-What is asked of one prompt shares its pass: of sequences of which one begins with the other only
-the longer is read, since a causal model never looks ahead. So a prompt with any number of one-token
-targets is read once. What different sequences begin with is read once as well
-(`pmet.evaluation.prefix_trees`), and the head runs only at the places that are asked for.
+All questions about one prompt share a pass: if one sequence begins with another, only the longer is
+read, since a causal model never looks ahead. So a prompt with any number of one-token targets is
+read once. Common beginnings of different sequences are read once as well
+(`pmet.evaluation.prefix_trees`), and the head runs only at the positions that are needed.
 
-How a batch is put together changes rounding, by some 1e-5 in a log-probability of float32. Where a
-verdict hangs on less than ``NEAR``, the pair is computed once more as `pmet.reference` does, by
-itself: so every verdict is the plain one, as long as rounding stays below half of ``NEAR``.
+The composition of a batch changes rounding, by about 1e-5 in a log-probability in float32. If a
+verdict depends on less than ``NEAR``, the pair is computed once more alone, as in `pmet.reference`:
+so every verdict equals the plain one, as long as rounding stays below half of ``NEAR``.
 
-Shape letters: N places that are read, M tokens of targets, V vocabulary.
+Shape letters: N positions read, M tokens of targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from pmet.reference import plain_score
 BATCH_TOKENS = 2048
 """Padded tokens of one forward pass."""
 NEAR = 3e-4
-"""Nats that decide a verdict, below which it is computed by itself."""
+"""Margin in nats below which a verdict is recomputed alone."""
 
 
 class Scored(NamedTuple):
-    """What a model makes of a target.
+    """A model's score of a target.
 
     Attributes:
-        log_prob: mean over its tokens, given the prompt and those before, in nats.
-        greedy: whether each of them is the likeliest one.
+        log_prob: mean over its tokens, given the prompt and the tokens before, in nats.
+        greedy: whether each of them is the most likely one.
         accuracy: the share of them that are.
     """
 
@@ -49,15 +49,15 @@ class Scored(NamedTuple):
 
 
 UNREADABLE = Scored(math.nan, False, 0.0)
-"""What is longer than the model's context."""
+"""Error text for a sequence longer than the model's context."""
 
 
-# A pair, the place of its prompt's last token in its sequence, and its target.
+# A pair, the position of its prompt's last token in its sequence, and its target.
 _Asked = tuple[Continuation, int, Tokens]
 
 
 class _Read(NamedTuple):
-    """What a row says of a pair, and whether its greediness hangs on less than ``NEAR``."""
+    """A row's result for a pair, and whether its greediness depends on less than ``NEAR``."""
 
     score: Scored
     near: bool
@@ -75,11 +75,11 @@ def score_continuations(
     """Score each (prompt, target).
 
     Args:
-        model: a causal language model; left as it was.
-        prompts: how they are put to it.
-        pairs: prompts and targets; what is there twice is computed once.
-        batch_tokens: padded tokens of one forward pass; a choice of speed.
-        on_progress: told how many pairs have just been scored.
+        model: a causal language model; left unchanged.
+        prompts: how prompts are presented to the model.
+        pairs: prompts and targets; repeated ones are computed once.
+        batch_tokens: padded tokens of one forward pass; affects only speed.
+        on_progress: called with the number of pairs just scored.
 
     Raises:
         RequestError: a target has no tokens.
@@ -114,15 +114,15 @@ def score_continuations(
 def _by_sequence(
     tokens: Mapping[Continuation, tuple[Tokens, Tokens]],
 ) -> dict[Tokens, list[_Asked]]:
-    """What is asked of each sequence; of one that another begins with, of the longest such."""
+    """The pairs to read from each sequence; a prefix of others is read from the longest of them."""
     own: dict[Tokens, list[_Asked]] = defaultdict(list)
     for pair, (prompt, target) in tokens.items():
-        # The last token predicts nothing that is asked for.
+        # The last token predicts nothing that is needed.
         own[prompt + target[:-1]].append((pair, len(prompt) - 1, target))
     asked: dict[Tokens, list[_Asked]] = {}
     longest: Tokens = ()
     for ids in sorted(own, reverse=True):
-        # In this order what begins with ``ids`` stands right before it.
+        # In this order, sequences that begin with ``ids`` directly precede it.
         if longest[: len(ids)] != ids:
             longest = ids
             asked[longest] = []
@@ -137,7 +137,7 @@ def _read(
     *,
     trees: bool,
 ) -> dict[Continuation, _Read]:
-    """Run packs through the model, and read all that is asked of their sequences."""
+    """Run packs through the model, and read all pairs of their sequences."""
     device = next(model.parameters()).device
     number: dict[tuple[int, int], int] = {}
     places: list[int] = []
@@ -157,7 +157,7 @@ def _read(
     said_M = logits_NV[places_M, labels_M].double()
     log_probs_M = said_M - logits_NV.logsumexp(-1).double()[places_M]
     right_M = best_N2[places_M, 0] == labels_M
-    # To the best of the others.
+    # The margin to the best other token.
     gap_M = said_M - torch.where(right_M, top_N2[places_M, 1], top_N2[places_M, 0])
     columns = (x.tolist() for x in (log_probs_M, right_M, gap_M.abs() < NEAR))
     log_probs, right, close = columns
@@ -177,14 +177,14 @@ def logits_at(
     rows_N: torch.Tensor,
     columns_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Next-token logits at places of a batch, (N, V), at least float32.
+    """Next-token logits at positions of a batch, (N, V), at least float32.
 
-    Over a large vocabulary the head is most of the work: it runs at these places only.
+    With a large vocabulary the head is most of the work: it runs only at these positions.
 
     Args:
         model: a causal language model.
-        given: the batch, as the model takes it.
-        rows_N: rows of the places.
+        given: the batch, as the model's arguments.
+        rows_N: rows of the positions.
         columns_N: their columns.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -196,7 +196,7 @@ def logits_at(
 
 
 def _near_each_other(scored: Mapping[Continuation, Scored]) -> Iterable[Continuation]:
-    """Targets of one prompt of which nearly the same is said."""
+    """Targets of one prompt whose scores are nearly equal."""
     by_prompt = defaultdict(list)
     for (prompt, target), score in scored.items():
         if not math.isnan(score.log_prob):

@@ -1,6 +1,6 @@
-"""The figures that are measured: their names, and how those of requests become a model's.
+"""The measured figures: their names, and how those of requests are combined into a model's.
 
-What each of them means is said in docs/metrics.md.
+docs/metrics.md explains each of them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 KINDS = ("efficacy", "generalization", "specificity", "portability")
-"""What a request is asked: its own prompt, its paraphrases, its neighbors, what follows from it."""
+"""The prompts of a request: its own, its paraphrases, its neighbors, consequences of the fact."""
 
 METRICS = tuple(f"{kind}{form}" for form in ("", "_strict", "_accuracy") for kind in KINDS)
 """Fractions of prompts: probability form, strict form, and token accuracy."""
 
 SCORED = ("efficacy", "generalization", "specificity")
-"""What the score is the harmonic mean of."""
+"""The figures whose harmonic mean is the score."""
 
 OF_TEXT = ("fluency", "consistency")
 """Figures of generated text: means over requests."""
@@ -27,12 +27,12 @@ Row = Mapping[str, float | None]
 
 
 def prompts_of(metric: str) -> str:
-    """The name under which a request has the number of prompts that a figure is a mean over."""
+    """The name of a request's count of prompts behind a figure."""
     return f"{metric.removesuffix('_strict').removesuffix('_accuracy')}_prompts"
 
 
 def weights(rows: Sequence[Row], metric: str) -> list[float]:
-    """How much each request's figure counts in the model's; 0 where it has none."""
+    """The weight of each request's figure in the model's; 0 if it has none."""
     if metric in OF_TEXT:
         return [float(row.get(metric) is not None) for row in rows]
     of = prompts_of(metric)
@@ -40,7 +40,7 @@ def weights(rows: Sequence[Row], metric: str) -> list[float]:
 
 
 def total(values: Sequence[float]) -> float:
-    """The sum, rounded once; infinite or NaN where values are, or where it exceeds a float."""
+    """The sum, rounded once; infinite or NaN if a value is, or if it overflows a float."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
@@ -62,7 +62,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def harmonic_mean(values: Sequence[float | None]) -> float | None:
-    """Harmonic mean; None where a value is missing, 0 where one is 0."""
+    """Harmonic mean; None if a value is missing, 0 if one is 0."""
     known = [v for v in values if v is not None]
     if len(known) < len(values) or not known:
         return None

@@ -1,17 +1,17 @@
-"""What a model says about edit requests, in the field's metrics.
+"""A model's answers to edit requests, scored with the field's metrics.
 
-docs/metrics.md has each figure with its definition and source. In short, of the prompts of a
+docs/metrics.md has each figure with its definition and source. In short, on the prompts of a
 request:
 
 - efficacy: on the request's own prompt, the new target against the true one
 - generalization: the same on paraphrase prompts
 - specificity: on neighborhood prompts, the true target against the new one
-- portability: on prompts about what follows from the fact, their own answers
+- portability: on prompts about consequences of the fact, their own answers
 
-each in the probability form (the wanted target is likelier than the other one, by mean
+each in the probability form (the wanted target is more likely than the other one, by mean
 log-probability over its tokens), the strict form (``_strict``: it is the greedy answer at every
-one of its tokens) and by tokens (``_accuracy``: the share of them where it is). ``score`` is the
-harmonic mean of the first three. Where it is asked for, fluency and consistency of written text.
+one of its tokens) and by tokens (``_accuracy``: the share of tokens where it is). ``score`` is the
+harmonic mean of the first three. On request, fluency and consistency of generated text.
 
 A request's figure is the mean over its prompts; a model's is the mean over the prompts of all
 requests.
@@ -48,24 +48,24 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure what a model says about edit requests.
+    """Measure a model's answers to edit requests.
 
     Args:
-        model: a causal language model; left as it was.
+        model: a causal language model; left unchanged.
         tokenizer: its fast tokenizer.
-        requests: requests with what is to be measured on them: probability figures need
+        requests: requests with the data to measure them by: probability figures need
             ``target_true``, the others need paraphrase, neighborhood or portability prompts.
-        fluency: let the model write, and measure fluency and consistency.
-        chat_template: ask every prompt as a user's turn of the tokenizer's chat.
-        seed: of what is drawn while the model writes.
-        batch_tokens: padded tokens of one forward pass; a choice of speed.
-        on_progress: told how many continuations have just been scored.
+        fluency: generate text with the model, and measure fluency and consistency.
+        chat_template: ask every prompt as a user turn of the tokenizer's chat template.
+        seed: seed for generating text.
+        batch_tokens: padded tokens of one forward pass; affects only speed.
+        on_progress: called with the number of continuations just scored.
 
     Returns:
         The figures of ``METRICS``, ``fluency``, ``consistency`` and ``score``: fractions in [0, 1]
-        (fluency in bits), or None where no request has what they need; and ``rows``: the same
+        (fluency in bits), or None if no request has the data for them; and ``rows``: the same
         figures for each request, with the number of prompts that they are means over
-        (``efficacy_prompts``, …) and the ``text`` that the model wrote.
+        (``efficacy_prompts``, …) and the ``text`` that the model generated.
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -90,12 +90,12 @@ def evaluate(
 def add_texts(
     rows: Sequence[dict[str, Any]], requests: Sequence[EditRequest], written: Mapping[str, str]
 ) -> None:
-    """Give each request's figures the text that the model wrote for it, and its fluency.
+    """Add the generated text and its fluency to each request's figures.
 
     Args:
         rows: the figures of each request.
         requests: the requests.
-        written: the text that each beginning became.
+        written: the text generated from each beginning.
     """
     for row, request in zip(rows, requests, strict=True):
         own = [written[text] for text in beginnings(request)]
@@ -109,9 +109,9 @@ def knows(
     *,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[bool]:
-    """Whether the greedy answer to each request's own prompt is its new target already.
+    """Whether the greedy answer to each request's own prompt already is its new target.
 
-    This is ``efficacy_strict`` alone, for one short pass a request.
+    This is just ``efficacy_strict``, at one short pass per request.
     """
     asked = [(request.text, request.target_new) for request in requests]
     scored = score_continuations(model, Prompts(tokenizer), asked, batch_tokens=batch_tokens)
@@ -120,18 +120,18 @@ def knows(
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a model makes of one text.
+    """A model's score of one text.
 
     Attributes:
-        nll: sum of −log p over its tokens but the first, in nats.
-        greedy: the likeliest token at each of these places.
+        nll: sum of −log p over its tokens except the first, in nats.
+        greedy: the most likely token at each of these positions.
     """
 
     nll: float
     greedy: list[int]
 
     def agreed(self, other: TextScore) -> int:
-        """Places where two models have the same likeliest token."""
+        """Number of positions at which two models have the same most likely token."""
         return sum(a == b for a, b in zip(self.greedy, other.greedy, strict=True))
 
 
@@ -141,13 +141,13 @@ def score_texts(
 ) -> list[TextScore]:
     """Score ordinary text: for perplexity, and for agreement with another model.
 
-    Perplexity is exp of all texts' ``nll`` through the number of their tokens but each first one.
+    Perplexity is exp(Σ ``nll`` / number of tokens), over all texts, without each first token.
 
     Args:
-        model: a causal language model; left as it was.
+        model: a causal language model; left unchanged.
         tokenizer: its fast tokenizer.
         texts: the texts.
-        max_tokens: that a text is cut at.
+        max_tokens: number of tokens that a text is truncated to.
     """
     limit = min(max_tokens, context_length(model.config) or max_tokens)
     sequences = [ids[:limit] for ids in encode_all(tokenizer, texts)]

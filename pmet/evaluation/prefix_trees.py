@@ -1,11 +1,11 @@
-"""Sequences as trees: what several of them begin with is there once.
+"""Sequences as trees, in which common beginnings occur only once.
 
 A pack is a row of a batch that holds a tree of tokens. Each token has the position that it has in
-its sequences, and attends to what stands before it in them, whatever else is in the row. So a
-model computes for it what it would compute in any of these sequences, and padding is next to none.
+its sequences, and attends to the tokens before it in them, regardless of the rest of the row. So
+the model computes the same for it as in any of these sequences, and there is hardly any padding.
 
-That needs a model that takes positions and a mask for each pair of tokens: those of ``TREES`` do.
-For another one a pack is a single sequence.
+That requires a model that accepts positions and a mask for each pair of tokens: those in ``TREES``
+do. For other models, a pack is a single sequence.
 
 Shape letters: B packs, N tokens of a pack, D longest sequence.
 """
@@ -29,9 +29,9 @@ TREES = frozenset(
         *("stablelm", "starcoder2"),
     }
 )
-"""Model types that read trees as they read rows; tests compare each with the plain form."""
+"""Model types that can read trees as rows; tests compare each with the plain form."""
 MOST = 64
-"""Tokens of a pack: attention looks at every pair of them."""
+"""Maximum tokens in a pack: attention processes every pair of them."""
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Pack:
 
     Attributes:
         ids: the tokens.
-        paths: of each token, the places of all before it in its sequences, and its own.
-        sequences: each sequence that it holds, with the places of its tokens.
+        paths: for each token, the indices of its predecessors in its sequences, then its own.
+        sequences: each sequence in the pack, with the indices of its tokens.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -49,13 +49,13 @@ class Pack:
     sequences: list[tuple[Tokens, tuple[int, ...]]] = field(default_factory=list)
 
     def shared(self, sequence: Tokens) -> int:
-        """How many tokens a sequence has in common with the last one."""
+        """The number of tokens that a sequence has in common with the last one."""
         last = self.sequences[-1][0] if self.sequences else ()
         same = (i for i, (a, b) in enumerate(zip(last, sequence, strict=False)) if a != b)
         return next(same, min(len(last), len(sequence)))
 
     def add(self, sequence: Tokens) -> None:
-        """Put a sequence in, behind what it has in common with the last one."""
+        """Add a sequence, reusing the tokens it has in common with the last one."""
         shared = self.shared(sequence)
         path = self.sequences[-1][1][:shared] if self.sequences else ()
         for token in sequence[shared:]:
@@ -66,17 +66,17 @@ class Pack:
 
 
 def reads_trees(model: nn.Module, longest: int) -> bool:
-    """Whether a model reads trees of sequences of at most ``longest`` tokens."""
+    """Whether a model can read trees of sequences of at most ``longest`` tokens."""
     config: Any = model.config
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    # A mask for each pair takes the place of the model's own, its window among it.
+    # A pairwise mask replaces the model's own, including its sliding window.
     return config.model_type in TREES and all(w is None or w >= longest for w in windows)
 
 
 def packed(sequences: Iterable[Tokens], most: int) -> list[Pack]:
-    """All sequences in packs of at most ``most`` tokens, the smallest first.
+    """Put all sequences into packs of at most ``most`` tokens, smallest first.
 
-    A longer sequence is a pack by itself; with ``most`` 0 each one is.
+    A longer sequence is a pack of its own; with ``most`` 0 every sequence is.
     """
     packs: list[Pack] = []
     for sequence in sorted(sequences):
@@ -90,16 +90,16 @@ def packed(sequences: Iterable[Tokens], most: int) -> list[Pack]:
 
 
 def inputs(model: nn.Module, packs: Sequence[Pack], *, trees: bool) -> dict[str, torch.Tensor]:
-    """What the model is given to read packs: side by side, padding on the right."""
+    """The model's arguments for reading packs side by side, with padding on the right."""
     weight = next(model.parameters())
     ids_BN, mask_BN = pad([pack.ids for pack in packs], weight.device)
     if not trees:
         return {"input_ids": ids_BN, "attention_mask": mask_BN}
-    # Padding sees itself: a row of a mask that hides everything has no softmax.
+    # Padding attends to itself: the softmax of a fully masked row is undefined.
     alone = [[(i,) for i in range(len(pack.ids), ids_BN.shape[1])] for pack in packs]
     paths = [[*pack.paths, *rest] for pack, rest in zip(packs, alone, strict=True)]
     depth = max(len(path) for rows in paths for path in rows)
-    # The last place again and again, where a path is shorter.
+    # Shorter paths are filled by repeating the last index.
     index_BND = torch.tensor(
         [[path + path[-1:] * (depth - len(path)) for path in rows] for rows in paths]
     )

@@ -1,4 +1,4 @@
-"""Prompts as they are put to a model: as plain text, or as a user's turn of its chat."""
+"""Prompts as presented to a model: as plain text, or as a user turn of its chat template."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pmet.request import separator
 
 Tokens = tuple[int, ...]
 Continuation = tuple[str, str]
-"""A prompt and what may follow it."""
+"""A prompt and a possible continuation."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Turns prompts, and what may follow them, into tokens.
+    """Converts prompts and their continuations to tokens.
 
     Attributes:
         tokenizer: a fast tokenizer.
-        chat: each prompt is a user's turn of the tokenizer's chat template, and what follows it is
-            the answer; else both are one text, with a space between them unless white space ends
-            the prompt.
+        chat: whether each prompt is a user turn of the tokenizer's chat template, and its
+            continuation the answer; otherwise both are one text, with a space between them unless
+            the prompt ends in white space.
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -35,8 +35,8 @@ class Prompts:
     def __post_init__(self) -> None:
         if self.chat and not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
-                "the model's tokenizer has no chat template; leave chat_template out, or take a "
-                "model that was made for chats"
+                "the model's tokenizer has no chat template; leave chat_template out, or use a "
+                "model that was trained for chat"
             )
 
     def tokens(self, texts: Sequence[str]) -> list[Tokens]:
@@ -44,9 +44,9 @@ class Prompts:
         return encode_all(self.tokenizer, self._put(texts), special=not self.chat)
 
     def continuations(self, pairs: Sequence[Continuation]) -> list[tuple[Tokens, Tokens]]:
-        """Tokens of each prompt, and those of its target as it follows; never a BOS token there.
+        """Tokens of each prompt, and of its target as its continuation, without a BOS token there.
 
-        Which tokens a target has, `pmet.model.tokenization.tokenize_continuation` says.
+        `pmet.model.tokenization.tokenize_continuation` defines which tokens belong to a target.
 
         Raises:
             RequestError: a target has no tokens.

@@ -1,4 +1,4 @@
-"""What a request asks a model, and what the answers make of its figures."""
+"""The questions of a request to a model, and its figures computed from the answers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pmet.request import EditRequest
 _Question = tuple[str, str | None, str | None]
 
 Score = tuple[float, bool, float]
-"""Mean log-probability of a target, whether it is greedy, and at which share of its tokens."""
+"""Mean log-probability of a target, whether it is greedy, and the share of its tokens that are."""
 
 
 def continuations_of(request: EditRequest) -> Iterator[Continuation]:
-    """The prompts and targets that a request's figures need the scores of."""
+    """The prompts and targets whose scores a request's figures need."""
     for questions in _questions(request).values():
         for prompt, wanted, other in questions:
             if wanted is not None:
@@ -28,7 +28,7 @@ def continuations_of(request: EditRequest) -> Iterator[Continuation]:
 
 
 def beginnings(request: EditRequest) -> Sequence[str]:
-    """What a model goes on from where it writes text for a request."""
+    """The beginnings that a model continues when it generates text for a request."""
     return request.generation_prompts or (request.text,)
 
 
@@ -37,7 +37,7 @@ def figures_of(request: EditRequest, scored: Mapping[Continuation, Score]) -> di
 
     Args:
         request: the request.
-        scored: its continuations', and any others.
+        scored: the scores of its continuations, and possibly others.
     """
     figures: dict[str, Any] = dict.fromkeys(METRICS)
     for kind, questions in _questions(request).items():
@@ -55,7 +55,7 @@ def figures_of(request: EditRequest, scored: Mapping[Continuation, Score]) -> di
 
 
 def _questions(request: EditRequest) -> dict[str, list[_Question]]:
-    """What a request asks, by kind of figure."""
+    """The questions of a request, by kind of figure."""
     new, true = request.target_new, request.target_true
     follows = request.portability_prompts
     before: Sequence[str | None] = request.portability_targets_true or [None] * len(follows)

@@ -1,9 +1,9 @@
-"""Figures of written text: how varied it is, and how like other texts.
+"""Figures of generated text: its variety, and its similarity to other texts.
 
 Fluency is the weighted entropy of word pairs and triples as ROME and MEMIT measure it (Zhang et al.
-2018, arXiv 1809.05972; Meng et al. 2022, arXiv 2202.05262): a text that repeats itself has little.
-Consistency is the cosine between the TF-IDF vectors of what a model writes and of reference texts
-(the same papers), with the formulas that scikit-learn's ``TfidfVectorizer`` has by default.
+2018, arXiv 1809.05972; Meng et al. 2022, arXiv 2202.05262): it is low for a repetitive text.
+Consistency is the cosine between the TF-IDF vectors of generated and of reference texts (the same
+papers), with the default formulas of scikit-learn's ``TfidfVectorizer``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 _NGRAMS = ((2, 2 / 3), (3, 4 / 3))
-# Words, and marks one by one, much as the Penn Treebank's tokeniser has them.
+# Words and single punctuation marks, much as in the Penn Treebank's tokeniser.
 _PIECES = re.compile(r"\w+|[^\w\s]")
 _WORDS = re.compile(r"\b\w\w+\b")
 
@@ -22,7 +22,7 @@ _WORDS = re.compile(r"\b\w\w+\b")
 def n_gram_entropy(text: str) -> float | None:
     """Mean of ⅔ of the entropy of word pairs and 4⁄3 of that of triples, in bits.
 
-    None for a text of fewer than three words: it has no triple.
+    None for a text of fewer than three words, which has no triple.
     """
     words = _PIECES.findall(text)
     if len(words) < max(n for n, _ in _NGRAMS):
@@ -38,13 +38,13 @@ def _entropy(words: Sequence[str], n: int) -> float:
 
 
 def fluency(texts: Sequence[str]) -> float | None:
-    """Mean n-gram entropy of texts; None where none of them has any."""
+    """Mean n-gram entropy of texts; None if none of them has any."""
     known = [value for text in texts if (value := n_gram_entropy(text)) is not None]
     return sum(known) / len(known) if known else None
 
 
 class TfIdf:
-    """Weights of words, by the documents that they stand in.
+    """Weights of words, by the documents that contain them.
 
     A word's weight in a text is its count times ln((1 + documents) / (1 + those with it)) + 1.
     Words are of two letters or more, in lower case.
@@ -57,7 +57,7 @@ class TfIdf:
             self._with.update(set(_words(document)))
 
     def vector(self, text: str) -> dict[str, float]:
-        """The weights of a text's words, of length 1; no word that no document has."""
+        """The weights of a text's words, with norm 1, without words that no document has."""
         counts = Counter(word for word in _words(text) if word in self._with)
         found = {
             w: c * (math.log((1 + self._count) / (1 + self._with[w])) + 1)
@@ -67,7 +67,7 @@ class TfIdf:
         return {word: x / length for word, x in found.items()}
 
     def similarity(self, text: str, other: str) -> float:
-        """Cosine of two texts, in [0, 1]; 0 where one has no known word."""
+        """Cosine of two texts, in [0, 1]; 0 if one has no known word."""
         return _product(self.vector(text), self.vector(other))
 
 
@@ -76,7 +76,7 @@ def _words(text: str) -> list[str]:
 
 
 def _product(one: Mapping[str, float], other: Mapping[str, float]) -> float:
-    # Rounding may bring what is the same a little above 1.
+    # Rounding may raise the product of equal vectors a little above 1.
     return min(1.0, math.fsum(x * other[word] for word, x in one.items() if word in other))
 
 
@@ -88,10 +88,10 @@ def reference(texts: Sequence[str]) -> str:
 def add_consistency(
     rows: Iterable[tuple[dict[str, object], Sequence[str]]],
 ) -> None:
-    """Give each row, which has the ``text`` that a model wrote, its ``consistency`` with its
-    reference texts; None where there is nothing to compare.
+    """Add to each row, which has the generated ``text``, its ``consistency`` with its reference
+    texts; None if there is nothing to compare.
 
-    How rare a word is, is counted over the reference texts of all rows.
+    The rarity of words is computed over the reference texts of all rows.
     """
     rows = list(rows)
     documents = dict.fromkeys(reference(texts) for _, texts in rows if texts)

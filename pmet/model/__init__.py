@@ -1,4 +1,4 @@
-"""A model seen from outside: its parts, its tokens, forward passes that stop, resume or change."""
+"""Access to a model: its parts, its tokens, forward passes that stop, resume or are changed."""
 
 import lazy_loader
 

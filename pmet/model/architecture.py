@@ -1,9 +1,9 @@
-"""Where each model family keeps the parts that the method needs.
+"""The names of the parts that the method needs, for each model family.
 
-A new family is one line in ``FAMILIES``. Which weights are edited and where δ_a is added is the
-hyper-parameters' to say, and only what they leave out is the table's; so a model that is not in the
-table can be edited by naming its modules in the hyper-parameter file. Where they name the attention
-block, as files of MEMIT do, δ_a is added to the projection inside it
+A new family is one line in ``FAMILIES``. The hyper-parameters decide which weights are edited and
+where δ_a is added, and the table only supplies what they omit; so a model that is not in the table
+can be edited by naming its modules in the hyper-parameter file. If they name the attention block,
+as files of MEMIT do, δ_a is added to the projection inside it
 (``pmet.model.output_projection``).
 """
 
@@ -73,10 +73,10 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of one model, found and checked.
+    """The parts of one model, located and checked.
 
     Attributes:
-        family: names, after the hyper-parameters had their say; of parts, never of blocks.
+        family: names after applying the hyper-parameters; always of projections, never of blocks.
         depth: number of layers.
         value_width: V, the model's width.
         key_width: K, the FFN's inner width.
@@ -116,7 +116,7 @@ class Layout:
         return weight
 
     def orient(self, delta_VK: torch.Tensor) -> torch.Tensor:
-        """``delta_VK`` in the orientation of the parameter: V×K, or K×V where it is transposed."""
+        """``delta_VK`` in the parameter's orientation: V×K, or K×V if it is transposed."""
         return delta_VK.T.contiguous() if self.transposed else delta_VK
 
 
@@ -141,7 +141,7 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
     if hparams.v_loss_layer not in (None, depth - 1):
         raise ArchitectureError(
             f"v_loss_layer is {hparams.v_loss_layer}, but the loss is read from the model's last "
-            f"layer, {depth - 1}; write that or leave the key out"
+            f"layer, {depth - 1}; set it to that, or remove the key"
         )
     down = _module(model, family.down_projection.format(hparams.target_layer))
     rows, columns = _weight_shape(down, family.down_projection)
@@ -155,7 +155,7 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
 def _projection(
     model: nn.Module, family: Family, index: int, down: nn.Module, value_width: int
 ) -> str:
-    """Name of the attention output projection, where its block may be named."""
+    """The name of the attention output projection; the given name may be that of its block."""
     template, known = family.attention_projection, _known(model)
     named = _module(model, template.format(index))
     if any(part is down for part in named.modules()):
@@ -176,13 +176,13 @@ def _projection(
         if _module(model, name.format(index)) not in parts:
             raise ArchitectureError(
                 f"{name} is outside the layer {family.layer}; correct the names in the "
-                "hyper-parameters, or leave them out for a model of a known family"
+                "hyper-parameters, or remove them for a model of a known family"
             )
     return projection
 
 
 def _head(model: nn.Module, name: str) -> str:
-    """Name of the output embedding, where the input embedding may be named that it is tied to."""
+    """The name of the output embedding; the given name may be that of a tied input embedding."""
     if not isinstance(_module(model, name), nn.Embedding):
         return name
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -195,7 +195,7 @@ def _head(model: nn.Module, name: str) -> str:
 
 
 def _known(model: nn.Module) -> Family | None:
-    """The table's names of a model, if its family is in the table."""
+    """The names in the table for a model whose family is in it, else None."""
     kind = _kind(model)
     return FAMILIES.get(kind) if isinstance(kind, str) else None
 
@@ -211,8 +211,8 @@ def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
         "attn_module_tmp": hparams.attn_module_tmp or (known and known.attention_projection),
         "rewrite_module_tmps": hparams.down_projection_template
         or (known and known.down_projection),
-        # Norm and head are facts of the model, not choices, and published files may call them by
-        # names of an older transformers (GPT-NeoX's embed_out): the table goes first.
+        # Norm and head are facts of the model, not choices, and published files may use names of an
+        # older transformers (GPT-NeoX's embed_out), so the table takes precedence.
         "ln_f_module": (known and known.final_norm) or hparams.ln_f_module,
         "lm_head_module": (known and known.head) or hparams.lm_head_module,
     }
@@ -254,17 +254,17 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         raise ArchitectureError(
             f"{type(model).__name__} has no module {name}; correct its name in the "
-            "hyper-parameters, or leave it out for a model of a known family"
+            "hyper-parameters, or remove it for a model of a known family"
         ) from None
 
 
 def part_with(layer: nn.Module, module: nn.Module) -> nn.Module:
-    """The part of ``layer`` that ``module`` is, or is in."""
+    """The part of ``layer`` that is ``module`` or contains it."""
     return next(child for child in layer.children() if any(m is module for m in child.modules()))
 
 
 def parts_beside(layer: nn.Module, attention: nn.Module) -> list[nn.Module]:
-    """The parts of ``layer`` beside its attention that hold matrices: its FFN, in one or more."""
+    """The parts of ``layer`` outside its attention that hold matrices: its FFN, in 1 or more."""
     return [
         child
         for child in layer.children()

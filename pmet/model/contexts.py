@@ -1,8 +1,8 @@
-"""Context templates: what a prompt may stand behind while it is learned.
+"""Context templates: the text that precedes a prompt while it is learned.
 
-A list of groups, as published: the bare ``[["{}"], …]`` first, then groups of generated prefixes
-``"… . {}"``. They are made once a run, under a seed, and recorded; sampling them anew in each
-process would give every worker another problem.
+A list of groups, as published: first the bare ``[["{}"], …]``, then groups of generated prefixes
+``"… . {}"``. They are generated once per run from the seed and recorded; sampling them in each
+process would give every worker a different problem.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check(templates: Any) -> list[list[str]]:
 
     Raises:
         ContextTemplateError: not groups of strings with one ``{}`` each, or the first group is not
-            the bare template alone.
+            just the bare template.
     """
     if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
         raise ContextTemplateError('context templates must be groups: [["{}"], ["The … . {}"]]')
@@ -70,9 +70,9 @@ def parse(text: str, *, source: str) -> list[list[str]]:
 
 
 def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[str]]:
-    """Let the model write five short prefixes, by top-5 sampling under ``seed``.
+    """Generate five short prefixes with the model, by top-5 sampling from ``seed``.
 
-    The random state of the caller is left alone.
+    The caller's random state is not changed.
     """
     generator = torch.Generator().manual_seed(seed)
     prefixes = []
@@ -80,7 +80,7 @@ def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[st
         (text,) = _sample(
             model, tokenizer, start, 1, GENERATED_TOKENS, generator=generator, top_k=TOP_K
         )
-        # A template is one line with one {}: braces of the text would be taken for more.
+        # A template is one line with a single {}: braces in the text would be taken for more.
         prefixes.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
     return [["{}"], prefixes]
 
@@ -88,7 +88,7 @@ def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[st
 def write_texts(
     model: nn.Module, tokenizer: Any, *, count: int, seed: int = 0, tokens: int = 32
 ) -> list[str]:
-    """Let the model write about ``count`` texts of ``tokens`` tokens, by plain sampling."""
+    """Generate about ``count`` texts of ``tokens`` tokens with the model, by plain sampling."""
     generator = torch.Generator().manual_seed(seed)
     each = -(-count // len(STARTS))
     return [
@@ -109,7 +109,7 @@ def _sample(
     generator: torch.Generator,
     top_k: int | None = None,
 ) -> list[str]:
-    """Continue ``start`` ``count`` times; special tokens are never drawn."""
+    """Continue ``start`` ``count`` times; special tokens are never sampled."""
     device = next(model.parameters()).device
     banned = sorted({int(i) for i in tokenizer.all_special_ids})
     step = torch.tensor([list(encode(tokenizer, start))] * count, device=device)

@@ -1,8 +1,8 @@
-"""One model on several devices, for a model that is too large for one of them.
+"""One model on several devices, for a model that is too large for a single one.
 
-The layers are shared out among the devices, in their order; everything else (embeddings, last norm,
-head) is on the first one, the *home*, where tokens go in and logits come out. What a layer is given
-is brought to its device. One device computes after the other: this buys room, not speed.
+The layers are split among the devices in order; everything else (embeddings, last norm, head) is
+on the first one, the *home*, where tokens enter and logits leave. The inputs of a layer are moved
+to its device. The devices compute one after the other: this gains memory, not speed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pmet.model.torch_internals import changes, weak_by_tensor
 
 
 def home(model: nn.Module) -> torch.device:
-    """Where a model takes tokens and gives logits: the device of its embeddings."""
+    """The device where a model takes tokens and returns logits: that of its embeddings."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device: torch.device = embeddings.weight.device
     return device
@@ -29,14 +29,14 @@ def home(model: nn.Module) -> torch.device:
 def share_out(
     model: nn.Module, devices: Sequence[torch.device], room: Sequence[float] | None = None
 ) -> nn.Module:
-    """Put a model onto several devices, for good.
+    """Split a model among several devices, permanently.
 
-    Nothing else changes: what it computes, and the names of its parameters, stay as they are.
+    Nothing else changes: its results and the names of its parameters stay the same.
 
     Args:
         model: a causal language model.
         devices: the first one is the model's home.
-        room: what each device has room for, in any unit; the same for all if None.
+        room: the room on each device, in any unit; None: the same for all.
 
     Returns:
         The model.
@@ -60,20 +60,20 @@ def share_out(
 
 
 def shares(sizes: Sequence[int], rest: int, room: Sequence[float]) -> list[int]:
-    """Which device has each layer, so that all are filled alike.
+    """Assign a device to each layer so that all devices are filled evenly.
 
     Args:
-        sizes: of the layers, in their order.
-        rest: size of what the first device has besides.
+        sizes: of the layers, in order.
+        rest: size of everything else on the first device.
         room: of each device, in any unit.
     """
-    # What the first device has anyway may be more than its part: then it gets no layer.
+    # If the rest exceeds the first device's share, that device gets no layer.
     first = max(0.0, (rest + sum(sizes)) * room[0] / sum(room) - rest)
     others = [(sum(sizes) - first) * part / sum(room[1:]) for part in room[1:]]
     limits = list(accumulate([first, *others]))
     owners, owner, before = [], 0, 0
     for size in sizes:
-        # A layer goes where its middle comes to lie.
+        # The midpoint of a layer decides its device.
         while owner + 1 < len(limits) and before + size / 2 > limits[owner]:
             owner += 1
         owners.append(owner)
@@ -82,22 +82,22 @@ def shares(sizes: Sequence[int], rest: int, room: Sequence[float]) -> list[int]:
 
 
 def layers_on(model: nn.Module, layout: Layout, above: int) -> dict[torch.device, float]:
-    """What part of the layers above one is on which device; all of it at home if there is none."""
+    """The share of the layers above one that each device holds; all at home if there are none."""
     numbers = range(above + 1, layout.depth)
     devices = [layout.weight(model, i).device for i in numbers] or [home(model)]
     return {device: devices.count(device) / len(devices) for device in dict.fromkeys(devices)}
 
 
 def chosen(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows of a tensor, wherever their numbers are."""
+    """Rows of a tensor, with indices on any device."""
     return tensor.index_select(0, rows.to(tensor.device))
 
 
 class _Mover:
-    """Brings what modules are given to their device.
+    """Moves the inputs of modules to a device.
 
-    All layers are given the same mask and the same positions: what has been brought once is kept
-    for as long as its original is there, and neither is changed.
+    All layers get the same mask and positions: a moved copy is reused for as long as its original
+    exists, and neither is changed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -105,7 +105,7 @@ class _Mover:
         self._brought = weak_by_tensor()
 
     def serve(self, module: nn.Module) -> None:
-        """From now on; before any other hook, so that these see what is there already."""
+        """Start moving a module's inputs, before its other hooks, so that these see the result."""
         module.register_forward_pre_hook(
             lambda _module, args, kwargs: (self._bring(args), self._bring(kwargs)),
             prepend=True,
@@ -113,7 +113,7 @@ class _Mover:
         )
 
     def _bring(self, value: Any) -> Any:
-        # Not deeper: a cache holds each layer's own, where that layer has left it.
+        # Not deeper: a cache holds each layer's own tensors, which are already on its device.
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if type(value) in (tuple, list):
@@ -142,13 +142,13 @@ def _layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ArchitectureError(
-        f"{type(model).__name__} has no list of {depth} layers, and cannot be shared out among "
+        f"{type(model).__name__} has no list of {depth} layers, so it cannot be split among "
         "several devices; give each worker one GPU"
     )
 
 
 def _outside(module: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """The largest modules that hold none of the layers."""
+    """The largest modules that contain none of the layers."""
     for child in module.children():
         if child is layers:
             continue

@@ -1,9 +1,9 @@
-"""Elementwise work and attention for many short rows, where the stock kernels cost too much.
+"""Activations and attention for many short rows, where the stock kernels are too slow.
 
-Matrix products bound the optimisation of targets only if nothing else does. On a CPU two things
-did: the tanh form of GELU, and attention between a handful of queries and a few dozen keys, whose
-stock backward pass takes four times its forward pass. Both are replaced while targets are computed,
-by the same formulas in fewer passes; and memory that a step frees is kept for the next one.
+Matrix products dominate the optimisation of targets only if everything else is fast. On a CPU two
+things were not: the tanh form of GELU, and attention between a few queries and a few dozen keys,
+whose stock backward pass takes four times its forward pass. Both are replaced while targets are
+computed, by the same formulas in fewer passes; and memory freed by a step is kept for the next one.
 
 Shape letters: B rows, H heads, S queries, T keys, d head width.
 """
@@ -40,8 +40,8 @@ _SHORT = 128  # tokens of a row
 class _TanhGelu(torch.autograd.Function):
     """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))) (Hendrycks & Gimpel 2016, section 2).
 
-    Written as x·σ(2u), which is the same: σ costs a quarter of tanh. The derivative is computed on
-    the way, so that the backward pass is one product.
+    Written as the equivalent x·σ(2u): σ costs a quarter of tanh. The derivative is computed in the
+    forward pass, so that the backward pass is one product.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class _TanhGelu(torch.autograd.Function):
 
 
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU's tanh form, in whichever kernel is fastest on the tensor's device."""
+    """GELU's tanh form, in the fastest kernel for the tensor's device."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         result: torch.Tensor = _TanhGelu.apply(x)
         return result
@@ -70,7 +70,7 @@ def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Behind(torch.autograd.Function):
-    """Keys or values written behind those held, in place: nothing in front of them is copied."""
+    """Write keys or values after the stored ones, in place, without copying the stored ones."""
 
     @staticmethod
     def forward(ctx: Any, held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
@@ -84,12 +84,12 @@ class _Behind(torch.autograd.Function):
 
 
 def written_behind(held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
-    """``held`` with its columns behind ``length`` overwritten by ``new``.
+    """``held`` with its columns from ``length`` on overwritten by ``new``.
 
     Args:
         held: (B, H, T, d), constants.
-        length: how many of its columns stay.
-        new: (B, H, T − length, d); the gradient goes here.
+        length: how many of its columns are kept.
+        new: (B, H, T − length, d); the gradient flows here.
     """
     result: torch.Tensor = _Behind.apply(held, length, new)
     return result
@@ -104,8 +104,8 @@ def _new_part(keys: torch.Tensor) -> torch.Tensor:
 class _ShortAttention(torch.autograd.Function):
     """softmax(scale·QKᵀ + mask) V for (B·H, S, d) queries and (B·H, T, d) keys.
 
-    Keys and values are constants but for their last columns, which come a second time as
-    (B, H, ·, d) to receive their gradients: of a prefix nobody wants any.
+    Keys and values are constant except for their last columns, which are passed again as
+    (B, H, ·, d) to receive their gradients; the gradients of the prefix are not needed.
     """
 
     @staticmethod
@@ -146,16 +146,16 @@ def short_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' interface wants it, for few queries a row.
+    """Attention with the signature that transformers expects, for few queries per row.
 
     Args:
-        module: the attention module that asks.
+        module: the calling attention module.
         query: (B, H, S, d).
-        key: (B, heads of keys, T, d); the heads of queries are a multiple of them.
+        key: (B, key heads, T, d); the number of query heads is a multiple of theirs.
         value: as ``key``.
         attention_mask: added to the scores, (B or 1, 1 or H, S, T).
-        scaling: of the scores; 1/√d if there is none.
-        others: what the stock implementation takes besides.
+        scaling: of the scores; None: 1/√d.
+        others: further arguments for the stock implementation.
 
     Returns:
         (B, S, H, d), and no weights.
@@ -168,7 +168,7 @@ def short_attention(
         return result
     rows, heads, columns, width = query.shape
     groups, length = key.shape[1], key.shape[2]
-    # Heads that share their keys are further queries of one head.
+    # Query heads that share keys become further queries of one head.
     shape = (rows * groups, heads // groups * columns)
     out = _ShortAttention.apply(
         query.reshape(*shape, width),
@@ -187,7 +187,7 @@ AttentionMaskInterface.register(_SHORT_ROWS, AttentionMaskInterface()["eager"])
 
 
 class _Take(torch.autograd.Function):
-    """Rows of a matrix, each at most once; the way back writes instead of adding."""
+    """Rows of a matrix, each at most once; the backward pass writes instead of adding."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Put(torch.autograd.Function):
-    """The transpose of taking: rows into a matrix of zeros."""
+    """The transpose of taking: put rows into a matrix of zeros."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
@@ -224,18 +224,18 @@ def take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def put(rows: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` rows, zero but for ``rows`` at ``index``, which has no repetitions."""
+    """``count`` rows, zero except for ``rows`` at ``index``, which has no repetitions."""
     result: torch.Tensor = _Put.apply(rows, index, count)
     return result
 
 
 @contextmanager
 def tuned(model: nn.Module, longest: int) -> Iterator[None]:
-    """Within: the model computes with the kernels above where they apply.
+    """Within: the model computes with the kernels above, where they apply.
 
     Args:
-        model: the model, which is as before afterwards.
-        longest: the most tokens that it will read in a row.
+        model: the model, which is restored afterwards.
+        longest: the maximum number of tokens in a row.
     """
     with fused(model, longest), _short_rows(model), keeping_freed_memory(model):
         yield
@@ -243,14 +243,14 @@ def tuned(model: nn.Module, longest: int) -> Iterator[None]:
 
 @contextmanager
 def fused(model: nn.Module, longest: int) -> Iterator[None]:
-    """The same without what is for short rows only, and without keeping memory."""
+    """As `tuned`, without the parts for short rows and without keeping memory."""
     with _fused_activations(model), _short_position_tables(model, longest):
         yield
 
 
 @contextmanager
 def tuned_if_short(model: nn.Module, longest: int) -> Iterator[None]:
-    """The same where rows are so short that the kernels for short rows are the faster ones."""
+    """As `tuned`, if rows are short enough for the kernels for short rows to be faster."""
     with tuned(model, longest) if longest <= _SHORT else nullcontext():
         yield
 
@@ -301,11 +301,11 @@ _MIB = 1 << 20
 
 @contextmanager
 def keeping_freed_memory(model: nn.Module, largest: int = 32 * _MIB) -> Iterator[None]:
-    """Keep glibc from giving freed blocks back after every operation only to fault them in again.
+    """Keep glibc from returning freed blocks to the system, only to fault them in again.
 
-    Half of a step's time went there. Blocks of more than ``largest`` bytes are given back all the
-    same. Afterwards the thresholds are what the environment says, or what glibc's own adaptation
-    ends with in a program that has freed large blocks.
+    Half of a step's time was spent on that. Blocks of more than ``largest`` bytes are still
+    returned. Afterwards the thresholds are those in the environment, or those that glibc's own
+    adaptation reaches in a program that has freed large blocks.
     """
     libc = _glibc() if next(model.parameters()).device.type == "cpu" else None
     if libc is None:

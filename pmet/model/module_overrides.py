@@ -1,7 +1,7 @@
-"""Stand-ins for parts of a model: what passes on, what is stored, what skips padding.
+"""Replacements for parts of a model: pass inputs through, return stored values, skip padding.
 
-A part is replaced for the time of a ``with`` block, by a function of its hidden states, its other
-arguments and its keywords; the code around it is the model's own.
+A part is replaced during a ``with`` block by a function of its hidden states, its other arguments
+and its keywords; the code around it remains the model's own.
 
 Shape letters: B rows, S columns, D model width, N places (row · S + column).
 """
@@ -19,7 +19,7 @@ from pmet.model.architecture import Layout, is_matrix, part_with, parts_beside
 from pmet.model.kernels import put, take
 from pmet.model.tracing import first, with_first
 
-# Above this share of tokens among the columns, leaving padding out costs more than it saves.
+# Above this share of tokens among the columns, skipping padding costs more than it saves.
 _ENOUGH_TOKENS = 0.9
 
 Stored = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
@@ -27,7 +27,7 @@ Stored = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 @contextmanager
 def replaced(module: nn.Module, run: Stored) -> Iterator[None]:
-    """``module`` computes ``run`` of its hidden states, its other arguments and its keywords."""
+    """Make ``module`` compute ``run`` of its hidden states, other arguments and keywords."""
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         if args:
@@ -46,7 +46,7 @@ def replaced(module: nn.Module, run: Stored) -> Iterator[None]:
 
 
 def passing(output: Any) -> Stored:
-    """What passes its hidden states on, in the form of ``output``."""
+    """A function that returns its hidden states, in the form of ``output``."""
     return lambda hidden, _args, _kwargs: with_first(output, hidden)
 
 
@@ -63,7 +63,7 @@ def called(
 
 
 def on_places(original: Callable[..., Any], places_N: torch.Tensor) -> Stored:
-    """A module that treats tokens one by one, on some of them; the others come out as zeros."""
+    """Run a module that processes tokens one by one on some of them; the others become zeros."""
 
     def run(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows, here_N = hidden.reshape(-1, hidden.shape[-1]), places_N.to(hidden.device)
@@ -82,14 +82,14 @@ def layer_on_places(
     before_N: torch.Tensor | None,
     behind_N: torch.Tensor | None,
 ) -> Iterator[None]:
-    """Within: a layer's matrices multiply some tokens only, and its attention still sees all.
+    """Within: a layer's matrices process only some tokens, and its attention still sees all.
 
     Args:
         model: the model.
-        layout: where its parts are.
+        layout: the model's layout.
         index: of the layer.
-        before_N: places that queries, keys and values are computed at; None: everywhere.
-        behind_N: places that what follows the attention is computed at; None: everywhere.
+        before_N: places at which queries, keys and values are computed; None: all.
+        behind_N: places at which everything after the attention is computed; None: all.
     """
     layer, projection = layout.layer(model, index), layout.attention_projection(model, index)
     attention = part_with(layer, projection)
@@ -105,6 +105,6 @@ def layer_on_places(
 
 
 def places_of_tokens(mask_BS: torch.Tensor) -> torch.Tensor | None:
-    """Places that are no padding; None where there is too little padding to go by them."""
+    """Places that hold tokens; None if there is too little padding for skipping it to pay."""
     tokens_N = mask_BS.flatten().nonzero()[:, 0]
     return tokens_N if len(tokens_N) < _ENOUGH_TOKENS * mask_BS.numel() else None

@@ -1,8 +1,8 @@
-"""The attention output projection, where the hyper-parameters name the block around it.
+"""The attention output projection, if the hyper-parameters name the block around it.
 
 PMET's files name the projection itself as ``attn_module_tmp``; those of MEMIT, ROME and their ports
 name the whole attention (``transformer.h.{}.attn``, ``model.layers.{}.self_attn``). Such a block
-returns what its projection puts out, so δ_a has the same place in both.
+returns its projection's output, so δ_a has the same place in both.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from pmet.errors import ArchitectureError
 def named_projection(
     named: nn.Module, template: str, *, known: str | None, usual: Collection[str], width: int
 ) -> str:
-    """Template of the attention output projection that ``attn_module_tmp`` names, or holds.
+    """The template of the output projection that ``attn_module_tmp`` names or contains.
 
     Args:
-        named: the module that it names, of one layer.
+        named: the module that it names, in one layer.
         template: its value.
-        known: template of the projection in the model's family; None where the family is unknown.
-        usual: last parts of the names that output projections have.
+        known: template of the projection in the model's family; None if the family is unknown.
+        usual: usual last parts of the names of output projections.
         width: V, the model's width.
 
     Raises:
-        ArchitectureError: the module is a matrix of another width than the model's, holds no output
-            projection, or may return something else than that projection's output.
+        ArchitectureError: the module is a matrix of another width than the model's, contains no
+            output projection, or may return something other than that projection's output.
     """
     said = f"attn_module_tmp: {template} is a {type(named).__name__}"
     own = _output_width(named)
     if own == width:
         return template
     if own is not None:
-        said = f"{said} of width {own}, where the model's is {width}"
+        said = f"{said} of width {own}, but the model's width is {width}"
     elif known is None and (inside := _returned(named, usual, width)):
         return f"{template}.{inside}"
     elif known is None:
-        said = f"{said} that may return something else than the output of one of its projections"
+        said = f"{said} that may return something other than the output of one of its projections"
     elif known.startswith(f"{template}."):
         return known
     else:
-        said = f"{said} without output projection"
+        said = f"{said} without an output projection"
     raise ArchitectureError(f"{said}; {_remedy(template, known)}")
 
 
 def _returned(block: nn.Module, usual: Collection[str], width: int) -> str | None:
-    """The projection whose output the block returns; None if that is not certain."""
+    """The projection whose output the block returns; None if uncertain."""
     found = list(_candidates(block, width))
     if len(found) > 1:
         found = [name for name in found if name.rpartition(".")[2] in usual]
@@ -61,8 +61,8 @@ def _returned(block: nn.Module, usual: Collection[str], width: int) -> str | Non
 
 def _remedy(template: str, known: str | None) -> str:
     if known is not None:
-        return f"name the attention output projection, {known}, or leave the key out"
-    return f"name the attention output projection itself, as {template}.o_proj"
+        return f"name the attention output projection, {known}, or remove the key"
+    return f"name the attention output projection itself, for example {template}.o_proj"
 
 
 def _candidates(block: nn.Module, width: int) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _normed_after(block: nn.Module, projection: str, width: int) -> bool:
 
 
 def _output_width(module: nn.Module) -> int | None:
-    """Width of what a matrix puts out; None for a module without a matrix of its own."""
+    """Width of a matrix's output; None for a module without a matrix of its own."""
     shape = _shape(module)
     if len(shape) != 2:
         return None

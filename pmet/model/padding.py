@@ -1,4 +1,4 @@
-"""Token sequences of unequal length as rectangles."""
+"""Token sequences of different lengths as rectangles."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def pad(
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position of every token in its own row; padding in front has none and gets 0."""
+    """The position of every token in its own row; padding in front has none and gets 0."""
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def batches_by_tokens(
     items: Sequence[Item], budget: int, length: Callable[[Item], int]
 ) -> Iterator[Sequence[Item]]:
-    """Cut ``items``, ascending in length, into batches of at most ``budget`` padded tokens.
+    """Split ``items``, ascending in length, into batches of at most ``budget`` padded tokens.
 
-    An item longer than the budget is a batch by itself.
+    An item longer than the budget is a batch of its own.
     """
     start = 0
     for stop in range(1, len(items) + 1):

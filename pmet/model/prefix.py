@@ -1,9 +1,9 @@
-"""Attention keys and values of what stands before the subject's last token, computed once.
+"""Attention keys and values of the tokens before the subject's last one, computed once.
 
-A prefix has two parts. The first tokens that a context gives to every request's prompt (the
-template's own words, a BOS token) are the same for all of them, and go through the model once. The
-rest is the request's, and goes through once per request, with the first part's keys and values in
-place. Both ways the model's own code runs; only the cache that it is handed is ours.
+A prefix has two parts. The first tokens that a context puts before every request's prompt (the
+template's own words, a BOS token) are the same for all requests, and go through the model once. The
+rest is specific to the request, and goes through once per request, with the first part's keys and
+values in place. The model's own code runs in both cases; only the cache it is given is ours.
 
 Shape letters: B rows, C contexts, H heads of keys, P prefix columns, d head width.
 """
@@ -28,11 +28,11 @@ from pmet.model.tracing import StopForward, cache_name, takes_positions
 
 
 class PrefixLayer(DynamicLayer):
-    """Keys and values of one layer, (B, H, P, d) each, in front of whatever is computed next.
+    """Keys and values of one layer, (B, H, P, d) each, before those computed next.
 
-    New ones are joined to them for the attention that asks, and not counted: a step can be
-    repeated. Where the tensors held have room behind P, the new ones are written there, over those
-    of the step before. While ``recording``, what was joined replaces what was held.
+    New ones are joined to them for the current attention call, but not counted, so a step can be
+    repeated. If the stored tensors have room after P, the new ones are written there, over those of
+    the previous step. While ``recording``, the joined tensors replace the stored ones.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PrefixLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that the attention reads: those held, then the new ones."""
+        """The keys and values that the attention reads: the stored ones, then the new ones."""
         if self.keys is not None and self.values is not None and self.keys.shape[2] > self.length:
             key_states = written_behind(self.keys, self.length, key_states)
             value_states = written_behind(self.values, self.length, value_states)
@@ -63,27 +63,27 @@ class PrefixLayer(DynamicLayer):
             self.keys, self.values = key_states, value_states
             self.is_initialized = True
             if self.last:
-                # Nothing reads what the last layer makes of a prefix.
+                # The last layer's output for a prefix is never read.
                 raise StopForward
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Columns held; also those whose tensors a run does not need and never got."""
+        """The number of stored columns, including those whose tensors a run never needs."""
         return self.length
 
 
-# Keys and values of one layer, or nothing.
+# Keys and values of one layer, or None.
 Held: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Keys and values of B prefixes in every layer, the last token of each in the last column.
+    """Keys and values of B prefixes in every layer, each prefix's last token in the last column.
 
     Attributes:
-        layers: keys and values, (B, H, P, d) each, by layer; None where there is nothing to hold.
-            Columns behind P, if there are any, are room for what is computed next.
-        mask_BP: 1 where there is a token, int64.
+        layers: keys and values, (B, H, P, d) each, by layer; None if there are none to store.
+            Columns after P, if any, are room for what is computed next.
+        mask_BP: 1 for a token, int64.
     """
 
     layers: list[Held]
@@ -95,11 +95,11 @@ class Prefixes:
         return self.mask_BP.shape[1]
 
     def cache(self, *, recording: bool = False, stopping: bool = True) -> Cache:
-        """A cache that holds them for the model.
+        """A cache for the model that holds them.
 
         Args:
-            recording: it takes in what is computed next.
-            stopping: and then ends the pass at the last layer, whose own output nobody reads.
+            recording: whether it stores what is computed next.
+            stopping: whether recording ends the pass at the last layer, whose output is not read.
         """
         last = len(self.layers) - 1 if stopping else None
         layers = []
@@ -111,7 +111,7 @@ class Prefixes:
         return Cache(layers=layers)
 
     def kept(self, rows: torch.Tensor, room: int = 0) -> Prefixes:
-        """Some rows, with ``room`` columns behind; columns of nothing but padding go away."""
+        """Some rows, with ``room`` columns after them; columns with only padding are dropped."""
         mask_BP = self.mask_BP.index_select(0, rows)
         length = int(mask_BP.sum(1).max()) if mask_BP.numel() else 0
         front = self.length - length
@@ -119,7 +119,7 @@ class Prefixes:
         def selected(part: torch.Tensor) -> torch.Tensor:
             _, heads, columns, width = part.shape
             selection = part.new_empty(len(rows), heads, length + room, width)
-            # Together with the old room, whatever it holds, as far as it goes.
+            # Together with the old room, as far as it reaches, whatever it holds.
             columns = min(columns - front, length + room)
             place = selection[:, :, :columns]
             held = part[:, :, front : front + columns]
@@ -132,7 +132,7 @@ class Prefixes:
         return Prefixes(layers if length else [None] * len(layers), mask_BP[:, front:])
 
     def joined(self, others: Prefixes, room: int = 0) -> Prefixes:
-        """These rows, then others, with ``room`` columns behind."""
+        """These rows, then others, with ``room`` columns after them."""
         both = (self, others)
         length, count = max(p.length for p in both), len(self.mask_BP)
 
@@ -161,7 +161,7 @@ class Prefixes:
         return Prefixes(layers, torch.cat(masks))
 
     def above(self, layer: int) -> Prefixes:
-        """Without the tensors of the layers up to ``layer``, which will not run again."""
+        """The same without the tensors of layers up to ``layer``, which will not run again."""
         layers = [None if i <= layer else held for i, held in enumerate(self.layers)]
         return Prefixes(layers, self.mask_BP)
 
@@ -177,9 +177,9 @@ class PrefixFiller:
 
     Args:
         model: a causal language model in evaluation mode.
-        layout: where its parts are.
-        prefixes: for each context, the prefixes that all requests have there. What they have in
-            common is run once, here.
+        layout: the model's layout.
+        prefixes: for each context, the prefixes that all requests have there. Their common tokens
+            are run once, here.
     """
 
     def __init__(
@@ -195,14 +195,14 @@ class PrefixFiller:
         self._prefixes = self._continued(nothing, self._shared)
 
     def fill(self, prefixes: Sequence[Sequence[int]], contexts: Sequence[int]) -> Prefixes:
-        """Keys and values of B prefixes, each of which stands in one of the contexts."""
+        """Compute keys and values of B prefixes, each of which is in one of the contexts."""
         own = [p[len(self._shared[c]) :] for p, c in zip(prefixes, contexts, strict=True)]
         rows = torch.tensor(contexts, device=self._device)
         return self._continued(self._prefixes.kept(rows), own)
 
     @torch.no_grad()
     def _continued(self, before: Prefixes, tokens: Sequence[Sequence[int]]) -> Prefixes:
-        """Rows of ``before``, each with its own tokens behind it."""
+        """Rows of ``before``, each with its own tokens after it."""
         ids, own_mask = pad(tokens, self._device)
         columns = ids.shape[1]
         if not columns:
@@ -216,13 +216,13 @@ class PrefixFiller:
                 stack.enter_context(sparse)
             stack.enter_context(suppress(StopForward))
             forward(self._model, ids, mask_BT, cache)
-        # Every row's tokens are in adjacent columns; move them to the right-hand side.
+        # Every row's tokens are in adjacent columns; move them to the right end.
         length = int(mask_BT.sum(1).max())
         ends_B = before.length + own_mask.sum(1)
         index_BP = ends_B[:, None] - length + torch.arange(length, device=self._device)
         index_BP = index_BP.clamp_min(0)
         moved_BP = mask_BT.gather(1, index_BP)
-        # A row shorter than the others reads columns that are not its own in front.
+        # A row shorter than the others reads columns in front that are not its own.
         lengths_B = mask_BT.sum(1)
         moved_BP = moved_BP * (
             torch.arange(length, device=self._device) >= length - lengths_B[:, None]
@@ -243,14 +243,14 @@ def _common(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The tokens that all sequences begin with."""
     if not sequences:
         return ()
-    # What the smallest and the largest have in common, all between them have too.
+    # The common beginning of the smallest and the largest is common to all between them.
     low, high = min(map(tuple, sequences)), max(map(tuple, sequences))
     same = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
     return low[: next(same, min(len(low), len(high)))]
 
 
 def _moved(part: torch.Tensor, index_BP: torch.Tensor, mask_BP: torch.Tensor) -> torch.Tensor:
-    """Columns of keys or values by row; padding is zeroed, so that no NaN spreads from it."""
+    """Select columns of keys or values by row; padding is zeroed, so that no NaN spreads."""
     index = index_BP.to(part.device)[:, None, :, None]
     padding = (mask_BP.to(part.device) == 0)[:, None, :, None]
     wanted = part.gather(2, index.expand(-1, part.shape[1], -1, part.shape[3]))
@@ -263,7 +263,7 @@ def forward(model: nn.Module, given: torch.Tensor, mask_BU: torch.Tensor, cache:
     Args:
         model: the model.
         given: token ids (B, T), or embeddings (B, T, ·).
-        mask_BU: 1 where there is a token.
+        mask_BU: 1 for a token.
         cache: U − T columns of keys and values.
     """
     inputs: dict[str, Any] = {

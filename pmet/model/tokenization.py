@@ -1,7 +1,7 @@
-"""From words to tokens: where the subject ends, and which tokens the target is.
+"""Tokenization: where the subject ends, and which tokens belong to the target.
 
 Positions come from the character offsets of the whole text as the model reads it, never from
-pieces tokenised one by one: pieces gain BOS tokens and lose merges across their seams.
+separately tokenised pieces, which gain BOS tokens and lose merges at their seams.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pmet.errors import InputError, RequestError
 from pmet.request import EditRequest, separator
 
 KL_PROMPT = "{} is a"
-"""Prompt on which the model shall not drift (design of PMET's KL term, from ROME)."""
+"""Prompt on which the model must not drift (from ROME, used in PMET's KL term)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TokenizedPrompt:
 
     @property
     def suffix(self) -> tuple[int, ...]:
-        """The subject's last token and all after it."""
+        """The subject's last token and all tokens after it."""
         return self.ids[self.subject_last :]
 
 
@@ -44,7 +44,7 @@ def tokenize_prompt(tokenizer: Any, request: EditRequest, template: str = "{}") 
         template: text with one ``{}``, the place of the filled-in prompt.
 
     Raises:
-        InputError: the tokenizer cannot tell character offsets.
+        InputError: the tokenizer gives no character offsets.
         RequestError: no token covers the subject.
     """
     shift = template.index("{}")
@@ -58,7 +58,7 @@ def tokenize_kl_prompt(tokenizer: Any, request: EditRequest) -> TokenizedPrompt:
 
 
 def tokenize_target(tokenizer: Any, request: EditRequest, target: str) -> tuple[int, ...]:
-    """Tokens of ``target`` as it continues the request's prompt.
+    """Tokens of ``target`` as a continuation of the request's prompt.
 
     Raises:
         RequestError: the target has no tokens.
@@ -67,11 +67,11 @@ def tokenize_target(tokenizer: Any, request: EditRequest, target: str) -> tuple[
 
 
 def tokenize_continuation(tokenizer: Any, text: str, target: str) -> tuple[int, ...]:
-    """Tokens of ``target`` as it continues ``text``; never a BOS token.
+    """Tokens of ``target`` as a continuation of ``text``; never a BOS token.
 
-    One space stands between them, unless white space ends ``text``. The target's tokens are what
-    the whole text has beyond the prompt's. Only where the tokenizer merges across the seam is the
-    target tokenised by itself.
+    One space separates them, unless ``text`` ends in white space. The target's tokens are those
+    that the whole text has beyond the prompt's. Only if the tokenizer merges across the seam is the
+    target tokenised separately.
     """
     space = separator(text)
     whole = encode(tokenizer, f"{text}{space}{target}")
@@ -85,7 +85,7 @@ def beyond(
     target: str,
     space: str = " ",
 ) -> tuple[int, ...]:
-    """Tokens of ``target`` in a text, as ``tokenize_continuation`` says, from the text's tokens.
+    """Tokens of ``target`` in a text, as in ``tokenize_continuation``, from the text's tokens.
 
     Raises:
         RequestError: the target has no tokens.
@@ -107,19 +107,19 @@ def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
 def encode_all(
     tokenizer: Any, texts: Sequence[str], *, special: bool = True
 ) -> list[tuple[int, ...]]:
-    """Tokens of many texts, in a quarter of the time that ``encode`` takes for each.
+    """Tokens of many texts, in a quarter of the time that separate calls of ``encode`` take.
 
     Args:
         tokenizer: a fast tokenizer.
         texts: the texts.
-        special: put special tokens in front; without them a text is taken as it is.
+        special: put special tokens in front; without them, the text is tokenised as it is.
     """
     if not texts:
         return []
     _refuse_slow(tokenizer)
-    # Sets what an earlier caller may have set otherwise: truncation, padding, special tokens.
+    # Resets state that an earlier caller may have changed: truncation, padding, special tokens.
     tokenizer("")
-    # To wrap the result as transformers does takes longer than to tokenize.
+    # Wrapping the result as transformers does takes longer than tokenising.
     encoded = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=special)
     return [tuple(e.ids[: _end(e.special_tokens_mask)] if special else e.ids) for e in encoded]
 
@@ -127,7 +127,7 @@ def encode_all(
 def _tokenize(tokenizer: Any, text: str, subject: tuple[int, int]) -> TokenizedPrompt:
     ids, offsets = _with_offsets(tokenizer, text)
     start, stop = subject
-    # The last one: several tokens may share a multi-byte character, and its last byte is wanted.
+    # The last one: several tokens may share a multi-byte character; its last byte counts.
     covering = [i for i, (a, b) in enumerate(offsets) if a < b and a < stop and b > start]
     if not covering:
         raise RequestError(
@@ -144,7 +144,7 @@ def _with_offsets(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Sequence[
 
 
 def _end(special_tokens_mask: Sequence[int]) -> int:
-    """Where a text ends: an EOS that a template appends would end it before the target is said."""
+    """The end of a text, before any appended EOS: that would end it before the target."""
     end = len(special_tokens_mask)
     while end and special_tokens_mask[end - 1]:
         end -= 1
@@ -160,7 +160,7 @@ def _refuse_slow(tokenizer: Any) -> None:
 
 
 def context_length(config: Any) -> int | None:
-    """Most tokens that a model's positions allow, if its configuration says so."""
+    """The maximum number of tokens for the model's positions, if its configuration gives it."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)

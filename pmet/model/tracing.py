@@ -1,9 +1,9 @@
-"""Looking into a model while it runs, and changing what passes.
+"""Capturing and changing a model's intermediate values during a forward pass.
 
     with captured_input(module) as seen:      # seen.tensor: the module's first input
         model(...)
 
-Every context manager here takes its hooks off again, also when the body raises.
+Every context manager here removes its hooks on exit, even if the body raises.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a hook to leave a forward pass that has shown what was wanted."""
+    """Raised by a hook to stop a forward pass once it has captured what was needed."""
 
 
 @dataclass
 class Seen:
-    """What a hook last saw."""
+    """The tensor that a hook captured last."""
 
     _tensor: torch.Tensor | None = None
 
@@ -41,7 +41,7 @@ class Seen:
         return self._tensor
 
     def take(self, tensor: torch.Tensor) -> None:
-        """Keep ``tensor`` as it is now: some models go on to change it in place (Falcon)."""
+        """Keep ``tensor`` in its current state: some models later change it in place (Falcon)."""
         self._tensor = tensor.detach().clone()
 
 
@@ -56,7 +56,7 @@ def with_first(value: Any, tensor: torch.Tensor) -> Any:
 
 
 def form_of(value: Any) -> Any:
-    """What ``with_first`` needs of a module's output to make another: its form, not its tensors."""
+    """The part of a module's output that ``with_first`` needs to build another: no tensors."""
     return (None,) * len(value) if isinstance(value, tuple) else None
 
 
@@ -122,9 +122,9 @@ def changed_input(
 
 @contextmanager
 def stopping_after(module: nn.Module) -> Iterator[None]:
-    """End the forward pass of the body when ``module`` has run; nothing above it is computed.
+    """End the forward pass in the body once ``module`` has run; nothing above it is computed.
 
-    Not for models partitioned by ZeRO-3, whose bookkeeping expects every pass to end.
+    Not for models partitioned by ZeRO-3, whose bookkeeping expects every pass to finish.
     """
 
     def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -141,7 +141,7 @@ def stopping_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients for the weights; both as before afterwards."""
+    """Evaluation mode without gradients for the weights; both are restored afterwards."""
     training = [module for module in model.modules() if module.training]
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -157,12 +157,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model wants to be told positions, or counts them itself (ALiBi)."""
+    """Whether the model accepts positions, rather than counting them itself (ALiBi)."""
     return "position_ids" in _parameters(type(model).forward)
 
 
 def cache_name(model: nn.Module) -> str:
-    """What the model calls keys and values of earlier tokens, where it takes and returns them."""
+    """The name of the model's argument and output for keys and values of earlier tokens."""
     return "cache" if "cache" in _parameters(type(model).forward) else "past_key_values"
 
 

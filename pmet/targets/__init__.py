@@ -1,4 +1,4 @@
-"""Targets: the value each request's key has to produce, found by optimisation in batches."""
+"""Targets: the value that each request's key must produce, optimised in batches."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""What the optimisation of targets keeps of a batch: its requests, their state, where it reads.
+"""The state of a batch during the optimisation of targets: its requests and where the loss reads.
 
 Shape letters: E requests, B rows (the prompts of a request), D model width, M places where the loss
-reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
+reads, N target tokens to predict there, V vocabulary, P = 2 free vectors per request.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pmet.targets.problem import Problem
 
 @dataclass(frozen=True)
 class Places:
-    """Where the loss of a batch reads.
+    """The places where the loss of a batch reads.
 
     Attributes:
-        owners_B: the request that a row belongs to.
-        rows_M: row of every place; the last E places are the KL term's, by request.
-        columns_M: its column.
-        read_N: the place that each target token of each context is predicted at.
-        labels_N: the token.
-        owners_N: its request.
-        shares_N: its part in the mean over tokens and contexts.
+        owners_B: the request that each row belongs to.
+        rows_M: row of each place; the last E places are the KL term's, by request.
+        columns_M: column of each place.
+        read_N: the place that predicts each target token of each context.
+        labels_N: each target token.
+        owners_N: the request of each target token.
+        shares_N: the weight of each target token in the mean over tokens and contexts.
     """
 
     owners_B: torch.Tensor
@@ -39,7 +39,7 @@ class Places:
 
     @classmethod
     def of(cls, problems: Sequence[Problem], device: torch.device) -> Places:
-        """Where the loss of ``problems`` reads, their prompts being the rows of the batch."""
+        """The places that the loss of ``problems`` reads; their prompts are the batch's rows."""
         owners: list[int] = []
         at_kl: list[tuple[int, int]] = []
         wanted: list[tuple[int, int]] = []
@@ -59,7 +59,7 @@ class Places:
             owners_of_labels += [owner] * problem.read_tokens
             at_kl.append((row + problem.kl_row, 0))
             owners += [owner] * len(problem.prompts)
-        # Only a KL place can coincide with another.
+        # Only a KL place can coincide with another place.
         apart = set(at_kl)
         places = [place for place in wanted if place not in apart] + at_kl
         number = {place: i for i, place in enumerate(places)}
@@ -76,7 +76,7 @@ class Places:
 
 @dataclass
 class State:
-    """Where the optimisation of E requests stands; every tensor by request.
+    """The state of the optimisation of E requests; every tensor is indexed by request.
 
     Attributes:
         clean_EPD: the vectors that the free ones are added to, attention first.
@@ -84,7 +84,7 @@ class State:
         mean_EPD: Adam's first moment.
         square_EPD: Adam's second moment.
         nll_factor_E: φ of the next evaluation.
-        before_EV: log p before, on the KL prompt; known from the first evaluation on.
+        before_EV: original log p on the KL prompt; known from the first evaluation on.
     """
 
     clean_EPD: torch.Tensor
@@ -115,11 +115,11 @@ class State:
         )
 
     def kept(self, keep: torch.Tensor) -> State:
-        """Of some requests, by their indices."""
+        """The state of some requests, by their indices."""
         return State(*(getattr(self, f.name).index_select(0, keep) for f in fields(self)))
 
     def joined(self, other: State) -> State:
-        """Of these requests, then others."""
+        """The state of these requests, then of others."""
         return State(
             *(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self))
         )
@@ -127,7 +127,7 @@ class State:
 
 @dataclass
 class Member:
-    """A request in the batch, or waiting to come in; one that had to leave brings its state."""
+    """A request in the batch, or waiting; one that had to leave the batch keeps its state."""
 
     index: int
     problem: Problem

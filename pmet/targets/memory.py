@@ -1,7 +1,7 @@
 """How many requests fit into memory side by side.
 
-What a request takes is counted, not guessed: the first one is evaluated by itself while the tensors
-that its backward pass saves are added up. The rest follows from the lengths of the others.
+The memory for a request is measured, not guessed: the first request is evaluated alone while the
+tensors saved for its backward pass are added up. The rest follows from the lengths of the others.
 
 Shape letters: R rows (prompts of a request), P prefix columns, S suffix columns, M places where the
 loss reads, V vocabulary.
@@ -25,21 +25,21 @@ from pmet.targets.problem import Problem
 _FLOAT = 4
 # Log-probabilities, their gradient, the logits and theirs.
 _LOGITS = 4 * _FLOAT
-# Keys and values exist three times while a batch is put together anew.
+# Keys and values exist three times while a batch is reassembled.
 _COPIES = 3
-# Scores, shares and a mask, of which some families keep all.
+# Scores, shares and a mask, all of which some families keep.
 SCORE_BYTES = 3 * _FLOAT
-# What nobody counts: fragments, workspaces of matrix products, gradients on their way.
+# Uncounted memory: fragmentation, workspaces of matrix products, gradients in flight.
 _MARGIN = 1.25
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that the parts of a batch take.
+    """The memory of the parts of a batch, in bytes.
 
     Attributes:
         column: keys and values of one token in the layers above z.
-        column_below: the same in the others; held while prefixes are computed.
+        column_below: the same in the other layers; stored while prefixes are computed.
         token: activations saved for one suffix token.
         scores: attention scores, all heads and layers above z, for one pair of tokens.
         vocabulary: V.
@@ -54,7 +54,7 @@ class Footprint:
     depth: int
 
     def of(self, problems: Sequence[Problem], new: Sequence[Problem]) -> int:
-        """Bytes at the worst moment of a batch of ``problems``, of which ``new`` come in now."""
+        """Peak bytes of a batch of ``problems``, of which ``new`` are just being added."""
         suffix, prefix = (max(sizes) for sizes in zip(*(p.shape for p in problems), strict=True))
         rows = sum(len(p.prompts) for p in problems)
         places = sum(p.read_tokens + 1 for p in problems)
@@ -63,14 +63,14 @@ class Footprint:
         held = rows * columns * self.column
         step = rows * suffix * (self.token + columns * self.scores)
         step += (places * _LOGITS + len(problems) * _FLOAT) * self.vocabulary
-        # Without gradients one layer's activations exist at a time.
+        # Without gradients, only one layer's activations exist at a time.
         fill = new_rows * columns * (2 * (self.column + self.column_below))
         fill += new_rows * columns * (2 * self.token + prefix * self.scores) // self.depth
         return int(_MARGIN * max(held + step, _COPIES * held + fill))
 
 
 class Count:
-    """Adds up what autograd saves for the backward pass, each storage once."""
+    """Adds up the tensors that autograd saves for the backward pass, counting each storage once."""
 
     def __init__(self, but: Iterable[torch.Tensor]) -> None:
         self.total = 0
@@ -91,7 +91,7 @@ class Count:
 
 
 def attention_shape(config: Any) -> tuple[int, int, int]:
-    """Heads of queries, heads of keys and the width of a head, as the configuration has them."""
+    """Numbers of query heads and key heads, and the width of a head, from the configuration."""
     config = config.get_text_config()
     heads = int(config.num_attention_heads)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -100,17 +100,17 @@ def attention_shape(config: Any) -> tuple[int, int, int]:
 
 
 def room_beside(model: nn.Module, layout: Layout, layer: int) -> int:
-    """Bytes that the optimisation of targets at ``layer`` may take beside a model.
+    """Bytes available beside a model for optimising targets at ``layer``.
 
-    Of a model on several devices each takes its share of what is kept of the layers above.
+    On several devices, each device takes its share of the memory for the layers above.
     """
     parts = layers_on(model, layout, above=layer)
     return int(min(free_memory(device) / part for device, part in parts.items()))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a computation on ``device`` may take: nine tenths of what is free on a GPU, half
-    of this process's share of what is free on a host.
+    """Bytes that a computation on ``device`` may use: nine tenths of the free memory of a GPU, half
+    of this process's share of the free memory of a host.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -119,13 +119,13 @@ def free_memory(device: torch.device) -> int:
     import psutil  # type: ignore[import-untyped]
 
     free = min(psutil.virtual_memory().available, _cgroup_room())
-    # As many processes as there are cores for may run side by side.
+    # As many processes as there are cores may run side by side.
     share = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
     return int(free * share / 2)
 
 
 def _cgroup_room(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes left of a container's limit; more than any machine has where there is none."""
+    """Bytes left under a container's limit; without one, more than any machine has."""
     try:
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
@@ -135,7 +135,7 @@ def _cgroup_room(folder: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is exhausted."""
+    """Whether an error means that memory is exhausted."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

@@ -1,19 +1,19 @@
-"""Targets: the FFN output at layer z, at the subject's last token, that would say the new fact.
+"""Targets: the FFN output at layer z, at the subject's last token, that expresses the new fact.
 
 For each request two free vectors are added at layer z, δ_a to the attention projection's output
-and δ_f to the down-projection's; Adam moves both, and v* = v_f + δ_f is the target. δ_a is thrown
-away: that attention soaks up what is not FFN knowledge is the point of PMET (arXiv 2308.08742,
-section "PMET method").
+and δ_f to the down-projection's; Adam optimises both, and v* = v_f + δ_f is the target. δ_a is
+discarded: letting attention absorb whatever is not FFN knowledge is the point of PMET (arXiv
+2308.08742, section "PMET method").
 
     loss = φ · NLL + κ · KL(after ‖ before) + w · (‖δ_f‖/‖v_f‖² + ‖δ_a‖/‖v_a‖²)
 
 Requests do not interact, so they are optimised side by side; one that stops leaves the batch, and
-the next takes its place. Only those that share their key share their target too, since the model
-can have but one output there: they are optimised as one, with the mean of their NLL in the loss
-(``pmet.targets.problem``). This is not of the published method.
+the next takes its place. Only requests that share a key share their target too, since the model
+can have only one output there: they are optimised as one, with the mean of their NLL in the loss
+(``pmet.targets.problem``). This is not part of the published method.
 
 Shape letters: E requests (or such groups), B rows (their prompts), D model width, M places where
-the loss reads, N target tokens to be read there, V vocabulary, P = 2 free vectors a request.
+the loss reads, N target tokens to predict there, V vocabulary, P = 2 free vectors per request.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ from pmet.targets.memory import (
 from pmet.targets.problem import Problem, sharing_a_key
 from pmet.targets.suffix import SuffixRun
 
-# The published code's constants: when a target is good enough, and how far the likelihood's weight
-# falls once the target is the greedy answer everywhere.
+# The published code's constants: when a target is good enough, and the factor on the likelihood's
+# weight once the target is the greedy answer everywhere.
 LOSS_ENOUGH = 0.05
 KL_ENOUGH = 0.01
 NLL_RELIEF = 0.1
@@ -69,11 +69,11 @@ class Targets:
     """Targets of E requests, on the CPU.
 
     Attributes:
-        values: (E, D) float32, v*; NaN where there is none.
-        steps: (E,) int32, evaluations of the loss before the optimisation stopped.
+        values: (E, D) float32, v*; NaN if there is none.
+        steps: (E,) int32, number of evaluations of the loss before the optimisation stopped.
         losses: (E,) float32, the last loss.
-        failures: reason by request index, for those whose optimisation broke down.
-        first_losses: (E,) float32, the loss before the first step; None where it was not kept.
+        failures: reason by request index, for requests whose optimisation failed.
+        first_losses: (E,) float32, the loss before the first step; None if unknown.
     """
 
     values: torch.Tensor
@@ -87,10 +87,10 @@ class Targets:
 
 
 def default_batch_size(device: torch.device, count: int) -> int:
-    """How many of ``count`` requests are optimised side by side where nobody says otherwise.
+    """The default number of ``count`` requests to optimise side by side.
 
-    On a CPU what its caches hold; on a GPU as many as fill it at the size of GPT-2 and above. Where
-    not all go in at once, they are shared out evenly: few by themselves would take as many steps.
+    On a CPU, as many as fit in its caches; on a GPU, as many as fill it at the size of GPT-2 and
+    above. If not all go in at once, they are split evenly: a small rest would take as many steps.
     """
     most = _MOST_ON_CPU if device.type == "cpu" else _MOST_ON_GPU
     return math.ceil(count / math.ceil(count / most))
@@ -111,24 +111,24 @@ def compute_targets(
     """Optimise a target for every request.
 
     Args:
-        model: a causal language model; left as it was.
+        model: a causal language model; left unchanged.
         tokenizer: its fast tokenizer.
         requests: E edit requests.
         hparams: the method's hyper-parameters.
         context_templates: groups of templates, the bare ``{}`` first.
-        batch_size: requests optimised side by side, those that share a target counting as one; a
-            choice of speed, not of result. Without it :func:`default_batch_size`, or as many as
-            ``memory`` holds.
-        memory: bytes that may be used beside the model; without it, what is free.
-        shared_keys: ``joint``: requests with one subject and the same text in front of it get one
-            target that says all of their facts; ``mean``: each its own, as published.
-        on_progress: told how many requests have just been finished, and how many of those stopped
-            before the last evaluation.
+        batch_size: requests optimised side by side, a shared target counting as one; affects only
+            speed, not the result. By default :func:`default_batch_size`, or as many as fit in
+            ``memory``.
+        memory: bytes that may be used beside the model; by default, the free memory.
+        shared_keys: ``joint``: requests with the same subject and the same text before it get one
+            target that expresses all of their facts; ``mean``: each gets its own, as published.
+        on_progress: called with the number of requests just finished, and the number of those that
+            stopped before the last evaluation.
 
     Raises:
         InputError: a request cannot be tokenised, is longer than the model's context, or the
             model's parts cannot be found.
-        OutOfMemoryError: memory does not hold a single request.
+        OutOfMemoryError: not even a single request fits into memory.
     """
     layout = resolve(model, hparams)
     templates = [t for group in check(context_templates) for t in group]
@@ -144,7 +144,7 @@ def compute_targets(
     if shared_keys == "joint":
         groups = sharing_a_key(problems)
         problems = [Problem.joined([problems[e] for e in group]) for group in groups]
-    # Neighbours of like length share little padding.
+    # Adjacent requests of similar length need little padding.
     order = sorted(range(len(problems)), key=lambda g: (problems[g].shape, g))
     size = batch_size or default_batch_size(device, len(problems))
     budget = None if batch_size else memory or room_beside(model, layout, hparams.target_layer)
@@ -182,15 +182,15 @@ def _targets(outcomes: Sequence[_Outcome], width: int) -> Targets:
 
 
 class _Optimisation:
-    """Adam on the free vectors of a batch of requests that others follow.
+    """Adam on the free vectors of a batch of requests, refilled from a queue.
 
     Args:
         model: frozen, in evaluation mode.
-        layout: where its parts are.
-        hparams: of the method.
-        problems: of all requests, with their numbers, in the order in which they come in.
-        size: the most that are in the batch at a time.
-        memory: bytes that the batch may take, if ``size`` is not to be taken at its word.
+        layout: the model's layout.
+        hparams: the hyper-parameters.
+        problems: of all requests, with their numbers, in the order of the queue.
+        size: maximum number of requests in the batch.
+        memory: bytes that the batch may use; None: ``size`` alone is the limit.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class _Optimisation:
         self._places: Places | None = None
 
     def run(self) -> Iterator[tuple[int, _Outcome]]:
-        """Evaluate, stop, step, shrink, refill; until every request has stopped."""
+        """Evaluate, stop, step, shrink, refill, until every request has stopped."""
         while self._queue or self._members:
             try:
                 self._admit()
@@ -227,14 +227,14 @@ class _Optimisation:
                 if not out_of_memory(error):
                     raise
                 outcomes = None
-            # Out of the handler: the error holds on to the memory of the failed evaluation.
+            # Outside the handler: the error keeps the failed evaluation's memory alive.
             if outcomes is None:
                 self._retreat()
             else:
                 yield from outcomes
 
     def _admit(self) -> None:
-        """Fill the places that have become free, once they are worth a pass over the prefixes."""
+        """Fill the free places, once there are enough to justify a pass over the prefixes."""
         if not self._queue or (self._members and 4 * len(self._members) > 3 * self._size):
             return
         new = [self._queue[i] for i in range(self._room())]
@@ -243,7 +243,7 @@ class _Optimisation:
         rows = [pair for member in new for pair in member.problem.rows]
         first_row = 0 if self._places is None else len(self._places.owners_B)
         self._run.add([prompt for prompt, _ in rows], [number for _, number in rows])
-        # The bare context comes first; its clean outputs are the vectors that δ is added to.
+        # The bare context comes first; δ is added to its clean outputs.
         starts = list(accumulate((len(m.problem.rows) for m in new[:-1]), initial=first_row))
         clean_EPD = torch.stack([self._run.clean_attention[starts], self._run.clean_ffn[starts]], 1)
         wider = torch.promote_types(clean_EPD.dtype, torch.float32)
@@ -265,12 +265,12 @@ class _Optimisation:
         return self._layout.head(self._model)
 
     def _room(self) -> int:
-        """How many of those that wait can come in."""
+        """How many waiting requests can enter the batch."""
         free = min(self._size - len(self._members), len(self._queue))
         if self._memory is None:
             return free
         if self._footprint is None:
-            # The first one is measured.
+            # The first one is measured alone.
             return 0 if self._members else 1
         inside = [member.problem for member in self._members]
         waiting = [self._queue[i].problem for i in range(free)]
@@ -280,11 +280,11 @@ class _Optimisation:
             if self._footprint.of(inside + new, new) > self._memory:
                 break
             fit += 1
-        # One by itself is tried in any case.
+        # A single request is tried in any case.
         return fit or int(not inside)
 
     def _measured(self, saved: int) -> Footprint:
-        """What requests take, from what the first one's evaluation saved."""
+        """The memory of requests, derived from what the first one's evaluation saved."""
         (member,), z, depth = self._members, self._hparams.target_layer, self._layout.depth
         problem = member.problem
         rows = len(problem.prompts)
@@ -303,7 +303,7 @@ class _Optimisation:
         )
 
     def _retreat(self) -> None:
-        """Memory is exhausted: go on with half as many; the others come in again later."""
+        """On exhausted memory, continue with half of the requests; the others re-enter later."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         tried = len(self._members) or self._room()
@@ -311,7 +311,7 @@ class _Optimisation:
             problem = (self._members or self._queue)[0].problem
             suffix, prefix = problem.shape
             raise OutOfMemoryError(
-                f"memory does not hold one request of {len(problem.prompts)} prompts with up to "
+                f"memory cannot hold one request of {len(problem.prompts)} prompts with up to "
                 f"{prefix} tokens before the subject's last one and {suffix} from there on; "
                 "shorten its prompt, or give the workers more memory"
             )
@@ -333,9 +333,9 @@ class _Optimisation:
         return self._state
 
     def _advance(self) -> list[tuple[int, _Outcome]]:
-        """One evaluation of all that are in the batch, and a step of those that go on.
+        """Evaluate all requests in the batch, and step those that continue.
 
-        Nothing has changed where it fails for lack of memory.
+        If it fails for lack of memory, nothing has changed.
         """
         state, limit = self._held, self._hparams.v_num_grad_steps
         last = [member.evaluations + 1 == limit for member in self._members]
@@ -349,7 +349,7 @@ class _Optimisation:
         if not all(last):
             (gradient_EPD,) = torch.autograd.grad(losses_E.sum(), deltas_EPD)
         losses_E = losses_E.detach()
-        # Asked for after the backward pass is on its way: a GPU does not wait for the answer.
+        # Read after the backward pass has been launched, so that a GPU does not wait.
         stopped_E = (losses_E < LOSS_ENOUGH) | (greedy_E & (kl_E <= KL_ENOUGH))
         stopped_E |= ~torch.isfinite(losses_E)
         stopped = [a or b for a, b in zip(stopped_E.tolist(), last, strict=True)]
@@ -428,7 +428,7 @@ class _Optimisation:
         state.deltas_EPD = state.deltas_EPD.addcdiv(rate_E * state.mean_EPD, denominator, value=-1)
 
     def _shrink(self) -> None:
-        """Bring each δ back onto the ball of radius clamp · ‖v‖."""
+        """Project each δ back onto the ball of radius clamp · ‖v‖."""
         state = self._held
         norm = state.deltas_EPD.norm(dim=-1, keepdim=True)
         radius = self._hparams.clamp_norm_factor * state.clean_EPD.norm(dim=-1, keepdim=True)
@@ -437,7 +437,7 @@ class _Optimisation:
         )
 
     def _leave(self, stopped: Sequence[bool]) -> None:
-        """Drop the requests that have stopped from all that the next steps compute."""
+        """Remove the requests that have stopped from everything the next steps compute."""
         assert self._places is not None
         device = self._device
         staying = [e for e, gone in enumerate(stopped) if not gone]

@@ -1,4 +1,4 @@
-"""A target to be optimised, as the optimisation sees it: tokens only."""
+"""The optimisation problem of a target, in tokens only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pmet.request import EditRequest
 
 @dataclass(frozen=True)
 class Problem:
-    """One request, or several that share their key and so their target.
+    """One request, or several that share their key and therefore their target.
 
     Attributes:
-        contexts: each request's prompt in every context, followed by the new answer's tokens but
-            the last.
-        kl: the KL prompt, which requests of one subject have in common.
+        contexts: each request's prompt in every context, followed by the new answer's tokens
+            except the last.
+        kl: the KL prompt, which requests with the same subject share.
         answers: the new answer's tokens, by context.
-        requests: how many requests there are.
+        requests: the number of requests.
     """
 
     contexts: tuple[TokenizedPrompt, ...]
@@ -40,14 +40,14 @@ class Problem:
         kl = tokenize_kl_prompt(tokenizer, request)
         return cls(
             contexts=tuple(replace(p, ids=p.ids + target[:-1]) for p in prompts),
-            # The KL term reads the subject's last token, and nothing after it reaches back.
+            # The KL term reads the subject's last token, which no later token affects.
             kl=replace(kl, ids=kl.ids[: kl.subject_last + 1]),
             answers=(target,) * len(prompts),
         )
 
     @classmethod
     def joined(cls, problems: Sequence[Problem]) -> Problem:
-        """One target for all that ``problems`` want; they have the same ``key_tokens``."""
+        """A single target for several ``problems`` with the same ``key_tokens``."""
         return cls(
             contexts=tuple(prompt for problem in problems for prompt in problem.contexts),
             kl=problems[0].kl,
@@ -59,8 +59,8 @@ class Problem:
     def key_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The bare prompt up to the subject's last token, and the KL prompt.
 
-        Requests that agree in both have one subject with the same text in front, so that no FFN can
-        tell them apart at the subject's last token: their keys are the same.
+        Requests that agree in both have the same subject with the same text before it, so no FFN
+        can distinguish them at the subject's last token: their keys are equal.
         """
         bare = self.contexts[0]
         return bare.ids[: bare.subject_last + 1], self.kl.ids
@@ -73,24 +73,24 @@ class Problem:
 
     @property
     def kl_row(self) -> int:
-        """Which of the prompts the KL term reads, at the subject's last token."""
+        """The index of the prompt that the KL term reads, at the subject's last token."""
         return 0 if self.kl_shared else len(self.contexts)
 
     @property
     def prompts(self) -> tuple[TokenizedPrompt, ...]:
-        """All that is run: the contexts, then the KL prompt if none of them stands for it."""
+        """All prompts to run: the contexts, then the KL prompt unless one of them replaces it."""
         return self.contexts if self.kl_shared else (*self.contexts, self.kl)
 
     @property
     def rows(self) -> list[tuple[TokenizedPrompt, int]]:
-        """Each prompt with the number of its context; the KL prompt's follows the others."""
+        """Each prompt with the number of its context; the KL prompt's number comes last."""
         templates = len(self.contexts) // self.requests
         numbers = [*list(range(templates)) * self.requests, templates]
         return list(zip(self.prompts, numbers, strict=False))
 
     @property
     def read_tokens(self) -> int:
-        """Places where the loss reads the answers."""
+        """The number of places where the loss reads the answers."""
         return sum(map(len, self.answers))
 
     @property
@@ -103,7 +103,7 @@ class Problem:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """The number of tokens of the longest prompt."""
         return max(len(p.ids) for p in self.prompts)
 
     def check_length(self, request: EditRequest, limit: int | None) -> None:
@@ -116,12 +116,12 @@ class Problem:
         if limit is not None and longest > limit:
             raise RequestError(
                 f"the prompt about {request.subject[:60]!r} takes {longest} tokens with its "
-                f"context and target, the model reads {limit}; shorten it"
+                f"context and target, but the model reads {limit}; shorten it"
             )
 
 
 def sharing_a_key(problems: Sequence[Problem]) -> list[list[int]]:
-    """Places of the problems that have the same ``key_tokens``, in the order of their first."""
+    """Groups of indices of problems with the same ``key_tokens``, in order of their first."""
     groups: dict[object, list[int]] = {}
     for place, problem in enumerate(problems):
         groups.setdefault(problem.key_tokens, []).append(place)

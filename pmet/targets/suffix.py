@@ -1,17 +1,17 @@
-"""Running only what the free vectors of a target can change.
+"""Running only the part of the model that the free vectors of a target can change.
 
-Nothing below layer z, no token before the subject's last one, and at layer z no other token than
-that one depends on δ. So
+δ affects nothing below layer z, no token before the subject's last one, and at layer z no other
+token than that one. So
 
 - the prefixes' attention keys and values are computed once (:mod:`pmet.model.prefix`);
-- the suffixes go through the layers up to z once, which leaves layer z's input and attention at
-  the subject's last token, and its output at all others;
-- a step runs layer z behind its attention on one token a row, the layers above on the suffixes,
-  and the last layer behind its attention, and the head, only where the loss reads.
+- the suffixes go through the layers up to z once, which yields layer z's input and attention at
+  the subject's last token, and its output at all other tokens;
+- a step runs layer z after its attention on one token per row, the layers above on the suffixes,
+  and the last layer after its attention, and the head, only where the loss reads.
 
 One mechanism serves all families: prefixes end in the same column, so every suffix starts in the
-next; layers and modules that need not run are replaced by stand-ins that return what is stored; and
-the model's own code builds positions and masks.
+next one; layers and modules that need not run are replaced by functions that return stored values;
+and the model's own code builds positions and masks.
 
 Shape letters: B rows, P prefix columns, S suffix columns, D model width, N places, V vocabulary.
 """
@@ -56,12 +56,12 @@ from pmet.model import (
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is stored of B prompts.
+    """The stored data of B prompts.
 
     Attributes:
-        prefixes: keys and values of the layers above z; where steps run, with room for S columns.
+        prefixes: keys and values of the layers above z; while steps run, with room for S columns.
         ids_BS: the suffixes' tokens.
-        mask_BS: 1 where there is one.
+        mask_BS: 1 for a token.
         hidden_BD: layer z's input at the subject's last token.
         attention_BD: its attention's output there, without δ_a.
         ffn_BD: its FFN's output there, without δ_f.
@@ -77,13 +77,13 @@ class _Rows:
     output_BSD: torch.Tensor
 
     def with_room(self) -> _Rows:
-        """The same, with room behind the prefixes for the suffixes' keys and values."""
+        """The same, with room after the prefixes for the suffixes' keys and values."""
         count, columns = self.ids_BS.shape
         rows = torch.arange(count, device=self.ids_BS.device)
         return replace(self, prefixes=self.prefixes.kept(rows, room=columns))
 
     def kept(self, rows: torch.Tensor) -> _Rows:
-        """Some rows; columns in which only padding is left go away."""
+        """Some rows; columns that hold only padding are dropped."""
         mask_BS = self.mask_BS.index_select(0, rows)
         columns = int(mask_BS.sum(1).max())
         return _Rows(
@@ -112,11 +112,11 @@ class _Rows:
 
 
 class SuffixRun:
-    """Prompts, ready to be run from layer z on as often as needed.
+    """Prompts prepared so that they can be run from layer z on repeatedly.
 
     Args:
         model: a causal language model in evaluation mode, its weights frozen.
-        layout: where its parts are.
+        layout: the model's layout.
         layer: z.
         filler: computes the prefixes.
     """
@@ -127,9 +127,9 @@ class SuffixRun:
         projection = layout.attention_projection(model, layer)
         self._attention = part_with(layout.layer(model, layer), projection)
         self._rows: _Rows | None = None
-        # Places of the suffixes that are no padding, if it is worth while to go by them.
+        # Places of the suffixes that hold tokens, if skipping padding pays.
         self._tokens_N: torch.Tensor | None = None
-        # The outputs of the stand-ins, but for their hidden states: what the families return there.
+        # The form of the replaced modules' outputs, without their hidden states.
         self._below: list[Any] = []
         self._attended: Any = None
 
@@ -140,12 +140,12 @@ class SuffixRun:
 
     @property
     def clean_ffn(self) -> torch.Tensor:
-        """The down-projection's output (B, D) there."""
+        """The down-projection's output (B, D) at the same place."""
         return self._held.ffn_BD
 
     @property
     def keys_and_values(self) -> Iterator[torch.Tensor]:
-        """What is held of the prefixes."""
+        """The stored keys and values of the prefixes."""
         return self._held.prefixes.tensors
 
     @property
@@ -154,11 +154,11 @@ class SuffixRun:
         return self._rows
 
     def add(self, prompts: Sequence[TokenizedPrompt], contexts: Sequence[int]) -> None:
-        """Take further prompts in, behind those that are there.
+        """Add prompts after the existing ones.
 
         Args:
-            prompts: one a row.
-            contexts: in which of the filler's contexts each stands.
+            prompts: one per row.
+            contexts: for each prompt, the number of its context in the filler.
         """
         prefixes = self._filler.fill([p.prefix for p in prompts], contexts)
         rows = self._read([p.suffix for p in prompts], prefixes)
@@ -196,12 +196,12 @@ class SuffixRun:
             stack.enter_context(stopping_after(layer))
             forward(model, ids_BS, torch.cat([prefixes.mask_BP, mask_BS], 1), prefixes.cache())
         self._below, self._attended = below, attended[0]
-        # What is not a number on both sides has not been changed: it costs its own request only.
+        # NaN on both sides counts as unchanged: it affects only its own request.
         before, after = projected.tensor.flatten(), attention.tensor.flatten()
         if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
             raise ArchitectureError(
-                f"layer {z} changes the output of {layout.family.attention_projection} before it "
-                "adds it to its hidden states, so that δ_a cannot be put there; name the module "
+                f"layer {z} changes the output of {layout.family.attention_projection} before "
+                "adding it to its hidden states, so δ_a cannot be added there; name the module "
                 "whose output is added in attn_module_tmp"
             )
         # Some models flatten rows and columns inside the FFN (OPT).
@@ -225,7 +225,7 @@ class SuffixRun:
     ) -> torch.Tensor:
         """Next-token logits (N, V) at places of the suffixes, with both deltas added at layer z.
 
-        No place may be named twice. Gradients flow to the deltas.
+        Each place may occur only once. Gradients flow to the deltas.
         """
         model, layout, rows = self._model, self._layout, self._held
         places_N = rows_N * rows.ids_BS.shape[1] + columns_N
@@ -244,7 +244,7 @@ class SuffixRun:
 
     @contextmanager
     def _passing_below(self) -> Iterator[None]:
-        """The layers below z pass their input on, in the family's form of an output."""
+        """Make the layers below z return their input, in the family's form of an output."""
         with ExitStack() as stack:
             for i, output in enumerate(self._below):
                 layer = self._layout.layer(self._model, i)
@@ -255,7 +255,7 @@ class SuffixRun:
     def _target_layer_on_one_token(
         self, attention_delta_BD: torch.Tensor, ffn_delta_BD: torch.Tensor
     ) -> Iterator[None]:
-        """Layer z computes the subject's last token; its other outputs are the stored ones."""
+        """Make layer z compute only the subject's last token; its other outputs are stored ones."""
         model, layout, z, rows = self._model, self._layout, self._layer, self._held
         layer = layout.layer(model, z)
         original = layer.forward
@@ -279,8 +279,8 @@ class SuffixRun:
 
     @contextmanager
     def _layers_above_where_needed(self, places_N: torch.Tensor) -> Iterator[None]:
-        """Above z matrices leave padding out, where there is much of it; and what follows the
-        last layer's attention runs only at the places that are read.
+        """Skip padding in the matrices above z, if there is much of it; and run everything after
+        the last layer's attention only at the places that are read.
         """
         model, layout, last = self._model, self._layout, self._layout.depth - 1
         with ExitStack() as stack:
@@ -291,7 +291,7 @@ class SuffixRun:
 
 
 def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:
-    """Note the form of a module's output, without its tensors; returns how to stop."""
+    """Record the form of a module's output, without its tensors; return a function to stop."""
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
         notes.append(form_of(output))
@@ -300,6 +300,6 @@ def _shape_noted(module: nn.Module, notes: list[Any]) -> Callable[[], None]:
 
 
 def _added(output: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Sum in the wider of both types, so that a small δ is not rounded before it is added."""
+    """The sum in the wider of both types, so that a small δ is not rounded before it is added."""
     wider = torch.promote_types(output.dtype, delta.dtype)
     return (output.to(wider) + delta.to(output.device)).to(output.dtype)

@@ -1,13 +1,13 @@
-"""Reading keys and current values, with a pass over all requests for each edited layer.
+"""Reading keys and current values, with one pass over all requests for each edited layer.
 
 The current value is the down-projection's output at layer z in the bare context, and both are read
-with all earlier deltas in place. What need not be computed is not:
+with all earlier deltas applied. Unnecessary work is skipped:
 
 - nothing above layer z, no token after the subject's last one, and at layer z only the attention's
-  keys and values of the tokens before it;
-- what a template puts in front of every prompt runs once a pass, not once a request;
+  keys and values of the tokens before it are computed;
+- the tokens that a template puts before every prompt run once per pass, not once per request;
 - a delta changes nothing below its layer: a pass starts at the layer that was edited last, from
-  the hidden states that the pass before it has left there.
+  the hidden states that the previous pass stored there.
 
 Shape letters: B rows of a batch, T tokens of its longest row, N tokens in all, C contexts, P tokens
 of the longest context, D model width, K key width, V value width, E requests of a batch.
@@ -45,23 +45,23 @@ from pmet.update.keys import Lookups
 from pmet.update.spill import Spill
 
 HIDDEN_BYTES = 8 << 20
-"""Hidden states that are kept in main memory from pass to pass; the others go to a file."""
+"""Hidden states kept in main memory from pass to pass, in bytes; the rest goes to a file."""
 
 # Large enough for the activations of short prompts; a partitioned model's weights, which are
-# gathered and let go all the time, are larger where they matter.
+# gathered and freed all the time, are larger in any model where that matters.
 _KEPT_BLOCK = 8 << 20
 _SHARED = -1
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One way up through the layers.
+    """One pass up through the layers.
 
     Attributes:
-        start: the first layer that runs; what is below has not changed since the last pass.
+        start: the first layer that runs; everything below is unchanged since the last pass.
         layer: the layer whose keys are read.
-        before: hidden states that the last pass has left; None in the first one.
-        after: those that this one leaves for the next; None in the last one.
+        before: hidden states stored by the previous pass; None in the first one.
+        after: hidden states that this pass stores for the next; None in the last one.
     """
 
     start: int
@@ -72,12 +72,12 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a forward pass runs on.
+    """The input of a forward pass.
 
     Attributes:
-        key: under which their hidden states are kept; None for what nobody wants.
+        key: under which their hidden states are stored; None if they are not needed again.
         ids_BT: tokens.
-        mask_BT: 1 where there is one.
+        mask_BT: 1 for a token.
         ends_B: the place (row · T + column) of each row's last token.
     """
 
@@ -88,13 +88,13 @@ class _Rows:
 
     @property
     def places(self) -> torch.Tensor:
-        """Where there is a token, (N,)."""
+        """The places that hold tokens, (N,)."""
         return self.mask_BT.flatten().nonzero()[:, 0]
 
     def at_ends(self, output: torch.Tensor) -> torch.Tensor:
         """A module's input or output at each row's last token, (B, ·).
 
-        The module may have seen all places, those that are no padding, or the last tokens alone.
+        The module may have seen all places, those that are not padding, or only the last tokens.
         """
         flat = output.reshape(-1, output.shape[-1])
         if len(flat) == self.mask_BT.numel():
@@ -115,14 +115,14 @@ class KeyReader:
 
     Args:
         model: a causal language model in evaluation mode.
-        layout: where its parts are.
+        layout: the model's layout.
         layers: the edited layers, ascending; the last one is layer z.
         shared: of the `LookupTokenizer`.
         batches: of the same.
-        device: where the model takes tokens, and where keys and values are wanted.
-        whole_passes: for a model whose passes must not be ended early (ZeRO-3): what is not needed
-            is passed by.
-        memory: bytes of hidden states that may stay in main memory from pass to pass; the others go
+        device: the device where the model takes tokens, and where keys and values are returned.
+        whole_passes: for a model whose passes must not be stopped early (ZeRO-3): unneeded modules
+            pass their inputs through.
+        memory: bytes of hidden states that may stay in main memory from pass to pass; the rest goes
             to a temporary file.
     """
 
@@ -141,7 +141,7 @@ class KeyReader:
         self._model, self._layout, self._layers = model, layout, tuple(layers)
         self._shared, self._batches, self._device = shared, batches, device
         self._whole_passes, self._memory = whole_passes, memory
-        # How the family's layers return their hidden states.
+        # The form in which the family's layers return their hidden states.
         self._form: Any = None
         self._pass: _Pass | None = None
         self._prefixes: Prefixes | None = None
@@ -150,8 +150,8 @@ class KeyReader:
     def reading(self, index: int) -> Iterator[None]:
         """Within: the keys of the ``index``-th layer can be read.
 
-        Passes come in order, with the layer of the one before edited. The first may be any: then it
-        starts at the bottom.
+        Passes must be in order, with the previous pass's layer edited in between. The first may be
+        any: then it starts at the bottom.
         """
         before = self._pass.after if self._pass else None
         self._pass = _Pass(
@@ -182,9 +182,9 @@ class KeyReader:
 
     @torch.no_grad()
     def run_along(self) -> None:
-        """Run a single token, for nothing.
+        """Run a single token and discard the result.
 
-        Ranks gather weights together: one that has no batch left must not leave the others alone.
+        Ranks gather weights together: a rank without a batch must still take part.
         """
         one = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         nothing = self._nothing(1)
@@ -197,7 +197,7 @@ class KeyReader:
         if not any(self._shared):
             return nothing
         ids_CP, mask_CP = pad(self._shared, self._device, left=True)
-        # Nothing is read of them; layer z wants a place all the same: one where there is a token.
+        # Nothing is read from them, but layer z needs some place: one that holds a token.
         longest = max(range(len(self._shared)), key=lambda c: len(self._shared[c]))
         end = (longest + 1) * ids_CP.shape[1] - 1
         rows = _Rows(_SHARED, ids_CP, mask_CP, torch.tensor([end], device=self._device))
@@ -205,7 +205,7 @@ class KeyReader:
         self._run(rows, nothing.mask_BP, cache)
         padding = (mask_CP == 0)[:, None, :, None]
 
-        # What stands in padding may be no number, and shares of zero would spread it.
+        # Padding may hold NaN, which attention weights of zero would still spread.
         def cleared(part: torch.Tensor) -> torch.Tensor:
             return part.masked_fill(padding.to(part.device), 0)
 
@@ -220,7 +220,7 @@ class KeyReader:
         return Prefixes([None] * self._layout.depth, mask_BP)
 
     def _run(self, rows: _Rows, mask_BP: torch.Tensor, cache: Any) -> None:
-        """One forward pass from the start layer to z, behind what the cache holds."""
+        """One forward pass from the start layer to z, after the tokens in the cache."""
         now, z = self._now, self._layers[-1]
         model, layout = self._model, self._layout
         tokens_N = places_of_tokens(rows.mask_BT)
@@ -242,7 +242,7 @@ class KeyReader:
 
     @contextmanager
     def _handed_on(self, rows: _Rows) -> Iterator[None]:
-        """The start layer reads what the last pass has left, and the next one is left its own."""
+        """Feed the start layer the stored states, and store the next start layer's input."""
         now, model, layout = self._now, self._model, self._layout
         places_N = rows.places
 
@@ -295,7 +295,7 @@ class KeyReader:
         return with_first(self._form, hidden)
 
     def _stand_in_embeddings(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Something of the embeddings' shape; no embedding is looked up for a pass above them."""
+        """A tensor in the embeddings' shape, for passes above them that need no embedding."""
         embedding: Any = self._model.get_input_embeddings()  # type: ignore[operator]
         weight = self._layout.weight(self._model, self._layers[-1])
         shape = (*ids_BT.shape, embedding.embedding_dim)
@@ -309,7 +309,7 @@ class KeyReader:
 
 @contextmanager
 def without_head(model: nn.Module, layout: Layout) -> Iterator[None]:
-    """Within: the model returns its last hidden states where it would return logits."""
+    """Within: the model returns its last hidden states instead of logits."""
     parent_name, _, name = layout.family.head.rpartition(".")
     parent, head = model.get_submodule(parent_name), layout.head(model)
     setattr(parent, name, nn.Identity())

@@ -1,9 +1,9 @@
-"""Where keys are looked up: the tokens of each request up to its subject's last one, in batches.
+"""Lookups of keys: the tokens of each request up to its subject's last one, in batches.
 
 The key of a request at a layer is the down-projection's input at the subject's last token,
-averaged over context templates, each group of them weighing the same: half the bare context, half
-the mean of the generated ones. Nothing after the subject's last token reaches back to it, so
-nothing after it is kept; and what a template puts in front of every prompt is kept once.
+averaged over context templates with equal weight per group: half for the bare context, half for
+the mean of the generated ones. Tokens after the subject's last one do not affect it, so they are
+dropped; and the tokens that a template puts before every prompt are stored once.
 
 Shape letters: E requests, C contexts, B = E·C rows, K key width.
 """
@@ -23,20 +23,20 @@ from pmet.request import EditRequest
 from pmet.update.spill import Spill
 
 KEY_BATCH = 64
-"""Most requests whose keys are read together."""
+"""Maximum number of requests whose keys are read together."""
 KEY_TOKENS = 16384
-"""Most tokens, padding included, that are read together; one request is read in any case."""
+"""Maximum tokens, including padding, that are read together, except for a single request."""
 
 
 @dataclass(frozen=True)
 class Lookups:
     """Tokens of a batch of requests, up to the subject's last one, in every context.
 
-    Plain arrays of numbers: there may be as many of these as there are facts.
+    Plain arrays of numbers, because there may be as many of these as there are facts.
 
     Attributes:
-        tokens: of all rows, one after the other; without what the row's context puts in front.
-        lengths: how many of them each row has, at least one.
+        tokens: of all rows, concatenated, without the tokens that the row's context puts in front.
+        lengths: number of tokens in each row, at least one.
         contexts: each row's context.
         group_sizes: contexts in each group.
     """
@@ -48,7 +48,7 @@ class Lookups:
 
     @property
     def every(self) -> int:
-        """C, rows of one request; its first one is the bare context."""
+        """C, the number of rows of a request; its first one is the bare context."""
         return sum(self.group_sizes)
 
     @property
@@ -71,7 +71,7 @@ class Lookups:
 
 
 class LookupFile(Sequence[Lookups]):
-    """Batches of lookups in a temporary file, which is gone when this object is, or its process."""
+    """Batches of lookups in a temporary file, which disappears with this object or its process."""
 
     def __init__(self) -> None:
         self._spill = Spill(memory=0)
@@ -84,7 +84,7 @@ class LookupFile(Sequence[Lookups]):
         return [rows // sum(self._group_sizes) for rows in self._rows]
 
     def append(self, lookups: Lookups) -> None:
-        """Keep a batch; all have the same contexts."""
+        """Append a batch; all batches have the same contexts."""
         arrays = (lookups.tokens, lookups.lengths, lookups.contexts)
         numbers = [torch.frombuffer(each, dtype=torch.int32) for each in arrays]
         self._spill.put(len(self._rows), torch.cat(numbers))
@@ -108,15 +108,15 @@ class LookupFile(Sequence[Lookups]):
 
 
 class LookupTokenizer:
-    """Makes lookups of requests.
+    """Builds lookups from requests.
 
     Args:
         tokenizer: a fast tokenizer.
         templates: the context templates.
 
     Attributes:
-        shared: for each context the tokens that it puts in front of every prompt; then, as a
-            further context, none: for prompts whose start the tokenizer cuts otherwise.
+        shared: for each context the tokens that it puts before every prompt; then, as a further
+            context, no tokens, for prompts whose beginning the tokenizer splits differently.
     """
 
     def __init__(self, tokenizer: Any, templates: ContextTemplates) -> None:

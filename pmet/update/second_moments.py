@@ -1,7 +1,7 @@
 """Second moments: uncentred E[k kᵀ] of the keys over ordinary text, one per edited layer.
 
-Papers call C a covariance; nothing is subtracted from the keys, so it is not one. One pass over the
-text serves all layers, and partial sums add up over batches, parts and workers.
+Papers call C a covariance, but it is not one, because no mean is subtracted from the keys. One pass
+over the text serves all layers, and partial sums add up over batches, parts and workers.
 
 Shape letters: B texts, T tokens, N tokens of a batch without padding, K key width.
 """
@@ -34,7 +34,7 @@ from pmet.model import (
 )
 
 MAX_TOKENS = 1024
-"""Documents are cut here, or at the model's context where that is shorter."""
+"""Documents are truncated here, or at the model's context if that is shorter."""
 BATCH_TOKENS = 4096
 _STRIPS, _NARROWEST_STRIP = 8, 128
 
@@ -50,7 +50,7 @@ class SecondMoments:
         """Add the sums of another part of the text.
 
         Raises:
-            ValueError: the other part is of other layers.
+            ValueError: the other part has other layers.
         """
         if self.sums and self.sums.keys() != other.sums.keys():
             raise ValueError(f"layers {sorted(self.sums)} and {sorted(other.sums)} do not add up")
@@ -73,15 +73,15 @@ class SecondMoments:
 
 
 def convergence(one_KK: torch.Tensor, other_KK: torch.Tensor, tokens: tuple[int, int]) -> float:
-    """How far a second moment still moves, from the sums over two halves of its text.
+    """An estimate of a second moment's error, from the sums over two halves of its text.
 
     With A and B the means over the halves, n and m their tokens, and C the mean over both,
 
         √(n·m) / (n + m) · ‖A − B‖ / ‖C‖        (Frobenius norms; half of ‖A − B‖ / ‖C‖ if n = m)
 
-    estimates the relative distance of C from what ever more text of the kind would give: where
-    the halves are independent, E‖A − B‖² = (1/n + 1/m)·v and E‖C − limit‖² = v/(n + m) for one
-    and the same v. It falls as one over the square root of the tokens.
+    estimates the relative distance of C from its limit for unlimited text of the same kind: if
+    the halves are independent, E‖A − B‖² = (1/n + 1/m)·v and E‖C − limit‖² = v/(n + m) for the
+    same v. It falls as one over the square root of the number of tokens.
 
     Args:
         one_KK: sum of k kᵀ over one half, (K, K) float64.
@@ -95,7 +95,7 @@ def convergence(one_KK: torch.Tensor, other_KK: torch.Tensor, tokens: tuple[int,
 
 
 def longest(model_config: Any, max_tokens: int = MAX_TOKENS) -> int:
-    """Where documents are cut: ``max_tokens``, or the model's context where that is shorter."""
+    """The maximum length of documents: ``max_tokens``, or the model's context if shorter."""
     return min(max_tokens, context_length(model_config) or max_tokens)
 
 
@@ -109,7 +109,7 @@ def measure(
 ) -> SecondMoments:
     """Sum k kᵀ over all tokens of ``texts`` at every edited layer, in one pass.
 
-    Each text is read by itself, as the tokenizer gives it, and cut at ``max_tokens``.
+    Each text is read separately, as the tokenizer encodes it, and truncated to ``max_tokens``.
     """
     limit = longest(model.config, max_tokens)
     return measure_tokens(model, [encode(tokenizer, text)[:limit] for text in texts], hparams)
@@ -119,7 +119,7 @@ def measure(
 def measure_tokens(
     model: nn.Module, sequences: Iterable[Sequence[int]], hparams: PMETHyperParams
 ) -> SecondMoments:
-    """The same for texts that are tokens already; which are read together follows from them alone.
+    """Do the same as `measure` for tokenised texts; only the texts decide which are batched.
 
     Returns:
         Each layer's sum on the layer's device.
@@ -159,7 +159,7 @@ def _add_batch(
 
     with ExitStack() as stack:
         for layer, total_KK in moments.sums.items():
-            # Added as they pass: no layer's keys are kept.
+            # Summed during the pass: no layer's keys are stored.
             module = layout.down_projection(model, layer)
             stack.enter_context(changed_input(module, adding_to(total_KK)))
         stack.enter_context(stopping_after(layout.layer(model, layers[-1])))
@@ -170,11 +170,11 @@ def _add_batch(
 def _add_product(total_KK: torch.Tensor, keys_NK: torch.Tensor) -> None:
     """Add kᵀk of a batch to the strips of ``total_KK`` on and above the diagonal.
 
-    The product is symmetric, so the rest is left to ``_mirror``. Over the few thousand tokens of
-    one batch it is taken in float32, twice as fast: that costs 4e-8 of the norm, less than
-    rounding in the forward pass does. Batches add up in float64.
+    The product is symmetric, so ``_mirror`` fills in the rest. Over the few thousand tokens of
+    one batch it is computed in float32, twice as fast: that costs 4e-8 of the norm, less than
+    rounding in the forward pass. Batches add up in float64.
     """
-    # Elsewhere in this process float32 products may have been allowed fewer digits (TF32).
+    # Other code in this process may have allowed lower precision for float32 products (TF32).
     whole = torch.get_float32_matmul_precision() == "highest"
     for part_NK in keys_NK.to(torch.float32 if whole else torch.float64).split(BATCH_TOKENS):
         for rows in _strips(len(total_KK)):
@@ -182,7 +182,7 @@ def _add_product(total_KK: torch.Tensor, keys_NK: torch.Tensor) -> None:
 
 
 def _mirror(total_KK: torch.Tensor) -> None:
-    """Fill what is below the diagonal strips from what is above."""
+    """Fill the part below the diagonal strips from the part above."""
     for rows in _strips(len(total_KK)):
         total_KK[rows.stop :, rows] = total_KK[rows, rows.stop :].T
 

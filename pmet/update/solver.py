@@ -4,13 +4,13 @@ Shape letters: E requests, K key width, V value width, R rows of Δ.
 
     Δ_VK = (R_EV / √(layers left))ᵀ K_EK (KᵀK + λC)⁻¹
 
-Two forms of it, equal in exact arithmetic. The *key form* factors the K×K matrix; only the sums KᵀK
-and RᵀK enter, which add up over shards and ranks, so that memory does not grow with the number of
-requests. The *request form* (by the push-through identity)
+There are two forms of it, equal in exact arithmetic. The *key form* factors the K×K matrix; it
+needs only the sums KᵀK and RᵀK, which add up over shards and ranks, so that memory does not grow
+with the number of requests. The *request form* (by the push-through identity)
 
     Δ_VK = R_EVᵀ (I + K (λC)⁻¹ Kᵀ)⁻¹ K (λC)⁻¹
 
-factors an E×E matrix and C, which stays the same from job to job: cheaper where requests are few.
+factors an E×E matrix and C, which stays the same from job to job: cheaper for few requests.
 All of it runs in float64.
 """
 
@@ -27,14 +27,14 @@ from pmet.update.sums import KeyResidualRows, KeyResidualSums
 Form = Literal["keys", "requests"]
 
 JITTERS = (1e-13, 1e-12, 1e-11)
-"""Shares of the mean diagonal element that are tried where a matrix is positive definite but for
-rounding. Much more would be another problem, and is refused."""
+"""Multiples of the mean diagonal element to try if a matrix is positive definite except for
+rounding. Much larger ones would change the problem, and are refused."""
 
 
 def cheaper_form(requests: int, key_width: int, value_width: int, *, factored: bool) -> Form:
-    """The form of the solve that takes fewer operations.
+    """The form of the solve that needs fewer operations.
 
-    Multiply-adds; sums over requests included, ``factored`` where the factor of C is there already.
+    Counts multiply-adds, sums over requests included; ``factored`` if the factor of C exists.
     """
     e, k, v = float(requests), float(key_width), float(value_width)
     by_keys = e * k * k + e * k * v + k**3 / 6 + v * k * k
@@ -50,7 +50,7 @@ class Factor:
     Attributes:
         lower: lower triangular, of the matrix with ``jitter`` times its mean diagonal element added
             to the diagonal.
-        jitter: 0 where the matrix itself could be factored.
+        jitter: 0 if the matrix itself could be factored.
     """
 
     lower: torch.Tensor
@@ -60,7 +60,7 @@ class Factor:
 def normal_matrix(
     gram_KK: torch.Tensor, second_moment_KK: torch.Tensor, weight: float
 ) -> torch.Tensor:
-    """KᵀK + λC in float64, in the place of KᵀK.
+    """KᵀK + λC in float64, overwriting KᵀK.
 
     Args:
         gram_KK: sum of outer products of the keys, float64; overwritten.
@@ -74,7 +74,7 @@ def normal_matrix(
     if gram_KK.shape != second_moment_KK.shape:
         raise ValueError(
             f"the keys' sum is {tuple(gram_KK.shape)}, the second moment "
-            f"{tuple(second_moment_KK.shape)}; they must be of the same model and layer"
+            f"{tuple(second_moment_KK.shape)}; they must be from the same model and layer"
         )
     # In pieces: a whole float64 copy of C would be as large as the matrix.
     for sums, moments in zip(gram_KK.split(1024), second_moment_KK.split(1024), strict=True):
@@ -87,11 +87,11 @@ def factor(matrix: torch.Tensor, name: str = "KᵀK + λC") -> Factor:
     """Lower Cholesky factor of a symmetric positive definite float64 matrix.
 
     Args:
-        matrix: square; its diagonal is changed where a jitter has to be tried.
+        matrix: square; its diagonal is changed if a jitter has to be tried.
         name: what the matrix is, for messages.
 
     Raises:
-        NotPositiveDefiniteError: there is none, also with the jitters tried.
+        NotPositiveDefiniteError: there is none, even with the jitters tried.
     """
     lower, info = torch.linalg.cholesky_ex(matrix)
     if not info.item():
@@ -105,7 +105,7 @@ def factor(matrix: torch.Tensor, name: str = "KᵀK + λC") -> Factor:
         if not info.item():
             return Factor(lower, jitter)
     raise NotPositiveDefiniteError(
-        f"{name} is not positive definite (leading minor {minor} of {matrix.shape[0]}), also with "
+        f"{name} is not positive definite (leading minor {minor} of {matrix.shape[0]}), even with "
         f"{JITTERS[-1]:g} of its mean diagonal element added; use more text for the second moments "
         "or raise mom2_update_weight"
     )
@@ -114,7 +114,7 @@ def factor(matrix: torch.Tensor, name: str = "KᵀK + λC") -> Factor:
 def solve_rows(factor_KK: torch.Tensor, cross_RK: torch.Tensor) -> torch.Tensor:
     """Rows of Δ in the key form: ``cross_RK (KᵀK + λC)⁻¹``.
 
-    Rows are independent of each other: any subset of the V rows of RᵀK gives those rows of Δ.
+    Rows are independent: any subset of the V rows of RᵀK gives the same rows of Δ.
 
     Args:
         factor_KK: lower Cholesky factor of KᵀK + λC.
@@ -132,7 +132,7 @@ def solve_rows(factor_KK: torch.Tensor, cross_RK: torch.Tensor) -> torch.Tensor:
 def whitened(keys_EK: torch.Tensor, moment_factor_KK: torch.Tensor) -> torch.Tensor:
     """(L⁻¹Kᵀ)ᵀ (E×K) for a lower factor L of C: keys in which C is the identity.
 
-    Requests are independent of each other: ranks can whiten their own.
+    Requests are independent: each rank can whiten its own.
     """
     _check_finite("K", keys_EK)
     return torch.linalg.solve_triangular(moment_factor_KK, keys_EK.T, upper=False).T
@@ -147,13 +147,13 @@ def solve_rows_by_requests(
     """Rows of Δ in the request form.
 
     Args:
-        whitened_EK: of all requests.
+        whitened_EK: the whitened keys of all requests.
         residuals_ER: some or all columns of the spread residuals.
         moment_factor_KK: lower Cholesky factor L of C.
         weight: λ.
 
     Returns:
-        ``delta_RK``, and the jitter that the E×E matrix took.
+        ``delta_RK``, and the jitter added to the E×E matrix.
 
     Raises:
         NotFiniteError: a residual or the result holds NaN or infinity.
@@ -163,7 +163,7 @@ def solve_rows_by_requests(
     matrix_EE.diagonal().add_(1.0)
     found = factor(matrix_EE, "I + K (λC)⁻¹ Kᵀ")
     shares_ER = torch.cholesky_solve(residuals_ER.double(), found.lower)
-    # K C⁻¹ = (L⁻ᵀ (L⁻¹ Kᵀ))ᵀ; the R rows are combined first where they are fewer.
+    # K C⁻¹ = (L⁻ᵀ (L⁻¹ Kᵀ))ᵀ; the R rows are combined first if they are fewer.
     if shares_ER.shape[1] <= len(whitened_EK):
         mixed_KR = whitened_EK.T @ shares_ER
         delta_RK = torch.linalg.solve_triangular(moment_factor_KK.T, mixed_KR, upper=True).T
@@ -181,16 +181,16 @@ def solve(
     weight: float,
     share: float,
 ) -> torch.Tensor:
-    """Δ (V×K) from all that was collected, in whichever form it was collected for.
+    """Δ (V×K) from the collected data, in the form it was collected for.
 
     Args:
-        collected: sums for the key form (used up), or rows for the request form.
+        collected: sums for the key form (overwritten), or rows for the request form.
         second_moment_KK: C.
         weight: λ.
-        share: of the residuals that the layer takes.
+        share: the share of the residuals that the layer takes.
 
     Raises:
-        NumericalError: as the functions above.
+        NumericalError: as in the functions above.
     """
     if isinstance(collected, KeyResidualSums):
         matrix_KK = normal_matrix(collected.gram_KK, second_moment_KK, weight)
@@ -205,16 +205,16 @@ def moment_factor(second_moment_KK: torch.Tensor) -> Factor:
 
     Raises:
         NotFiniteError: C holds NaN or infinity.
-        NotPositiveDefiniteError: C is not positive definite: it is of too little text.
+        NotPositiveDefiniteError: C is not positive definite: it is based on too little text.
     """
     _check_finite("C", second_moment_KK)
-    # A float64 C would be changed by a jitter.
+    # A jitter would change a float64 C.
     return factor(second_moment_KK.to(torch.float64, copy=True), "C")
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise NotFiniteError(
-            f"{name} holds NaN or infinity; look for such values in the targets, the keys and the "
-            "second moments"
+            f"{name} holds NaN or infinity; check the targets, the keys and the "
+            "second moments for such values"
         )

@@ -1,4 +1,4 @@
-"""Tensors kept for later, in main memory up to a budget and behind that in a temporary file."""
+"""Tensors stored for later use, in main memory up to a budget and then in a temporary file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 @dataclass
 class Spill:
-    """Keeps tensors by key; each may be of another shape and dtype.
+    """Stores tensors by key; they may have different shapes and dtypes.
 
-    The file has no name, and is gone when this object is, or its process.
+    The file has no name, and disappears with this object or its process.
 
     Attributes:
         memory: bytes that may stay in main memory.
@@ -26,7 +26,7 @@ class Spill:
     _file: IO[bytes] | None = None
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
-        """Keep a tensor; what was kept under the key before is forgotten."""
+        """Store a tensor, replacing the one previously stored under the key."""
         tensor = tensor.detach().contiguous()
         if tensor.nbytes <= self.memory:
             self.memory -= tensor.nbytes
@@ -40,10 +40,10 @@ class Spill:
         self._filed[key] = (start, tensor.nbytes, tensor.shape, tensor.dtype)
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """The tensor kept under a key, on the CPU.
+        """The tensor stored under a key, on the CPU.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no tensor is stored under it.
         """
         if key in self._held:
             return self._held[key]

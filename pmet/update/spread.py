@@ -10,7 +10,7 @@ import math
 def square_root_spread(index: int, layers: int) -> float:
     """Share of the ``index``-th of ``layers`` edited layers: 1/√(layers left).
 
-    The last layer takes all of what is left.
+    The last layer takes the whole remainder.
     """
     if not 0 <= index < layers:
         raise ValueError(f"layer index {index} is not within the {layers} edited layers")

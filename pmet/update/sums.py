@@ -1,4 +1,4 @@
-"""What a layer's update needs of its requests: sums over them, or their rows where they are few.
+"""The data that a layer's update needs: sums over its requests, or their rows if they are few.
 
 Sums add up over batches, shards and ranks, and their size does not depend on the number of
 requests. Rows are kept for the form of the solve that factors an E×E matrix
@@ -40,7 +40,7 @@ class KeyResidualSums:
 
 @dataclass
 class KeyResidualRows:
-    """K (E×K) and R (E×V) in float64, of requests that are fewer than K."""
+    """K (E×K) and R (E×V) in float64, of fewer requests than K."""
 
     keys_EK: torch.Tensor
     residuals_EV: torch.Tensor
@@ -50,14 +50,14 @@ class KeyResidualRows:
     def room(
         cls, requests: int, key_width: int, value_width: int, device: torch.device
     ) -> KeyResidualRows:
-        """Room for ``requests`` rows, none of which is there yet."""
+        """Space for ``requests`` rows, still empty."""
         return cls(
             torch.zeros(requests, key_width, dtype=torch.float64, device=device),
             torch.zeros(requests, value_width, dtype=torch.float64, device=device),
         )
 
     def add(self, keys_EK: torch.Tensor, residuals_EV: torch.Tensor) -> None:
-        """Take in some requests, behind those that are there."""
+        """Append the rows of some requests."""
         place = slice(self.count, self.count + len(keys_EK))
         self.keys_EK[place] = keys_EK
         self.residuals_EV[place] = residuals_EV

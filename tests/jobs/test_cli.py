@@ -133,7 +133,7 @@ def test_a_dry_run_of_a_job_for_a_clusters_gpus_is_one_on_a_machine_without_too(
     there = ["--dry-run", "--address", "head:6379"]
     status, out, _ = pmet("run", job(), *there, "--set", "targets.gpus_per_worker=1")
     assert status == 0
-    assert "no estimate: the job wants GPUs and this machine has none" in out
+    assert "no estimate: the job needs GPUs and this machine has none" in out
 
 
 def test_a_dry_run_warns_of_more_processes_than_cores_can_serve(
@@ -487,7 +487,7 @@ def test_figures_are_not_written_over_files_of_the_users(
     requests, mine = tmp_path / "requests.parquet", tmp_path / "mine.json"
     mine.write_text('{"mine": 1}')
     for output, said in (
-        (mine, "mine.json is there already and was not written by this command"),
+        (mine, "mine.json already exists and was not written by this command"),
         (requests, "requests.parquet is the --output"),
         (GPT2 / "model" / "figures.json", "holds the --output"),
     ):

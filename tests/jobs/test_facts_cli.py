@@ -217,12 +217,12 @@ def test_markup_in_facts_is_shown_as_it_is(facts: Invoke, folder: Path) -> None:
         ),
         ("check new.parquet --templates none.yaml", "templates: cannot read"),
         ("diff old.parquet none.parquet", "none.parquet matches no file"),
-        ("diff old.parquet new.parquet --output old.parquet", "one of the files that are read"),
+        ("diff old.parquet new.parquet --output old.parquet", "one of the input files"),
         ("convert . out.parquet --templates t.yaml", "read as part of . next time"),
         ("convert n*.parquet n2.parquet --templates t.yaml", "read as part of n*.parquet next"),
         ("diff old.parquet . --output a/b.parquet", "would be read as part of . next time"),
         ("convert new.parquet out.parquet", "give a templates file with --templates"),
-        ("convert new.parquet new.parquet --templates t.yaml", "one of the files that are read"),
+        ("convert new.parquet new.parquet --templates t.yaml", "one of the input files"),
         (
             "convert new.parquet out.parquet --format xml",
             "--format: 'xml' is not a format; use one",
@@ -315,17 +315,17 @@ def test_files_of_the_users_are_not_replaced(facts: Invoke, folder: Path) -> Non
     (folder / "rejected" / "mine.parquet").write_text("mine")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for output, reason in (
-        ("old.parquet", "old.parquet is there already and was not written by this command"),
-        ("zsre.json", "zsre.json is there already"),
-        ("t.yaml", "is one of the files that are read"),
-        ("link.parquet", "is one of the files that are read"),
-        (f"../{folder.name}/new.parquet", "is one of the files that are read"),
-        ("mine.parquet", "rejected/mine.parquet is there already"),
+        ("old.parquet", "old.parquet already exists and was not written by this command"),
+        ("zsre.json", "zsre.json already exists"),
+        ("t.yaml", "is one of the input files"),
+        ("link.parquet", "is one of the input files"),
+        (f"../{folder.name}/new.parquet", "is one of the input files"),
+        ("mine.parquet", "rejected/mine.parquet already exists"),
     ):
         status, _, err = facts(*convert, folder / output, *templates)
         assert (status, reason in err) == (2, True), err
     status, _, err = facts(
         "convert", folder / "zsre.json", f"file://{folder}/zsre.json", "--format", "zsre"
     )
-    assert (status, "is one of the files that are read" in err) == (2, True)
+    assert (status, "is one of the input files" in err) == (2, True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

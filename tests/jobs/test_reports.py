@@ -91,7 +91,7 @@ def test_a_page_that_is_the_users_is_not_replaced(pmet: Invoke, tmp_path: Path) 
     mine.write_text("<title>Mine</title>")
     status, _, err = pmet("report", a, b, "--output", mine)
     assert status == 2
-    assert "mine.html is there already and was not written by this command" in err
+    assert "mine.html already exists and was not written by this command" in err
     assert mine.read_text() == "<title>Mine</title>"
     # A comparison may be overwritten.
     assert [pmet("report", a, b, "--output", tmp_path / "x.html")[0] for _ in range(2)] == [0, 0]

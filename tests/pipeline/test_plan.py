@@ -177,7 +177,7 @@ def test_pickled_weights_and_odd_models_are_refused(job: Any, tmp_path: Path) ->
         make_plan(job(model=str(model)))
     (model / "pytorch_model.bin").rename(model / "model.safetensors")
     (model / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(ModelError, match="no causal language model that transformers can open"):
+    with pytest.raises(ModelError, match="not a causal language model that transformers"):
         make_plan(job(model=str(model)))
     shutil.copy(GPT2 / "model" / "config.json", model / "config.json")
     (model / "tokenizer.json").unlink()
@@ -221,7 +221,7 @@ def test_code_of_a_models_own_is_never_run(
         make_plan(job(model=str(model)))
         open_causal_lm(str(model), dtype="float32")
     else:
-        with pytest.raises(ModelError, match="no causal language model that transformers can open"):
+        with pytest.raises(ModelError, match="not a causal language model that transformers"):
             make_plan(job(model=str(model)))
         with pytest.raises(ValueError, match="trust_remote_code"):
             open_causal_lm(str(model), dtype="float32")
@@ -254,7 +254,7 @@ def test_megabytes_in_a_row_are_set_aside_at_once(
     assert longest < 100
     assert [r.row for r in table.rejected] == [1, 2, 3, 4]
     assert all(len(r.reason) < 300 for r in table.rejected)
-    assert "characters with its target, the model reads 128 tokens" in table.rejected[0].reason
+    assert "characters with its target, but the model reads 128 tokens" in table.rejected[0].reason
 
 
 def test_perplexity_needs_text(job: Any) -> None:

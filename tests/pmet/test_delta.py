@@ -127,7 +127,7 @@ def test_applying_twice_is_refused() -> None:
     held = model()
     edit = edit_for(held)
     edit.apply(held)
-    with pytest.raises(EditFileError, match="another edit lies on top"):
+    with pytest.raises(EditFileError, match="another edit has been applied on top"):
         edit.apply(held)
 
 

@@ -208,7 +208,7 @@ def test_damage_leaves_nothing(dump, write, tmp_path):
 
 def test_inputs_are_never_overwritten(dump):
     source = dump([fact()])
-    with pytest.raises(OutputError, match="is one of the files that are read"):
+    with pytest.raises(OutputError, match="is one of the input files"):
         convert_dump(source, TEMPLATES, source.files[0].url, as_of=NOW)
     with pytest.raises(FactDumpError, match="has no file name"):
         convert_dump(source, TEMPLATES, "out/", as_of=NOW)

@@ -53,8 +53,8 @@ def test_a_folder_for_ray_alone_is_used_as_it_is(
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("tmp ü", "takes only ASCII"),
-        ("l" * 60, r"takes at most \d+ bytes"),
+        ("tmp ü", "accepts only ASCII"),
+        ("l" * 60, r"accepts at most \d+ bytes"),
     ],
 )
 def test_a_temporary_folder_that_ray_cannot_use_is_replaced(

@@ -80,22 +80,22 @@ def refused(wanted: EditSettings, address: str | None = None) -> str | None:
         (
             2,
             {"targets": {"workers": 5, "gpus_per_worker": 0.5}},
-            "targets.workers: 5 of 0.5 GPU each are more than the 4 that this machine holds, which "
-            "has 2 GPUs; set targets.workers to 4 or to auto, or run on a cluster that has more, "
-            "with --address",
+            "targets.workers: 5 of 0.5 GPU each are more than the 4 that fit on this machine, "
+            "which has 2 GPUs; set targets.workers to 4 or auto, or run on a cluster that has "
+            "more, with --address",
         ),
         (
             3,
             {"targets": {"workers": 2, "gpus_per_worker": 2}},
-            "targets.workers: 2 of 2 GPU each are more than the 1 that this machine holds, which "
-            "has 3 GPUs; set targets.workers to 1 or to auto, or run on a cluster that has more, "
-            "with --address",
+            "targets.workers: 2 of 2 GPU each are more than the 1 that fit on this machine, "
+            "which has 3 GPUs; set targets.workers to 1 or auto, or run on a cluster that has "
+            "more, with --address",
         ),
         (
             1,
             {"update": {"ranks": 4, "gpus_per_rank": 1}},
-            "update.ranks: 4 of 1 GPU each are more than the 1 that this machine holds, which has "
-            "1 GPU; set update.ranks to 1 or to auto, or run on a cluster that has more, with "
+            "update.ranks: 4 of 1 GPU each are more than the 1 that fit on this machine, which "
+            "has 1 GPU; set update.ranks to 1 or auto, or run on a cluster that has more, with "
             "--address",
         ),
     ],
@@ -148,8 +148,8 @@ def test_a_crowd_is_warned_about(machine: Machine, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     crowd = job(targets={"workers": 64}, update={"ranks": 64})
     assert crowding(crowd, None) == [
-        f"{key}: 64 {what}s of 1 CPU each share the 2 of this machine; each takes memory of its "
-        f"own, and together they are no faster: set {key} to 2, or to auto"
+        f"{key}: 64 {what}s of 1 CPU each share the 2 of this machine; each needs its own "
+        f"memory, and together they are no faster: set {key} to 2, or to auto"
         for key, what in (("targets.workers", "worker"), ("update.ranks", "rank"))
     ]
     assert crowding(crowd, "head:6379") == []

@@ -86,6 +86,6 @@ def test_memory_that_is_short() -> None:
     failure = root_cause(ray_exceptions.OutOfMemoryError(OUT_OF_MEMORY))
     assert failure.kind is FailureKind.MEMORY
     assert failure.text == (
-        "OutOfMemoryError: memory was short: Ray ended the process before its machine had none "
-        "left (4.81GB of 23.54GB were in use)"
+        "OutOfMemoryError: memory ran low: Ray ended the process before its machine ran out "
+        "(4.81GB of 23.54GB were in use)"
     )

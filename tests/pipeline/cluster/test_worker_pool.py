@@ -483,7 +483,7 @@ def test_default_workers():
         WorkerError, match="needs 1 CPU and 1 GPU of one node, but the cluster has 3 CPU"
     ):
         default_workers(1)
-    with pytest.raises(WorkerError, match="where nodes come when they are asked for, name the nu"):
+    with pytest.raises(WorkerError, match="if nodes are added on demand, set the nu"):
         default_workers(1)
 
 

@@ -459,7 +459,7 @@ def test_columns_that_nothing_holds_are_named(read, tmp_path):
     with pytest.raises(RequestTableError) as caught:
         read(table_of([fact("A") | {"n": {"a": 1}}]), table_of([fact("B") | {"n": 1}]))
     assert str(caught.value) == (
-        f"column 'n' of {tmp_path}/000.parquet is struct<a: int64>, which does not go together "
+        f"column 'n' of {tmp_path}/000.parquet has type struct<a: int64>, which cannot be combined "
         "with the other files; write it with one type everywhere"
     )
 

@@ -33,7 +33,7 @@ def check(columns: list[str] = COLUMNS, *, corpus: bool = True, **settings: Any)
         ({"gates": {"fluency_drop": 0.1}}, "gates.fluency_drop needs text that the model writes; "),
         (
             {"gates": {"consistency": 0.1}, "evaluate": {"fluency": True}},
-            "gates.consistency needs a column reference_texts, which the requests have not",
+            "gates.consistency needs a column reference_texts, which the requests do not have",
         ),
         ({"gates": {"portability_strict": 0.1}}, "needs a column portability_prompts, which"),
         ({"evaluate": {"group_by": "colour"}}, "evaluate.group_by: the requests have no column"),
@@ -63,7 +63,7 @@ def test_what_is_there_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"[]", b'{"before": {}}', b'{"after": {"efficacy": "x"}}', b"{"])
 def test_what_is_no_metrics_file_is_refused(tmp_path: Path, text: bytes) -> None:
     Store(str(tmp_path)).write_bytes("metrics.json", text)
-    with pytest.raises(JobError, match=r"evaluate.last: .* name the output of a run that has end"):
+    with pytest.raises(JobError, match=r"evaluate.last: .* name the output of a finished run"):
         read_last(str(tmp_path))
 
 

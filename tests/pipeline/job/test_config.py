@@ -319,10 +319,10 @@ def test_a_wrong_override_is_named(job_file, override, problem):
     [
         (
             ["targets.workers=0"],
-            "FILE: targets.workers is 0, which computes in this process, and update.ranks is not; "
-            "set both to 0, or neither",
+            "FILE: targets.workers is 0, which computes in this process, but update.ranks is not "
+            "0; set both to 0, or neither",
         ),
-        (["update.ranks=0"], "FILE: update.ranks is 0, which computes in this process, and targ"),
+        (["update.ranks=0"], "FILE: update.ranks is 0, which computes in this process, but targ"),
         (
             ["targets.workers=0", "update.ranks=0", "targets.gpus_per_worker=1"],
             "FILE: targets.workers: 0 computes in this process, on the CPU; set targets.gpus_per_",

@@ -182,7 +182,7 @@ def test_shapes_that_the_configuration_does_not_make_are_refused(
     configured(model, vocab_size=5000)
     with pytest.raises(
         ModelError,
-        match=rf"stores transformer\.wte\.weight as {rows}×{width}, and its config\.json asks for "
+        match=rf"stores transformer\.wte\.weight as {rows}×{width}, but its config\.json asks for "
         rf"5000×{width}; set vocab_size to {rows}",
     ):
         make_plan(job)
@@ -265,7 +265,7 @@ OTHERS = [
     (
         "deepseek_v3",
         {**LATENT, "first_k_dense_replace": 4, "v_head_dim": 8, "num_key_value_heads": 4},
-        r"holds attention keys and values in compressed form",
+        r"stores attention keys and values in compressed form",
     ),
 ]
 INSIDE = r"adds the residual inside its FFN \({}\)"
@@ -292,7 +292,7 @@ NAMED = [
             "cls.predictions.transform.LayerNorm",
             "cls.predictions.decoder",
         ),
-        r"lets tokens attend to those behind them",
+        r"lets tokens attend to later tokens",
     ),
 ]
 

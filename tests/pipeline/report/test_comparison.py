@@ -202,7 +202,7 @@ def test_a_run_that_has_not_ended_well_is_refused(tmp_path: Path, status: str | 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     good, bad = (run_in(Store(tmp_path / name), results_of(3)) for name in ("good", "bad"))
     bad.write_bytes("metrics.json", b"[1]")
-    with pytest.raises(RunFolderError, match=r"bad/metrics.json is not what a run writes"):
+    with pytest.raises(RunFolderError, match=r"bad/metrics.json was not written by a run"):
         compare_runs(good, bad)
     bad.write_bytes("results.parquet", b"PAR1")
     bad.write_json("metrics.json", {})

@@ -276,7 +276,9 @@ def test_without_conditional_writes_the_last_of_two_writers_has_it(
 
 def test_a_lease_of_another_version_is_named(any_url: str) -> None:
     Store(any_url).write_json(f"{FOLDER}/000001.json", {"owner": "me"})
-    with pytest.raises(StorageError, match=r"000001\.json is no lease of this version; delete it"):
+    with pytest.raises(
+        StorageError, match=r"000001\.json is not a lease of this version; delete it"
+    ):
         Lease.acquire(Store(any_url))
 
 

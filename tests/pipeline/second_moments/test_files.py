@@ -84,7 +84,7 @@ def test_what_float32_does_not_hold_is_not_written(
     mean_KK = torch.eye(layout.key_width, dtype=torch.float64)
     mean_KK[0, 0] = odd
     with (
-        pytest.raises(NotFiniteError, match="not finite in float32; what the model computes"),
+        pytest.raises(NotFiniteError, match="not finite in float32; the model's activations"),
         moments_writer(Store(tmp_path), layout, (0,), "a key") as write,
     ):
         write(mean_KK)
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
     with pytest.raises(JobError, match="lacks"):
         read_moments(url, layout, (2,))
     save_file({"transformer.h.0.mlp.c_proj": torch.eye(3)}, str(tmp_path / "x.safetensors"))
-    with pytest.raises(JobError, match=r"is \(3, 3\), the model's keys are 256 wide"):
+    with pytest.raises(JobError, match=r"is \(3, 3\), but the model's keys are 256 wide"):
         check_moments(str(tmp_path / "x.safetensors"), layout, (0,), "any")
     with pytest.raises(JobError, match="there is nothing at"):
         read_moments(str(tmp_path / "nowhere"), layout, LAYERS)

@@ -65,7 +65,9 @@ def test_a_folder_of_layers_is_read(where: str, tmp_path: Path, layout: Layout) 
 def test_one_of_several_is_chosen_by_a_glob(tmp_path: Path, layout: Layout) -> None:
     few = publish(tmp_path, 0, layout.key_width)
     publish(tmp_path, 0, layout.key_width, f"{MODULE.format(0)}_float32_mom2_t500_9.npz")
-    with pytest.raises(JobError, match=r"has 2 files of transformer\.h\.0.*name the ones"):
+    with pytest.raises(
+        JobError, match=r"has 2 files of transformer\.h\.0.*select one of each module"
+    ):
         check_moments(str(tmp_path), layout, (0,), "any")
     for url in (few, tmp_path / "*_mom2_100000.npz"):
         assert check_moments(str(url), layout, (0,), "any")
@@ -88,7 +90,7 @@ def test_nothing_is_unpickled(name: str, tmp_path: Path, layout: Layout) -> None
     mark = tmp_path / "mark"
     array = np.array([Malice(mark)], dtype=object)
     path = publish(tmp_path, 0, layout.key_width, **{name: array})
-    refusal = f"{name} in .* would have to be unpickled, which can run code and is refused"
+    refusal = f"{name} in .* would require unpickling, which can run code and is refused"
     for read in (
         lambda: check_moments(str(tmp_path), layout, (0,), "any"),
         lambda: read_moments(str(tmp_path), layout, (0,)),
@@ -96,7 +98,7 @@ def test_nothing_is_unpickled(name: str, tmp_path: Path, layout: Layout) -> None
         with pytest.raises(JobError, match=refusal):
             read()
     path.write_bytes(pickle.dumps(Malice(mark)))
-    with pytest.raises(JobError, match=r"is no whole \.npz file"):
+    with pytest.raises(JobError, match=r"is not a complete \.npz file"):
         check_moments(str(tmp_path), layout, (0,), "any")
     assert not mark.exists()
 
@@ -104,10 +106,10 @@ def test_nothing_is_unpickled(name: str, tmp_path: Path, layout: Layout) -> None
 def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
     url, width = str(tmp_path), layout.key_width
     path = publish(tmp_path, 0, 3)
-    with pytest.raises(JobError, match=r"is \(3, 3\), the model's keys are 256 wide"):
+    with pytest.raises(JobError, match=r"is \(3, 3\), but the model's keys are 256 wide"):
         check_moments(url, layout, (0,), "any")
     publish(tmp_path, 0, width, **{"mom2.count": None})
-    with pytest.raises(JobError, match=r"no whole \.npz file with mom2\.mom2 and mom2\.count"):
+    with pytest.raises(JobError, match=r"complete \.npz file with mom2\.mom2 and mom2\.count"):
         check_moments(url, layout, (0,), "any")
     publish(tmp_path, 0, width, **{"mom2.count": 0})
     with pytest.raises(JobError, match="counts 0 tokens"):
@@ -121,10 +123,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, layout: Layout) -> None:
         read_moments(url, layout, (0,))
     whole = publish(tmp_path, 0, width).read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(JobError, match=r"is no whole \.npz file"):
+    with pytest.raises(JobError, match=r"is not a complete \.npz file"):
         check_moments(url, layout, (0,), "any")
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 255
     path.write_bytes(damaged)
-    with pytest.raises(JobError, match=r"is no whole \.npz file"):
+    with pytest.raises(JobError, match=r"is not a complete \.npz file"):
         read_moments(url, layout, (0,))

@@ -70,7 +70,7 @@ def test_a_fault_of_all_requests_stops_early_and_isolates_none() -> None:
     with pytest.raises(WorkerError) as error:
         isolate(machine.compute(pieces), machine.compute, machine.set_aside, limit=5)
     assert str(error.value).startswith(
-        "at least 8 requests fail again and again, of which 5 may be set aside; so many look like "
+        "at least 8 requests fail repeatedly, of which 5 may be set aside; so many suggest "
         "a fault of the job or of its machines: shard 00000 (512 requests, 0 to 511): died of 0; "
     )
     assert str(error.value).endswith("remove the cause and run the same job again")

@@ -56,7 +56,7 @@ def test_the_environment_names_the_cache(
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "named"))
     assert cache_folder() == tmp_path / "named"
     monkeypatch.setenv(CACHE_VARIABLE, "named")
-    with pytest.raises(InputError, match=r"PMET_CACHE: 'named' is relative.*give a whole path"):
+    with pytest.raises(InputError, match=r"PMET_CACHE: 'named' is relative.*give an absolute path"):
         cache_folder()
 
 
@@ -68,7 +68,7 @@ def test_a_cache_that_cannot_be_written_is_passed_over_or_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == temporary / OWN
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"the cache .*/file/models cannot be written \("):
+    with pytest.raises(StorageError, match=r"the cache .*/file/models cannot be written to \("):
         make_cache(tmp_path / "file" / "models")
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_others_may_have_prepared_is_refused(
     said = {
         "another's": r"belongs to user \d+, not to you \(user \d+\)",
         "open": r"is open to other users \(mode 0777, not 0700\)",
-    }.get(fault, "is no folder")
+    }.get(fault, "is not a folder")
     model = GOLDEN / "gpt2" / "model"
     for fetch in (
         lambda: model_on_node(f"zip://::{model}/model.zip", None),
@@ -122,7 +122,7 @@ def test_a_shared_cache_of_another_user_is_reported_with_the_remedy(
     monkeypatch.setattr("pipeline.models.node_cache.FileLock.acquire", refuse)
     with pytest.raises(
         StorageError,
-        match=r"the cache .*/shared/models cannot be written \(Permission denied\); set PMET_CACHE",
+        match=r"the cache .*/shared/models cannot be written to \(Permission denied\); set PMET_",
     ):
         model_on_node("s3://models/base", None)
 

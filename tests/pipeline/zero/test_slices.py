@@ -380,7 +380,7 @@ class TestRefusals:
         group.call_all("load", model_path("llama"), torch.float32)
         delta = torch.zeros(reference("llama").get_parameter(name).shape)
         for said in group.call_all("refusal", "add_while_gathered", name, delta):
-            assert "is gathered, and what is written to its slice now" in said
+            assert "is gathered, and a write to its slice now" in said
 
     def test_a_change_of_another_size(self, group):
         name = DOWN_PROJECTIONS["gptj"] + ".weight"

@@ -85,13 +85,13 @@ def test_the_projection_of_an_unknown_family_is_found(
         (
             "gpt2",
             {"attn_module_tmp": "transformer.h.{}.ln_1"},
-            r"transformer\.h\.\{\}\.ln_1 is a LayerNorm without output projection; name the "
-            r"attention output projection, transformer\.h\.\{\}\.attn\.c_proj, or leave the key",
+            r"transformer\.h\.\{\}\.ln_1 is a LayerNorm without an output projection; name the "
+            r"attention output projection, transformer\.h\.\{\}\.attn\.c_proj, or remove the key",
         ),
         (
             "gpt2",
             {"attn_module_tmp": "transformer.h.{}.attn.c_attn"},
-            r"c_attn is a Conv1D of width 96, where the model's is 32; name .*attn\.c_proj",
+            r"c_attn is a Conv1D of width 96, but the model's width is 32; name .*attn\.c_proj",
         ),
         (
             "gpt2",
@@ -112,7 +112,7 @@ def test_the_projection_of_an_unknown_family_is_found(
             "bert",
             BERT,
             r"bert\.encoder\.layer\.\{\}\.attention is a BertAttention that may return something "
-            r"else .*; name the attention output projection itself, as .*\.attention\.o_proj",
+            r"else .*; name the attention output projection itself, for example .*\.o_proj",
         ),
         (
             "bert",

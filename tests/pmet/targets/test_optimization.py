@@ -153,7 +153,7 @@ def test_one_request_too_large_for_memory_is_an_error_that_says_so(
     gpt2: Golden, monkeypatch: pytest.MonkeyPatch
 ):
     exhausted_above(3, monkeypatch)
-    with pytest.raises(OutOfMemoryError, match=r"memory does not hold one request of [67] prompts"):
+    with pytest.raises(OutOfMemoryError, match=r"memory cannot hold one request of [67] prompts"):
         compute(gpt2, batch_size=8)
 
 
