@@ -56,7 +56,7 @@ def check_fits(
     """Refuse an edited weight that its dtype cannot hold.
 
     Args:
-        name: of the parameter.
+        name: name of the parameter.
         largest: the largest |W + Δ|, before rounding; infinite if any element is NaN.
         share: ‖Δ‖/‖W‖.
         dtype: the dtype in which the edited weight is stored.
@@ -201,10 +201,10 @@ class EditWriter:
     The file equals that of `Edit.save`, byte for byte, once all pieces are written.
 
     Args:
-        path: of the file.
-        name: of the parameter.
-        shape: of the parameter, a matrix.
-        dtype: of the parameter.
+        path: path of the file.
+        name: name of the parameter.
+        shape: shape of the parameter, a matrix.
+        dtype: dtype of the parameter.
     """
 
     def __init__(self, path: str | Path, name: str, shape: torch.Size, dtype: torch.dtype) -> None:

@@ -182,7 +182,7 @@ def plain_targets(
         model: a causal language model of transformers; left unchanged.
         tokenizer: its fast tokenizer.
         requests: E requests, at least one.
-        hparams: which modules, and how the optimisation runs.
+        hparams: names of the modules, and settings of the optimisation.
         context_templates: groups of templates; the first of the first group is the bare ``{}``.
         shared_keys: ``joint``: requests with the same subject and the same text before it get one
             target; ``mean``: each gets its own, as published.
@@ -289,19 +289,19 @@ def plain_deltas(
     second_moments: Mapping[int, Tensor],
     targets: Tensor,
 ) -> dict[str, Tensor]:
-    """The weight change of each edited layer, with all earlier changes in place.
+    """Compute the weight change of each edited layer, with all earlier changes applied.
 
     Args:
-        model: a causal language model of transformers; left as it was.
+        model: a causal language model of transformers; left unchanged.
         tokenizer: its fast tokenizer.
-        requests: E of them, at least one.
-        hparams: which modules, and the weight of the second moments.
+        requests: E requests, at least one.
+        hparams: names of the modules, and the weight of the second moments.
         context_templates: as for :func:`plain_targets`.
         second_moments: per edited layer, C as a (K, K) tensor.
         targets: v* as an (E, D) tensor.
 
     Returns:
-        For each edited layer's parameter its delta: float64, on the CPU, shaped as the parameter.
+        For each edited layer's parameter, its delta: float64, on the CPU, in the parameter's shape.
     """
     layers, template = hparams.layers, hparams.down_projection_template
     modules = [_module(model, template, layer) for layer in layers]
@@ -354,18 +354,18 @@ def _key_and_value(
 def plain_evaluate(
     model: nn.Module, tokenizer: Any, requests: Sequence[EditRequest]
 ) -> dict[str, Any]:
-    """Score what the model answers now: a pass for every prompt with every target.
+    """Score the model's current answers, with a pass for every prompt with every target.
 
-    In the probability form a prompt counts when the wanted target is likelier than the other one
-    (mean negative log-likelihood over each target's own tokens), in the strict form when it is
-    the greedy answer at every position; the accuracy is the share of positions where it is. Wanted
-    is the new target, but the true one for neighborhood prompts, and its own answer for each
-    portability prompt.
+    In the probability form a prompt counts if the wanted target is more likely than the other one
+    (mean negative log-likelihood over each target's own tokens), in the strict form if it is the
+    greedy answer at every position; the accuracy is the share of positions where it is. The wanted
+    target is the new one, except for neighborhood prompts (the true one) and portability prompts
+    (their own answers).
 
     Returns:
         ``efficacy``, ``generalization``, ``specificity`` and ``portability``, each also with
         ``_strict`` and ``_accuracy``: fractions in [0, 1], means over all prompts of all requests,
-        NaN where there are none; ``rows``: the same for each request by itself, with its
+        NaN if there are none; ``rows``: the same for each single request, with its
         ``case_id``; ``nll``: by prompt and target, the mean negative log-likelihood.
     """
     nll: dict[tuple[str, str], float] = {}
@@ -382,7 +382,7 @@ def plain_evaluate(
 def _wins(
     model: nn.Module, tokenizer: Any, request: EditRequest, nll: dict[tuple[str, str], float]
 ) -> dict[str, list[float]]:
-    """For each figure, what each prompt counts; none where a target is not given."""
+    """For each figure, the result of each prompt; none if a target is not given."""
     new, true = request.target_new, request.target_true
     ask = request.portability_prompts
     before: Sequence[str | None] = request.portability_targets_true or [None] * len(ask)
@@ -422,7 +422,7 @@ def plain_score(
     model: nn.Module, prompt: Sequence[int], target: Sequence[int]
 ) -> tuple[float, bool, float]:
     """One pass for one target: its mean log-likelihood in nats, whether it is the greedy answer at
-    every position, and at which share of them.
+    every position, and the share of positions where it is.
     """
     rows = [[*prompt, *target[:-1]]]
     log_TN = _logits(model, rows)[0, len(prompt) - 1 :].log_softmax(-1).cpu()

@@ -87,7 +87,7 @@ def check_gpus(wanted: list[Ask], address: str | None) -> None:
 
     Args:
         wanted: the requirements.
-        address: of the cluster to run on; None: as in the environment, else this machine.
+        address: address of the cluster to run on; None: as in the environment, else this machine.
 
     Raises:
         JobError: one line for each setting that cannot be met, with the available GPUs and the

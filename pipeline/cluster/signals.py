@@ -44,7 +44,7 @@ class Stopped(SystemExit):
     """A signal has asked this process to stop; ``code`` is the exit status that a shell shows.
 
     Attributes:
-        signal: which one.
+        signal: the signal.
     """
 
     def __init__(self, number: int) -> None:

@@ -28,8 +28,8 @@ class Reason(NamedTuple):
     """Why a row is not edited.
 
     Attributes:
-        code: for programs.
-        text: what is wrong and what to do, for people.
+        code: the reason for programs.
+        text: the reason for people: what is wrong and what to do.
     """
 
     code: RejectionCode

@@ -263,7 +263,7 @@ class Repeats:
         """
         alike = (b"", b"")
         given = {self._given.get(row, alike)[:parts] for rows in groups for row in rows}
-        return " but for white space or Unicode form" if len(given) > 1 else ""
+        return " except for white space or Unicode form" if len(given) > 1 else ""
 
     def _groups(self) -> Iterator[dict[bytes, list[Row]]]:
         """Rows with the same prompt and subject, grouped by their target."""

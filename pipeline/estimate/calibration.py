@@ -55,7 +55,7 @@ class Sample:
         texts: pieces of the corpus for perplexity, if there is one.
         budget_s: time limit in seconds for the targets of the sample, and for its evaluation;
             beyond that, only a few are computed.
-        threads: of each process.
+        threads: number of threads of each process.
         gpus: the GPUs given to each process.
         started: the `time.time` at which the processes were started.
     """

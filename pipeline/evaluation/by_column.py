@@ -41,7 +41,7 @@ def grouped(
     """Compute the figures of each group of requests, largest group first.
 
     Args:
-        column: of the table; None: no groups.
+        column: a column of the table; None: no groups.
         table: all input rows.
         rows: the input rows to group.
         measured: figures by input row, ``before`` and ``after``.

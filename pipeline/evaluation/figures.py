@@ -60,7 +60,7 @@ _SPECIFICITY = _forms(
 )
 _PORTABILITY = _forms(
     *("portability", "prompts about what follows from the fact", "their answer"),
-    "what was true before",
+    "the answer that was true before",
 )
 _ALL = (
     *(form[0] for form in (_EFFICACY, _GENERALIZATION, _SPECIFICITY)),
@@ -70,15 +70,15 @@ _ALL = (
     *_PORTABILITY,
     Figure(
         "agreement",
-        "Share of held-out tokens where base and edited model have the same likeliest one.",
+        "Share of held-out positions where base and edited model predict the same token.",
     ),
-    Figure("consistency", "Likeness of generated to reference texts: cosine of TF-IDF vectors."),
+    Figure("consistency", "Similarity of generated and reference texts: cosine of TF-IDF vectors."),
     Figure(
         "fluency",
-        "Entropy of word pairs and triples of generated text; one that repeats itself has little.",
+        "Entropy of word pairs and triples in generated text; low for repetitive text.",
         "bits",
     ),
-    Figure("perplexity", "Of held-out texts of the corpus; lower is better.", "plain"),
+    Figure("perplexity", "On held-out texts of the corpus; lower is better.", "plain"),
 )
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in _ALL}
 CORE = ("efficacy", "generalization", "specificity")

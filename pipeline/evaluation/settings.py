@@ -21,7 +21,7 @@ class How:
     """How requests are measured.
 
     Attributes:
-        chat_template: each prompt is a user's turn of the tokenizer's chat.
+        chat_template: whether each prompt is a user turn of the tokenizer's chat template.
         writing_seed: seed for generating text; None: no text is generated.
     """
 
@@ -55,7 +55,7 @@ def check_evaluation(
     Args:
         job: the job.
         tokenizer: the model's.
-        columns: of the requests.
+        columns: the columns of the requests.
         corpus: whether there is one.
 
     Returns:

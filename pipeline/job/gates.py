@@ -26,7 +26,7 @@ INCREASE = "perplexity_increase"
 SHARES = (*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency")
 """Figures that are fractions, where higher is better."""
 ROUNDING = "rounding"
-"""Of the edited weights: the share of Δ that the stored dtype rounds off."""
+"""The gate on the edited weights: the share of Δ that the stored dtype rounds off."""
 NOTHING_LAST = "nothing to compare with"
 UNDEFINED = "not a finite number, and nothing that is undefined passes"
 

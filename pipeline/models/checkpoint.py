@@ -47,8 +47,8 @@ class StoredTensor:
     Attributes:
         file: name of the safetensors file.
         name: name in that file, which may lack or add the model's prefix.
-        dtype: of the elements.
-        shape: as stored.
+        dtype: dtype of the elements.
+        shape: the stored shape.
         start: offset of the first byte in the file.
         size: bytes.
     """
@@ -68,7 +68,7 @@ class Checkpoint:
     Attributes:
         folder: the model folder.
         tensors: floating-point tensors by their name in the files.
-        headers: of all tensors, including those of types that no code here computes with.
+        headers: headers of all tensors, including types that no code here computes with.
         weights: the files that the tensors are in.
         config: the contents of ``config.json``.
     """

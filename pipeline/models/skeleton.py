@@ -39,7 +39,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
     Args:
         folder: a model folder.
-        dtype: of the parameters; None uses the folder's configuration.
+        dtype: dtype of the parameters; None uses the folder's configuration.
 
     Raises:
         ModelError: transformers cannot open it as a causal language model.
@@ -67,7 +67,7 @@ def skeleton_with_buffers(
 
     Args:
         checkpoint: a model folder.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
 
     Returns:
         The model; and for each parameter its location in the checkpoint, or None if the checkpoint

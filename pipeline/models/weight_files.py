@@ -70,7 +70,7 @@ class WeightFiles:
     """The files that hold a model's weights.
 
     Attributes:
-        names: of the safetensors files, sorted; empty if the folder has none that is read.
+        names: names of the safetensors files, sorted; empty if the folder has none that is read.
         index: name of the file that lists them; None if one file holds all weights.
         weight_map: for each tensor, the file that the index names; empty without an index.
     """

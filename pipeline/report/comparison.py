@@ -150,7 +150,7 @@ def write_comparison(comparison: Comparison, store: Store, name: str = PAGE) -> 
     Args:
         comparison: the two runs.
         store: the folder for the page.
-        name: of the page.
+        name: the page's file name.
 
     Raises:
         StorageError: it cannot be written.

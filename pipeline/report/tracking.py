@@ -244,7 +244,7 @@ class Tracking:
 
         Args:
             job: its job.
-            digest: of everything that its result depends on.
+            digest: digest of everything that its result depends on.
         """
         run = tracked(job, digest)
         self._tell("begin", lambda tracker: tracker.begin(run))

@@ -173,7 +173,7 @@ class RunFolder:
         """Time a stage; entries that the body puts into the yielded mapping are kept as its detail.
 
         Args:
-            name: of the stage.
+            name: the stage's name.
             total: the number of items it has to process; see `progress`.
         """
         detail: dict[str, Any] = {}
@@ -192,7 +192,7 @@ class RunFolder:
         """Commit a piece of work whose files are all in place.
 
         Args:
-            name: of the work.
+            name: the name of the work.
             value: the record, with ``file`` and its ``sha256``, or with ``files``, SHA-256 by name;
                 their sizes are added.
         """
@@ -238,7 +238,7 @@ class RunFolder:
         """Prepare to publish: delete the previously published files, and record the new ones.
 
         Args:
-            names: of the files about to be written to ``model/``.
+            names: names of the files about to be written to ``model/``.
 
         Raises:
             RunFolderError: ``model/`` holds files that no run wrote.

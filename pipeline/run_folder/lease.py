@@ -33,7 +33,7 @@ FOLDER = "lease"
 EXPIRES_S = 60.0
 NOT_EXCLUSIVE = (
     "this storage does not let only one of two writers create a file; two runs that start within "
-    "two seconds of each other may not be told apart: start one at a time"
+    "two seconds of each other may both get the folder: start one at a time"
 )
 _BEATS = 4
 _CLAIMS = 8
@@ -147,7 +147,7 @@ class Lease:
         """Verify that this run still holds the folder.
 
         Raises:
-            LeaseLostError: it does not.
+            LeaseLostError: this run no longer holds it.
             StorageError: the lease cannot be read or renewed.
         """
         # Renew before looking, so that no other run takes over between the look and the write.

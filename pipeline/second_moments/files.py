@@ -119,7 +119,7 @@ def _check_finite(url: str, module: str, moment_KK: torch.Tensor) -> None:
     if not _is_finite(moment_KK):
         raise JobError(
             f"second_moments: {module} at {url} holds NaN or infinity; copy the file again, or "
-            "compute it anew from a corpus"
+            "recompute it from a corpus"
         )
 
 

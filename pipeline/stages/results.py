@@ -89,7 +89,7 @@ def model_metrics(before: Measurement, after: Measurement, rows: Sequence[Row]) 
 
     Returns:
         ``before`` and ``after``: each figure, None if not measured; ``intervals``: the same for
-        their 95 % intervals, where there are any.
+        their 95 % intervals, if there are any.
     """
     return {
         "before": figures_of(before, rows),
@@ -108,7 +108,7 @@ def figures_of(
 
     Args:
         measured: the model's measurements.
-        rows: of the input.
+        rows: input rows.
         base: the unedited model's, to compute agreement with; None: without agreement.
     """
     own = [measured.rows[row] for row in rows if row in measured.rows]
@@ -122,7 +122,7 @@ def figures_of(
 def intervals_of(
     measured: Measurement, rows: Sequence[Row], base: Measurement | None = None
 ) -> dict[str, list[float]]:
-    """The 95 % intervals of these figures, where there are any (see `pipeline.evaluation`)."""
+    """The 95 % intervals of these figures, if there are any (see `pipeline.evaluation`)."""
     found = intervals([measured.rows[row] for row in rows if row in measured.rows])
     nll = [text.nll for text in measured.texts]
     if perplexity := of_perplexity(nll, [len(text.greedy) for text in measured.texts]):

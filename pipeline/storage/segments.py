@@ -33,7 +33,7 @@ class Segments:
     Args:
         store: the folder of all contexts.
         setting: the job setting that names this folder, for messages.
-        context: as JSON.
+        context: the context as a JSON value.
 
     Attributes:
         digest: SHA-256 of the context, the name of its folder.

@@ -25,7 +25,7 @@ def refuse_foreign_file(store: Store, name: str, is_own: Callable[[Store, str], 
 
     Args:
         store: the folder.
-        name: of the file about to be written.
+        name: name of the file about to be written.
         is_own: whether an existing file's content shows that it is ours.
 
     Raises:

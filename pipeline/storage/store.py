@@ -545,7 +545,7 @@ def attempt(action: str, where: str, call: Callable[..., Result], *args: Any) ->
     """Return the result of ``call``, retrying for a while if the storage is unreachable.
 
     Raises:
-        StorageError: it failed.
+        StorageError: the operation failed.
     """
     with failures(action, where):
         return patiently(lambda: call(*args))

@@ -31,7 +31,7 @@ def load_partitioned(
 
     Args:
         model_path: folder of a Hugging Face causal language model.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
         offload: where slices are kept: ``none`` for the device, ``cpu`` for main memory.
 
     Returns:

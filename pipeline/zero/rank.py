@@ -81,7 +81,7 @@ class UpdateShard:
     """Requests whose sums are added up together, and where their targets are.
 
     Attributes:
-        name: of the shard.
+        name: the shard's name.
         requests: those that have a target.
         rows: their rows in the input.
         files: the files in the run folder that hold their targets.
@@ -104,7 +104,7 @@ class UpdateJob:
         second_moments: path or URL of the second moments.
         run: the run folder.
         device: ``cpu`` or ``cuda``.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         stored: dtype of each edited layer's weight in the checkpoint, by layer number.
         offload: where partitioned weights are kept: ``none`` (on the device) or ``cpu``.
         model_digest: the digest that a copy of the model must have; None accepts any.
@@ -146,7 +146,7 @@ class LayerReport:
         jitter: added to the factored matrix, relative to its mean diagonal element; usually 0.
         rounding: ‖what the checkpoint's dtype rounds off‖ / ‖Δ‖.
         largest: the largest |W + Δ|.
-        dtype: of the weight in the checkpoint.
+        dtype: dtype of the weight in the checkpoint.
     """
 
     parameter: str

@@ -120,9 +120,9 @@ class Squares(NamedTuple):
     """Sums of squares over the elements that a rank changed, in float64.
 
     Attributes:
-        delta: of the change.
-        before: of the original weight.
-        lost: of the part that rounding to the stored dtype removes.
+        delta: Σ of the squared change.
+        before: Σ of the squared original weight.
+        lost: Σ of the squared part that rounding to the stored dtype removes.
         largest: the largest |W + Δ| among them, before rounding; NaN if any is NaN.
     """
 
@@ -147,7 +147,7 @@ def add_block(
     next forward sees a whole change only if every rank has written its part.
 
     Args:
-        engine: of `load_partitioned`; unused for a parameter that is not partitioned.
+        engine: the engine from `load_partitioned`; unused for a parameter that is not partitioned.
         parameter: the weight, a matrix.
         block: part of the change, or all of it; any floating dtype and device.
         top: row of the weight at which the block starts.

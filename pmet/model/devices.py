@@ -63,9 +63,9 @@ def shares(sizes: Sequence[int], rest: int, room: Sequence[float]) -> list[int]:
     """Assign a device to each layer so that all devices are filled evenly.
 
     Args:
-        sizes: of the layers, in order.
+        sizes: sizes of the layers, in order.
         rest: size of everything else on the first device.
-        room: of each device, in any unit.
+        room: the room on each device, in any unit.
     """
     # If the rest exceeds the first device's share, that device gets no layer.
     first = max(0.0, (rest + sum(sizes)) * room[0] / sum(room) - rest)

@@ -154,7 +154,7 @@ def short_attention(
         key: (B, key heads, T, d); the number of query heads is a multiple of theirs.
         value: as ``key``.
         attention_mask: added to the scores, (B or 1, 1 or H, S, T).
-        scaling: of the scores; None: 1/√d.
+        scaling: factor on the scores; None: 1/√d.
         others: further arguments for the stock implementation.
 
     Returns:

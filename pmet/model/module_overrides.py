@@ -87,7 +87,7 @@ def layer_on_places(
     Args:
         model: the model.
         layout: the model's layout.
-        index: of the layer.
+        index: index of the layer.
         before_N: places at which queries, keys and values are computed; None: all.
         behind_N: places at which everything after the attention is computed; None: all.
     """

@@ -188,7 +188,7 @@ class _Optimisation:
         model: frozen, in evaluation mode.
         layout: the model's layout.
         hparams: the hyper-parameters.
-        problems: of all requests, with their numbers, in the order of the queue.
+        problems: the problems of all requests, with their numbers, in the order of the queue.
         size: maximum number of requests in the batch.
         memory: bytes that the batch may use; None: ``size`` alone is the limit.
     """

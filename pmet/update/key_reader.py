@@ -117,8 +117,8 @@ class KeyReader:
         model: a causal language model in evaluation mode.
         layout: the model's layout.
         layers: the edited layers, ascending; the last one is layer z.
-        shared: of the `LookupTokenizer`.
-        batches: of the same.
+        shared: the `LookupTokenizer`'s shared tokens.
+        batches: the `LookupTokenizer`'s batches.
         device: the device where the model takes tokens, and where keys and values are returned.
         whole_passes: for a model whose passes must not be stopped early (ZeRO-3): unneeded modules
             pass their inputs through.

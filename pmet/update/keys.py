@@ -35,7 +35,7 @@ class Lookups:
     Plain arrays of numbers, because there may be as many of these as there are facts.
 
     Attributes:
-        tokens: of all rows, concatenated, without the tokens that the row's context puts in front.
+        tokens: tokens of all rows, concatenated, without those of the row's context.
         lengths: number of tokens in each row, at least one.
         contexts: each row's context.
         group_sizes: contexts in each group.

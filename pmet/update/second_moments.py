@@ -86,7 +86,7 @@ def convergence(one_KK: torch.Tensor, other_KK: torch.Tensor, tokens: tuple[int,
     Args:
         one_KK: sum of k kᵀ over one half, (K, K) float64.
         other_KK: the same over the other.
-        tokens: of each half, at least one.
+        tokens: number of tokens of each half, at least one.
     """
     n, m = tokens
     apart = torch.linalg.norm(one_KK / n - other_KK / m)

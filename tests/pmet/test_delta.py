@@ -70,7 +70,7 @@ def test_an_edit_that_its_dtype_cannot_hold_is_refused_and_leaves_the_model(
     text, named = str(error.value), str(dtype).removeprefix("torch.")
     assert text.startswith(
         f"the edited weight of {WEIGHT} does not fit its dtype, {named}: the largest |W + Δ| is "
-        f"1e+39, {named} holds at most {largest}; ‖Δ‖/‖W‖ is "
+        f"1e+39, but {named} holds at most {largest}; ‖Δ‖/‖W‖ is "
     )
     assert text.endswith(f"Lower clamp_norm_factor or v_lr in the hyper-parameters{remedy}")
     assert torch.equal(held.get_parameter(WEIGHT), before)
@@ -142,7 +142,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     edit_for(model()).save(tmp_path / "cut.safetensors")
     data = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[:-9])
-    with pytest.raises(EditFileError, match="is it whole"):
+    with pytest.raises(EditFileError, match="is the file complete"):
         Edit.load(tmp_path / "cut.safetensors")
 
 
@@ -175,5 +175,5 @@ def test_rows_of_a_saved_edit(tmp_path: Path) -> None:
     assert [len(part) for part in parts] == [3, 1]
     assert torch.equal(torch.cat(parts), edit.deltas[WEIGHT][1:5])
     (tmp_path / "cut").write_bytes((tmp_path / "edit").read_bytes()[:-1])
-    with pytest.raises(EditFileError, match=r"cut cannot be read as a saved edit \(.+\); is it"):
+    with pytest.raises(EditFileError, match=r"cut cannot be read as a saved edit \(.+\); is the"):
         list(delta_rows(tmp_path / "cut", WEIGHT, range(5), at_once=3))

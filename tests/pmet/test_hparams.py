@@ -214,7 +214,7 @@ LAYERS = r"is not allowed; give a list of layer numbers from 0, as \[3, 4, 5\]"
         ({"mom2_adjustment": False}, "mom2_adjustment: false asks for an update without second"),
         ({"mom2_adjustment": 1}, "mom2_adjustment: 1 is not allowed; give true"),
         ({"mom2_dataset": 1}, "mom2_dataset: 1 is not allowed; give text"),
-        ({"rewrite_module_tmps": ["a.{}.x", "a.{}.y"]}, "FFN weights only"),
+        ({"rewrite_module_tmps": ["a.{}.x", "a.{}.y"]}, "changes only FFN weights"),
         ({"rewrite_module_tmps": "a.{}.x"}, 'rewrite_module_tmps: "a.{}.x" is not allowed; give a'),
         ({"rewrite_module_tmp": ["a.{}.x"]}, "rewrite_module_tmp: .* give a module's name with"),
         ({"attn_module_tmp": "no place"}, 'attn_module_tmp: "no place" is not allowed; give a mod'),

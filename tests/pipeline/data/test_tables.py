@@ -320,7 +320,7 @@ DECOMPOSED = "Zu\u0308rich"
 def test_unicode_forms_and_white_space_hide_neither_contradiction_nor_repetition(read, one, other):
     found = read(table_of([one, other | {"target_new": "Oslo"}, fact("X")]))
     assert list(found.rows) == [2]
-    but = "but for white space or Unicode form"
+    but = "except for white space or Unicode form"
     said = "contradicts row {}: same prompt and subject {}, another target_new; keep one"
     assert reasons(found) == {0: said.format(1, but), 1: said.format(0, but)}
     found = read(table_of([one, other | {"target_new": " Rome "}, fact("X")]))
@@ -336,7 +336,7 @@ def test_rows_that_are_spelled_alike_count_as_the_same(read):
     assert reasons(read(table_of(rows))) == {
         0: "contradicts row 1: same prompt and subject, another target_new; keep one",
         1: "contradicts row 0: same prompt and subject, another target_new; keep one",
-        3: "repeats row 2: same prompt, subject and target_new but for white space or Unicode "
+        3: "repeats row 2: same prompt, subject and target_new except for white space or Unicode "
         "form; keep one",
     }
 

@@ -112,12 +112,12 @@ def test_the_projection_of_an_unknown_family_is_found(
             "bert",
             BERT,
             r"bert\.encoder\.layer\.\{\}\.attention is a BertAttention that may return something "
-            r"else .*; name the attention output projection itself, for example .*\.o_proj",
+            r"other than .*; name the attention output projection itself, for example .*\.o_proj",
         ),
         (
             "bert",
             BERT | {"attn_module_tmp": "bert.encoder.layer.{}.attention.self"},
-            r"attention\.self is a BertSelfAttention that may return something else",
+            r"attention\.self is a BertSelfAttention that may return something other than",
         ),
     ],
 )
