@@ -1,4 +1,12 @@
-"""The stages of a run; each reuses what the run folder already has, and does only the rest."""
+"""The stages of a run; each reuses what the run folder already has, and does only the rest.
+
+    templates ─▶ second moments ─▶ targets ─▶ measure before ─▶ update ─▶ publish ─▶ measure after
+
+Targets and measurements have modules of their own (`pipeline.stages.targets`,
+`pipeline.stages.measurement`). If a job asks for it, the facts that the base model already knows
+are found before the targets (`pipeline.stages.known`), and checked again at the end. The plan alone
+decides what is computed together, never the workers.
+"""
 
 import lazy_loader
 

@@ -1,12 +1,4 @@
-"""What all stages share. Each reuses what the run folder already has, and does only the rest.
-
-    templates ─▶ second moments ─▶ targets ─▶ measure before ─▶ update ─▶ publish ─▶ measure after
-
-Targets and measurements have modules of their own (`pipeline.stages.targets`,
-`pipeline.stages.measurement`). If a job asks for it, the facts that the base model already knows
-are found before the targets (`pipeline.stages.known`), and checked again at the end. The plan alone
-decides what is computed together, never the workers.
-"""
+"""What all stages share: the plan, the run folder, the executor, and the progress display."""
 
 from __future__ import annotations
 
