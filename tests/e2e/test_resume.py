@@ -178,7 +178,8 @@ def test_a_rank_that_is_killed_in_a_layer_costs_that_layer_only(
         *("redo 0", "redo 1", "edit 2"),
     ]
     (event,) = [e for e in run_json(again)["events"] if e["kind"] == "retry"]
-    assert event["text"].startswith("update group, attempt 1: rank 1 of 2 failed in edit_layer: ")
+    assert event["attempt"] == 1
+    assert "rank 1 of 2 failed in edit_layer: " in event["text"]
     assert "as after signal 9 (SIGKILL)" in event["text"]
     assert_same_weights(weights(first), weights(again))
     assert all(record_is_whole(again, name) for name in again.folder.glob("records/*.json"))

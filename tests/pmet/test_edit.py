@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_named(golden: Golden) -> None:
         edit(golden, second_moments={})
     with pytest.raises(InputError, match="belongs to another model"):
         edit(golden, second_moments=dict.fromkeys(golden.hparams.layers, torch.eye(3)))
-    with pytest.raises(InputError, match=rf"wanted \(24, {width}\)"):
+    with pytest.raises(InputError, match=rf"not \(24, {width}\)"):
         edit(golden, targets=torch.zeros(3, width))
     values = golden.expected["targets"]
     bad = values.clone()

@@ -19,6 +19,18 @@ from pipeline.cluster.signals import STOPPING, Stopped, deferred, kept
 from tests.conftest import ROOT
 
 
+@pytest.fixture(autouse=True)
+def default_dispositions() -> Iterator[None]:
+    """Have no signal ignored, as nohup and shells do with processes in the background."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Install a command's handlers in place of pytest's.
@@ -156,4 +168,4 @@ while True:
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
     assert ended.returncode == 143
-    assert b"could not end in good order" in ended.stderr
+    assert b"could not shut down cleanly" in ended.stderr

@@ -540,7 +540,7 @@ try:
     with ray_session("127.0.0.1:{port}"):
         pass
 except WorkerError as error:
-    assert str(error).startswith("Ray cannot be reached at '127.0.0.1:{port}': nobody "), error
+    assert str(error).startswith("Ray cannot be reached at '127.0.0.1:{port}': nothing listens "), error
     assert "name a running cluster as host:port" in str(error), error
 """
 
