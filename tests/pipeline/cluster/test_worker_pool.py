@@ -540,7 +540,8 @@ try:
     with ray_session("127.0.0.1:{port}"):
         pass
 except WorkerError as error:
-    assert str(error).startswith("Ray cannot be reached at '127.0.0.1:{port}': nothing listens "), error
+    begins = "Ray cannot be reached at '127.0.0.1:{port}': nothing listens "
+    assert str(error).startswith(begins), error
     assert "name a running cluster as host:port" in str(error), error
 """
 
