@@ -126,6 +126,7 @@ def _update_job(run: Context, templates: list[list[str]]) -> UpdateJob:
     return UpdateJob(
         model=plan.base.folder,
         model_digest=plan.base.digest,
+        layout=plan.layout,
         hparams=plan.hparams,
         templates=templates,
         second_moments=moments_url(run),

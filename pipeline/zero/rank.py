@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
@@ -29,7 +28,6 @@ from pipeline.models import (
     check_loaded,
     model_on_node,
     open_causal_lm,
-    open_skeleton,
     open_tokenizer,
 )
 from pipeline.second_moments import FactorFile, module_name, read_moments
@@ -49,7 +47,7 @@ from pipeline.zero.loading import Offload, load_partitioned
 from pmet.delta import EditWriter, check_fits, delta_rows
 from pmet.errors import NotFiniteError
 from pmet.hparams import PMETHyperParams
-from pmet.model import ContextTemplates, resolve
+from pmet.model import ContextTemplates, Layout
 from pmet.request import EditRequest
 from pmet.update import (
     Factor,
@@ -99,6 +97,7 @@ class UpdateJob:
 
     Attributes:
         model: a folder that all nodes have, a URL or a hub id.
+        layout: where the model keeps its parts.
         hparams: the method's hyper-parameters.
         templates: context templates.
         second_moments: path or URL of the second moments.
@@ -111,6 +110,7 @@ class UpdateJob:
     """
 
     model: str
+    layout: Layout
     hparams: PMETHyperParams
     templates: ContextTemplates
     second_moments: str
@@ -195,10 +195,9 @@ class UpdateRank:
             slices.init_rank(*meeting, device=job.device)
         folder = str(model_on_node(job.model, job.model_digest))
         self._tokenizer = open_tokenizer(folder)
-        # Partitioned weights are empty: the shapes are those of the model without its weights.
-        skeleton = open_skeleton(Path(folder), job.dtype) if meeting else None
         self._model, self._engine = _opened(folder, job, partitioned=meeting is not None)
-        self._layout = resolve(self._model if skeleton is None else skeleton, job.hparams)
+        # The plan's: partitioned weights are empty, and do not show their shapes.
+        self._layout = job.layout
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []

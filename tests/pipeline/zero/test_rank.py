@@ -20,6 +20,7 @@ from pipeline.second_moments.factors import FactorFile
 from pipeline.storage.store import Store
 from pipeline.zero.rank import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet import Edit, EditRequest
+from pmet.model.architecture import resolve
 from pmet.reference import plain_deltas
 from pmet.update.solver import Factor, moment_factor
 from tests.conftest import GOLDEN, Golden, load_golden
@@ -76,6 +77,7 @@ def updated(
     store = Store(str(folder / f"run-{ranks}"))
     job = UpdateJob(
         model=str(GOLDEN / golden.family / "model"),
+        layout=resolve(golden.model, golden.hparams),
         hparams=golden.hparams,
         templates=golden.context_templates,
         second_moments=str(moments),
