@@ -20,7 +20,6 @@ from jobs.facts.dump.survey import Side, Survey, survey
 from jobs.facts.templates import Templates
 from pipeline.data import (
     REQUIRED_COLUMNS,
-    Reason,
     Rejection,
     RejectionCode,
     RequestTable,
@@ -165,7 +164,7 @@ def check_requests(table: RequestTable) -> CheckResult:
     """Report the rejected rows of a request table, grouped by reason."""
     by_kind: dict[str, list[Rejection]] = defaultdict(list)
     for rejection in table.rejected:
-        by_kind[reason_kind(Reason(rejection.code, rejection.reason))].append(rejection)
+        by_kind[reason_kind(rejection.code, rejection.reason)].append(rejection)
     findings = [
         Finding(
             kind,
@@ -188,11 +187,11 @@ def _holds_requests(source: str) -> bool:
     return False
 
 
-def reason_kind(reason: Reason) -> str:
+def reason_kind(code: RejectionCode, reason: str) -> str:
     """Return the code of a reason, or its text without the parts specific to one row."""
-    if reason.code in (RejectionCode.DUPLICATE, RejectionCode.CONTRADICTION):
-        return reason.code
-    what = reason.text.partition(";")[0]
+    if code in (RejectionCode.DUPLICATE, RejectionCode.CONTRADICTION):
+        return code
+    what = reason.partition(";")[0]
     # Replace text in either of Python's quotes, then numbers.
     what = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", what)
     return re.sub(r"\d+", "N", what)

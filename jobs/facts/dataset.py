@@ -109,7 +109,7 @@ def convert_dataset(source: str, output: str, *, format_name: str | None = None)
             pa.array([reasons[row].text for row in rejected], pa.string()),
             rejected,
         )
-    kinds = Counter(reason_kind(reasons[row]) for row in rejected)
+    kinds = Counter(reason_kind(*reasons[row]) for row in rejected)
     left_out = sum(len(empty) for *_, empty in accepted)
     return Conversion(format_.name, len(parts), len(accepted), 0, dict(kinds), *urls, left_out)
 

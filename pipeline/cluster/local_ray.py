@@ -83,13 +83,8 @@ def token() -> dict[str, str]:
     Ray would otherwise create one in ``~/.ray``, which may be missing or read-only. If the user has
     a token, it is used and the variable is left out.
     """
-    forget_token()
+    reset_token()
     home = os.environ.get("HOME")
     kept = home is not None and os.access(Path(home, ".ray", "auth_token"), os.R_OK)
     given = any(os.environ.get(name) for name in (_TOKEN, f"{_TOKEN}_PATH"))
     return {} if kept or given else {_TOKEN: secrets.token_hex(32)}
-
-
-def forget_token() -> None:
-    """Use the user's own token again for the next cluster, which may be another user's."""
-    reset_token()

@@ -87,7 +87,10 @@ def folder_option(folder: Path) -> dict[str, str]:
 
 
 def reset_token() -> None:
-    """Drop the authentication token that this process has read; an older Ray has none."""
+    """Use the user's own token again for the next cluster, which may be another user's.
+
+    An older Ray has none.
+    """
     loader = getattr(ray._raylet, "AuthenticationTokenLoader", None)
     if loader is not None:
         loader.instance().reset_cache()

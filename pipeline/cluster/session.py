@@ -21,7 +21,7 @@ import ray
 from ray import exceptions as ray_exceptions
 
 from pipeline.cluster import signals
-from pipeline.cluster.local_ray import RAY_FOLDER, folder_for_ray, forget_token, token
+from pipeline.cluster.local_ray import RAY_FOLDER, folder_for_ray, token
 from pipeline.cluster.process import (
     LOCAL,
     cause_here,
@@ -37,6 +37,7 @@ from pipeline.cluster.ray_internals import (
     folder_option,
     on_loopback,
     processes_in_own_session,
+    reset_token,
     sigterm_untouched,
     started_here,
     without_agent,
@@ -95,7 +96,7 @@ def ray_session(
         yield started_here()
     finally:
         _disconnect()
-        forget_token()
+        reset_token()
 
 
 def _no_cluster(where: str, error: Exception) -> str:
@@ -268,7 +269,7 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
 
 @contextlib.contextmanager
 def _prepared() -> Iterator[None]:
-    """Start a cluster in this block as a job wants it: closed, light, and deaf to the terminal.
+    """Start a cluster in this block as a job needs it: closed, light, and out of reach of Ctrl-C.
 
     It listens on the loopback interface only. It has no dashboard agent, which would serve HTTP on
     a fixed port: a second cluster on the machine would wait for that port for five seconds. Ctrl-C
@@ -276,11 +277,7 @@ def _prepared() -> Iterator[None]:
     driver, which has work to save, would wait for them for a minute. They end with the driver,
     however it ends.
     """
-    with (
-        on_loopback(),
-        without_agent(),
-        processes_in_own_session(),
-    ):
+    with on_loopback(), without_agent(), processes_in_own_session():
         yield
 
 

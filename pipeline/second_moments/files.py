@@ -152,14 +152,13 @@ def read_header(store: Store, name: str) -> Header:
     """
     where = store.join(name)
     try:
-        header = safetensors_header.read_header(
+        return safetensors_header.read_header(
             lambda count: read_file(where, limit=count), store.size(name)
         )
     except ValueError as error:
         raise JobError(
             f"second_moments: {where} is not a whole safetensors file ({error})"
         ) from None
-    return header
 
 
 def made_under(header: Header) -> str | None:

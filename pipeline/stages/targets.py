@@ -64,9 +64,11 @@ def find_targets(
             "shards": len(todo),
             "finished": 0,
             "reused": len(plan.target_shards) - len(todo),
+            "shared_keys": plan.sharing,
+            "early": 0,
+            "found": 0,
+            "isolated": isolated,
         }
-        detail["shared_keys"] = plan.sharing
-        detail |= {"finished": 0, "early": 0, "found": 0, "isolated": isolated}
         if todo:
             _Search(run, templates, found, bar, detail).complete(todo)
     return found

@@ -292,10 +292,6 @@ def deepspeed() -> Any:
     return deepspeed
 
 
-def _device() -> torch.device:
-    return torch.device(deepspeed().accelerator.get_accelerator().current_device_name())
-
-
 def _interface_towards(address: str, port: int) -> str | None:
     """The network interface that leads to an address: gloo would guess from the host's name."""
     import psutil  # type: ignore[import-untyped]
