@@ -10,70 +10,8 @@ the same parts on a cluster.
     edit.apply(model)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from pmet.errors import (
-    ArchitectureError,
-    ContextTemplateError,
-    EditFileError,
-    HyperParameterError,
-    InputError,
-    NotFiniteError,
-    NotPositiveDefiniteError,
-    NumericalError,
-    OutOfMemoryError,
-    PMETError,
-    RequestError,
-)
-
-if TYPE_CHECKING:
-    from pmet.delta import Edit
-    from pmet.edit import compute_edit
-    from pmet.evaluation import evaluate
-    from pmet.hparams import PMETHyperParams
-    from pmet.request import EditRequest
-    from pmet.targets import Targets, compute_targets
-
-__all__ = [
-    "ArchitectureError",
-    "ContextTemplateError",
-    "Edit",
-    "EditFileError",
-    "EditRequest",
-    "HyperParameterError",
-    "InputError",
-    "NotFiniteError",
-    "NotPositiveDefiniteError",
-    "NumericalError",
-    "OutOfMemoryError",
-    "PMETError",
-    "PMETHyperParams",
-    "RequestError",
-    "Targets",
-    "compute_edit",
-    "compute_targets",
-    "evaluate",
-]
+import lazy_loader
 
 # Modules that need torch are imported on first use: a command that only reads files or reports an
 # error does not wait for it.
-_MODULES = {
-    "Edit": "pmet.delta",
-    "compute_edit": "pmet.edit",
-    "PMETHyperParams": "pmet.hparams",
-    "evaluate": "pmet.evaluation.metrics",
-    "EditRequest": "pmet.request",
-    "Targets": "pmet.targets.optimization",
-    "compute_targets": "pmet.targets.optimization",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'pmet' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,7 +12,6 @@ import re
 import socket
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
 import ray
@@ -185,12 +184,7 @@ class RankGroup:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _make_actors(

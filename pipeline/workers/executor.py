@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from pipeline.cluster import FailedTask, OnResult, Pool, Task, run_all
 
 
-class Ranks(Protocol):
+class Ranks(AbstractContextManager["Ranks"], Protocol):
     """The ranks of one update; use it as a context manager."""
 
     def call_all(self, method: str, *args: Any) -> list[Any]:
@@ -19,17 +19,8 @@ class Ranks(Protocol):
     def call_each(self, method: str, args_by_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a method of every rank, each with its own arguments."""
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-class Executor(ABC):
+class Executor(AbstractContextManager["Executor"]):
     """Runs the tasks of one run; use it as a context manager.
 
     The result of a task depends only on the job, never on the executor, which decides where and
@@ -102,14 +93,3 @@ class Executor(ABC):
     @abstractmethod
     def dismiss(self) -> None:
         """End workers and ranks; the executor runs nothing afterwards."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    @abstractmethod
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...

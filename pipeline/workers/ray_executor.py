@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from pipeline.cluster import (
@@ -55,12 +54,7 @@ class RayExecutor(Executor):
         self._leaving: Future[None] | None = None
         self.threads = local_sizes(plan)[2]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         with deferred():
             if self._leaving is None:
                 self._leave()

@@ -7,7 +7,6 @@ another process can offer is missing: a task that hangs or kills its process end
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from pipeline.cluster import (
@@ -47,12 +46,7 @@ class SerialExecutor(Executor):
         self._threads_before = limit_threads(local_sizes(self._plan)[2])
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.dismiss()
 
     def dismiss(self) -> None:
@@ -126,12 +120,7 @@ class SerialRank:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _run(self, doing: str, work: Callable[[], Any]) -> Any:

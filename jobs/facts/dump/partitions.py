@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -39,12 +38,7 @@ class Partitions:
     def __enter__(self) -> Partitions:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._close()
         self._kept.clear()
         if self._folder is not None:
