@@ -51,6 +51,10 @@ class Attempt:
     place: int
     number: int
 
+    def report(self, on_event: OnEvent, kind: EventKind, text: str) -> None:
+        """Send an event that concerns this attempt."""
+        on_event(kind, text, shard=self.task.shard, attempt=self.number)
+
 
 class TaskQueue:
     """The tasks of one stage still to be attempted, and those that failed; see `Pool.run`."""
@@ -95,10 +99,10 @@ class TaskQueue:
         allowed = task.attempts or self._max_attempts
         text = f"{task.key}, attempt {number} of {allowed}: {failure}"
         if number < allowed:
-            self._on_event(EventKind.RETRY, text, shard=task.shard, attempt=number)
+            attempt.report(self._on_event, EventKind.RETRY, text)
             self._again.appendleft(Attempt(task, attempt.place, number + 1))
         else:
-            self._on_event(EventKind.FAILED, text, shard=task.shard, attempt=number)
+            attempt.report(self._on_event, EventKind.FAILED, text)
             self._given_up.append((attempt.place, FailedTask(task, number, failure)))
 
     def given_up(self) -> list[FailedTask]:

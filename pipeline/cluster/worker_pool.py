@@ -167,12 +167,8 @@ class WorkerPool(Pool):
     ) -> None:
         failure = root_cause(error)
         if _process_is_lost(error):
-            self._on_event(
-                EventKind.DEATH,
-                f"worker {seat.index} was lost on {attempt.task.key}: {failure}",
-                shard=attempt.task.shard,
-                attempt=attempt.number,
-            )
+            text = f"worker {seat.index} was lost on {attempt.task.key}: {failure}"
+            attempt.report(self._on_event, EventKind.DEATH, text)
             self._start(seat)
         queue.failed(attempt, failure)
 
@@ -208,12 +204,8 @@ class WorkerPool(Pool):
 
     def _time_out(self, seat: _Seat, attempt: Attempt, queue: TaskQueue) -> None:
         failure = Failure(f"TimeoutError: hung, or took longer than {self._task_timeout_s:g} s")
-        self._on_event(
-            EventKind.TIMEOUT,
-            f"worker {seat.index} was ended on {attempt.task.key}: {failure}",
-            shard=attempt.task.shard,
-            attempt=attempt.number,
-        )
+        text = f"worker {seat.index} was ended on {attempt.task.key}: {failure}"
+        attempt.report(self._on_event, EventKind.TIMEOUT, text)
         self._start(seat)
         queue.failed(attempt, failure)
 

@@ -46,11 +46,10 @@ class Context:
         """The run folder's files."""
         return self.folder.store
 
-    def event(
-        self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
-    ) -> None:
-        """Record an event in ``run.json`` and show it; see `pipeline.events.OnEvent`."""
-        channel(self.folder, self.progress)(kind, text, shard=shard, attempt=attempt)
+    @property
+    def event(self) -> OnEvent:
+        """Records an event in ``run.json`` and shows it."""
+        return channel(self.folder, self.progress)
 
     @contextmanager
     def stage(self, name: StageName, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:

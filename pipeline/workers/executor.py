@@ -25,9 +25,6 @@ class Executor(AbstractContextManager["Executor"]):
 
     The result of a task depends only on the job, never on the executor, which decides where and
     when it runs.
-
-    Attributes:
-        ranks: number of processes in the update group.
     """
 
     @property
