@@ -32,8 +32,13 @@ def process_restored() -> Iterator[None]:
 
 
 @pytest.fixture
-def pmet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Run ``pmet`` with arguments; return exit status, output and error output."""
+def pmet(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Invoke:
+    """Run ``pmet`` with arguments; return exit status, output and error output.
+
+    No Ray session is open at first: a job that finds one runs on it.
+    """
     for console in (cli.out, cli.err, facts_cli.out, refresh_cli.out):
         monkeypatch.setattr(console, "width", 200)
 

@@ -32,8 +32,6 @@ from pipeline.storage.store import Store
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
-pytestmark = pytest.mark.usefixtures("no_ray")
-
 GPT2 = GOLDEN / "gpt2"
 STOPPED = "stopped by a signal; the same job goes on from here"
 

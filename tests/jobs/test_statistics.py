@@ -19,8 +19,6 @@ from pmet.update.second_moments import MAX_TOKENS
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 
-pytestmark = pytest.mark.usefixtures("no_ray")
-
 GPT2 = GOLDEN / "gpt2"
 
 

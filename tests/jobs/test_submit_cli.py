@@ -14,8 +14,6 @@ from pipeline.events import EventKind
 from pipeline.run_folder.folder import RunFolder
 from tests.jobs.conftest import Invoke
 
-pytestmark = pytest.mark.usefixtures("no_ray")
-
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
