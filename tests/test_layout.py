@@ -70,6 +70,7 @@ ORDER = {
 TESTED_IN = {
     "pmet.errors": "test_layout.py",
     "pmet.evaluation.questions": "pmet/evaluation/test_metrics.py",
+    "pmet.model.found_parts": "parity/test_other_families.py",
     "pmet.model.miniature": "pmet/model/test_discovery.py",
     "pmet.model.module_overrides": "pmet/targets/test_optimization.py",
     "pmet.model.padding": "parity/test_families.py",  # padded batches against single prompts

@@ -225,6 +225,11 @@ def _narrowed(config: Any, *, heads: bool) -> None:
     for key, width in widths.items():
         if _number(config, key):
             _set(config, key, width)
+    # Rotations by time, height and width share a head's pairs of components (Qwen 2 VL).
+    for key in ("rope_parameters", "rope_scaling"):
+        rotation = getattr(config, key, None)
+        if isinstance(rotation, dict) and "mrope_section" in rotation:
+            rotation["mrope_section"] = [_HEAD_WIDTH // 2 - 2, 1, 1]
 
 
 def _number(config: Any, key: str) -> int | None:
