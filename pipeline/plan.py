@@ -157,7 +157,11 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     templates = _templates(job)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(
-        read_requests(job.requests), tokenizer, skeleton.config, templates, joint=joint
+        read_requests(job.requests, job.separator),
+        tokenizer,
+        skeleton.config,
+        templates,
+        joint=joint,
     )
     count = len(table.requests)
     if not count:

@@ -28,6 +28,7 @@ INTERNALS = {f: f.stem.removesuffix("_internals") for f in ROOT.glob("p*/*/*_int
 ORDER = {
     "pmet": [
         ["errors"],
+        ["separator"],
         ["request", "safetensors_header", "strict_json", "yaml12"],
         ["hparams"],
         ["model"],

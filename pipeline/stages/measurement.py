@@ -179,9 +179,8 @@ class Answers:
         """Add the answers to a part."""
         part = self.parts[number]
         self.taken += 1
-        for (prompt, targets), scores in zip(part.prompts, measured.scores, strict=True):
-            for target, score in zip(targets, scores, strict=True):
-                self._scored[prompt, target] = score
+        for pairs, scores in zip(part.prompts, measured.scores, strict=True):
+            self._scored |= zip(pairs, scores, strict=True)
         self._said |= zip(part.answered, measured.answers, strict=True)
         self._written |= zip(part.written, measured.texts, strict=True)
 
@@ -209,11 +208,11 @@ def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[
         requests: the requests.
         writing: whether to generate text.
     """
-    targets: dict[str, dict[str, None]] = defaultdict(dict)
+    pairs: dict[str, dict[Continuation, None]] = defaultdict(dict)
     for request in requests:
-        for prompt, target in continuations_of(request):
-            targets[prompt][target] = None
-    prompts = [(prompt, list(targets[prompt])) for prompt in sorted(targets)]
+        for pair in continuations_of(request):
+            pairs[pair[0]][pair] = None
+    prompts = [list(pairs[prompt]) for prompt in sorted(pairs)]
     answered = sorted({request.text for request in requests})
     written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
     number = 1

@@ -30,7 +30,7 @@ from pmet.evaluation.continuations import BATCH_TOKENS, logits_at, score_continu
 from pmet.evaluation.figures import summarize
 from pmet.evaluation.generation import write_on
 from pmet.evaluation.prompts import Prompts
-from pmet.evaluation.questions import beginnings, continuations_of, figures_of
+from pmet.evaluation.questions import beginnings, continuation, continuations_of, figures_of
 from pmet.evaluation.texts import add_consistency
 from pmet.evaluation.texts import fluency as fluency_of
 from pmet.model import batches_by_tokens, context_length, encode_all, frozen, pad
@@ -113,7 +113,7 @@ def knows(
 
     This is just ``efficacy_strict``, at one short pass per request.
     """
-    asked = [(request.text, request.target_new) for request in requests]
+    asked = [continuation(request, request.text, request.target_new) for request in requests]
     scored = score_continuations(model, Prompts(tokenizer), asked, batch_tokens=batch_tokens)
     return [scored[pair].greedy for pair in asked]
 

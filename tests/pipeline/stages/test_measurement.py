@@ -51,7 +51,7 @@ class FakeExecutor:
         self.hows.add(how)
         # Requests with an even index are learned.
         return Measured(
-            [[_score(prompt, target) for target in targets] for prompt, targets in asked.prompts],
+            [[_score(*pair) for pair in pairs] for pairs in asked.prompts],
             [f"said to {text}" for text in asked.answered],
             [f"{text} a land of bread" for text in asked.written],
         )
@@ -185,10 +185,10 @@ def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:
     parts = parts_of(requests)
     assert len(parts) == 4
     assert max(len(p.prompts) for p in parts) - min(len(p.prompts) for p in parts) <= 1
-    asked = [prompt for part in parts for prompt, _ in part.prompts]
+    asked = [pairs[0][0] for part in parts for pairs in part.prompts]
     assert asked == sorted({"Nice is in", *(request.text for request in requests)})
-    targets = dict(prompt for part in parts for prompt in part.prompts)
-    assert sorted(targets["Nice is in"]) == ["Land 0", "Land 1", "Rome"]
+    nice = next(ps for part in parts for ps in part.prompts if ps[0][0] == "Nice is in")
+    assert sorted(target for _, target in nice) == ["Land 0", "Land 1", "Rome"]
     assert sorted(text for p in parts for text in p.answered) == sorted(r.text for r in requests)
     assert all(not part.written for part in parts)
     written = [text for part in parts_of(requests, writing=True) for text in part.written]
