@@ -124,6 +124,7 @@ def _compare_with_plain(
     for model, when in ((base, "before"), (edited, "after")):
         figures = evaluate(model, tokenizer, [request])
         assert figures["rows"][0]["efficacy_strict"] == (1.0 if when == "after" else 0.0)
-        assert plain_evaluate(model, tokenizer, [request])["rows"][0]["efficacy_strict"] == (
-            figures["rows"][0]["efficacy_strict"]
+        assert (
+            plain_evaluate(model, tokenizer, [request])["rows"][0]["efficacy_strict"]
+            == (figures["rows"][0]["efficacy_strict"])
         )
