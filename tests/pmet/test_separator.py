@@ -145,7 +145,7 @@ def test_a_target_gets_the_tokens_of_the_sentence_as_it_is_written(
     assert (measured, same) == (tokens.ids, answer)
     # The last token that holds a byte of the subject, however many its last character takes.
     upto = byte_level.decode(tokens.ids[: tokens.subject_last + 1])
-    start, stop = request.subject_span
+    _, stop = request.subject_span
     assert upto.startswith(request.text[:stop])
     assert not byte_level.decode(tokens.ids[: tokens.subject_last]).startswith(request.text[:stop])
 
