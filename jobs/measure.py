@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.models import (
 )
 from pipeline.places import model_places, pattern_places
 from pipeline.progress import RichProgress
-from pipeline.stages import Measurement, figures_of, held_out, intervals_of
+from pipeline.stages import Measurement, MeasurementMeter, figures_of, held_out, intervals_of
 from pipeline.storage import Store, is_json_with, json_bytes, refuse_foreign_file, refuse_overlap
 from pmet.errors import RequestError
 from pmet.evaluation import KINDS, Prompts, evaluate, score_texts
@@ -77,6 +78,8 @@ def evaluate_model(
         if corpus:
             read = read_corpus(corpus, tokenizer, max_length=longest(opened.config))
             texts = held_out(read.texts, config.perplexity_texts)
+        scored = [*texts, *texts] if base is not None else texts
+        meter = MeasurementMeter(bar, len(asked), scored)
         found = evaluate(
             opened,
             tokenizer,
@@ -84,15 +87,17 @@ def evaluate_model(
             fluency=config.fluency,
             chat_template=config.chat_template,
             seed=seed,
-            on_progress=bar.advance,
+            on_progress=meter.continuations(asked, writing=config.fluency),
         )
+        meter.complete()
+        score = partial(score_texts, on_progress=meter.scored)
         rows = [table.rows[place] for place in chosen]
         by_row = dict(zip(rows, found["rows"], strict=True))
-        measured = Measurement(by_row, score_texts(opened, tokenizer, texts))
+        measured = Measurement(by_row, score(opened, tokenizer, texts))
         del opened
         unedited = None
         if base is not None:
-            unedited = Measurement({}, score_texts(*_source(base).open(), texts))
+            unedited = Measurement({}, score(*_source(base).open(), texts))
     figures: dict[str, Any] = figures_of(measured, rows, unedited)
     figures["intervals"] = intervals_of(measured, rows, unedited)
     if groups := grouped(column, table.table, rows, {"": by_row}):

@@ -48,6 +48,20 @@ class StageName(StrEnum):
     KNOWN_AFTER = "known after"
 
 
+UNITS: dict[str, str] = {
+    "measure": "tokens",
+    StageName.SECOND_MOMENTS: "tokens",
+    StageName.KNOWN_BEFORE: "requests",
+    StageName.TARGETS: "requests",
+    StageName.MEASURE_BEFORE: "tokens",
+    StageName.UPDATE: "layers",
+    StageName.PUBLISH: "MB",
+    StageName.MEASURE_AFTER: "tokens",
+    StageName.KNOWN_AFTER: "requests",
+}
+"""What the progress of a stage counts. Tokens of a measurement are estimated."""
+
+
 class OnEvent(Protocol):
     """Receives events."""
 

@@ -57,6 +57,9 @@ from pmet.update import convergence, longest
 
 _MOST_PARTS = 16
 _PART_TOKENS = 8192
+_MERGING = 10
+"""A token counts as done up to one part in so many when it is summed, the rest when its part is
+merged: merging the sums of wide keys takes long."""
 _ALL_PARTS_BYTES = 64 * 2**30
 """The disk space for the sums of all parts: there are fewer parts if keys are wide."""
 
@@ -223,7 +226,7 @@ def collect(
     reused = len(done)
     _sum_missing(job, store, folder, parts, done, run_tasks, bar)
     tokens = [sum(map(len, part)) for part in parts]
-    moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens, check)
+    moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens, check, bar)
     delete_parts(store)
     return {"tokens": sum(tokens), "parts": len(parts), "reused": reused, "convergence": moved}
 
@@ -238,7 +241,7 @@ def _sum_missing(
     bar: Stage,
 ) -> None:
     """Have workers sum the parts that are not ``done``, and record each one."""
-    bar.skip(sum(len(s) for i in done for s in parts[i]))
+    bar.skip(sum(_summed(sum(map(len, parts[i]))) for i in done))
     numbers = {f"part {i} of the corpus": i for i in range(len(parts)) if i not in done}
 
     def take(task: Task, files: list[StoredFile]) -> None:
@@ -246,7 +249,7 @@ def _sum_missing(
         record = {"key": job.key, "files": [dataclasses.asdict(file) for file in files]}
         store.write_json(_record(folder, number), record)
         done[number] = files
-        bar.advance(sum(map(len, parts[number])))
+        bar.advance(_summed(sum(map(len, parts[number]))))
         bar.note(f"{len(done)} of {len(parts)} parts")
 
     tasks = [
@@ -263,9 +266,11 @@ def _commit(
     parts: Sequence[Sequence[StoredFile]],
     tokens: Sequence[int],
     check: Check | None,
+    bar: Stage,
 ) -> dict[str, float | None]:
     """Merge the parts, write the result and then its provenance; return the convergence."""
     even, odd = sum(tokens[::2]), sum(tokens[1::2])
+    left = even + odd - sum(map(_summed, tokens))
     moved: dict[str, float | None] = {}
     with moments_writer(store, job.layout, job.hparams.layers, job.key) as write:
         for i, module in enumerate(job.modules):
@@ -279,6 +284,9 @@ def _commit(
             write(mean_KK)
             if check:
                 check(module, mean_KK)
+            count = len(job.modules)
+            bar.advance(left * (i + 1) // count - left * i // count)
+            bar.note(f"{i + 1} of {count} layers merged")
     provenance = {
         "key": job.key,
         **job.identity,
@@ -291,6 +299,11 @@ def _commit(
     }
     store.write_json(PROVENANCE, provenance)
     return moved
+
+
+def _summed(tokens: int) -> int:
+    """How many of a part's tokens count as done before it is merged."""
+    return tokens - tokens // _MERGING
 
 
 def _added_up(store: Store, files: Sequence[str], width: int) -> torch.Tensor:

@@ -7,6 +7,8 @@ character takes three tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import OtherJobError
+from pipeline.progress import Progress, Stage
 from pipeline.run import RunResult, run_job
 from pmet.evaluation import evaluate
 from pmet.hparams import PMETHyperParams
@@ -65,6 +68,33 @@ def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Watched(Progress):
+    """Records the counts of all stages."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+        self.totals: dict[str, int | None] = {}
+        self.notes: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        counts = self.counts[name] = [0]
+        self.totals[name] = total
+        outer = self
+
+        class Watching(Stage):
+            def advance(self, count: int = 1) -> None:
+                counts.append(counts[-1] + count)
+
+            def total(self, count: int) -> None:
+                outer.totals[name] = count
+
+            def note(self, text: str) -> None:
+                outer.notes.append(text)
+
+        yield Watching()
+
+
 def test_a_chinese_fact_is_learned_and_measured_without_a_space(
     chinese: Path, inputs: Path, tmp_path: Path
 ) -> None:
@@ -90,7 +120,14 @@ def test_a_chinese_fact_is_learned_and_measured_without_a_space(
         hparams=str(tmp_path / "hparams.json"),
         context_templates=str(tmp_path / "templates.json"),
     )
-    result = run_job(config)
+    watched = Watched()
+    result = run_job(config, progress=watched)
+    # Every bar is full when its stage ends, and not before.
+    stages = ("second moments", "targets", "measure before", "update", "publish", "measure after")
+    for name in stages:
+        assert watched.counts[name][-1] == watched.totals[name], name
+        assert watched.counts[name][-2:-1] < [watched.totals[name]], name
+    assert {"1 of 1 requests, 174 of 174 texts"} <= set(watched.notes)
     (row,) = result.folder.read_table("results.parquet").to_pylist()
     assert row["before_answer"].startswith("北京")
     assert row["after_answer"].startswith("纽约")
