@@ -56,10 +56,10 @@ from pipeline.second_moments import (
 from pipeline.storage import Store, digest_of, read_file
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
-from pmet.model import Layout, context_length, contexts
+from pmet.model import Layout, context_length, contexts, evidence
 from pmet.request import EditRequest
-from pmet.targets import Problem
-from pmet.update import longest
+from pmet.targets import Problem, why_whole
+from pmet.update import longest, why_read_whole
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
@@ -90,6 +90,8 @@ class Plan:
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: as many as fit in the workers' memory.
         digests: the inputs that the result depends on, by name.
+        parts: what is known about the edited modules and the attention output, by their names.
+        whole: why prompts must be run from their first token; None if their beginnings need not.
         beside: names in the run folder that the run's caller wrote.
         warnings: what may make the result worse than the user wants.
     """
@@ -109,6 +111,8 @@ class Plan:
     update_shards: list[Shard]
     batch_size: int | None
     digests: dict[str, str]
+    parts: dict[str, str]
+    whole: str | None
     beside: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -210,6 +214,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
             "corpus": corpus.digest if corpus else "",
             "context_templates": digest_of(templates),
         },
+        parts=evidence(skeleton, layout, hparams.target_layer),
+        whole=why_whole(skeleton, layout) or why_read_whole(skeleton, layout),
         beside=tuple(beside),
         warnings=_warnings(corpus, layout, missing=missing),
     )

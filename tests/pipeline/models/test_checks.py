@@ -25,7 +25,9 @@ from pipeline.models.checks import check_configuration, check_readable, checked_
 from pipeline.models.skeleton import open_skeleton
 from pipeline.models.source import open_fast_tokenizer
 from pipeline.plan import make_plan
+from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
+from pmet.model import Layout
 from tests.conftest import GOLDEN, ROOT
 from tests.jobs.conftest import Invoke, pmet  # noqa: F401
 from tests.parity.test_families import VARIANTS, Variant, build
@@ -86,13 +88,13 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path, **hparams: Any) -> None:
+def check(folder: Path, **hparams: Any) -> Layout:
     """Check a model as the plan does."""
     checkpoint = Checkpoint.open(folder)
     check_configuration(checkpoint)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     named = PMETHyperParams.from_dict({"layers": [0, 1], **hparams})
-    checked_layout(checkpoint, skeleton, tokenizer, named)
+    return checked_layout(checkpoint, skeleton, tokenizer, named)
 
 
 def configured(folder: Path, **values: Any) -> None:
@@ -243,91 +245,52 @@ def test_an_adapter_counts_where_transformers_loads_it(
         make_plan(job)
 
 
-STATE = r"has layers that are not plain attention \({}\).* edit a model whose layers are all"
 OTHERS = [
-    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, STATE.format("conv")),
-    ("mamba", {"state_size": 8}, r"has layers that are not plain attention"),
+    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "feed_forward.w2"),
     (
         "falcon_h1",
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
-        r"has layers that are not plain attention",
-    ),
-    (
-        "qwen3_next",
-        {"num_experts": 0, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
-        STATE.format("linear_attention"),
+        "feed_forward.down_proj",
     ),
     (
         "gemma4_text",
-        {"layer_types": SLIDING, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0},
-        r"read the attention keys and values of other layers",
+        {
+            "layer_types": SLIDING,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 700,
+        },
+        "mlp.down_proj",
     ),
     (
         "deepseek_v3",
         {**LATENT, "first_k_dense_replace": 4, "v_head_dim": 8, "num_key_value_heads": 4},
-        r"stores attention keys and values in compressed form",
-    ),
-]
-INSIDE = r"adds the residual inside its FFN \({}\)"
-NAMED = [
-    (
-        "bloom",
-        {"n_layer": 4, "n_head": 4},
-        ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f"),
-        INSIDE.format("BloomMLP"),
-    ),
-    (
-        "mpt",
-        {"d_model": 32, "n_layers": 4, "n_heads": 4, "expansion_ratio": 2},
-        ("transformer.blocks.{}", "attn.out_proj", "ffn.down_proj", "transformer.norm_f"),
-        INSIDE.format("MptMLP"),
-    ),
-    (
-        "bert",
-        {},
-        (
-            "bert.encoder.layer.{}",
-            "attention.output.dense",
-            "output.dense",
-            "cls.predictions.transform.LayerNorm",
-            "cls.predictions.decoder",
-        ),
-        r"lets tokens attend to later tokens",
+        "mlp.down_proj",
     ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "config", "message"), OTHERS, ids=[k for k, *_ in OTHERS])
-def test_layers_that_are_not_plain_attention_are_refused(
-    kind: str, config: dict[str, Any], message: str, tmp_path: Path
+@pytest.mark.parametrize(("kind", "config", "part"), OTHERS, ids=[k for k, *_ in OTHERS])
+def test_layers_that_are_not_plain_attention_are_no_obstacle(
+    kind: str, config: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
-    """Even if the hyper-parameters name no modules: naming them would not help."""
     folder = saved(make(kind, **config), tmp_path / "model")
-    with pytest.raises(ModelError, match=message):
-        check(folder)
+    assert check(folder).family.down_projection == f"model.layers.{{}}.{part}"
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "names", "message"), NAMED, ids=[kind for kind, *_ in NAMED]
+    ("kind", "config", "message"),
+    [
+        ("mamba", {"state_size": 8}, r"layer 0 of \w+ has no FFN down-projection"),
+        ("bert", {}, r"lets tokens attend to later tokens"),
+    ],
 )
-def test_parts_that_the_method_cannot_run_are_refused(
-    kind: str, config: dict[str, Any], names: tuple[str, ...], message: str, tmp_path: Path
+def test_models_that_the_method_cannot_edit_are_refused(
+    kind: str, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = saved(make(kind, **config), tmp_path / "model")
-    with pytest.raises(ModelError, match=message):
-        check(folder, **modules(*names))
-
-
-def modules(
-    layer: str, attention: str, down: str, norm: str, head: str = "lm_head"
-) -> dict[str, Any]:
-    return {
-        "layer_module_tmp": layer,
-        "attn_module_tmp": f"{layer}.{attention}",
-        "rewrite_module_tmps": [f"{layer}.{down}"],
-        "ln_f_module": norm,
-        "lm_head_module": head,
-    }
+    with pytest.raises(ArchitectureError, match=message):
+        check(folder)
 
 
 def gemma3() -> nn.Module:
