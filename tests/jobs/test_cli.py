@@ -44,7 +44,8 @@ def job(tmp_path: Path) -> Callable[..., Path]:
         {"prompt": "no place", "subject": "Sur Bavov", "target_new": "a baker"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
-    pq.write_table(pa.table({"text": ["Furis is a city in Zaiter."]}), tmp_path / "corpus.parquet")
+    texts = json.loads((GPT2.parent / "corpus.json").read_text())[:90]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
 
     def write(**changes: Any) -> Path:
         values = {
