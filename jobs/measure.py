@@ -17,6 +17,7 @@ from jobs.views import percent, plain
 from pipeline.data import read_corpus, read_requests
 from pipeline.errors import JobError
 from pipeline.evaluation import group_column, grouped
+from pipeline.events import MEASURE
 from pipeline.job import EvaluateConfig
 from pipeline.models import (
     Checkpoint,
@@ -43,6 +44,7 @@ def evaluate_model(
     config: EvaluateConfig,
     *,
     seed: int,
+    separator: str | None,
     corpus: Sequence[str] | None,
     base: str | None,
     output: Path | None,
@@ -62,7 +64,7 @@ def evaluate_model(
     source = _source(model)
     tokenizer = open_fast_tokenizer(Path(source.folder))
     Prompts(tokenizer, config.chat_template)
-    table = read_requests(requests)
+    table = read_requests(requests, separator)
     for note in table.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     column = group_column(config.group_by, table.table.column_names)
@@ -72,7 +74,7 @@ def evaluate_model(
     if config.sample is not None and config.sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, config.sample)
     asked = [table.requests[place] for place in chosen]
-    with RichProgress().stage("measure") as bar:
+    with RichProgress().stage(MEASURE) as bar:
         opened, tokenizer = source.open()
         texts: list[str] = []
         if corpus:

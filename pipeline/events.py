@@ -48,8 +48,11 @@ class StageName(StrEnum):
     KNOWN_AFTER = "known after"
 
 
+CHECK, MEASURE = "check moments", "measure"
+"""Work shown like a stage: the check of existing second moments, and `pmet evaluate`."""
 UNITS: dict[str, str] = {
-    "measure": "tokens",
+    CHECK: "layers",
+    MEASURE: "tokens",
     StageName.SECOND_MOMENTS: "tokens",
     StageName.KNOWN_BEFORE: "requests",
     StageName.TARGETS: "requests",

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from pipeline.cluster import limit_threads
-from pipeline.events import StageName
+from pipeline.events import CHECK, StageName
 from pipeline.plan import Plan
 from pipeline.run_folder import delete_parts
 from pipeline.second_moments import (
@@ -59,7 +59,7 @@ def _check_existing(run: Context, url: str) -> None:
     layers = plan.hparams.layers
     if all(run.folder.recorded(f"layer-{layer}") for layer in layers) or not _factors(run):
         return
-    with run.progress.stage(StageName.SECOND_MOMENTS, len(layers)) as bar:
+    with run.progress.stage(CHECK, len(layers)) as bar:
         for layer in layers:
             moment_KK = read_moments(url, plan.layout, (layer,))[layer]
             _check(run, url, module_name(plan.layout, layer), moment_KK)
@@ -81,13 +81,14 @@ def _check(run: Context, where: str, module: str, moment_KK: torch.Tensor) -> No
     kept = FactorFile(moments_url(run), module, moment_KK)
     if kept.exists():
         return
+    on_gpu = run.plan.job.update.gpus_per_rank > 0
     # As many threads as a rank has, so that its results do not depend on who factors.
-    before = limit_threads(local_sizes(run.plan)[2])
+    before = limit_threads(None if on_gpu else local_sizes(run.plan)[2])
     try:
         found = checked_factor(where, module, moment_KK)
     finally:
         limit_threads(before)
-    if not run.plan.job.update.gpus_per_rank:
+    if not on_gpu:
         kept.keep(found)
 
 
