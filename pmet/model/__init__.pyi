@@ -3,6 +3,8 @@ from . import transformers_internals as transformers_internals
 from .architecture import Layout as Layout
 from .architecture import evidence as evidence
 from .architecture import is_matrix as is_matrix
+from .architecture import layers_of_each_kind as layers_of_each_kind
+from .architecture import layers_with as layers_with
 from .architecture import layout_of as layout_of
 from .architecture import part_with as part_with
 from .architecture import parts_beside as parts_beside

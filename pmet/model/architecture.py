@@ -9,7 +9,6 @@ the attention block, as files of MEMIT do, δ_a is added to the projection insid
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,11 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
-from pmet.model.discovery import Anatomy, Branch, UnknownAnatomyError, anatomy
+from pmet.model.discovery import Anatomy, Branch, UnknownAnatomyError, anatomy, modules_in
 from pmet.model.miniature import Miniature, NoMiniatureError, miniature_of
 from pmet.model.output_projection import named_projection
-
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -164,6 +161,29 @@ def _check_numbers(hparams: PMETHyperParams, depth: int) -> None:
             f"v_loss_layer is {hparams.v_loss_layer}, but the loss is read from the model's last "
             f"layer, {depth - 1}; set it to that, or remove the key"
         )
+
+
+def layers_with(small: Miniature, family: Family) -> list[int]:
+    """The layers of a miniature that have a family's parts, and can be edited."""
+    found = []
+    for layer in range(len(small.layers)):
+        try:
+            layout_of(small.model, family, layer)
+        except ArchitectureError:
+            continue
+        found.append(layer)
+    return found
+
+
+def layers_of_each_kind(small: Miniature, family: Family) -> list[int]:
+    """One layer of each kind among those with a family's parts, with others around if possible."""
+    by_kind: dict[object, list[int]] = {}
+    for layer in layers_with(small, family):
+        block = _module(small.model, family.layer.format(layer))
+        by_kind.setdefault(modules_in(block), []).append(layer)
+    return [
+        layers[len(layers) // 2] if len(layers) > 2 else layers[0] for layers in by_kind.values()
+    ]
 
 
 def _projection(model: nn.Module, layout: Layout, index: int) -> str:
@@ -344,10 +364,10 @@ class _Found:
                 f"hyper-parameter layers names [{index}], but the model has layers 0 to "
                 f"{len(blocks) - 1}"
             )
-        shape = _modules_in(blocks[index])
+        shape = modules_in(blocks[index])
         pairs = zip(self._blocks(self.small.model), self.parts.branches, strict=True)
         for block, branches in pairs:
-            if _modules_in(block) == shape:
+            if modules_in(block) == shape:
                 return branches
         raise ArchitectureError(
             f"layer {index} of {type(self.model).__name__} is like none of its small copy's layers "
@@ -357,11 +377,6 @@ class _Found:
 
     def _blocks(self, model: nn.Module) -> Iterator[nn.Module]:
         yield from model.get_submodule(self.layers).children()
-
-
-def _modules_in(layer: nn.Module) -> frozenset[tuple[str, type]]:
-    """Names and types of a layer's modules, whatever the number of its experts."""
-    return frozenset((_NUMBER.sub("{}", n), type(m)) for n, m in layer.named_modules())
 
 
 def _depth(model: nn.Module, family: Family) -> int:

@@ -16,6 +16,7 @@ Shape letters: T tokens, D model width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from pmet.model.miniature import Miniature
 from pmet.model.tracing import changed_input, changed_output, first
 
+_NUMBER = re.compile(r"\d+")
 _TOKENS = torch.tensor([[5, 3, 8, 2, 7, 1, 4]])
 _EARLIER, _AT = 2, 4  # places in them
 # Effects are compared with rounding in float32, which is below this share of what is changed.
@@ -99,12 +101,18 @@ def anatomy(small: Miniature) -> Anatomy:
     head = next((name for name, module in model.named_modules() if module is output), None)
     if not isinstance(output, nn.Module) or head is None:
         raise UnknownAnatomyError("it has no output embedding")
-    return Anatomy(
-        layers,
-        head,
-        tuple(tuple(_branches(model, block)) for block in blocks),
-        _is_causal(model),
-    )
+    # One layer of each kind will do.
+    found: dict[frozenset[tuple[str, type]], tuple[Branch, ...]] = {}
+    for block in blocks:
+        kind = modules_in(block)
+        found[kind] = found.get(kind) or tuple(_branches(model, block))
+    branches = tuple(found[modules_in(block)] for block in blocks)
+    return Anatomy(layers, head, branches, _is_causal(model))
+
+
+def modules_in(layer: nn.Module) -> frozenset[tuple[str, type]]:
+    """Names and types of a layer's modules, whatever the number of its experts: its kind."""
+    return frozenset((_NUMBER.sub("{}", n), type(m)) for n, m in layer.named_modules())
 
 
 def _run(model: nn.Module, ids: torch.Tensor = _TOKENS) -> Any:

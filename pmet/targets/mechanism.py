@@ -20,6 +20,7 @@ from pmet.model import (
     NoMiniatureError,
     PrefixFiller,
     TokenizedPrompt,
+    layers_of_each_kind,
     layout_of,
     miniature_of,
     tuned,
@@ -79,12 +80,9 @@ def why_whole(model: nn.Module, layout: Layout) -> str | None:
 
 def _difference(small: Miniature, layout: Layout) -> str | None:
     """How both ways differ on a miniature, at any layer that has the parts; None: they agree."""
-    tried = False
-    for layer in range(len(small.layers)):
-        try:
-            own = layout_of(small.model, layout.family, layer)
-        except ArchitectureError:
-            continue  # a layer without these parts is never the last edited one
+    layers = layers_of_each_kind(small, layout.family)
+    for layer in layers:
+        own = layout_of(small.model, layout.family, layer)
         try:
             whole = _outcome(small, own, layer, whole=True)
         except Exception as error:
@@ -102,8 +100,7 @@ def _difference(small: Miniature, layout: Layout) -> str | None:
         )
         if not apart <= _SAME:
             return f"logits or gradients differ by {apart:.1e}"
-        tried = True
-    return None if tried else "its small copy has no such layers"
+    return None if layers else "its small copy has no such layers"
 
 
 def _line(error: Exception) -> str:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pmet.errors import ArchitectureError
-from pmet.model import Layout, Miniature, NoMiniatureError, layout_of, miniature_of
+from pmet.model import Layout, Miniature, NoMiniatureError, layers_with, layout_of, miniature_of
 from pmet.update.key_reader import KeyReader
 from pmet.update.keys import Lookups
 from pmet.update.whole_reader import WholeReader
@@ -69,7 +68,7 @@ def why_read_whole(model: nn.Module, layout: Layout, *, whole_passes: bool = Fal
 
 
 def _difference(small: Miniature, layout: Layout, *, whole_passes: bool) -> str | None:
-    edited = [layer for layer in range(len(small.layers)) if _has_parts(small, layout, layer)]
+    edited = layers_with(small, layout.family)[-2:]
     if not edited:
         return "its small copy has no such layers"
     own = layout_of(small.model, layout.family, edited[-1])
@@ -80,14 +79,6 @@ def _difference(small: Miniature, layout: Layout, *, whole_passes: bool) -> str 
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     apart = max(float((a - b).norm() / a.norm()) for a, b in zip(whole, fast, strict=True))
     return None if apart <= _SAME else f"keys or values differ by {apart:.1e}"
-
-
-def _has_parts(small: Miniature, layout: Layout, layer: int) -> bool:
-    try:
-        layout_of(small.model, layout.family, layer)
-    except ArchitectureError:
-        return False
-    return True
 
 
 @torch.no_grad()
