@@ -38,6 +38,7 @@ from pipeline.models import (
     checked_digest,
     checked_layout,
     default_cache,
+    in_todays_names,
     name_for_nodes,
     open_fast_tokenizer,
     open_model_folder,
@@ -165,7 +166,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     prefix = getattr(skeleton, "base_model_prefix", "")
-    stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
+    renamed = in_todays_names(checkpoint, skeleton)
+    stored = {i: renamed.find(layout.weight_name(i), prefix) for i in hparams.layers}
     templates = _templates(job)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(

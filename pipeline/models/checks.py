@@ -25,14 +25,14 @@ _FULL = (
     "an edit changes full-precision weights; edit the model that it was made from, which its model "
     "card names, and quantise the result"
 )
-_MULTIMODAL = 'docs/jobs.md ("Multimodal models")'
 
 
 def check_configuration(checkpoint: Checkpoint) -> None:
     """Refuse models whose configuration shows that they cannot be edited.
 
     Raises:
-        ModelError: the model is quantised or multimodal, or has an adapter beside it.
+        ModelError: the model is quantised, has an adapter beside it, or wraps a language model in
+            a way that transformers does not open.
     """
     _check_adapter(checkpoint)
     _check_index(checkpoint)
@@ -128,18 +128,14 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def _check_multimodal(checkpoint: Checkpoint) -> None:
-    if (text := _wrapped(checkpoint)) is None:
+    kind = str(checkpoint.config.get("model_type"))
+    opens = transformers_internals.is_causal_type(kind) or transformers_internals.reads_images(kind)
+    if (text := _wrapped(checkpoint)) is None or opens:
         return
-    kind = checkpoint.config.get("model_type")
-    if not transformers_internals.is_causal_type(text.model_type):
-        raise ModelError(
-            f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) that "
-            "transformers cannot open on its own; edit a text-only model"
-        )
     raise ModelError(
-        f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) together "
-        "with other parts; write the language model as a checkpoint of its own and edit that: "
-        f"{_MULTIMODAL} has the lines of Python"
+        f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) in a way "
+        "that transformers does not open for text; edit a model that it opens with "
+        "AutoModelForCausalLM or AutoModelForImageTextToText"
     )
 
 

@@ -42,6 +42,9 @@ NAMES = {
     "transformers.conversion_mapping.get_model_conversion_mapping": _RENAMED,
     "transformers.core_model_loading.WeightRenaming": _RENAMED,
     "transformers.core_model_loading.rename_source_key": _RENAMED,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
+        "to know which models open together with their vision model, without importing them all"
+    ),
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (
         "to know which model types open as causal language models without importing them all"
     ),
@@ -114,3 +117,10 @@ def is_causal_type(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def reads_images(model_type: str) -> bool:
+    """Whether transformers opens models of a type as language models that read images, too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

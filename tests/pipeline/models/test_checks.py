@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.plan import make_plan
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
 from pmet.model import Layout
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke, pmet  # noqa: F401
 from tests.parity.test_families import VARIANTS, Variant, build
 
@@ -301,52 +300,21 @@ def gemma3() -> nn.Module:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def llava() -> nn.Module:
-    config = transformers.LlavaConfig(
-        text_config={**TINY, "model_type": "llama"},
-        vision_config={**VISION, "model_type": "clip_vision_model"},
-        image_token_id=3,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
+def test_a_model_that_reads_images_is_found_whole(tmp_path: Path) -> None:
+    layout = check(saved(gemma3(), tmp_path / "whole"))
+    assert layout.family.down_projection == "model.language_model.layers.{}.mlp.down_proj"
 
 
-@pytest.mark.parametrize("wrapper", [gemma3, llava])
-def test_the_language_model_of_a_multimodal_one_can_be_written_and_edited(
-    wrapper: Callable[[], nn.Module], tmp_path: Path
-) -> None:
-    """Follows the instructions that the error refers to."""
-    whole = wrapper().eval()
-    folder = saved(whole, tmp_path / "whole")
-    with pytest.raises(
-        ModelError, match=r"wraps a language model .* docs/jobs\.md \(\"Multimodal models\"\)"
-    ):
-        check(folder)
-    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
-    section = text.partition("### Multimodal models")[2]
-    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert lines is not None
-    given, written = re.findall(r'"(gemma-[^"]+)"', lines[1])[:2]
-    assert written == f"{given}-text"
-    exec(
-        lines[1]
-        .replace(f'"{written}"', repr(str(tmp_path / "text")))
-        .replace(f'"{given}"', repr(str(folder))),
-        {},
-    )
-    check(tmp_path / "text")
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
-    tokens = torch.arange(5, 17)[None]
-    with torch.no_grad():
-        expected = whole(input_ids=tokens).logits
-        assert torch.allclose(alone(input_ids=tokens).logits, expected, atol=1e-5)
-
-
-def test_a_language_model_that_cannot_stand_alone_is_not_promised(tmp_path: Path) -> None:
-    config = transformers.Qwen2_5_VLConfig(text_config=TINY)
+def test_a_wrapper_that_opens_for_other_tasks_is_refused(tmp_path: Path) -> None:
+    config = transformers.Qwen2AudioConfig(text_config={**TINY, "model_type": "qwen2"})
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama" / "model", folder)
     config.save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"that transformers cannot open on its own; edit a text"):
+    with pytest.raises(
+        ModelError,
+        match=r"\(qwen2_audio\) wraps a language model \(qwen2\) in a way that transformers does "
+        r"not open for text; edit a model that it opens with AutoModelForCausalLM",
+    ):
         check(folder)
 
 
