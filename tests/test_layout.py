@@ -28,6 +28,7 @@ INTERNALS = {f: f.stem.removesuffix("_internals") for f in ROOT.glob("p*/*/*_int
 ORDER = {
     "pmet": [
         ["errors"],
+        ["separator"],
         ["request", "safetensors_header", "strict_json", "yaml12"],
         ["hparams"],
         ["model"],
@@ -108,7 +109,6 @@ TESTED_IN = {
     "pipeline.stages.context": "pipeline/stages/test_targets.py",
     "pipeline.stages.context_templates": "e2e/test_run.py",
     "pipeline.stages.publication": "e2e/test_run.py",
-    "pipeline.stages.second_moments": "e2e/test_run.py",
     "pipeline.stages.update": "e2e/test_serial.py",
     "pipeline.storage.digest": "pipeline/test_plan.py",
     "pipeline.storage.numbered_files": "pipeline/run_folder/test_lease.py",
