@@ -38,14 +38,17 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from pmet import EditRequest, PMETHyperParams, compute_edit, compute_targets, evaluate
 from pmet.errors import InputError
-from pmet.model import Layout, Miniature, NoMiniatureError, miniature_of, resolve
+from pmet.model import (
+    Layout,
+    Miniature,
+    NoMiniatureError,
+    miniature_of,
+    resolve,
+    transformers_internals,
+)
 from pmet.reference import plain_deltas, plain_evaluate, plain_targets
 from pmet.targets import why_whole
 
@@ -118,7 +121,7 @@ def _say(line: str) -> None:
 
 
 def _types() -> set[str]:
-    return {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    return transformers_internals.text_types()
 
 
 def _tried(model_type: str) -> Finding:
@@ -148,7 +151,7 @@ def _tried(model_type: str) -> Finding:
 def _model(model_type: str) -> nn.Module:
     """A model of a type with its default configuration, without weights."""
     config = AutoConfig.for_model(model_type, **_SETTINGS.get(model_type, {}))
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = transformers_internals.is_causal_type(model_type)
     kind: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
