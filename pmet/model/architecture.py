@@ -91,9 +91,9 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
 
     Raises:
         ArchitectureError: a part cannot be found, a named part does not exist, a layer number is
-            beyond the model's depth, or tokens attend to later tokens.
+            beyond the model's depth, or what comes after a token changes it.
     """
-    _check_causal(model)
+    _check_order(model)
     family = _named(model, hparams)
     _check_numbers(hparams, _depth(model, family))
     layout = _layout_of_named(model, family, hparams.target_layer)
@@ -149,7 +149,8 @@ def layout_of(model: nn.Module, family: Family, layer: int) -> Layout:
     return Layout(family, depth, value_width, key_width, transposed)
 
 
-def _check_causal(model: nn.Module) -> None:
+def _check_order(model: nn.Module) -> None:
+    """Refuse models in which what comes after a token, be it padding, changes it."""
     try:
         found = FoundParts.of(model)
     except ArchitectureError:
@@ -158,6 +159,11 @@ def _check_causal(model: nn.Module) -> None:
         raise ArchitectureError(
             f"{type(model).__name__} lets tokens attend to later tokens, so the states before a "
             "subject depend on what follows; edit a causal model (is_decoder in config.json)"
+        )
+    if not found.parts.padded:
+        raise ArchitectureError(
+            f"{type(model).__name__} computes something else for a prompt if a longer one is run "
+            "beside it, so no two prompts can be compared; edit another model"
         )
 
 

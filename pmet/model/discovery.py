@@ -30,6 +30,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pmet.model.miniature import Miniature
+from pmet.model.padding import pad
 from pmet.model.tracing import changed_input, changed_output, first
 
 _NUMBER = re.compile(r"\d+")
@@ -73,12 +74,14 @@ class Anatomy:
         head: name of the output embedding.
         branches: for each layer of the miniature, its branches, in the order in which they run.
         causal: whether a token is never affected by later ones.
+        padded: whether a prompt is the same beside a longer one, with padding behind it.
     """
 
     layers: str
     head: str
     branches: tuple[tuple[Branch, ...], ...]
     causal: bool
+    padded: bool
 
 
 class UnknownAnatomyError(Exception):
@@ -107,7 +110,7 @@ def anatomy(small: Miniature) -> Anatomy:
         kind = modules_in(block)
         found[kind] = found.get(kind) or tuple(_branches(model, block))
     branches = tuple(found[modules_in(block)] for block in blocks)
-    return Anatomy(layers, head, branches, _is_causal(model))
+    return Anatomy(layers, head, branches, _is_causal(model), _takes_padding(model))
 
 
 def modules_in(layer: nn.Module) -> frozenset[tuple[str, type]]:
@@ -267,5 +270,17 @@ def _output_replaced(module: nn.Module, output: torch.Tensor) -> AbstractContext
 def _is_causal(model: nn.Module) -> bool:
     changed = _TOKENS.clone()
     changed[0, -1] += 1
-    logits = [_run(model, ids).logits[0, : len(_TOKENS[0]) - 1] for ids in (_TOKENS, changed)]
-    return bool((logits[0] - logits[1]).norm() <= _ROUNDING * logits[0].norm())
+    before = len(_TOKENS[0]) - 1
+    return _same(*(_run(model, ids).logits[0, :before] for ids in (_TOKENS, changed)))
+
+
+def _takes_padding(model: nn.Module) -> bool:
+    short = _TOKENS[0, :_AT].tolist()
+    ids, mask = pad([_TOKENS[0].tolist(), short], torch.device("cpu"))
+    beside = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    alone = [_run(model, _TOKENS), _run(model, _TOKENS[:, :_AT])]
+    return _same(beside[0], alone[0].logits[0]) and _same(beside[1, :_AT], alone[1].logits[0])
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).norm() <= 10 * _ROUNDING * other.norm())
