@@ -131,21 +131,33 @@ def _facts(plan: Plan) -> dict[str, str]:
         "batch size": str(plan.batch_size or "auto"),
         "layers": ", ".join(map(str, plan.hparams.layers)),
         "edited weights": f"{plan.layout.value_width} × {plan.layout.key_width}",
+        **_model_facts(plan),
         "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",
         "model digest": plan.digests["model"],
         **_hparams_facts(plan),
     }
 
 
+def _model_facts(plan: Plan) -> dict[str, str]:
+    """Return where the edit applies, how that is known, and how prompts are run."""
+    names = plan.layout.family
+    return {
+        "edited module": f"{names.down_projection} ({plan.parts[names.down_projection]})",
+        "attention output": f"{names.attention_projection} "
+        f"({plan.parts[names.attention_projection]})",
+        "prompts": "run from the subject's last token"
+        if plan.whole is None
+        else f"run whole, which is slower: the family's code allows no shortcut ({plan.whole})",
+    }
+
+
 def _hparams_facts(plan: Plan) -> dict[str, str]:
     """Return the hyper-parameters that were defaulted, ignored or renamed, if any."""
-    hparams, projection = plan.hparams, plan.layout.family.attention_projection
+    hparams = plan.hparams
     facts = {
         "default values": ", ".join(f"{key} {value:g}" for key, value in hparams.defaulted.items()),
         "ignored keys": ", ".join(hparams.ignored),
     }
-    if hparams.attn_module_tmp not in (None, projection):
-        facts["attention output"] = f"{projection}, inside {hparams.attn_module_tmp}"
     return {name: value for name, value in facts.items() if value}
 
 

@@ -38,6 +38,7 @@ from pipeline.models import (
     checked_digest,
     checked_layout,
     default_cache,
+    in_todays_names,
     name_for_nodes,
     open_fast_tokenizer,
     open_model_folder,
@@ -50,10 +51,10 @@ from pipeline.second_moments import check_moments, is_file_name, refuse_not_fini
 from pipeline.storage import Store, digest_of, read_file
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
-from pmet.model import Layout, context_length, contexts
+from pmet.model import Layout, context_length, contexts, evidence
 from pmet.request import EditRequest
-from pmet.targets import Problem
-from pmet.update import longest
+from pmet.targets import Problem, why_whole
+from pmet.update import longest, why_read_whole
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
@@ -84,6 +85,8 @@ class Plan:
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: as many as fit in the workers' memory.
         digests: the inputs that the result depends on, by name.
+        parts: what is known about the edited modules and the attention output, by their names.
+        whole: why prompts must be run from their first token; None if their beginnings need not.
         beside: names in the run folder that the run's caller wrote.
     """
 
@@ -102,6 +105,8 @@ class Plan:
     update_shards: list[Shard]
     batch_size: int | None
     digests: dict[str, str]
+    parts: dict[str, str]
+    whole: str | None
     beside: tuple[str, ...] = ()
 
     @property
@@ -153,7 +158,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     prefix = getattr(skeleton, "base_model_prefix", "")
-    stored = {i: checkpoint.find(layout.weight_name(i), prefix) for i in hparams.layers}
+    renamed = in_todays_names(checkpoint, skeleton)
+    stored = {i: renamed.find(layout.weight_name(i), prefix) for i in hparams.layers}
     templates = _templates(job)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(
@@ -196,6 +202,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
             "corpus": corpus.digest if corpus else "",
             "context_templates": digest_of(templates),
         },
+        parts=evidence(skeleton, layout, hparams.target_layer),
+        whole=why_whole(skeleton, layout) or why_read_whole(skeleton, layout),
         beside=tuple(beside),
     )
 

@@ -25,7 +25,9 @@ from pmet.update import (
     KeyResidualSums,
     Lookups,
     LookupTokenizer,
+    WholeReader,
     cheaper_form,
+    reader_for,
     second_moments,
     solve,
     square_root_spread,
@@ -103,7 +105,7 @@ def compute_edit(
             tokenizing = LookupTokenizer(tokenizer, templates)
             batches = list(tokenizing.batches(requests))
             device = home(model)
-            reader = KeyReader(model, layout, hparams.layers, tokenizing.shared, batches, device)
+            reader = reader_for(model, layout, hparams.layers, tokenizing.shared, batches, device)
             for index, layer in enumerate(hparams.layers):
                 with reader.reading(index):
                     collected = _collected(reader, batches, targets_EV.to(device), layout)
@@ -124,7 +126,10 @@ def compute_edit(
 
 
 def _collected(
-    reader: KeyReader, batches: Sequence[Lookups], targets_EV: torch.Tensor, layout: Layout
+    reader: KeyReader | WholeReader,
+    batches: Sequence[Lookups],
+    targets_EV: torch.Tensor,
+    layout: Layout,
 ) -> KeyResidualSums | KeyResidualRows:
     """Keys and residuals of all requests, collected for the cheaper form of the solve."""
     widths, device = (layout.key_width, layout.value_width), targets_EV.device

@@ -70,19 +70,24 @@ ORDER = {
 TESTED_IN = {
     "pmet.errors": "test_layout.py",
     "pmet.evaluation.questions": "pmet/evaluation/test_metrics.py",
+    "pmet.model.miniature": "pmet/model/test_discovery.py",
     "pmet.model.module_overrides": "pmet/targets/test_optimization.py",
     "pmet.model.padding": "parity/test_families.py",  # padded batches against single prompts
     "pmet.model.prefix": "parity/test_families.py",  # cached prefixes against whole passes
     "pmet.model.tracing": "pmet/update/test_keys.py",
     "pmet.reference": "parity/test_golden.py",
     "pmet.targets.batch": "pmet/targets/test_optimization.py",
+    "pmet.targets.mechanism": "parity/test_other_families.py",
     "pmet.targets.memory": "pmet/targets/test_optimization.py",
     "pmet.targets.problem": "pmet/targets/test_optimization.py",
     "pmet.targets.suffix": "pmet/targets/test_optimization.py",
+    "pmet.targets.whole": "parity/test_other_families.py",
     "pmet.update.key_reader": "pmet/update/test_keys.py",
+    "pmet.update.mechanism": "parity/test_other_families.py",
     "pmet.update.spill": "pmet/update/test_keys.py",
     "pmet.update.spread": "pmet/update/test_solver.py",
     "pmet.update.sums": "pmet/update/test_solver.py",
+    "pmet.update.whole_reader": "parity/test_other_families.py",
     "pipeline.cluster.pool": "pipeline/cluster/test_worker_pool.py",  # both pools, one contract
     "pipeline.cluster.process": "pipeline/test_failures.py",
     "pipeline.cluster.shares": "pipeline/cluster/test_worker_pool.py",

@@ -7,7 +7,6 @@ with random numbers. No weights are read.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -18,26 +17,22 @@ from torch import nn
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.skeleton import NO_CODE, UNREADABLE, loaded_names, open_skeleton
-from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
-from pmet.model import Layout, part_with, parts_beside, resolve, transformers_internals
+from pmet.model import Layout, resolve, transformers_internals
 from pmet.safetensors_header import DTYPES
 
-# Layers that keep only keys and values of their own, as `pmet.model.prefix` holds them.
-_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _FULL = (
     "an edit changes full-precision weights; edit the model that it was made from, which its model "
     "card names, and quantise the result"
 )
-_ALL_ATTENTION = "edit a model whose layers are all attention and FFN"
-_MULTIMODAL = 'docs/jobs.md ("Multimodal models")'
 
 
 def check_configuration(checkpoint: Checkpoint) -> None:
     """Refuse models whose configuration shows that they cannot be edited.
 
     Raises:
-        ModelError: the model is quantised or multimodal, or has an adapter beside it.
+        ModelError: the model is quantised, has an adapter beside it, or wraps a language model in
+            a way that transformers does not open.
     """
     _check_adapter(checkpoint)
     _check_index(checkpoint)
@@ -80,18 +75,14 @@ def checked_layout(
         checkpoint: the model folder.
         skeleton: the model built from its configuration.
         tokenizer: the model's.
-        hparams: the layers, and names of modules for an unknown family.
+        hparams: the layers, and names of modules, if any.
 
     Raises:
-        ModelError: see `check_weights`; or a layer holds something other than attention and an FFN
-            that processes tokens one by one.
-        ArchitectureError: the parts cannot be found.
+        ModelError: see `check_weights`.
+        ArchitectureError: the parts cannot be found, or later tokens change earlier ones.
     """
-    _check_state(checkpoint, skeleton)
     check_weights(checkpoint, skeleton, tokenizer)
-    layout = resolve(skeleton, hparams)
-    _check_layers(checkpoint, skeleton, layout)
-    return layout
+    return resolve(skeleton, hparams)
 
 
 def _check_adapter(checkpoint: Checkpoint) -> None:
@@ -137,18 +128,14 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def _check_multimodal(checkpoint: Checkpoint) -> None:
-    if (text := _wrapped(checkpoint)) is None:
+    kind = str(checkpoint.config.get("model_type"))
+    opens = transformers_internals.is_causal_type(kind) or transformers_internals.reads_images(kind)
+    if (text := _wrapped(checkpoint)) is None or opens:
         return
-    kind = checkpoint.config.get("model_type")
-    if not transformers_internals.is_causal_type(text.model_type):
-        raise ModelError(
-            f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) that "
-            "transformers cannot open on its own; edit a text-only model"
-        )
     raise ModelError(
-        f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) together "
-        "with other parts; write the language model as a checkpoint of its own and edit that: "
-        f"{_MULTIMODAL} has the lines of Python"
+        f"model {checkpoint.folder} ({kind}) wraps a language model ({text.model_type}) in a way "
+        "that transformers does not open for text; edit a model that it opens with "
+        "AutoModelForCausalLM or AutoModelForImageTextToText"
     )
 
 
@@ -253,69 +240,6 @@ def _check_tokenizer(checkpoint: Checkpoint, model: Any, tokenizer: Any) -> None
             "the tokenizer that the model was trained with, or make room with "
             "resize_token_embeddings and save both"
         )
-
-
-def _check_state(checkpoint: Checkpoint, model: Any) -> None:
-    """Refuse models that keep any state of earlier tokens but keys and values per layer."""
-    config = model.config.get_text_config(decoder=True)
-    what = f"model {checkpoint.folder} ({config.model_type})"
-    if getattr(config, "kv_lora_rank", None):
-        raise ModelError(
-            f"{what} stores attention keys and values in compressed form (multi-head latent "
-            f"attention), but the method needs them uncompressed; {_ALL_ATTENTION}, with "
-            "uncompressed keys and values"
-        )
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
-    if others or transformers_internals.is_recurrent(model):
-        raise ModelError(
-            f"{what} has layers that are not plain attention ({', '.join(others) or 'recurrent'}), "
-            "but the method keeps only attention keys and values of the tokens before a subject, "
-            f"no other state; {_ALL_ATTENTION}"
-        )
-    if _shares_keys(config):
-        raise ModelError(
-            f"{what} has layers that read the attention keys and values of other layers, but the "
-            f"method needs each layer's own; {_ALL_ATTENTION}, each with its own keys and values"
-        )
-
-
-def _shares_keys(config: Any) -> bool:
-    """Whether the cache that transformers creates for a model has layers that hold nothing."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if getattr(config, "num_kv_shared_layers", None):
-        return True
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    return not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
-def _check_layers(checkpoint: Checkpoint, model: nn.Module, layout: Layout) -> None:
-    """Refuse layers without attention, and parts that do not process tokens as expected."""
-    what = f"model {checkpoint.folder} ({type(model).__name__})"
-    for index in range(layout.depth):
-        layer = layout.layer(model, index)
-        try:
-            projection = layout.attention_projection(model, index)
-        except ArchitectureError:
-            name = layout.family.attention_projection.format(index)
-            raise ModelError(
-                f"{what} has no {name}: layer {index} has no attention, or another kind than the "
-                f"edited layers, and the method runs all layers; {_ALL_ATTENTION}"
-            ) from None
-        attention = part_with(layer, projection)
-        if any(getattr(module, "is_causal", None) is False for module in attention.modules()):
-            raise ModelError(
-                f"{what} lets tokens attend to later tokens, so the states before a subject depend "
-                "on what follows; edit a causal model (is_decoder in config.json)"
-            )
-        for part in parts_beside(layer, attention):
-            if any("residual" in name for name in inspect.signature(part.forward).parameters):
-                raise ModelError(
-                    f"{what} adds the residual inside its FFN ({type(part).__name__}), which the "
-                    "method runs on only some of the tokens; edit a model whose layers add it "
-                    "outside the FFN"
-                )
 
 
 def _times(shape: tuple[int, ...]) -> str:

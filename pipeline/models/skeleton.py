@@ -44,18 +44,34 @@ def open_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ModelError: transformers cannot open it as a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
         with torch.device("meta"):
             options = NO_CODE | ({"dtype": dtype} if dtype else {})
-            return AutoModelForCausalLM.from_config(config, **options)
+            return model_class(config).from_config(config, **options)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model {folder} is not a causal language model that transformers can open ({reason})"
         ) from None
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers that opens a model for text, without its parts being rewritten.
+
+    A language model that is wrapped together with a vision model is opened with it, unless
+    transformers reads it alone from the same files (Llama 4).
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = config.model_type
+    if not transformers_internals.is_causal_type(kind) and transformers_internals.reads_images(
+        kind
+    ):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def skeleton_with_buffers(
@@ -79,7 +95,7 @@ def skeleton_with_buffers(
     """
     with transformers_internals.unfilled():
         model = open_skeleton(checkpoint.folder, dtype)
-    checkpoint = _in_todays_names(checkpoint, model)
+    checkpoint = in_todays_names(checkpoint, model)
     stored = {name: checkpoint.stored(name, model.base_model_prefix) for name in model.state_dict()}
     _make_buffers(model, checkpoint, stored)
     model.tie_weights(missing_keys={name for name, tensor in stored.items() if tensor is None})
@@ -91,13 +107,13 @@ def unread(checkpoint: Checkpoint, model: Any) -> set[str]:
 
     Old releases stored masks, as 16-bit −∞. Tensors fused or split at load time count as read.
     """
-    renamed = _in_todays_names(checkpoint, model)
+    renamed = in_todays_names(checkpoint, model)
     found = (renamed.stored(name, model.base_model_prefix) for name in model.state_dict())
     read = {tensor.name for tensor in found if tensor is not None}
     return {tensor.name for tensor in renamed.tensors.values()} - read
 
 
-def _in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+def in_todays_names(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with its tensors renamed as for loading: names in old files have changed.
 
     Tensors that are converted at load time are left out.

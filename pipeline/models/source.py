@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import ModelError
 from pipeline.models.finite import check_loaded
 from pipeline.models.node_cache import model_on_node
-from pipeline.models.skeleton import NO_CODE, UNREADABLE
+from pipeline.models.skeleton import NO_CODE, UNREADABLE, model_class
 from pmet.model import share_out
 from pmet.targets import free_memory
 
@@ -63,11 +63,12 @@ def visible_gpus() -> list[torch.device]:
 
 def open_causal_lm(folder: str, *, dtype: torch.dtype | str) -> Any:
     """Open a causal language model from a local folder: only safetensors, no custom code."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
+    model = model_class(config).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
     )
     return model.eval()

@@ -52,7 +52,6 @@ from pmet.request import EditRequest
 from pmet.update import (
     Factor,
     Form,
-    KeyReader,
     KeyResidualRows,
     KeyResidualSums,
     LookupFile,
@@ -61,6 +60,7 @@ from pmet.update import (
     factor,
     moment_factor,
     normal_matrix,
+    reader_for,
     solve_rows,
     solve_rows_by_requests,
     square_root_spread,
@@ -201,7 +201,7 @@ class UpdateRank:
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []
-        self._reader = KeyReader(
+        self._reader = reader_for(
             self._model,
             self._layout,
             job.hparams.layers,

@@ -4,8 +4,8 @@ A pack is a row of a batch that holds a tree of tokens. Each token has the posit
 its sequences, and attends to the tokens before it in them, regardless of the rest of the row. So
 the model computes the same for it as in any of these sequences, and there is hardly any padding.
 
-That requires a model that accepts positions and a mask for each pair of tokens: those in ``TREES``
-do. For other models, a pack is a single sequence.
+That requires a model that accepts positions and a mask for each pair of tokens, which is tried on
+its miniature. For other models, a pack is a single sequence.
 
 Shape letters: B packs, N tokens of a pack, D longest sequence.
 """
@@ -14,22 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from pmet.evaluation.prompts import Tokens
-from pmet.model import pad
+from pmet.model import Miniature, NoMiniatureError, miniature_of, pad
 
-TREES = frozenset(
-    {
-        *("gpt2", "gptj", "gpt_neox", "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma"),
-        *("gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "granite", "smollm3"),
-        *("stablelm", "starcoder2"),
-    }
-)
-"""Model types that can read trees as rows; tests compare each with the plain form."""
 MOST = 64
 """Maximum tokens in a pack: attention processes every pair of them."""
 
@@ -68,9 +61,37 @@ class Pack:
 def reads_trees(model: nn.Module, longest: int) -> bool:
     """Whether a model can read trees of sequences of at most ``longest`` tokens."""
     config: Any = model.config
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    names = ("sliding_window", "window_size", "attention_chunk_size")
+    windows = (getattr(config, name, None) for name in names)
     # A pairwise mask replaces the model's own, including its sliding window.
-    return config.model_type in TREES and all(w is None or w >= longest for w in windows)
+    if any(window is not None and window < longest for window in windows):
+        return False
+    try:
+        return _reads_trees(miniature_of(model))
+    except NoMiniatureError:
+        return False
+
+
+_SEQUENCES = ((3, 5, 8, 2), (3, 5, 7), (3, 5, 7, 1, 4), (6,), (6, 2))
+# In float32 both ways agree to some 1e-6.
+_SAME = 1e-3
+
+
+@cache
+@torch.no_grad()
+def _reads_trees(small: Miniature) -> bool:
+    """Whether a miniature computes the same for a tree as for its sequences."""
+    model = small.model
+    try:
+        (pack,) = packed(_SEQUENCES, MOST)
+        logits_NV = model(**inputs(model, [pack], trees=True), use_cache=False).logits[0]
+        for sequence, path in pack.sequences:
+            alone_NV = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
+            if not (logits_NV[list(path)] - alone_NV).norm() <= _SAME * alone_NV.norm():
+                return False
+    except Exception:  # noqa: BLE001 - whatever a family's code raises
+        return False
+    return True
 
 
 def packed(sequences: Iterable[Tokens], most: int) -> list[Pack]:

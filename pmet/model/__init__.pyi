@@ -1,7 +1,11 @@
 from . import contexts as contexts
 from . import transformers_internals as transformers_internals
 from .architecture import Layout as Layout
+from .architecture import evidence as evidence
 from .architecture import is_matrix as is_matrix
+from .architecture import layers_of_each_kind as layers_of_each_kind
+from .architecture import layers_with as layers_with
+from .architecture import layout_of as layout_of
 from .architecture import part_with as part_with
 from .architecture import parts_beside as parts_beside
 from .architecture import resolve as resolve
@@ -18,6 +22,9 @@ from .kernels import put as put
 from .kernels import take as take
 from .kernels import tuned as tuned
 from .kernels import tuned_if_short as tuned_if_short
+from .miniature import Miniature as Miniature
+from .miniature import NoMiniatureError as NoMiniatureError
+from .miniature import miniature_of as miniature_of
 from .module_overrides import called as called
 from .module_overrides import layer_on_places as layer_on_places
 from .module_overrides import passing as passing

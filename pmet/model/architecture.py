@@ -1,14 +1,15 @@
-"""The names of the parts that the method needs, for each model family.
+"""The parts of a model that the method needs, and their names.
 
-A new family is one line in ``FAMILIES``. The hyper-parameters decide which weights are edited and
-where δ_a is added, and the table only supplies what they omit; so a model that is not in the table
-can be edited by naming its modules in the hyper-parameter file. If they name the attention block,
-as files of MEMIT do, δ_a is added to the projection inside it
+The hyper-parameters decide which weights are edited and where δ_a is added. What they leave out is
+found by trying a small copy of the model (``pmet.model.discovery``), so there is no table of
+families. If the hyper-parameters name
+the attention block, as files of MEMIT do, δ_a is added to the projection inside it
 (``pmet.model.output_projection``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
+from pmet.model.discovery import Anatomy, Branch, UnknownAnatomyError, anatomy, modules_in
+from pmet.model.miniature import Miniature, NoMiniatureError, miniature_of
 from pmet.model.output_projection import named_projection
 
 
@@ -27,48 +30,7 @@ class Family:
     layer: str
     attention_projection: str
     down_projection: str
-    final_norm: str
     head: str = "lm_head"
-
-
-def _family(layer: str, attention: str, down: str, norm: str, head: str = "lm_head") -> Family:
-    return Family(layer, f"{layer}.{attention}", f"{layer}.{down}", norm, head)
-
-
-_LLAMA = _family("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "model.norm")
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": _family("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "transformer.ln_f"),
-    "gptj": _family("transformer.h.{}", "attn.out_proj", "mlp.fc_out", "transformer.ln_f"),
-    "gpt_neo": _family(
-        "transformer.h.{}", "attn.attention.out_proj", "mlp.c_proj", "transformer.ln_f"
-    ),
-    "gpt_neox": _family(
-        "gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"
-    ),
-    "opt": _family(
-        "model.decoder.layers.{}", "self_attn.out_proj", "fc2", "model.decoder.final_layer_norm"
-    ),
-    "falcon": _family(
-        "transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f"
-    ),
-    "phi": _family("model.layers.{}", "self_attn.dense", "mlp.fc2", "model.final_layernorm"),
-    "phi3": _LLAMA,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "ministral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "granite": _LLAMA,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "starcoder2": _family("model.layers.{}", "self_attn.o_proj", "mlp.c_proj", "model.norm"),
-}
 
 
 @dataclass(frozen=True)
@@ -125,14 +87,70 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
 
     Args:
         model: a causal language model whose parameters have their whole shapes; on *meta*, too.
-        hparams: the layers, and names of modules for an unknown family.
+        hparams: the layers, and names of modules, which take precedence over what is found.
 
     Raises:
-        ArchitectureError: the family is unknown and the hyper-parameters do not name the parts, a
-            named part does not exist, or a layer number is beyond the model's depth.
+        ArchitectureError: a part cannot be found, a named part does not exist, a layer number is
+            beyond the model's depth, or tokens attend to later tokens.
     """
+    _check_causal(model)
     family = _named(model, hparams)
+    _check_numbers(hparams, _depth(model, family))
+    layout = layout_of(model, family, hparams.target_layer)
+    attention = _projection(model, layout, hparams.target_layer)
+    return replace(layout, family=replace(family, attention_projection=attention))
+
+
+def evidence(model: nn.Module, layout: Layout, layer: int) -> dict[str, str]:
+    """What a small copy of the model shows about its parts, by the parts' names, for people.
+
+    Args:
+        model: the model.
+        layout: its layout.
+        layer: the last edited layer.
+    """
+    names = layout.family
+    parts = (names.down_projection, names.attention_projection)
+    try:
+        found = _Found.of(model)
+        shown = {f"{found.layers}.{layer}.{b.name}": b for b in found.branches(layer)}
+    except ArchitectureError:
+        return dict.fromkeys(parts, "named in the hyper-parameters; no small copy could be tried")
+    said = "named in the hyper-parameters, but a layer's output does not show it"
+    return {
+        part: str(shown[name].effect) if (name := part.format(layer)) in shown else said
+        for part in parts
+    }
+
+
+def layout_of(model: nn.Module, family: Family, layer: int) -> Layout:
+    """The layout of ``model``, with widths as in ``layer``.
+
+    Raises:
+        ArchitectureError: the layer has no such parts.
+    """
     depth = _depth(model, family)
+    _module(model, family.attention_projection.format(layer))
+    down = _module(model, family.down_projection.format(layer))
+    rows, columns = _weight_shape(down, family.down_projection)
+    transposed = isinstance(down, Conv1D)
+    value_width, key_width = (columns, rows) if transposed else (rows, columns)
+    return Layout(family, depth, value_width, key_width, transposed)
+
+
+def _check_causal(model: nn.Module) -> None:
+    try:
+        found = _Found.of(model)
+    except ArchitectureError:
+        return  # matters only if names are missing
+    if not found.parts.causal:
+        raise ArchitectureError(
+            f"{type(model).__name__} lets tokens attend to later tokens, so the states before a "
+            "subject depend on what follows; edit a causal model (is_decoder in config.json)"
+        )
+
+
+def _check_numbers(hparams: PMETHyperParams, depth: int) -> None:
     beyond = [layer for layer in hparams.layers if layer >= depth]
     if beyond:
         raise ArchitectureError(
@@ -143,20 +161,35 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
             f"v_loss_layer is {hparams.v_loss_layer}, but the loss is read from the model's last "
             f"layer, {depth - 1}; set it to that, or remove the key"
         )
-    down = _module(model, family.down_projection.format(hparams.target_layer))
-    rows, columns = _weight_shape(down, family.down_projection)
-    transposed = isinstance(down, Conv1D)
-    value_width, key_width = (columns, rows) if transposed else (rows, columns)
-    attention = _projection(model, family, hparams.target_layer, down, value_width)
-    family = replace(family, attention_projection=attention, head=_head(model, family.head))
-    return Layout(family, depth, value_width, key_width, transposed)
 
 
-def _projection(
-    model: nn.Module, family: Family, index: int, down: nn.Module, value_width: int
-) -> str:
+def layers_with(small: Miniature, family: Family) -> list[int]:
+    """The layers of a miniature that have a family's parts, and can be edited."""
+    found = []
+    for layer in range(len(small.layers)):
+        try:
+            layout_of(small.model, family, layer)
+        except ArchitectureError:
+            continue
+        found.append(layer)
+    return found
+
+
+def layers_of_each_kind(small: Miniature, family: Family) -> list[int]:
+    """One layer of each kind among those with a family's parts, with others around if possible."""
+    by_kind: dict[object, list[int]] = {}
+    for layer in layers_with(small, family):
+        block = _module(small.model, family.layer.format(layer))
+        by_kind.setdefault(modules_in(block), []).append(layer)
+    return [
+        layers[len(layers) // 2] if len(layers) > 2 else layers[0] for layers in by_kind.values()
+    ]
+
+
+def _projection(model: nn.Module, layout: Layout, index: int) -> str:
     """The name of the attention output projection; the given name may be that of its block."""
-    template, known = family.attention_projection, _known(model)
+    family, down = layout.family, layout.down_projection(model, index)
+    template = family.attention_projection
     named = _module(model, template.format(index))
     if any(part is down for part in named.modules()):
         raise ArchitectureError(
@@ -167,64 +200,183 @@ def _projection(
     projection = named_projection(
         named,
         template,
-        known=known.attention_projection if known else None,
-        usual={f.attention_projection.rpartition(".")[2] for f in FAMILIES.values()},
-        width=value_width,
+        found=lambda: _found_attention(model, index),
+        width=layout.value_width,
     )
     parts = set(_module(model, family.layer.format(index)).modules())
     for name in (projection, family.down_projection):
         if _module(model, name.format(index)) not in parts:
             raise ArchitectureError(
                 f"{name} is outside the layer {family.layer}; correct the names in the "
-                "hyper-parameters, or remove them for a model of a known family"
+                "hyper-parameters, or remove them"
             )
     return projection
 
 
-def _head(model: nn.Module, name: str) -> str:
-    """The name of the output embedding; the given name may be that of a tied input embedding."""
-    if not isinstance(_module(model, name), nn.Embedding):
-        return name
+def _head(model: nn.Module, named: str | None) -> str:
+    """The name of the output embedding.
+
+    A fact of the model, not a choice, and published files may use names of an older transformers
+    (GPT-NeoX's embed_out); so what the model says takes precedence.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for found, module in model.named_modules():
         if module is output:
             return found
-    raise ArchitectureError(
-        f"lm_head_module: {name} is the input embedding; name the module that computes the logits"
-    )
-
-
-def _known(model: nn.Module) -> Family | None:
-    """The names in the table for a model whose family is in it, else None."""
-    kind = _kind(model)
-    return FAMILIES.get(kind) if isinstance(kind, str) else None
-
-
-def _kind(model: nn.Module) -> object:
-    return getattr(getattr(model, "config", None), "model_type", None)
+    if named is None:
+        raise ArchitectureError(
+            f"{type(model).__name__} does not say which module computes the logits; name it in the "
+            "hyper-parameters: lm_head_module"
+        )
+    if isinstance(_module(model, named), nn.Embedding):
+        raise ArchitectureError(
+            f"lm_head_module: {named} is the input embedding; name the module that computes the "
+            "logits"
+        )
+    return named
 
 
 def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
-    known = _known(model)
-    names = {
-        "layer_module_tmp": hparams.layer_module_tmp or (known and known.layer),
-        "attn_module_tmp": hparams.attn_module_tmp or (known and known.attention_projection),
-        "rewrite_module_tmps": hparams.down_projection_template
-        or (known and known.down_projection),
-        # Norm and head are facts of the model, not choices, and published files may use names of an
-        # older transformers (GPT-NeoX's embed_out), so the table takes precedence.
-        "ln_f_module": (known and known.final_norm) or hparams.ln_f_module,
-        "lm_head_module": (known and known.head) or hparams.lm_head_module,
-    }
-    missing = [key for key, value in names.items() if not value]
-    if missing:
+    """The names that the hyper-parameters give; those they leave out are found."""
+    layer, attention = hparams.layer_module_tmp, hparams.attn_module_tmp
+    down, head = hparams.down_projection_template, _head(model, hparams.lm_head_module)
+    if layer and attention and down:
+        return Family(layer, attention, down, head)
+    found = _Found.of(model)
+    layer = layer or f"{found.layers}.{{}}"
+    return Family(
+        layer,
+        attention or f"{layer}.{found.attention(hparams.target_layer)}",
+        down or f"{layer}.{found.down_projection(hparams.layers)}",
+        head,
+    )
+
+
+def _found_attention(model: nn.Module, index: int) -> str | None:
+    """The attention output projection of a layer, as a small copy shows it; None if it does not."""
+    try:
+        found = _Found.of(model)
+        return f"{found.layers}.{{}}.{found.attention(index)}"
+    except ArchitectureError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a small copy of a model shows about the model's own layers."""
+
+    model: nn.Module
+    small: Miniature
+    parts: Anatomy
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Found:
+        """Try a small copy of ``model``.
+
+        Raises:
+            ArchitectureError: none can be built, or it does not show its parts.
+        """
+        try:
+            small = miniature_of(model)
+            return cls(model, small, anatomy(small))
+        except (NoMiniatureError, UnknownAnatomyError) as error:
+            raise ArchitectureError(
+                f"the parts of {type(model).__name__} could not be found by trying a small copy "
+                f"of it ({error}); name them in the hyper-parameters: layer_module_tmp, "
+                "attn_module_tmp, rewrite_module_tmps (for example "
+                '["model.layers.{}.mlp.down_proj"])'
+            ) from None
+
+    @property
+    def layers(self) -> str:
+        """The name of the list of layers."""
+        return self.parts.layers
+
+    def attention(self, index: int) -> str:
+        """The name of the attention output projection within a layer."""
+        found = [branch.name for branch in self.branches(index) if branch.mixes]
+        if len(found) > 1:
+            # Layers that mix tokens in several ways (Falcon-H1): δ_a belongs to the attention.
+            found = [name for name in found if "attn" in name or "attention" in name]
+        if len(found) != 1:
+            raise ArchitectureError(
+                f"layer {index} of {type(self.model).__name__} has no attention output projection "
+                f"({self._described(index)}), so δ_a has no place there; name another last layer "
+                "in layers, or edit a model with attention in its edited layers"
+            )
+        return found[0]
+
+    def down_projection(self, layers: Sequence[int]) -> str:
+        """The name of the FFN down-projection within each of some layers."""
+        names = {index: self._ffn(index) for index in layers}
+        if len(set(names.values())) > 1:
+            listed = ", ".join(f"{name} in layer {index}" for index, name in names.items())
+            raise ArchitectureError(
+                f"the edited layers of {type(self.model).__name__} have different FFNs ({listed}); "
+                "name layers of one kind in the hyper-parameters"
+            )
+        return names[layers[0]]
+
+    def _ffn(self, index: int) -> str:
+        branches = [branch for branch in self.branches(index) if not branch.mixes]
+        found = [branch.name for branch in branches if not branch.experts]
+        if found:
+            # Beside its FFN a layer may add a projection of the token's own embedding (Gemma 4),
+            # which is narrow.
+            return max(found, key=lambda name: self._size(index, name))
+        if experts := [branch.name for branch in branches if branch.experts]:
+            raise ArchitectureError(
+                f"layer {index} of {type(self.model).__name__} sends each token to some of several "
+                f"experts ({', '.join(experts)}) and has no FFN that every token passes through, "
+                f"which is what an edit changes; {self._with_ffn()}"
+            )
         raise ArchitectureError(
-            f"model type {_kind(model)!r} is not in the architecture table "
-            f"({', '.join(sorted(FAMILIES))}); name its modules in the hyper-parameters: "
-            f"{', '.join(missing)} "
-            '(for example "rewrite_module_tmps": ["model.layers.{}.mlp.down_proj"])'
+            f"layer {index} of {type(self.model).__name__} has no FFN down-projection "
+            f"({self._described(index)}); {self._with_ffn()}"
         )
-    return Family(*(str(value) for value in names.values()))
+
+    def _size(self, index: int, name: str) -> int:
+        weight = _module(self.model, f"{self.layers}.{index}.{name}").weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.numel()
+
+    def _with_ffn(self) -> str:
+        """What to do instead."""
+        depth = len(list(self._blocks(self.model)))
+        dense = [
+            index
+            for index in range(depth)
+            if any(not (branch.mixes or branch.experts) for branch in self.branches(index))
+        ]
+        if not dense:
+            return "edit a model with such FFNs"
+        return f"name layers among those that have one: {', '.join(map(str, dense))}"
+
+    def _described(self, index: int) -> str:
+        said = [f"{branch.name}, {branch.effect}" for branch in self.branches(index)]
+        return "; ".join(said) or "no matrix of it writes to the residual stream"
+
+    def branches(self, index: int) -> tuple[Branch, ...]:
+        """The branches of one of the model's layers, as those of a layer like it in the copy."""
+        blocks = list(self._blocks(self.model))
+        if index >= len(blocks):
+            raise ArchitectureError(
+                f"hyper-parameter layers names [{index}], but the model has layers 0 to "
+                f"{len(blocks) - 1}"
+            )
+        shape = modules_in(blocks[index])
+        pairs = zip(self._blocks(self.small.model), self.parts.branches, strict=True)
+        for block, branches in pairs:
+            if modules_in(block) == shape:
+                return branches
+        raise ArchitectureError(
+            f"layer {index} of {type(self.model).__name__} is like none of its small copy's layers "
+            "(its configuration lists no kinds of layers); name its parts in the hyper-parameters: "
+            "layer_module_tmp, attn_module_tmp, rewrite_module_tmps"
+        )
+
+    def _blocks(self, model: nn.Module) -> Iterator[nn.Module]:
+        yield from model.get_submodule(self.layers).children()
 
 
 def _depth(model: nn.Module, family: Family) -> int:
@@ -254,7 +406,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         raise ArchitectureError(
             f"{type(model).__name__} has no module {name}; correct its name in the "
-            "hyper-parameters, or remove it for a model of a known family"
+            "hyper-parameters, or remove the key"
         ) from None
 
 

@@ -117,7 +117,7 @@ def _sample(
     with frozen(model):
         for _ in range(tokens):
             output = model(input_ids=step, use_cache=True, **{held: cache})
-            cache = getattr(output, held)
+            cache = getattr(output, held, None)
             logits = output.logits[:, -1].float().cpu()
             logits[:, banned] = -torch.inf
             allowed = logits.shape[1] - len(banned)
@@ -125,4 +125,6 @@ def _sample(
             choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             step = top.indices.gather(1, choice).to(device)
             ids = torch.cat([ids, step], dim=1)
+            if cache is None:  # a model that keeps nothing of earlier tokens
+                step = ids
     return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]

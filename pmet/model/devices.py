@@ -84,7 +84,8 @@ def shares(sizes: Sequence[int], rest: int, room: Sequence[float]) -> list[int]:
 def layers_on(model: nn.Module, layout: Layout, above: int) -> dict[torch.device, float]:
     """The share of the layers above one that each device holds; all at home if there are none."""
     numbers = range(above + 1, layout.depth)
-    devices = [layout.weight(model, i).device for i in numbers] or [home(model)]
+    parameters = [next(layout.layer(model, i).parameters()) for i in numbers]
+    devices = [parameter.device for parameter in parameters] or [home(model)]
     return {device: devices.count(device) / len(devices) for device in dict.fromkeys(devices)}
 
 

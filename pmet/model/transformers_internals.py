@@ -30,9 +30,6 @@ NAMES = {
         "to accept checkpoints without parameters that the model computes; from_pretrained reads "
         "the list, and no public name has it"
     ),
-    "transformers.PreTrainedModel._is_stateful": (
-        "to refuse models that keep another state than keys and values; no public name tells"
-    ),
     "transformers.activations.NewGELUActivation": _TANH,
     "transformers.activations.GELUTanh": _TANH,
     "transformers.activations.FastGELUActivation": _TANH,
@@ -45,6 +42,9 @@ NAMES = {
     "transformers.conversion_mapping.get_model_conversion_mapping": _RENAMED,
     "transformers.core_model_loading.WeightRenaming": _RENAMED,
     "transformers.core_model_loading.rename_source_key": _RENAMED,
+    "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
+        "to know which models open together with their vision model, without importing them all"
+    ),
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (
         "to know which model types open as causal language models without importing them all"
     ),
@@ -71,17 +71,17 @@ def replaceable_attention(model: nn.Module) -> str | None:
     """The attention that a model computes with; None where it takes no other."""
     if not getattr(model, "_supports_attention_backend", False):
         return None
-    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return attention_code(getattr(model, "config", None))
+
+
+def attention_code(config: Any) -> str | None:
+    """The name of the attention code that a configuration chooses."""
+    return getattr(config, "_attn_implementation", None)
 
 
 def computed_parameters(model: nn.Module) -> Collection[str]:
     """Patterns of parameters that a checkpoint may lack, because the model computes them."""
     return getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-
-
-def is_recurrent(model: nn.Module) -> bool:
-    """Whether a model keeps another state of earlier tokens than keys and values."""
-    return bool(getattr(model, "_is_stateful", False))
 
 
 def unfilled() -> AbstractContextManager[None]:
@@ -117,3 +117,10 @@ def is_causal_type(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def reads_images(model_type: str) -> bool:
+    """Whether transformers opens models of a type as language models that read images, too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

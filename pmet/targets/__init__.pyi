@@ -1,4 +1,5 @@
 from . import optimization as optimization
+from .mechanism import why_whole as why_whole
 from .memory import attention_shape as attention_shape
 from .memory import free_memory as free_memory
 from .memory import room_beside as room_beside

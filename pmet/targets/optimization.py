@@ -34,7 +34,6 @@ from pmet.hparams import PMETHyperParams
 from pmet.model import (
     ContextTemplates,
     Layout,
-    PrefixFiller,
     check,
     context_length,
     frozen,
@@ -44,6 +43,7 @@ from pmet.model import (
 )
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets.batch import Member, Places, State
+from pmet.targets.mechanism import run_for
 from pmet.targets.memory import (
     SCORE_BYTES,
     Count,
@@ -53,7 +53,6 @@ from pmet.targets.memory import (
     room_beside,
 )
 from pmet.targets.problem import Problem, sharing_a_key
-from pmet.targets.suffix import SuffixRun
 
 # The published code's constants: when a target is good enough, and the factor on the likelihood's
 # weight once the target is the greedy answer everywhere.
@@ -211,8 +210,7 @@ class _Optimisation:
             for prompt, number in problem.rows:
                 by_context[number].append(prompt.prefix)
         prefixes = [by_context[number] for number in range(max(by_context) + 1)]
-        filler = PrefixFiller(model, layout, prefixes)
-        self._run = SuffixRun(model, layout, hparams.target_layer, filler)
+        self._run = run_for(model, layout, hparams.target_layer, prefixes)
         self._members: list[Member] = []
         self._state: State | None = None
         self._places: Places | None = None

@@ -3,6 +3,8 @@ from .key_reader import KeyReader as KeyReader
 from .keys import LookupFile as LookupFile
 from .keys import Lookups as Lookups
 from .keys import LookupTokenizer as LookupTokenizer
+from .mechanism import reader_for as reader_for
+from .mechanism import why_read_whole as why_read_whole
 from .second_moments import BATCH_TOKENS as BATCH_TOKENS
 from .second_moments import SecondMoments as SecondMoments
 from .second_moments import convergence as convergence
@@ -22,3 +24,4 @@ from .solver import whitened as whitened
 from .spread import square_root_spread as square_root_spread
 from .sums import KeyResidualRows as KeyResidualRows
 from .sums import KeyResidualSums as KeyResidualSums
+from .whole_reader import WholeReader as WholeReader

@@ -174,22 +174,18 @@ def test_a_model_that_fails_is_a_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A BLOOM model, as if the plan did not know that the method cannot run it."""
+    """A BLOOM model, as if it were not known that its prompts must run whole."""
     config = BloomConfig(vocab_size=700, hidden_size=32, n_layer=4, n_head=4)
     model = tmp_path / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     for file in (GOLDEN / "llama" / "model").glob("tokenizer*"):
         shutil.copy(file, model)
-    names = {
-        "layers": [0, 1],
-        "layer_module_tmp": "transformer.h.{}",
-        "attn_module_tmp": "transformer.h.{}.self_attention.dense",
-        "rewrite_module_tmps": ["transformer.h.{}.mlp.dense_4h_to_h"],
-        "ln_f_module": "transformer.ln_f",
-        "lm_head_module": "lm_head",
-    }
-    (tmp_path / "hparams.json").write_text(json.dumps(names))
-    monkeypatch.setattr(pipeline.models.checks, "_check_layers", lambda *_: None)
+    (tmp_path / "hparams.json").write_text(json.dumps({"layers": [0, 1]}))
+    # In the process that tries the work, too.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pmet.targets.mechanism\npmet.targets.mechanism.why_whole = lambda *_: None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     asked = {"model": str(model), "hparams": str(tmp_path / "hparams.json")}
     plan = make_plan(
         job(inputs, str(tmp_path / "out"), targets={"workers": 1}, update=RANKS, **asked)

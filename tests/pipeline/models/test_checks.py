@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +24,10 @@ from pipeline.models.checks import check_configuration, check_readable, checked_
 from pipeline.models.skeleton import open_skeleton
 from pipeline.models.source import open_fast_tokenizer
 from pipeline.plan import make_plan
+from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
-from tests.conftest import GOLDEN, ROOT
+from pmet.model import Layout
+from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke, pmet  # noqa: F401
 from tests.parity.test_families import VARIANTS, Variant, build
 
@@ -86,13 +87,13 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path, **hparams: Any) -> None:
+def check(folder: Path, **hparams: Any) -> Layout:
     """Check a model as the plan does."""
     checkpoint = Checkpoint.open(folder)
     check_configuration(checkpoint)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     named = PMETHyperParams.from_dict({"layers": [0, 1], **hparams})
-    checked_layout(checkpoint, skeleton, tokenizer, named)
+    return checked_layout(checkpoint, skeleton, tokenizer, named)
 
 
 def configured(folder: Path, **values: Any) -> None:
@@ -243,91 +244,52 @@ def test_an_adapter_counts_where_transformers_loads_it(
         make_plan(job)
 
 
-STATE = r"has layers that are not plain attention \({}\).* edit a model whose layers are all"
 OTHERS = [
-    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, STATE.format("conv")),
-    ("mamba", {"state_size": 8}, r"has layers that are not plain attention"),
+    ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "feed_forward.w2"),
     (
         "falcon_h1",
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
-        r"has layers that are not plain attention",
-    ),
-    (
-        "qwen3_next",
-        {"num_experts": 0, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
-        STATE.format("linear_attention"),
+        "feed_forward.down_proj",
     ),
     (
         "gemma4_text",
-        {"layer_types": SLIDING, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0},
-        r"read the attention keys and values of other layers",
+        {
+            "layer_types": SLIDING,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 700,
+        },
+        "mlp.down_proj",
     ),
     (
         "deepseek_v3",
         {**LATENT, "first_k_dense_replace": 4, "v_head_dim": 8, "num_key_value_heads": 4},
-        r"stores attention keys and values in compressed form",
-    ),
-]
-INSIDE = r"adds the residual inside its FFN \({}\)"
-NAMED = [
-    (
-        "bloom",
-        {"n_layer": 4, "n_head": 4},
-        ("transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f"),
-        INSIDE.format("BloomMLP"),
-    ),
-    (
-        "mpt",
-        {"d_model": 32, "n_layers": 4, "n_heads": 4, "expansion_ratio": 2},
-        ("transformer.blocks.{}", "attn.out_proj", "ffn.down_proj", "transformer.norm_f"),
-        INSIDE.format("MptMLP"),
-    ),
-    (
-        "bert",
-        {},
-        (
-            "bert.encoder.layer.{}",
-            "attention.output.dense",
-            "output.dense",
-            "cls.predictions.transform.LayerNorm",
-            "cls.predictions.decoder",
-        ),
-        r"lets tokens attend to later tokens",
+        "mlp.down_proj",
     ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "config", "message"), OTHERS, ids=[k for k, *_ in OTHERS])
-def test_layers_that_are_not_plain_attention_are_refused(
-    kind: str, config: dict[str, Any], message: str, tmp_path: Path
+@pytest.mark.parametrize(("kind", "config", "part"), OTHERS, ids=[k for k, *_ in OTHERS])
+def test_layers_that_are_not_plain_attention_are_no_obstacle(
+    kind: str, config: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
-    """Even if the hyper-parameters name no modules: naming them would not help."""
     folder = saved(make(kind, **config), tmp_path / "model")
-    with pytest.raises(ModelError, match=message):
-        check(folder)
+    assert check(folder).family.down_projection == f"model.layers.{{}}.{part}"
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "names", "message"), NAMED, ids=[kind for kind, *_ in NAMED]
+    ("kind", "config", "message"),
+    [
+        ("mamba", {"state_size": 8}, r"layer 0 of \w+ has no FFN down-projection"),
+        ("bert", {}, r"lets tokens attend to later tokens"),
+    ],
 )
-def test_parts_that_the_method_cannot_run_are_refused(
-    kind: str, config: dict[str, Any], names: tuple[str, ...], message: str, tmp_path: Path
+def test_models_that_the_method_cannot_edit_are_refused(
+    kind: str, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = saved(make(kind, **config), tmp_path / "model")
-    with pytest.raises(ModelError, match=message):
-        check(folder, **modules(*names))
-
-
-def modules(
-    layer: str, attention: str, down: str, norm: str, head: str = "lm_head"
-) -> dict[str, Any]:
-    return {
-        "layer_module_tmp": layer,
-        "attn_module_tmp": f"{layer}.{attention}",
-        "rewrite_module_tmps": [f"{layer}.{down}"],
-        "ln_f_module": norm,
-        "lm_head_module": head,
-    }
+    with pytest.raises(ArchitectureError, match=message):
+        check(folder)
 
 
 def gemma3() -> nn.Module:
@@ -337,52 +299,21 @@ def gemma3() -> nn.Module:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def llava() -> nn.Module:
-    config = transformers.LlavaConfig(
-        text_config={**TINY, "model_type": "llama"},
-        vision_config={**VISION, "model_type": "clip_vision_model"},
-        image_token_id=3,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
+def test_a_model_that_reads_images_is_found_whole(tmp_path: Path) -> None:
+    layout = check(saved(gemma3(), tmp_path / "whole"))
+    assert layout.family.down_projection == "model.language_model.layers.{}.mlp.down_proj"
 
 
-@pytest.mark.parametrize("wrapper", [gemma3, llava])
-def test_the_language_model_of_a_multimodal_one_can_be_written_and_edited(
-    wrapper: Callable[[], nn.Module], tmp_path: Path
-) -> None:
-    """Follows the instructions that the error refers to."""
-    whole = wrapper().eval()
-    folder = saved(whole, tmp_path / "whole")
-    with pytest.raises(
-        ModelError, match=r"wraps a language model .* docs/jobs\.md \(\"Multimodal models\"\)"
-    ):
-        check(folder)
-    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
-    section = text.partition("### Multimodal models")[2]
-    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert lines is not None
-    given, written = re.findall(r'"(gemma-[^"]+)"', lines[1])[:2]
-    assert written == f"{given}-text"
-    exec(
-        lines[1]
-        .replace(f'"{written}"', repr(str(tmp_path / "text")))
-        .replace(f'"{given}"', repr(str(folder))),
-        {},
-    )
-    check(tmp_path / "text")
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
-    tokens = torch.arange(5, 17)[None]
-    with torch.no_grad():
-        expected = whole(input_ids=tokens).logits
-        assert torch.allclose(alone(input_ids=tokens).logits, expected, atol=1e-5)
-
-
-def test_a_language_model_that_cannot_stand_alone_is_not_promised(tmp_path: Path) -> None:
-    config = transformers.Qwen2_5_VLConfig(text_config=TINY)
+def test_a_wrapper_that_opens_for_other_tasks_is_refused(tmp_path: Path) -> None:
+    config = transformers.Qwen2AudioConfig(text_config={**TINY, "model_type": "qwen2"})
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama" / "model", folder)
     config.save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"that transformers cannot open on its own; edit a text"):
+    with pytest.raises(
+        ModelError,
+        match=r"\(qwen2_audio\) wraps a language model \(qwen2\) in a way that transformers does "
+        r"not open for text; edit a model that it opens with AutoModelForCausalLM",
+    ):
         check(folder)
 
 

@@ -76,8 +76,10 @@ def test_a_prompt_is_read_once_for_all_its_targets(monkeypatch: pytest.MonkeyPat
     assert sum(tokens) == len(beginnings) < len(asked) * 3
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "unheard of"])
-def test_a_model_that_reads_no_trees_reads_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trees", [True, False])
+def test_a_model_that_reads_no_trees_reads_rows(
+    trees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     golden = load_golden("gpt2")
     given: list[dict[str, Any]] = []
     original = continuations.logits_at
@@ -87,9 +89,9 @@ def test_a_model_that_reads_no_trees_reads_rows(kind: str, monkeypatch: pytest.M
         return original(model, inputs, *others)
 
     monkeypatch.setattr(continuations, "logits_at", noted)
-    monkeypatch.setattr(golden.model.config, "model_type", kind)
+    monkeypatch.setattr(continuations, "reads_trees", lambda *_: trees)
     scored = score_continuations(golden.model, Prompts(golden.tokenizer), PAIRS)
-    assert all("position_ids" in inputs for inputs in given) == (kind == "gpt2")
+    assert all("position_ids" in inputs for inputs in given) == trees
     for pair, score in scored.items():
         assert score.log_prob == pytest.approx(by_hand(golden, *pair).log_prob, abs=1e-5)
 

@@ -52,3 +52,15 @@ def test_each_token_is_one_of_the_five_likeliest(golden: Golden) -> None:
     ranks = [(logits[i - 1] > logits[i - 1, ids[i]]).sum().item() for i in range(start, len(ids))]
     assert max(ranks) < TOP_K
     assert max(ranks) > 0
+
+
+def test_a_model_that_pads_otherwise_writes_the_same_from_whole_passes(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = Prompts(golden.tokenizer)
+    said = answers(golden.model, golden.tokenizer, TEXTS, tokens=6)
+    written = write_on(golden.model, prompts, TEXTS, seed=3, tokens=24)
+    monkeypatch.setattr("pmet.evaluation.generation._pads_in_front", lambda _model: False)
+    monkeypatch.setattr("pmet.evaluation.generation._new_tokens", None)
+    assert answers(golden.model, golden.tokenizer, TEXTS, tokens=6) == said
+    assert write_on(golden.model, prompts, TEXTS, seed=3, tokens=24) == written

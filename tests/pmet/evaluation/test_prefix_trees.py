@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pmet.evaluation.prefix_trees import Pack, inputs, packed, reads_trees
 from tests.conftest import load_golden
@@ -54,17 +54,20 @@ def test_a_model_reads_a_tree_as_it_reads_its_sequences(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "longest", "reads"),
+    ("kind", "config", "longest", "reads"),
     [
-        ({"model_type": "llama"}, 99, True),
-        ({"model_type": "falcon"}, 9, False),
-        ({"model_type": "mistral", "sliding_window": 8}, 8, True),
-        ({"model_type": "mistral", "sliding_window": 8}, 9, False),
-        ({"model_type": "mistral", "sliding_window": None}, 9, True),
+        ("llama", {}, 99, True),
+        ("mpt", {}, 9, False),
+        ("falcon", {"alibi": True}, 9, False),
+        ("mamba", {}, 9, False),
+        ("mistral", {"sliding_window": 8}, 8, True),
+        ("mistral", {"sliding_window": 8}, 9, False),
+        ("mistral", {"sliding_window": None}, 9, True),
     ],
 )
-def test_who_reads_trees(config: dict[str, Any], longest: int, reads: bool) -> None:
-    model = cast(Any, SimpleNamespace(config=SimpleNamespace(**config)))
+def test_who_reads_trees(kind: str, config: dict[str, Any], longest: int, reads: bool) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
     assert reads_trees(model, longest) is reads
 
 

@@ -16,15 +16,16 @@ from transformers import (
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
 from pmet.model.architecture import resolve
+from pmet.model.miniature import NoMiniatureError
 from tests.conftest import Golden
 
 
 def bare(golden: Golden, **changes: object) -> PMETHyperParams:
-    """Hyper-parameters that name no modules, so that the table must."""
+    """Hyper-parameters that name no modules, so that they must be found."""
     return PMETHyperParams.from_dict({"layers": list(golden.hparams.layers)} | changes)
 
 
-def test_the_table_finds_what_the_golden_files_name(golden: Golden) -> None:
+def test_what_the_golden_files_name_is_found(golden: Golden) -> None:
     assert resolve(golden.model, bare(golden)) == resolve(golden.model, golden.hparams)
 
 
@@ -37,22 +38,37 @@ def test_orientation_and_widths(golden: Golden) -> None:
     assert layout.transposed == (golden.family == "gpt2")
 
 
-def test_the_error_about_an_unknown_family_names_the_keys_to_give() -> None:
-    tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
-    model = BertLMHeadModel(BertConfig(**tiny, intermediate_size=16, is_decoder=True))
-    with pytest.raises(ArchitectureError, match="'bert' is not in the architecture table") as error:
+def test_the_error_about_a_model_without_a_small_copy_names_the_keys_to_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(_model: object) -> None:
+        raise NoMiniatureError("ValueError: widths must be odd")
+
+    monkeypatch.setattr("pmet.model.architecture.miniature_of", none)
+    model = bert(is_decoder=True)
+    with pytest.raises(
+        ArchitectureError, match=r"could not be found by trying a small copy of it .*odd"
+    ) as error:
         resolve(model, PMETHyperParams(layers=(0,)))
-    for name in ("layer_module_tmp", "attn_module_tmp", "rewrite_module_tmps", "lm_head_module"):
+    for name in ("layer_module_tmp", "attn_module_tmp", "rewrite_module_tmps"):
         assert name in str(error.value)
     named = PMETHyperParams(
         layers=(0, 1),
         layer_module_tmp="bert.encoder.layer.{}",
         attn_module_tmp="bert.encoder.layer.{}.attention.output.dense",
         rewrite_module_tmps=("bert.encoder.layer.{}.output.dense",),
-        ln_f_module="cls.predictions.transform.LayerNorm",
-        lm_head_module="cls.predictions.decoder",
     )
     assert resolve(model, named).key_width == 16
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="lets tokens attend to later tokens"):
+        resolve(bert(), PMETHyperParams(layers=(0,)))
+
+
+def bert(**changes: object) -> BertLMHeadModel:
+    tiny = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    return BertLMHeadModel(BertConfig(**tiny, intermediate_size=16, **changes))
 
 
 def test_published_neox_files_call_the_head_by_its_former_name() -> None:
