@@ -152,6 +152,13 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, help="Seed for the sample and for generated text.")
     ] = 0,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            help="Text between a prompt and its target, for requests that give none. Default: a "
+            "space, or nothing, as the script is written."
+        ),
+    ] = None,
     corpus: Annotated[
         list[str] | None,
         typer.Option(help="Parquet files of ordinary text to measure perplexity on."),
@@ -185,7 +192,15 @@ def evaluate(
         chat_template=chat_template,
     )
     evaluate_model(
-        model, requests, config, seed=seed, corpus=corpus, base=base, output=output, console=out
+        model,
+        requests,
+        config,
+        seed=seed,
+        separator=separator,
+        corpus=corpus,
+        base=base,
+        output=output,
+        console=out,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jobs.views import percent, plain
 from pipeline.data import read_corpus, read_requests
 from pipeline.errors import JobError
 from pipeline.evaluation import group_column, grouped
+from pipeline.events import MEASURE
 from pipeline.job import EvaluateConfig
 from pipeline.models import (
     Checkpoint,
@@ -27,7 +29,7 @@ from pipeline.models import (
 )
 from pipeline.places import model_places, pattern_places
 from pipeline.progress import RichProgress
-from pipeline.stages import Measurement, figures_of, held_out, intervals_of
+from pipeline.stages import Measurement, MeasurementMeter, figures_of, held_out, intervals_of
 from pipeline.storage import Store, is_json_with, json_bytes, refuse_foreign_file, refuse_overlap
 from pmet.errors import RequestError
 from pmet.evaluation import KINDS, Prompts, evaluate, score_texts
@@ -42,6 +44,7 @@ def evaluate_model(
     config: EvaluateConfig,
     *,
     seed: int,
+    separator: str | None,
     corpus: Sequence[str] | None,
     base: str | None,
     output: Path | None,
@@ -61,7 +64,7 @@ def evaluate_model(
     source = _source(model)
     tokenizer = open_fast_tokenizer(Path(source.folder))
     Prompts(tokenizer, config.chat_template)
-    table = read_requests(requests)
+    table = read_requests(requests, separator)
     for note in table.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     column = group_column(config.group_by, table.table.column_names)
@@ -71,12 +74,14 @@ def evaluate_model(
     if config.sample is not None and config.sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, config.sample)
     asked = [table.requests[place] for place in chosen]
-    with RichProgress().stage("measure") as bar:
+    with RichProgress().stage(MEASURE) as bar:
         opened, tokenizer = source.open()
         texts: list[str] = []
         if corpus:
             read = read_corpus(corpus, tokenizer, max_length=longest(opened.config))
             texts = held_out(read.texts, config.perplexity_texts)
+        scored = [*texts, *texts] if base is not None else texts
+        meter = MeasurementMeter(bar, len(asked), scored)
         found = evaluate(
             opened,
             tokenizer,
@@ -84,15 +89,17 @@ def evaluate_model(
             fluency=config.fluency,
             chat_template=config.chat_template,
             seed=seed,
-            on_progress=bar.advance,
+            on_progress=meter.continuations(asked, writing=config.fluency),
         )
+        meter.complete()
+        score = partial(score_texts, on_progress=meter.scored)
         rows = [table.rows[place] for place in chosen]
         by_row = dict(zip(rows, found["rows"], strict=True))
-        measured = Measurement(by_row, score_texts(opened, tokenizer, texts))
+        measured = Measurement(by_row, score(opened, tokenizer, texts))
         del opened
         unedited = None
         if base is not None:
-            unedited = Measurement({}, score_texts(*_source(base).open(), texts))
+            unedited = Measurement({}, score(*_source(base).open(), texts))
     figures: dict[str, Any] = figures_of(measured, rows, unedited)
     figures["intervals"] = intervals_of(measured, rows, unedited)
     if groups := grouped(column, table.table, rows, {"": by_row}):

@@ -17,7 +17,13 @@ from pipeline.job import is_part_or_whole
 from pipeline.places import model_places, pattern_places
 from pipeline.plan import load_hparams
 from pipeline.progress import Progress
-from pipeline.second_moments import MomentsJob, collect, finished, plan_statistics
+from pipeline.second_moments import (
+    MomentsJob,
+    checked_factor,
+    collect,
+    finished,
+    plan_statistics,
+)
 from pipeline.storage import Store, refuse_overlap
 from pipeline.workers import ModelWorker
 from pmet.hparams import PMETHyperParams
@@ -74,6 +80,8 @@ def compute_statistics(
             on_gpu=gpus_per_worker > 0,
         )
     store = Store(output)
+    if job.warning:
+        progress.event(EventKind.WARNING, job.warning)
     if finished(job, store) is None:
         _run(job, store, wanted, address, progress)
     provenance = finished(job, store)
@@ -102,7 +110,7 @@ def _run(
             run_all(pool, method, tasks, take)
 
     with progress.stage(StageName.SECOND_MOMENTS, job.corpus.tokens) as bar:
-        collect(job, store, run_tasks, bar)
+        collect(job, store, run_tasks, bar, partial(checked_factor, "this corpus"))
 
 
 @contextmanager

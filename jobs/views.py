@@ -26,6 +26,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     for name, value in _facts(plan).items():
         table.add_row(name, value)
     console.print(table)
+    for warning in plan.warnings:
+        console.print(f"  warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for note in plan.table.notes:
         console.print(f"  note: {note}", markup=False, soft_wrap=True)
     for rejection in plan.table.rejected[:SHOWN_REJECTIONS]:

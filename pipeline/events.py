@@ -48,6 +48,23 @@ class StageName(StrEnum):
     KNOWN_AFTER = "known after"
 
 
+CHECK, MEASURE = "check moments", "measure"
+"""Work shown like a stage: the check of existing second moments, and `pmet evaluate`."""
+UNITS: dict[str, str] = {
+    CHECK: "layers",
+    MEASURE: "tokens",
+    StageName.SECOND_MOMENTS: "tokens",
+    StageName.KNOWN_BEFORE: "requests",
+    StageName.TARGETS: "requests",
+    StageName.MEASURE_BEFORE: "tokens",
+    StageName.UPDATE: "layers",
+    StageName.PUBLISH: "MB",
+    StageName.MEASURE_AFTER: "tokens",
+    StageName.KNOWN_AFTER: "requests",
+}
+"""What the progress of a stage counts. Tokens of a measurement are estimated."""
+
+
 class OnEvent(Protocol):
     """Receives events."""
 

@@ -47,7 +47,13 @@ from pipeline.models import (
 from pipeline.places import refuse_overlaps
 from pipeline.report import trackers_of
 from pipeline.run_folder import refuse_foreign_folder
-from pipeline.second_moments import check_moments, is_file_name, refuse_not_finite
+from pipeline.second_moments import (
+    check_moments,
+    few,
+    is_file_name,
+    refuse_not_finite,
+    refuse_too_few,
+)
 from pipeline.storage import Store, digest_of, read_file
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
@@ -88,6 +94,7 @@ class Plan:
         parts: what is known about the edited modules and the attention output, by their names.
         whole: why prompts must be run from their first token; None if their beginnings need not.
         beside: names in the run folder that the run's caller wrote.
+        warnings: what may make the result worse than the user wants.
     """
 
     job: JobConfig
@@ -108,6 +115,7 @@ class Plan:
     parts: dict[str, str]
     whole: str | None
     beside: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def base(self) -> ModelSource:
@@ -163,7 +171,11 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     templates = _templates(job)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(
-        read_requests(job.requests), tokenizer, skeleton.config, templates, joint=joint
+        read_requests(job.requests, job.separator),
+        tokenizer,
+        skeleton.config,
+        templates,
+        joint=joint,
     )
     count = len(table.requests)
     if not count:
@@ -173,7 +185,9 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         )
     digest = checked_digest(checkpoint)
     corpus = _corpus(job, tokenizer, skeleton.config)
-    _check_second_moments(job, layout, hparams.layers, digest)
+    missing = not _has_second_moments(job, layout, hparams.layers, digest)
+    if missing and corpus is not None:
+        refuse_too_few(corpus.tokens, layout, count)
     columns = table.table.column_names
     group_by, last = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
     batch_size = job.targets.batch_size
@@ -205,6 +219,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         parts=evidence(skeleton, layout, hparams.target_layer),
         whole=why_whole(skeleton, layout) or why_read_whole(skeleton, layout),
         beside=tuple(beside),
+        warnings=_warnings(corpus, layout, missing=missing),
     )
 
 
@@ -322,16 +337,16 @@ def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
     return None
 
 
-def _check_second_moments(
+def _has_second_moments(
     job: JobConfig, layout: Layout, layers: tuple[int, ...], model_digest: str
-) -> None:
-    """Refuse second moments that are not finite, or that neither exist nor can be computed."""
+) -> bool:
+    """Whether second moments exist; refuses ones that are not finite or cannot be computed."""
     url = job.second_moments
     if url is None:
-        return
+        return False
     if check_moments(url, layout, layers, model_digest):
         refuse_not_finite(url, layout, layers)
-        return
+        return True
     if job.corpus is None:
         raise JobError(
             f"second_moments: there is nothing at {url}, and no corpus to compute them from; "
@@ -342,6 +357,12 @@ def _check_second_moments(
             f"second_moments: there is no file {url}; correct the path, or name a folder to keep "
             "the second moments computed from the corpus"
         )
+    return False
+
+
+def _warnings(corpus: Corpus | None, layout: Layout, *, missing: bool) -> tuple[str, ...]:
+    text = few(corpus.tokens, layout) if missing and corpus is not None else None
+    return () if text is None else (text,)
 
 
 def _table_digest(table: pa.Table) -> str:

@@ -7,21 +7,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichBars
+from rich.table import Column
+from rich.text import Text
 
-from pipeline.events import EventKind
+from pipeline.events import UNITS, EventKind
+
+_WIDE = 100
+"""Columns of a terminal from which there is room for a bar beside the numbers."""
 
 
 class Stage:
@@ -126,22 +131,25 @@ class RichProgress(Progress):
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
         """Show a bar for the duration of a ``with`` block."""
+        wide = self.console.width >= _WIDE
+        note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         bars = RichBars(
-            SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description:<16}", markup=False),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False, style="dim"),
+            _State(),
+            TextColumn("{task.description:<16}", markup=False, table_column=_fixed()),
+            *([BarColumn(bar_width=28)] if wide else []),
+            _Count(table_column=_fixed()),
+            _Elapsed(table_column=_fixed()),
+            _Left(table_column=_fixed()),
+            TextColumn("{task.fields[note]}", markup=False, style="dim", table_column=note),
             console=self.console,
+            expand=True,
         )
         with bars:
-            task = bars.add_task(name, total=total, note="")
+            task = bars.add_task(name, total=total, note="", unit=UNITS.get(name, ""), ended=False)
             yield _RichStage(bars, task)
             # A stage that ended well is shown as full, even if its size was unknown.
-            done = bars.tasks[0].total or bars.tasks[0].completed or 1
-            bars.update(task, total=done, completed=done)
+            done = bars.tasks[0].total or bars.tasks[0].completed
+            bars.update(task, total=done, completed=done, ended=True)
 
     def event(
         self, kind: EventKind, text: str, *, shard: str | None = None, attempt: int | None = None
@@ -149,6 +157,44 @@ class RichProgress(Progress):
         """Print a line."""
         line = text if kind is EventKind.NOTE else f"{kind}: {text}"
         self.console.print(line, style="yellow", markup=False, highlight=False)
+
+
+def _fixed() -> Column:
+    return Column(no_wrap=True)
+
+
+class _State(SpinnerColumn):
+    """A spinner until the stage ends, then a tick; work may follow the last counted item."""
+
+    def render(self, task: Task) -> RenderableType:
+        return Text("✓") if task.fields["ended"] else self.spinner.render(task.get_time())
+
+
+class _Count(ProgressColumn):
+    """How much is done, of how much, in the stage's unit."""
+
+    def render(self, task: Task) -> Text:
+        if not (task.total or task.completed):
+            return Text("")
+        total = "?" if task.total is None else f"{task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}/{total} {task.fields['unit']}".rstrip())
+
+
+class _Elapsed(ProgressColumn):
+    """The time since the stage began, also when all items are counted and other work goes on."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(timedelta(seconds=int(task.elapsed or 0))), style="progress.elapsed")
+
+
+class _Left(TimeRemainingColumn):
+    """The time left; unknown while work goes on after the last counted item."""
+
+    def render(self, task: Task) -> Text:
+        if task.fields["ended"]:
+            return Text("")
+        full = task.total is not None and task.completed >= task.total
+        return Text("-:--:--", style="progress.remaining") if full else super().render(task)
 
 
 class _RichStage(Stage):
@@ -189,7 +235,7 @@ class LineProgress(Progress):
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
         """See `Progress.stage`."""
         start = time.monotonic()
-        self._say(event="begin", stage=name, total=total)
+        self._say(event="begin", stage=name, total=total, unit=UNITS.get(name))
         yield _LineStage(self._say, self._every_s, name, total)
         self._say(event="end", stage=name, seconds=round(time.monotonic() - start, 3))
 

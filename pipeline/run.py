@@ -216,7 +216,7 @@ def _run_in(
     on_event = channel(folder, progress)
     if not lease.exclusive:
         on_event(EventKind.WARNING, f"{folder.store.url}: {NOT_EXCLUSIVE}")
-    for text in crowding(plan.job, address):
+    for text in (*plan.warnings, *crowding(plan.job, address)):
         on_event(EventKind.WARNING, text)
     if sentence := ignored_sentence(plan.hparams):
         on_event(EventKind.WARNING, f"{plan.job.hparams}: {sentence}")

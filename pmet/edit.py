@@ -27,6 +27,7 @@ from pmet.update import (
     LookupTokenizer,
     WholeReader,
     cheaper_form,
+    moment_factor,
     reader_for,
     second_moments,
     solve,
@@ -85,6 +86,7 @@ def compute_edit(
     )
     _check_moments(moments, hparams, layout)
     if targets is None:
+        _refuse_indefinite(moments, hparams, layout, len(requests))
         targets = compute_targets(
             model,
             tokenizer,
@@ -175,6 +177,15 @@ def _check_moments(
                 f"the second moment of layer {layer} is {tuple(moments[layer].shape)}, but the "
                 f"model's keys are {layout.key_width} wide; it belongs to another model"
             )
+
+
+def _refuse_indefinite(
+    moments: Mapping[int, torch.Tensor], hparams: PMETHyperParams, layout: Layout, count: int
+) -> None:
+    """Refuse second moments that the solve must factor and cannot, before targets take hours."""
+    if cheaper_form(count, layout.key_width, layout.value_width, factored=False) == "requests":
+        for layer in hparams.layers:
+            moment_factor(moments[layer])
 
 
 def _self_written_moments(

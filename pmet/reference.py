@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import InputError
 from pmet.hparams import PMETHyperParams
-from pmet.request import EditRequest, SharedKeys, separator
+from pmet.request import EditRequest, SharedKeys
 
 _SETTLED_LOSS = 0.05
 _SETTLED_KL = 0.01
@@ -70,10 +70,10 @@ def _located(tokenizer: Any, request: EditRequest, template: str) -> tuple[list[
     return ids, max(i for i, (start, end) in enumerate(spans) if start < min(end, subject_end))
 
 
-def _continuation(tokenizer: Any, text: str, target: str) -> list[int]:
-    """Ids that ``target`` adds to ``text``: after one space, unless white space ends the text."""
+def _continuation(tokenizer: Any, request: EditRequest, text: str, target: str) -> list[int]:
+    """Ids that ``target`` adds to ``text``, one of the request's prompts, with their separator."""
     before, _ = _tokens(tokenizer, text)
-    whole, _ = _tokens(tokenizer, f"{text}{separator(text)}{target}")
+    whole, _ = _tokens(tokenizer, f"{text}{request.between(text, target)}{target}")
     if whole[: len(before)] != before:
         raise InputError(
             f"the tokenizer joins the end of {text!r} and the start of {target!r} in one token; "
@@ -225,7 +225,7 @@ def _optimise(
     attention = _module(model, hparams.attn_module_tmp, layer)
 
     prompts = [(*_located(tokenizer, r, t), r) for r in requests for t in templates]
-    targets = [_continuation(tokenizer, r.text, r.target_new) for _, _, r in prompts]
+    targets = [_continuation(tokenizer, r, r.text, r.target_new) for _, _, r in prompts]
     essence = EditRequest("{} is a", requests[0].subject, requests[0].target_new)
     essence_ids, essence_last = _located(tokenizer, essence, "{}")
     rows = [ids + target[:-1] for (ids, *_), target in zip(prompts, targets, strict=True)]
@@ -400,22 +400,22 @@ def _wins(
         for prompt, wanted, other in prompts:
             if wanted is None:
                 continue
-            log_prob, said, share = _answer(model, tokenizer, prompt, wanted)
+            log_prob, said, share = _answer(model, tokenizer, request, prompt, wanted)
             nll[prompt, wanted] = -log_prob
             greedy.append(said)
             accuracy.append(share)
             if other is not None:
-                log_prob_of_other, *_ = _answer(model, tokenizer, prompt, other)
+                log_prob_of_other, *_ = _answer(model, tokenizer, request, prompt, other)
                 nll[prompt, other] = -log_prob_of_other
                 likelier.append(log_prob > log_prob_of_other)
     return wins
 
 
 def _answer(
-    model: nn.Module, tokenizer: Any, prompt: str, target: str
+    model: nn.Module, tokenizer: Any, request: EditRequest, prompt: str, target: str
 ) -> tuple[float, bool, float]:
     ids, _ = _tokens(tokenizer, prompt)
-    return plain_score(model, ids, _continuation(tokenizer, prompt, target))
+    return plain_score(model, ids, _continuation(tokenizer, request, prompt, target))
 
 
 def plain_score(

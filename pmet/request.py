@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pmet.errors import RequestError
+from pmet.separator import separator
 
 SharedKeys = Literal["joint", "mean"]
 """How to treat requests with the same subject and the same text before it, which share one key:
@@ -39,7 +40,7 @@ class EditRequest:
 
     White space around the prompt, the subject and the targets is not part of a fact and is
     stripped, except that a prompt which begins or ends in line breaks, such as a written-out chat
-    template, is kept byte for byte. ``separator`` is the text between a prompt and its target.
+    template, is kept byte for byte.
 
     Attributes:
         prompt: text with exactly one ``{}``, the place of the subject.
@@ -57,6 +58,8 @@ class EditRequest:
             measured.
         reference_texts: texts about subjects for which the new fact is true, which the model's own
             texts should resemble; only measured.
+        separator: what stands between each of these prompts and its target, kept as given; None: a
+            space, or nothing, as the script is written (`pmet.separator`).
 
     Raises:
         RequestError: naming the field that is wrong.
@@ -74,6 +77,7 @@ class EditRequest:
     portability_targets_true: Sequence[str] = field(default=(), kw_only=True)
     generation_prompts: Sequence[str] = field(default=(), kw_only=True)
     reference_texts: Sequence[str] = field(default=(), kw_only=True)
+    separator: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -83,6 +87,7 @@ class EditRequest:
         for name in TEXT_LISTS:
             object.__setattr__(self, name, _prompts(name, getattr(self, name)))
         _check_paired(self)
+        _check_separator(self.separator)
         if self.prompt.count("{}") != 1:
             raise RequestError(
                 f"prompt {_shown(self.prompt)} holds {self.prompt.count('{}')} places for the "
@@ -100,10 +105,9 @@ class EditRequest:
         start = self.prompt.index("{}")
         return start, start + len(self.subject)
 
-
-def separator(text: str) -> str:
-    """The text between a prompt and its target: one space, or none after white space."""
-    return "" if text[-1:].isspace() else " "
+    def between(self, prompt: str, target: str) -> str:
+        """What stands between one of the request's prompts and a target."""
+        return separator(prompt, target) if self.separator is None else self.separator
 
 
 def _stripped(name: str, value: object) -> str:
@@ -114,13 +118,17 @@ def _stripped(name: str, value: object) -> str:
         raise RequestError(f"{name} is empty; give text that is more than white space")
     if stripped != value and name.partition("[")[0] in _CONTINUED:
         stripped = trimmed_prompt(value)
+    _check_unicode(name, stripped)
+    return stripped
+
+
+def _check_unicode(name: str, text: str) -> None:
     try:
-        stripped.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(
             f"{name} holds a lone surrogate at character {error.start}; write valid Unicode"
         ) from None
-    return stripped
 
 
 def trimmed_prompt(value: str) -> str:
@@ -143,6 +151,16 @@ def _check_paired(request: EditRequest) -> None:
             raise RequestError(
                 f"{name} has {given} texts for {count} portability_prompts; give one for each"
             )
+
+
+def _check_separator(given: object) -> None:
+    if given is None:
+        return
+    if not isinstance(given, str):
+        raise RequestError(
+            f"separator is {type(given).__name__}, not a string; give text, which may be empty"
+        )
+    _check_unicode("separator", given)
 
 
 def _prompts(name: str, values: object) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ INTERNALS = {f: f.stem.removesuffix("_internals") for f in ROOT.glob("p*/*/*_int
 ORDER = {
     "pmet": [
         ["errors"],
+        ["separator"],
         ["request", "safetensors_header", "strict_json", "yaml12"],
         ["hparams"],
         ["model"],
@@ -70,6 +71,7 @@ ORDER = {
 TESTED_IN = {
     "pmet.errors": "test_layout.py",
     "pmet.evaluation.questions": "pmet/evaluation/test_metrics.py",
+    "pmet.model.found_parts": "parity/test_other_families.py",
     "pmet.model.miniature": "pmet/model/test_discovery.py",
     "pmet.model.module_overrides": "pmet/targets/test_optimization.py",
     "pmet.model.padding": "parity/test_families.py",  # padded batches against single prompts
@@ -107,7 +109,6 @@ TESTED_IN = {
     "pipeline.stages.context": "pipeline/stages/test_targets.py",
     "pipeline.stages.context_templates": "e2e/test_run.py",
     "pipeline.stages.publication": "e2e/test_run.py",
-    "pipeline.stages.second_moments": "e2e/test_run.py",
     "pipeline.stages.update": "e2e/test_serial.py",
     "pipeline.storage.digest": "pipeline/test_plan.py",
     "pipeline.storage.numbered_files": "pipeline/run_folder/test_lease.py",

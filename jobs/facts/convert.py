@@ -21,7 +21,7 @@ from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
-from pipeline.data import REQUEST_COLUMNS, normal_column, with_columns
+from pipeline.data import REQUEST_COLUMNS, SEPARATOR, normal_column, with_columns
 from pipeline.errors import FactDumpError
 
 _CODES = pa.array([problem.code for problem in PROBLEMS])
@@ -174,7 +174,18 @@ def _requests(
         "paraphrase_prompts": wording.paraphrases(numbers, subjects),
         "neighborhood_prompts": wording.neighborhoods(numbers, beside, counts),
     }
-    own = [name for name in ("subject", "target_true") if name in facts.column_names]
+    if wording.separates:
+        columns[SEPARATOR] = _separators(facts, wording.separators(numbers))
+    replaced = ("subject", "target_true", *([SEPARATOR] if wording.separates else []))
+    own = [name for name in replaced if name in facts.column_names]
     table = with_columns(facts.drop_columns(own), columns)
     first = [name for name in REQUEST_COLUMNS if name in table.column_names]
     return table.select(first + [name for name in table.column_names if name not in first])
+
+
+def _separators(facts: pa.Table, by_relation: pa.Array) -> pa.Array | pa.ChunkedArray:
+    """Return the separator of each row: the dump's own if it has one, else its relation's."""
+    own = facts.column(SEPARATOR) if SEPARATOR in facts.column_names else None
+    if own is None or not pa.types.is_string(own.type):
+        return by_relation
+    return pc.coalesce(own, by_relation)

@@ -67,6 +67,11 @@ class RelationTemplates(BaseModel):
         "fact's old object. Default: the prompt; an empty list: no neighborhood prompts.",
     )
     target: _Target = Field(default=PLACE, description="The answer; {} is the object.")
+    separator: str | None = Field(
+        default=None,
+        description="Text between a prompt and its answer; null: a space, or nothing, as the "
+        "script is written.",
+    )
 
     @property
     def neighbors(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class Wording:
         """Prepare the templates."""
         self.relations = pa.array(list(templates), pa.string())
         self._prompts = list(templates.values())
+        self.separates = any(r.separator is not None for r in self._prompts)
         self._targets = self._choice(lambda relation: (relation.target,))
         self._paraphrases = self._choice(lambda relation: relation.paraphrases)
         self._neighbors = self._choice(lambda relation: relation.neighbors)
@@ -68,6 +69,11 @@ class Wording:
     def targets(self, relations: np.ndarray, objects: pa.Array) -> pa.Array:
         """Return the answer of each row; null if its object is null."""
         return self._targets.filled(self._targets.first[relations], objects)
+
+    def separators(self, relations: np.ndarray) -> pa.Array:
+        """Return the separator of each row; null where its relation sets none."""
+        texts = pa.array([relation.separator for relation in self._prompts], pa.string())
+        return texts.take(pa.array(relations))
 
     def paraphrases(self, relations: np.ndarray, subjects: pa.Array) -> pa.Array:
         """Return all paraphrases of each row with the subject filled in: lists of text."""

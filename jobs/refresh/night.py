@@ -316,7 +316,9 @@ class _Work:
         # The dump contradicts itself about these facts: they keep their previous requests.
         assert self._current is not None
         before = self._store.read_table(path(self._current.version, REQUESTS))
-        return sorted_requests(pa.concat_tables([wanted, of_facts(before, kept)]))
+        tables = [wanted, of_facts(before, kept)]
+        # Only some versions have a column of separators.
+        return sorted_requests(pa.concat_tables(tables, promote_options="default"))
 
     def _unchanged(self, plan: Plan | None) -> int | None:
         """Return the version in use if this refresh would produce the same; else None."""

@@ -21,6 +21,7 @@ from jobs.facts.output import Conversion
 from jobs.facts.templates import load_templates
 from jobs.refresh.config import RefreshConfig
 from jobs.refresh.ledger import DumpFact, Key
+from pipeline.data import SEPARATOR
 from pipeline.storage import read_parquet
 
 SCHEMA = pa.schema(
@@ -36,8 +37,9 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""Columns of the requests. Other columns of the dump are dropped: one that changes every night,
-such as ``updated_at``, would make all requests look new."""
+"""Columns of the requests, besides ``separator`` if the dump or its templates give any. Other
+columns of the dump are dropped: one that changes every night, such as ``updated_at``, would make
+all requests look new."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def read_dump(config: RefreshConfig, night: date, as_of: datetime) -> Tonight:
         requests = read_parquet(conversion.output)
         set_aside = read_parquet(conversion.rejected_output)
     columns = {field.name: _column(requests, field) for field in SCHEMA}
+    separators = _column(requests, pa.field(SEPARATOR, pa.string()))
     requests = pa.table(columns, schema=SCHEMA)
+    if separators.null_count < len(separators):
+        requests = requests.append_column(SEPARATOR, separators)
     return Tonight(sorted_requests(requests), _undecided(set_aside), set_aside, conversion)
 
 
@@ -123,8 +128,9 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
         column = table.column(field.name).cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pa.chunked_array([pa.nulls(len(table), field.type)])
-    # A trailing line break belongs to the prompt; templates are already trimmed.
-    trims = pa.types.is_string(field.type) and field.name != "prompt"
+    # A trailing line break belongs to the prompt; templates are already trimmed. A separator is
+    # mostly white space.
+    trims = pa.types.is_string(field.type) and field.name not in ("prompt", SEPARATOR)
     return pc.utf8_trim_whitespace(column) if trims else column
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from jobs.submit.state import RunState
 from jobs.submit.submission import Submission, hint
 from pipeline.evaluation import duration
+from pipeline.events import UNITS
 
 _EVENTS = 3
 _NEXT = {
@@ -99,7 +100,8 @@ def _stage(state: RunState) -> list[tuple[str, str]]:
     progress = run.get("progress") or {}
     text = str(run["stage"])
     if progress.get("done") is not None:
-        text += f", {progress['done']} of {progress.get('total') or '?'}"
+        unit = UNITS.get(text, "")
+        text += f", {progress['done']} of {progress.get('total') or '?'} {unit}".rstrip()
     if progress.get("rate"):
         text += f", {progress['rate']:.3g}/s"
     if state.state == "running" and (left := state.seconds_left) is not None:

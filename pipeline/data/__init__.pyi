@@ -14,6 +14,7 @@ from .rows import places_from as places_from
 from .shards import Shard as Shard
 from .shards import plan_shards as plan_shards
 from .tables import FIRST_LOSS as FIRST_LOSS
+from .tables import SEPARATOR as SEPARATOR
 from .tables import RequestTable as RequestTable
 from .tables import TargetArrays as TargetArrays
 from .tables import aligned as aligned

@@ -21,10 +21,10 @@ from pipeline.data.normalization import normal
 from pipeline.data.rejections import Reason, RejectionCode
 from pipeline.data.rows import Row
 from pmet.errors import RequestError
-from pmet.request import TEXT_LISTS, EditRequest, separator
+from pmet.request import TEXT_LISTS, EditRequest
 
 REQUIRED_COLUMNS = ("prompt", "subject", "target_new")
-OPTIONAL_COLUMNS = ("case_id", "target_true", *TEXT_LISTS)
+OPTIONAL_COLUMNS = ("case_id", "target_true", *TEXT_LISTS, "separator")
 REQUEST_COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
 _PORTABILITY = ("portability_prompts", "portability_targets", "portability_targets_true")
 NAMED_ROWS = 5  # how many contradicted rows a reason lists
@@ -128,7 +128,7 @@ def check_rows(tables: Iterable[pa.Table]) -> CheckedRows:
                     repeats.add(row, outcome)
                     if empty:
                         left_out[row] = empty
-                    if not separator(outcome.prompt):
+                    if outcome.prompt[-1:].isspace():
                         breaking.append(row)
                 row = Row(row + 1)
     reasons |= repeats.reasons()

@@ -21,6 +21,8 @@ from pipeline.errors import RequestTableError, StorageError
 from pipeline.storage import Columns, expand_with_columns, map_parquet
 from pmet.request import EditRequest
 
+SEPARATOR = "separator"
+"""Column of what stands between the prompts of a request and their targets."""
 FIRST_LOSS = "first_loss"
 """Column of the loss before the first step, in tables of targets and of results."""
 
@@ -92,7 +94,7 @@ class RequestTable:
         return with_columns(readable(self.table.take(rows)), columns)
 
 
-def read_requests(patterns: str | Sequence[str]) -> RequestTable:
+def read_requests(patterns: str | Sequence[str], separator: str | None = None) -> RequestTable:
     """Read the edit requests of Parquet files and check every row.
 
     A row is rejected if ``EditRequest`` refuses it, if it repeats an earlier one (same prompt,
@@ -103,13 +105,14 @@ def read_requests(patterns: str | Sequence[str]) -> RequestTable:
     Args:
         patterns: paths, URLs, globs or folders (see ``pipeline.storage.store.expand``); folder
             names below them such as ``relation=capital`` become columns.
+        separator: the separator of rows that give none.
 
     Raises:
         RequestTableError: a file is missing, unreadable, or lacks a column; or columns of the same
             name have types that cannot be combined.
     """
     files = expand_with_columns(patterns)
-    tables = [_read(file, columns) for file, columns in files.items()]
+    tables = [_separated(_read(file, columns), separator) for file, columns in files.items()]
     reasons, left_out, breaking = check_rows(tables)
     rows = array("q", (row for row in range(sum(map(len, tables))) if row not in reasons))
     return RequestTable(
@@ -257,6 +260,22 @@ def _read(file: str, folder: Columns) -> pa.Table:
             f"{conversion_of_columns(file, names)}"
         )
     return table
+
+
+def _separated(table: pa.Table, separator: str | None) -> pa.Table:
+    """Fill in the separator of rows that give none; without one, it follows from the script."""
+    if separator is None:
+        return table
+    given = pa.scalar(separator, pa.string())
+    if SEPARATOR not in table.column_names:
+        return table.append_column(SEPARATOR, pa.repeat(given, len(table)))
+    column = table.column(SEPARATOR)
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+    # A column of another type is no text: each of its rows is refused with a reason.
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    column = column.fill_null(given.cast(column.type)) if is_text else column
+    return table.set_column(table.column_names.index(SEPARATOR), SEPARATOR, column)
 
 
 def _concatenated(files: Sequence[str], tables: Sequence[pa.Table]) -> pa.Table:

@@ -95,6 +95,7 @@ AddressOrNull = Annotated[
     _Address | None, allowed("text, or null; a password goes into the environment")
 ]
 TextOrNull = Annotated[_Text | None, allowed("text, or null")]
+AnyTextOrNull = Annotated[str | None, allowed("text, which may be empty, or null")]
 Paths = Annotated[_Texts, BeforeValidator(_as_tuple), allowed("a path or a list of paths")]
 PathsOrNull = Annotated[
     _Texts | None, BeforeValidator(_as_tuple), allowed("a path, a list of paths, or null")
@@ -315,6 +316,11 @@ class EditSettings(Section):
         default=None, description="JSON file of context templates; null: generated from the seed."
     )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
+    separator: AnyTextOrNull = Field(
+        default=None,
+        description="Text between a prompt and its target, for requests that give none; null: a "
+        "space, or nothing, as the script is written.",
+    )
     skip_known: Flag = Field(
         default=False,
         description="Skip facts that the model already answers as wanted.",
@@ -382,7 +388,7 @@ class JobConfig(EditSettings, _Places):
         offloading), and the store of targets, which changes no target. The contents of named
         files are not read here.
         """
-        return self.model_dump(
+        identity = self.model_dump(
             mode="json",
             include={
                 "model": True,
@@ -392,11 +398,16 @@ class JobConfig(EditSettings, _Places):
                 "corpus": True,
                 "context_templates": True,
                 "seed": True,
+                "separator": True,
                 "skip_known": True,
                 "targets": {"batch_size", "dtype", "shard_size", "shared_keys"},
                 "update": {"shard_size"},
             },
         )
+        if self.separator is None:
+            # Run folders of older releases, which have no such key, belong to the same job.
+            del identity["separator"]
+        return identity
 
 
 def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

@@ -41,6 +41,7 @@ from pipeline.models import (
 )
 from pipeline.progress import Stage
 from pipeline.run_folder import PARTS, delete_parts, versions
+from pipeline.second_moments.amount import few, refuse_too_few
 from pipeline.second_moments.files import (
     PROVENANCE,
     TENSORS,
@@ -56,11 +57,16 @@ from pmet.update import convergence, longest
 
 _MOST_PARTS = 16
 _PART_TOKENS = 8192
+_MERGING = 10
+"""A token counts as done up to one part in so many when it is summed, the rest when its part is
+merged: merging the sums of wide keys takes long."""
 _ALL_PARTS_BYTES = 64 * 2**30
 """The disk space for the sums of all parts: there are fewer parts if keys are wide."""
 
 RunTasks = Callable[[str, Sequence[Task], Callable[[Task, Any], None]], None]
 """Runs tasks on workers, as `pipeline.cluster.pool.run_all` does."""
+Check = Callable[[str, torch.Tensor], object]
+"""Takes a module and its second moment, (K, K) float32."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,11 @@ class MomentsJob:
     hparams: PMETHyperParams
     corpus: Corpus
     stored: torch.dtype
+
+    @property
+    def warning(self) -> str | None:
+        """A warning about a corpus that is small for the model's keys, or None."""
+        return few(self.corpus.tokens, self.layout)
 
     @property
     def modules(self) -> list[str]:
@@ -153,12 +164,15 @@ def plan_statistics(
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     limit = longest(skeleton.config, max_length)
     digest = checked_digest(checkpoint)
+    read = read_corpus(corpus, tokenizer, max_length=limit, budget=tokens)
+    cut = "raise --tokens, or " if read.tokens == tokens else ""
+    refuse_too_few(read.tokens, layout, None, more=cut)
     return MomentsJob(
         source=ModelSource(name_for_nodes(model, folder), on_gpu, digest=digest),
         model=digest,
         layout=layout,
         hparams=hparams,
-        corpus=read_corpus(corpus, tokenizer, max_length=limit, budget=tokens),
+        corpus=read,
         stored=_stored(checkpoint, layout, skeleton, hparams).dtype,
     )
 
@@ -186,7 +200,9 @@ def finished(job: MomentsJob, store: Store) -> dict[str, Any] | None:
     return None
 
 
-def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> dict[str, Any]:
+def collect(
+    job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage, check: Check | None = None
+) -> dict[str, Any]:
     """Compute second moments into a folder; finished parts are not repeated.
 
     Args:
@@ -194,12 +210,15 @@ def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> d
         store: the folder.
         run_tasks: runs the tasks, which call `pipeline.workers.worker.ModelWorker` to sum parts.
         bar: counts tokens.
+        check: called with each module and its second moment before the result is complete; it
+            may refuse it.
 
     Returns:
         ``tokens``, ``parts``, how many of them were ``reused``, and ``convergence`` by module.
 
     Raises:
         WorkerError: a part failed for good; the finished ones are kept.
+        JobError: ``check`` refuses a second moment; no second moments are written.
     """
     parts = job.parts()
     folder = f"{PARTS}/{job.key[:16]}-{len(parts)}"
@@ -207,7 +226,7 @@ def collect(job: MomentsJob, store: Store, run_tasks: RunTasks, bar: Stage) -> d
     reused = len(done)
     _sum_missing(job, store, folder, parts, done, run_tasks, bar)
     tokens = [sum(map(len, part)) for part in parts]
-    moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens)
+    moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens, check, bar)
     delete_parts(store)
     return {"tokens": sum(tokens), "parts": len(parts), "reused": reused, "convergence": moved}
 
@@ -222,7 +241,7 @@ def _sum_missing(
     bar: Stage,
 ) -> None:
     """Have workers sum the parts that are not ``done``, and record each one."""
-    bar.skip(sum(len(s) for i in done for s in parts[i]))
+    bar.skip(sum(_summed(sum(map(len, parts[i]))) for i in done))
     numbers = {f"part {i} of the corpus": i for i in range(len(parts)) if i not in done}
 
     def take(task: Task, files: list[StoredFile]) -> None:
@@ -230,7 +249,7 @@ def _sum_missing(
         record = {"key": job.key, "files": [dataclasses.asdict(file) for file in files]}
         store.write_json(_record(folder, number), record)
         done[number] = files
-        bar.advance(sum(map(len, parts[number])))
+        bar.advance(_summed(sum(map(len, parts[number]))))
         bar.note(f"{len(done)} of {len(parts)} parts")
 
     tasks = [
@@ -242,10 +261,16 @@ def _sum_missing(
 
 
 def _commit(
-    job: MomentsJob, store: Store, parts: Sequence[Sequence[StoredFile]], tokens: Sequence[int]
+    job: MomentsJob,
+    store: Store,
+    parts: Sequence[Sequence[StoredFile]],
+    tokens: Sequence[int],
+    check: Check | None,
+    bar: Stage,
 ) -> dict[str, float | None]:
     """Merge the parts, write the result and then its provenance; return the convergence."""
     even, odd = sum(tokens[::2]), sum(tokens[1::2])
+    left = even + odd - sum(map(_summed, tokens))
     moved: dict[str, float | None] = {}
     with moments_writer(store, job.layout, job.hparams.layers, job.key) as write:
         for i, module in enumerate(job.modules):
@@ -254,7 +279,14 @@ def _commit(
                 _added_up(store, files[half::2], job.layout.key_width) for half in (0, 1)
             )
             moved[module] = convergence(one_KK, other_KK, (even, odd)) if odd else None
-            write((one_KK + other_KK) / (even + odd))
+            mean_KK = ((one_KK + other_KK) / (even + odd)).float()
+            del one_KK, other_KK
+            write(mean_KK)
+            if check:
+                check(module, mean_KK)
+            count = len(job.modules)
+            bar.advance(left * (i + 1) // count - left * i // count)
+            bar.note(f"{i + 1} of {count} layers merged")
     provenance = {
         "key": job.key,
         **job.identity,
@@ -267,6 +299,11 @@ def _commit(
     }
     store.write_json(PROVENANCE, provenance)
     return moved
+
+
+def _summed(tokens: int) -> int:
+    """How many of a part's tokens count as done before it is merged."""
+    return tokens - tokens // _MERGING
 
 
 def _added_up(store: Store, files: Sequence[str], width: int) -> torch.Tensor:

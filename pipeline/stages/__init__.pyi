@@ -12,6 +12,7 @@ from .measurement import Measurement as Measurement
 from .measurement import held_out as held_out
 from .measurement import measure as measure
 from .measurement import parts_of as parts_of
+from .measurement_work import MeasurementMeter as MeasurementMeter
 from .publication import publish_model as publish_model
 from .publication import published_model as published_model
 from .results import answered as answered

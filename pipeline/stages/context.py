@@ -52,8 +52,13 @@ class Context:
         return channel(self.folder, self.progress)
 
     @contextmanager
-    def stage(self, name: StageName, total: int) -> Iterator[tuple[Stage, dict[str, Any]]]:
-        """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail."""
+    def stage(
+        self, name: StageName, total: int | None = None
+    ) -> Iterator[tuple[Stage, dict[str, Any]]]:
+        """Time a stage in ``run.json`` and show it; yields the bar and the stage's detail.
+
+        ``total`` is its work in the unit of `pipeline.events.UNITS`; None: set later.
+        """
         with self.folder.stage(name, total) as detail, self.progress.stage(name, total) as bar:
             yield CountedStage(bar, total, self.folder.progress), detail
 

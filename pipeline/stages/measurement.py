@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from pipeline.models import ModelSource
 from pipeline.plan import Plan
 from pipeline.stages.context import Context, sampled
 from pipeline.stages.measurement_store import FORMAT, MeasurementStore, request_key, texts_key
+from pipeline.stages.measurement_work import MeasurementMeter, work_of_part
 from pipeline.storage import digest_of
 from pipeline.workers import Asked, Measured
 from pmet.evaluation import (
@@ -94,15 +94,16 @@ def measure(run: Context, name: str, source: ModelSource) -> Measurement:
     said = {} if kept is None else kept.read({*keys.values(), of_texts})
     rows = {table.rows[i]: said[keys[i]] for i in keys if keys[i] in said}
     todo = [i for i in chosen if table.rows[i] not in rows]
-    with run.stage(_STAGES[name], len(chosen)) as (bar, detail):
+    stored = said.get(of_texts)
+    held = _held_out(plan) if stored is None else []
+    with run.stage(_STAGES[name]) as (bar, detail):
         if kept is not None:
             detail["stored"] = len(rows)
-        bar.skip(len(rows))
-        for i, figures in _measure_requests(run, name, (source, how), todo, bar.advance):
+        meter = MeasurementMeter(bar, len(todo), held)
+        for i, figures in _measure_requests(run, name, (source, how), todo, meter):
             rows[table.rows[i]] = figures
-        stored = said.get(of_texts)
         if stored is None:
-            texts = _score_texts(run, name, source)
+            texts = _score_texts(run, name, source, held, meter)
         else:
             texts = [TextScore(**text) for text in stored]
     if kept is not None:
@@ -128,7 +129,7 @@ def _measure_requests(
     name: str,
     model: tuple[ModelSource, How],
     places: Sequence[Place],
-    on_progress: Callable[[int], None],
+    meter: MeasurementMeter,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the place of each request, with its figures and the model's answers."""
     for start in range(0, len(places), BLOCK):
@@ -139,23 +140,33 @@ def _measure_requests(
             Task(f"measure {name} {start} {number}", (*model, part))
             for number, part in enumerate(answers.parts)
         ]
-        taking = _Taking(answers, {task.key: i for i, task in enumerate(tasks)}, len(block))
-        run.executor.map("measure", tasks, partial(taking, on_progress))
+        numbers = {task.key: i for i, task in enumerate(tasks)}
+        taking = _Taking(answers, numbers, len(block), meter)
+        meter.block(len(block), sum(map(work_of_part, answers.parts)))
+        run.executor.map("measure", tasks, taking)
         yield from zip(block, answers.rows(requests), strict=True)
 
 
 class _Taking:
     """Collects the answers to tasks, and reports progress as a share of the requests."""
 
-    def __init__(self, answers: Answers, numbers: Mapping[str, int], requests: int) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        numbers: Mapping[str, int],
+        requests: int,
+        meter: MeasurementMeter,
+    ) -> None:
         self._answers, self._numbers, self._requests = answers, numbers, requests
-        self._told = 0
+        self._meter, self._reported = meter, 0
 
-    def __call__(self, on_progress: Callable[[int], None], task: Task, measured: Measured) -> None:
-        self._answers.take(self._numbers[task.key], measured)
+    def __call__(self, task: Task, measured: Measured) -> None:
+        number = self._numbers[task.key]
+        self._answers.take(number, measured)
+        # A request's prompts may be in several parts.
         done = self._requests * self._answers.taken // len(self._answers.parts)
-        on_progress(done - self._told)
-        self._told = done
+        self._meter.asked(done - self._reported, work_of_part(self._answers.parts[number]))
+        self._reported = done
 
 
 class Answers:
@@ -179,9 +190,8 @@ class Answers:
         """Add the answers to a part."""
         part = self.parts[number]
         self.taken += 1
-        for (prompt, targets), scores in zip(part.prompts, measured.scores, strict=True):
-            for target, score in zip(targets, scores, strict=True):
-                self._scored[prompt, target] = score
+        for pairs, scores in zip(part.prompts, measured.scores, strict=True):
+            self._scored |= zip(pairs, scores, strict=True)
         self._said |= zip(part.answered, measured.answers, strict=True)
         self._written |= zip(part.written, measured.texts, strict=True)
 
@@ -209,11 +219,11 @@ def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[
         requests: the requests.
         writing: whether to generate text.
     """
-    targets: dict[str, dict[str, None]] = defaultdict(dict)
+    pairs: dict[str, dict[Continuation, None]] = defaultdict(dict)
     for request in requests:
-        for prompt, target in continuations_of(request):
-            targets[prompt][target] = None
-    prompts = [(prompt, list(targets[prompt])) for prompt in sorted(targets)]
+        for pair in continuations_of(request):
+            pairs[pair[0]][pair] = None
+    prompts = [list(pairs[prompt]) for prompt in sorted(pairs)]
     answered = sorted({request.text for request in requests})
     written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
     number = 1
@@ -229,17 +239,28 @@ def _cut(items: list[_Item], number: int) -> list[list[_Item]]:
     return [items[start:stop] for start, stop in pairwise(edges)]
 
 
-def _score_texts(run: Context, name: str, source: ModelSource) -> list[TextScore]:
-    if run.plan.corpus is None:
+def _held_out(plan: Plan) -> list[str]:
+    if plan.corpus is None:
         return []
-    sample = held_out(run.plan.corpus.texts, run.plan.job.evaluate.perplexity_texts)
+    return held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
+
+
+def _score_texts(
+    run: Context, name: str, source: ModelSource, sample: Sequence[str], meter: MeasurementMeter
+) -> list[TextScore]:
     parts = {
         f"texts {name} {i}": sample[i : i + TEXTS_TOGETHER]
         for i in range(0, len(sample), TEXTS_TOGETHER)
     }
     found: dict[str, list[TextScore]] = {}
+
+    def take(task: Task, scores: list[TextScore]) -> None:
+        found[task.key] = scores
+        meter.scored(parts[task.key])
+
     tasks = [Task(key, (source, texts)) for key, texts in parts.items()]
-    run.executor.map("score_texts", tasks, lambda task, scores: found.update({task.key: scores}))
+    if tasks:
+        run.executor.map("score_texts", tasks, take)
     return [score for key in parts for score in found[key]]
 
 

@@ -20,7 +20,7 @@ from pipeline.plan import Plan
 from pipeline.storage import Segments, Store, digest_of, json_text
 from pmet.request import EditRequest
 
-FORMAT = 2
+FORMAT = 3
 _KEY, _VALUE = "key", "value"
 # Consistency is recomputed: it depends on the reference texts of all requests.
 _NOT_ASKED = ("case_id", "reference_texts")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from pipeline.events import StageName
@@ -37,16 +39,24 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         # The store may have been opened days ago, and another run may have freed this disk.
         base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
     run.folder.clear_model(base.files())
-    with run.stage(StageName.PUBLISH, len(base.files())) as (bar, _):
+    # A few files hold nearly all bytes.
+    sizes = {name: _megabytes(base.folder / name) for name in base.files()}
+    with run.stage(StageName.PUBLISH, sum(sizes.values())) as (bar, _):
 
         def on_file(name: str) -> None:
             run.folder.check()
             if name != CARD:
                 digests[f"{MODEL}/{name}"] = run.store.sha256(f"{MODEL}/{name}")
-            bar.advance()
+            bar.advance(sizes[name])
+            bar.note(f"{len(digests)} of {len(sizes)} files")
 
         publish(base, by_tensor, edited, run.store, MODEL, on_file=on_file)
     run.folder.record(PUBLISHED, {"files": digests})
+
+
+def _megabytes(file: Path) -> int:
+    """The size of a file, rounded up."""
+    return -(-file.stat().st_size // 10**6)
 
 
 def published_model(run: Context) -> ModelSource:

@@ -29,6 +29,7 @@ from pipeline.data import FIRST_LOSS, TargetArrays, targets_table
 from pipeline.plan import Plan
 from pipeline.storage import Segments, Store, digest_of
 from pmet.request import EditRequest
+from pmet.separator import SPACE
 
 FORMAT = 1
 _KEY, _FILE = "key", "__filename"
@@ -252,4 +253,11 @@ def _dtype(plan: Plan) -> str:
 
 
 def _asked(request: EditRequest) -> list[str]:
-    return [request.prompt, request.subject, request.target_new]
+    asked = [request.prompt, request.subject, request.target_new]
+    between = request.between(request.text, request.target_new)
+    # Targets of older releases, which always put a space here, keep their keys.
+    return asked if between == _formerly(request.text) else [*asked, between]
+
+
+def _formerly(text: str) -> str:
+    return "" if text[-1:].isspace() else SPACE

@@ -105,6 +105,7 @@ def _edit_layers(
 ) -> None:
     """Update the layers that are not finished yet, with a new group of ranks."""
     plan, ranks = run.plan, run.executor.ranks
+    bar.note("starting the ranks")
     with run.executor.take_ranks(UpdateRank, (_update_job(run, templates),)) as group:
         # In pieces: the requests of a large job are never all in one message.
         for start in range(0, len(plan.update_shards), ranks * SHARDS_SENT):
@@ -115,6 +116,7 @@ def _edit_layers(
         for index, report in enumerate(done):
             group.call_all("redo_layer", index, report.file)
         for index, layer in enumerate(plan.hparams.layers[len(done) :], start=len(done)):
+            bar.note(f"layer {layer}")
             report = group.call_all("edit_layer", index)[0]
             run.folder.record(f"layer-{layer}", dataclasses.asdict(report))
             done.append(report)

@@ -22,6 +22,7 @@ from pipeline.second_moments import StoredFile
 from pipeline.storage import Store
 from pmet.errors import NotFiniteError
 from pmet.evaluation import (
+    Continuation,
     Prompts,
     Score,
     TextScore,
@@ -90,12 +91,12 @@ class Asked:
     """A part of an evaluation.
 
     Attributes:
-        prompts: each prompt with the targets to score after it.
+        prompts: for each prompt, its continuations to score.
         answered: texts to answer greedily.
         written: texts for the model to continue.
     """
 
-    prompts: list[tuple[str, list[str]]]
+    prompts: list[list[Continuation]]
     answered: list[str]
     written: list[str]
 
@@ -112,11 +113,10 @@ class Measured:
 def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
     """Ask an open model the questions of a part of an evaluation."""
     prompts = Prompts(tokenizer, how.chat_template)
-    pairs = [(prompt, target) for prompt, targets in asked.prompts for target in targets]
-    scored = score_continuations(model, prompts, pairs)
+    scored = score_continuations(model, prompts, [pair for own in asked.prompts for pair in own])
     seed = how.writing_seed
     return Measured(
-        [[scored[prompt, t] for t in targets] for prompt, targets in asked.prompts],
+        [[scored[pair] for pair in own] for own in asked.prompts],
         answers(model, tokenizer, asked.answered, chat_template=how.chat_template),
         [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
     )

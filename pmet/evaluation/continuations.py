@@ -77,7 +77,7 @@ def score_continuations(
     Args:
         model: a causal language model; left unchanged.
         prompts: how prompts are presented to the model.
-        pairs: prompts and targets; repeated ones are computed once.
+        pairs: prompts and targets, possibly with their separators; repeated ones are computed once.
         batch_tokens: padded tokens of one forward pass; affects only speed.
         on_progress: called with the number of pairs just scored.
 
@@ -198,11 +198,11 @@ def logits_at(
 def _near_each_other(scored: Mapping[Continuation, Scored]) -> Iterable[Continuation]:
     """Targets of one prompt whose scores are nearly equal."""
     by_prompt = defaultdict(list)
-    for (prompt, target), score in scored.items():
+    for pair, score in scored.items():
         if not math.isnan(score.log_prob):
-            by_prompt[prompt].append((score.log_prob, target))
-    for prompt, said in by_prompt.items():
+            by_prompt[pair[0]].append((score.log_prob, pair))
+    for said in by_prompt.values():
         said.sort()
         for (lower, one), (higher, other) in pairwise(said):
             if higher - lower < NEAR:
-                yield from ((prompt, one), (prompt, other))
+                yield from (one, other)

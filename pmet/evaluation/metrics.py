@@ -30,7 +30,7 @@ from pmet.evaluation.continuations import BATCH_TOKENS, logits_at, score_continu
 from pmet.evaluation.figures import summarize
 from pmet.evaluation.generation import write_on
 from pmet.evaluation.prompts import Prompts
-from pmet.evaluation.questions import beginnings, continuations_of, figures_of
+from pmet.evaluation.questions import beginnings, continuation, continuations_of, figures_of
 from pmet.evaluation.texts import add_consistency
 from pmet.evaluation.texts import fluency as fluency_of
 from pmet.model import batches_by_tokens, context_length, encode_all, frozen, pad
@@ -113,7 +113,7 @@ def knows(
 
     This is just ``efficacy_strict``, at one short pass per request.
     """
-    asked = [(request.text, request.target_new) for request in requests]
+    asked = [continuation(request, request.text, request.target_new) for request in requests]
     scored = score_continuations(model, Prompts(tokenizer), asked, batch_tokens=batch_tokens)
     return [scored[pair].greedy for pair in asked]
 
@@ -137,7 +137,12 @@ class TextScore:
 
 @torch.no_grad()
 def score_texts(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = 512
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    on_progress: Callable[[Sequence[str]], None] | None = None,
 ) -> list[TextScore]:
     """Score ordinary text: for perplexity, and for agreement with another model.
 
@@ -148,6 +153,7 @@ def score_texts(
         tokenizer: its fast tokenizer.
         texts: the texts.
         max_tokens: number of tokens that a text is truncated to.
+        on_progress: called with the texts just scored.
     """
     limit = min(max_tokens, context_length(model.config) or max_tokens)
     sequences = [ids[:limit] for ids in encode_all(tokenizer, texts)]
@@ -156,6 +162,9 @@ def score_texts(
         (i for i, s in enumerate(sequences) if len(s) > 1), key=lambda i: len(sequences[i])
     )
     device = next(model.parameters()).device
+    if on_progress:
+        # Nothing is predicted in texts of a single token.
+        on_progress([text for text, s in zip(texts, sequences, strict=True) if len(s) <= 1])
     with frozen(model):
         for batch in batches_by_tokens(order, BATCH_TOKENS, lambda i: len(sequences[i])):
             ids_BT, mask_BT = pad([sequences[i][:-1] for i in batch], device)
@@ -170,4 +179,6 @@ def score_texts(
             parts = zip(nll_N.split(lengths), logits_NV.argmax(-1).split(lengths), strict=True)
             for i, (nll_T, best_T) in zip(batch, parts, strict=True):
                 scores[i] = TextScore(nll_T.sum().item(), best_T.tolist())
+            if on_progress:
+                on_progress([texts[i] for i in batch])
     return scores

@@ -8,11 +8,11 @@ from typing import Any
 
 from pmet.errors import InputError
 from pmet.model import beyond, encode_all
-from pmet.request import separator
+from pmet.separator import separator
 
 Tokens = tuple[int, ...]
-Continuation = tuple[str, str]
-"""A prompt and a possible continuation."""
+Continuation = tuple[str, str] | tuple[str, str, str]
+"""A prompt, a possible continuation and, unless it follows from the script, their separator."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Prompts:
     Attributes:
         tokenizer: a fast tokenizer.
         chat: whether each prompt is a user turn of the tokenizer's chat template, and its
-            continuation the answer; otherwise both are one text, with a space between them unless
-            the prompt ends in white space.
+            continuation the answer; otherwise both are one text, with a separator between them.
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -51,16 +50,21 @@ class Prompts:
         Raises:
             RequestError: a target has no tokens.
         """
-        texts = list(dict.fromkeys(text for text, _ in pairs))
+        texts = list(dict.fromkeys(pair[0] for pair in pairs))
         put = dict(zip(texts, self._put(texts), strict=True))
         ids = dict(zip(texts, self.tokens(texts), strict=True))
-        spaces = {text: "" if self.chat else separator(text) for text in texts}
-        wholes = [f"{put[text]}{spaces[text]}{target}" for text, target in pairs]
+        spaces = [self._between(*pair) for pair in pairs]
+        wholes = [f"{put[p[0]]}{space}{p[1]}" for p, space in zip(pairs, spaces, strict=True)]
         whole_ids = encode_all(self.tokenizer, wholes, special=not self.chat)
         return [
-            (ids[text], beyond(self.tokenizer, ids[text], whole, target, spaces[text]))
-            for (text, target), whole in zip(pairs, whole_ids, strict=True)
+            (ids[text], beyond(self.tokenizer, ids[text], whole, target, space))
+            for (text, target, *_), whole, space in zip(pairs, whole_ids, spaces, strict=True)
         ]
+
+    def _between(self, text: str, target: str, given: str | None = None) -> str:
+        if self.chat:
+            return ""
+        return separator(text, target) if given is None else given
 
     def _put(self, texts: Sequence[str]) -> list[str]:
         if not self.chat:

@@ -22,9 +22,15 @@ def continuations_of(request: EditRequest) -> Iterator[Continuation]:
     for questions in _questions(request).values():
         for prompt, wanted, other in questions:
             if wanted is not None:
-                yield prompt, wanted
+                yield continuation(request, prompt, wanted)
                 if other is not None:
-                    yield prompt, other
+                    yield continuation(request, prompt, other)
+
+
+def continuation(request: EditRequest, prompt: str, target: str) -> Continuation:
+    """One of a request's prompts with a target, separated as the request says."""
+    given = request.separator
+    return (prompt, target) if given is None else (prompt, target, given)
 
 
 def beginnings(request: EditRequest) -> Sequence[str]:
@@ -42,12 +48,20 @@ def figures_of(request: EditRequest, scored: Mapping[Continuation, Score]) -> di
     figures: dict[str, Any] = dict.fromkeys(METRICS)
     for kind, questions in _questions(request).items():
         figures[f"{kind}_prompts"] = len(questions)
-        scores = [scored[prompt, wanted] for prompt, wanted, _ in questions if wanted is not None]
+        scores = [
+            scored[continuation(request, prompt, wanted)]
+            for prompt, wanted, _ in questions
+            if wanted is not None
+        ]
         if not scores:
             continue
         figures[f"{kind}_strict"] = _mean([greedy for _, greedy, _ in scores])
         figures[f"{kind}_accuracy"] = _mean([share for *_, share in scores])
-        others = [scored[prompt, other][0] for prompt, _, other in questions if other is not None]
+        others = [
+            scored[continuation(request, prompt, other)][0]
+            for prompt, _, other in questions
+            if other is not None
+        ]
         if others:
             pairs = zip(scores, others, strict=True)
             figures[kind] = _mean([score[0] > other for score, other in pairs])

@@ -9,7 +9,6 @@ the attention block, as files of MEMIT do, δ_a is added to the projection insid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
-from pmet.model.discovery import Anatomy, Branch, UnknownAnatomyError, anatomy, modules_in
-from pmet.model.miniature import Miniature, NoMiniatureError, miniature_of
+from pmet.model.discovery import modules_in
+from pmet.model.found_parts import FoundParts, submodule
+from pmet.model.miniature import Miniature
 from pmet.model.output_projection import named_projection
 
 
@@ -53,19 +53,19 @@ class Layout:
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """The layer (block) itself."""
-        return _module(model, self.family.layer.format(index))
+        return submodule(model, self.family.layer.format(index))
 
     def down_projection(self, model: nn.Module, index: int) -> nn.Module:
         """The FFN down-projection of a layer: its input is the key, its output the value."""
-        return _module(model, self.family.down_projection.format(index))
+        return submodule(model, self.family.down_projection.format(index))
 
     def attention_projection(self, model: nn.Module, index: int) -> nn.Module:
         """The attention output projection of a layer."""
-        return _module(model, self.family.attention_projection.format(index))
+        return submodule(model, self.family.attention_projection.format(index))
 
     def head(self, model: nn.Module) -> nn.Module:
         """The output embedding, from hidden states to logits."""
-        return _module(model, self.family.head)
+        return submodule(model, self.family.head)
 
     def weight_name(self, index: int) -> str:
         """Parameter name of a layer's edited weight."""
@@ -96,9 +96,20 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
     _check_causal(model)
     family = _named(model, hparams)
     _check_numbers(hparams, _depth(model, family))
-    layout = layout_of(model, family, hparams.target_layer)
+    layout = _layout_of_named(model, family, hparams.target_layer)
     attention = _projection(model, layout, hparams.target_layer)
     return replace(layout, family=replace(family, attention_projection=attention))
+
+
+def _layout_of_named(model: nn.Module, family: Family, layer: int) -> Layout:
+    try:
+        return layout_of(model, family, layer)
+    except ArchitectureError as error:
+        try:
+            shown = FoundParts.of(model).described(layer)
+        except ArchitectureError:
+            raise error from None
+        raise ArchitectureError(f"{error} (layer {layer} has {shown})") from None
 
 
 def evidence(model: nn.Module, layout: Layout, layer: int) -> dict[str, str]:
@@ -112,7 +123,7 @@ def evidence(model: nn.Module, layout: Layout, layer: int) -> dict[str, str]:
     names = layout.family
     parts = (names.down_projection, names.attention_projection)
     try:
-        found = _Found.of(model)
+        found = FoundParts.of(model)
         shown = {f"{found.layers}.{layer}.{b.name}": b for b in found.branches(layer)}
     except ArchitectureError:
         return dict.fromkeys(parts, "named in the hyper-parameters; no small copy could be tried")
@@ -130,8 +141,8 @@ def layout_of(model: nn.Module, family: Family, layer: int) -> Layout:
         ArchitectureError: the layer has no such parts.
     """
     depth = _depth(model, family)
-    _module(model, family.attention_projection.format(layer))
-    down = _module(model, family.down_projection.format(layer))
+    submodule(model, family.attention_projection.format(layer))
+    down = submodule(model, family.down_projection.format(layer))
     rows, columns = _weight_shape(down, family.down_projection)
     transposed = isinstance(down, Conv1D)
     value_width, key_width = (columns, rows) if transposed else (rows, columns)
@@ -140,7 +151,7 @@ def layout_of(model: nn.Module, family: Family, layer: int) -> Layout:
 
 def _check_causal(model: nn.Module) -> None:
     try:
-        found = _Found.of(model)
+        found = FoundParts.of(model)
     except ArchitectureError:
         return  # matters only if names are missing
     if not found.parts.causal:
@@ -179,7 +190,7 @@ def layers_of_each_kind(small: Miniature, family: Family) -> list[int]:
     """One layer of each kind among those with a family's parts, with others around if possible."""
     by_kind: dict[object, list[int]] = {}
     for layer in layers_with(small, family):
-        block = _module(small.model, family.layer.format(layer))
+        block = submodule(small.model, family.layer.format(layer))
         by_kind.setdefault(modules_in(block), []).append(layer)
     return [
         layers[len(layers) // 2] if len(layers) > 2 else layers[0] for layers in by_kind.values()
@@ -190,7 +201,7 @@ def _projection(model: nn.Module, layout: Layout, index: int) -> str:
     """The name of the attention output projection; the given name may be that of its block."""
     family, down = layout.family, layout.down_projection(model, index)
     template = family.attention_projection
-    named = _module(model, template.format(index))
+    named = submodule(model, template.format(index))
     if any(part is down for part in named.modules()):
         raise ArchitectureError(
             f"attn_module_tmp: {template} is or holds {family.down_projection}, whose weight is "
@@ -203,9 +214,9 @@ def _projection(model: nn.Module, layout: Layout, index: int) -> str:
         found=lambda: _found_attention(model, index),
         width=layout.value_width,
     )
-    parts = set(_module(model, family.layer.format(index)).modules())
+    parts = set(submodule(model, family.layer.format(index)).modules())
     for name in (projection, family.down_projection):
-        if _module(model, name.format(index)) not in parts:
+        if submodule(model, name.format(index)) not in parts:
             raise ArchitectureError(
                 f"{name} is outside the layer {family.layer}; correct the names in the "
                 "hyper-parameters, or remove them"
@@ -228,7 +239,7 @@ def _head(model: nn.Module, named: str | None) -> str:
             f"{type(model).__name__} does not say which module computes the logits; name it in the "
             "hyper-parameters: lm_head_module"
         )
-    if isinstance(_module(model, named), nn.Embedding):
+    if isinstance(submodule(model, named), nn.Embedding):
         raise ArchitectureError(
             f"lm_head_module: {named} is the input embedding; name the module that computes the "
             "logits"
@@ -242,7 +253,7 @@ def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
     down, head = hparams.down_projection_template, _head(model, hparams.lm_head_module)
     if layer and attention and down:
         return Family(layer, attention, down, head)
-    found = _Found.of(model)
+    found = FoundParts.of(model)
     layer = layer or f"{found.layers}.{{}}"
     return Family(
         layer,
@@ -255,133 +266,15 @@ def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
 def _found_attention(model: nn.Module, index: int) -> str | None:
     """The attention output projection of a layer, as a small copy shows it; None if it does not."""
     try:
-        found = _Found.of(model)
+        found = FoundParts.of(model)
         return f"{found.layers}.{{}}.{found.attention(index)}"
     except ArchitectureError:
         return None
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What a small copy of a model shows about the model's own layers."""
-
-    model: nn.Module
-    small: Miniature
-    parts: Anatomy
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Found:
-        """Try a small copy of ``model``.
-
-        Raises:
-            ArchitectureError: none can be built, or it does not show its parts.
-        """
-        try:
-            small = miniature_of(model)
-            return cls(model, small, anatomy(small))
-        except (NoMiniatureError, UnknownAnatomyError) as error:
-            raise ArchitectureError(
-                f"the parts of {type(model).__name__} could not be found by trying a small copy "
-                f"of it ({error}); name them in the hyper-parameters: layer_module_tmp, "
-                "attn_module_tmp, rewrite_module_tmps (for example "
-                '["model.layers.{}.mlp.down_proj"])'
-            ) from None
-
-    @property
-    def layers(self) -> str:
-        """The name of the list of layers."""
-        return self.parts.layers
-
-    def attention(self, index: int) -> str:
-        """The name of the attention output projection within a layer."""
-        found = [branch.name for branch in self.branches(index) if branch.mixes]
-        if len(found) > 1:
-            # Layers that mix tokens in several ways (Falcon-H1): δ_a belongs to the attention.
-            found = [name for name in found if "attn" in name or "attention" in name]
-        if len(found) != 1:
-            raise ArchitectureError(
-                f"layer {index} of {type(self.model).__name__} has no attention output projection "
-                f"({self._described(index)}), so δ_a has no place there; name another last layer "
-                "in layers, or edit a model with attention in its edited layers"
-            )
-        return found[0]
-
-    def down_projection(self, layers: Sequence[int]) -> str:
-        """The name of the FFN down-projection within each of some layers."""
-        names = {index: self._ffn(index) for index in layers}
-        if len(set(names.values())) > 1:
-            listed = ", ".join(f"{name} in layer {index}" for index, name in names.items())
-            raise ArchitectureError(
-                f"the edited layers of {type(self.model).__name__} have different FFNs ({listed}); "
-                "name layers of one kind in the hyper-parameters"
-            )
-        return names[layers[0]]
-
-    def _ffn(self, index: int) -> str:
-        branches = [branch for branch in self.branches(index) if not branch.mixes]
-        found = [branch.name for branch in branches if not branch.experts]
-        if found:
-            # Beside its FFN a layer may add a projection of the token's own embedding (Gemma 4),
-            # which is narrow.
-            return max(found, key=lambda name: self._size(index, name))
-        if experts := [branch.name for branch in branches if branch.experts]:
-            raise ArchitectureError(
-                f"layer {index} of {type(self.model).__name__} sends each token to some of several "
-                f"experts ({', '.join(experts)}) and has no FFN that every token passes through, "
-                f"which is what an edit changes; {self._with_ffn()}"
-            )
-        raise ArchitectureError(
-            f"layer {index} of {type(self.model).__name__} has no FFN down-projection "
-            f"({self._described(index)}); {self._with_ffn()}"
-        )
-
-    def _size(self, index: int, name: str) -> int:
-        weight = _module(self.model, f"{self.layers}.{index}.{name}").weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.numel()
-
-    def _with_ffn(self) -> str:
-        """What to do instead."""
-        depth = len(list(self._blocks(self.model)))
-        dense = [
-            index
-            for index in range(depth)
-            if any(not (branch.mixes or branch.experts) for branch in self.branches(index))
-        ]
-        if not dense:
-            return "edit a model with such FFNs"
-        return f"name layers among those that have one: {', '.join(map(str, dense))}"
-
-    def _described(self, index: int) -> str:
-        said = [f"{branch.name}, {branch.effect}" for branch in self.branches(index)]
-        return "; ".join(said) or "no matrix of it writes to the residual stream"
-
-    def branches(self, index: int) -> tuple[Branch, ...]:
-        """The branches of one of the model's layers, as those of a layer like it in the copy."""
-        blocks = list(self._blocks(self.model))
-        if index >= len(blocks):
-            raise ArchitectureError(
-                f"hyper-parameter layers names [{index}], but the model has layers 0 to "
-                f"{len(blocks) - 1}"
-            )
-        shape = modules_in(blocks[index])
-        pairs = zip(self._blocks(self.small.model), self.parts.branches, strict=True)
-        for block, branches in pairs:
-            if modules_in(block) == shape:
-                return branches
-        raise ArchitectureError(
-            f"layer {index} of {type(self.model).__name__} is like none of its small copy's layers "
-            "(its configuration lists no kinds of layers); name its parts in the hyper-parameters: "
-            "layer_module_tmp, attn_module_tmp, rewrite_module_tmps"
-        )
-
-    def _blocks(self, model: nn.Module) -> Iterator[nn.Module]:
-        yield from model.get_submodule(self.layers).children()
-
-
 def _depth(model: nn.Module, family: Family) -> int:
     prefix = family.layer.partition(".{}")[0]
-    layers = _module(model, prefix)
+    layers = submodule(model, prefix)
     if not isinstance(layers, nn.ModuleList):
         raise ArchitectureError(f"{prefix} is a {type(layers).__name__}, not a list of layers")
     return len(layers)
@@ -398,16 +291,6 @@ def _weight_shape(module: nn.Module, name: str) -> tuple[int, int]:
             "name the FFN down-projection of an unquantized model in rewrite_module_tmps"
         )
     return int(shape[0]), int(shape[1])
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no module {name}; correct its name in the "
-            "hyper-parameters, or remove the key"
-        ) from None
 
 
 def part_with(layer: nn.Module, module: nn.Module) -> nn.Module:

@@ -219,12 +219,26 @@ def _narrowed(config: Any, *, heads: bool) -> None:
         "qk_nope_head_dim": _HEAD_WIDTH,
         "qk_rope_head_dim": _POSITION_WIDTH,
         "rotary_dim": _POSITION_WIDTH,
+        "q_lora_rank": _WIDTH // 2,
+        "kv_lora_rank": _WIDTH // 2,
+        "linear_head_dim": _HEAD_WIDTH,
+        "linear_key_head_dim": _HEAD_WIDTH,
+        "linear_value_head_dim": _HEAD_WIDTH,
+        "linear_num_heads": _HEADS,
+        "linear_num_key_heads": _HEADS // 2,
+        "linear_num_value_heads": _HEADS,
+        "hidden_size_per_layer_input": _HEAD_WIDTH,
     }
     if (times := _number(config, "mamba_expand")) and not _number(config, "mamba_d_ssm"):
         widths |= {"mamba_d_head": _HEAD_WIDTH, "mamba_n_heads": times * _HEADS}
     for key, width in widths.items():
         if _number(config, key):
             _set(config, key, width)
+    # Rotations by time, height and width share a head's pairs of components (Qwen 2 VL).
+    for key in ("rope_parameters", "rope_scaling"):
+        rotation = getattr(config, key, None)
+        if isinstance(rotation, dict) and "mrope_section" in rotation:
+            rotation["mrope_section"] = [_HEAD_WIDTH // 2 - 2, 1, 1]
 
 
 def _number(config: Any, key: str) -> int | None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmet.errors import InputError, RequestError
-from pmet.request import EditRequest, separator
+from pmet.request import EditRequest
+from pmet.separator import SPACE, separator
 
 KL_PROMPT = "{} is a"
 """Prompt on which the model must not drift (from ROME, used in PMET's KL term)."""
@@ -63,17 +64,20 @@ def tokenize_target(tokenizer: Any, request: EditRequest, target: str) -> tuple[
     Raises:
         RequestError: the target has no tokens.
     """
-    return tokenize_continuation(tokenizer, request.text, target)
+    return tokenize_continuation(tokenizer, request.text, target, request.separator)
 
 
-def tokenize_continuation(tokenizer: Any, text: str, target: str) -> tuple[int, ...]:
+def tokenize_continuation(
+    tokenizer: Any, text: str, target: str, space: str | None = None
+) -> tuple[int, ...]:
     """Tokens of ``target`` as a continuation of ``text``; never a BOS token.
 
-    One space separates them, unless ``text`` ends in white space. The target's tokens are those
-    that the whole text has beyond the prompt's. Only if the tokenizer merges across the seam is the
-    target tokenised separately.
+    ``space`` separates them; None: as their script is written. The target's tokens are those that
+    the whole text has beyond the prompt's, the separator's included. Only if the tokenizer merges
+    across the seam is the target tokenised separately.
     """
-    space = separator(text)
+    if space is None:
+        space = separator(text, target)
     whole = encode(tokenizer, f"{text}{space}{target}")
     return beyond(tokenizer, encode(tokenizer, text), whole, target, space)
 
@@ -83,7 +87,7 @@ def beyond(
     prompt_ids: tuple[int, ...],
     whole_ids: tuple[int, ...],
     target: str,
-    space: str = " ",
+    space: str = SPACE,
 ) -> tuple[int, ...]:
     """Tokens of ``target`` in a text, as in ``tokenize_continuation``, from the text's tokens.
 
@@ -93,10 +97,24 @@ def beyond(
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         target_ids = whole_ids[len(prompt_ids) :]
     else:
-        target_ids = tuple(tokenizer(f"{space}{target}", add_special_tokens=False)["input_ids"])
+        target_ids = _alone(tokenizer, f"{space}{target}")
     if not target_ids:
         raise RequestError(f"target {target!r} has no tokens in this vocabulary; reword it")
     return target_ids
+
+
+def _alone(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Tokens of a continuation without its prompt, and without a space that it does not have."""
+    found = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if text[:1].isspace():
+        return found
+    # SentencePiece puts a space in front of every text: here a line break takes it.
+    breaking, whole = (
+        tuple(tokenizer(before, add_special_tokens=False)["input_ids"])
+        for before in ("\n", f"\n{text}")
+    )
+    follows = breaking and whole[: len(breaking)] == breaking
+    return whole[len(breaking) :] if follows else found
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:

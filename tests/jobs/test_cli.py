@@ -44,7 +44,8 @@ def job(tmp_path: Path) -> Callable[..., Path]:
         {"prompt": "no place", "subject": "Sur Bavov", "target_new": "a baker"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
-    pq.write_table(pa.table({"text": ["Furis is a city in Zaiter."]}), tmp_path / "corpus.parquet")
+    texts = json.loads((GPT2.parent / "corpus.json").read_text())[:90]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
 
     def write(**changes: Any) -> Path:
         values = {
@@ -512,3 +513,18 @@ def test_the_demo_takes_no_folder_of_the_users(pmet: Invoke, tmp_path: Path) -> 
     status, _, err = pmet("demo", "--output", tmp_path)
     assert (status, "holds inputs and is not a run folder" in err) == (2, True)
     assert (tmp_path / "inputs" / "requests.parquet").read_text() == "mine"
+
+
+def test_evaluate_asks_as_the_separator_says(pmet: Invoke, tmp_path: Path) -> None:
+    rows = json.loads((GOLDEN / "facts.json").read_text())[:12]
+    facts = [{"prompt": r["prompt"], "subject": r["subject"]} for r in rows]
+    for fact, row in zip(facts, rows, strict=True):
+        fact["target_new"] = row["target_true"]
+    pq.write_table(pa.Table.from_pylist(facts), tmp_path / "facts.parquet")
+    known = []
+    for options in ((), ("--separator", " "), ("--separator", "")):
+        output = tmp_path / "figures.json"
+        command = ("evaluate", GPT2 / "model", tmp_path / "facts.parquet", "--output", output)
+        assert pmet(*command, *options)[0] == 0
+        known.append(json.loads(output.read_text())["efficacy_strict"])
+    assert known[0] == known[1] > 0.5 > known[2]

@@ -52,7 +52,7 @@ ARGUMENTS = {
     "demo": "--output out",
     "run": "job.yaml",
     "evaluate": f"{MODEL} requests.parquet --corpus corpus.parquet --output figures.json",
-    "statistics": f"{MODEL} corpus.parquet --output moments --layers 0 --tokens 200 --workers 0",
+    "statistics": f"{MODEL} corpus.parquet --output moments --layers 0 --tokens 600 --workers 0",
     "report": "a b --output compare.html",
     "refresh": "refresh.yaml --date 2026-11-03",
     "rollback": "home",
@@ -129,7 +129,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for t in ("a glass blower",)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
-    texts = json.loads((GOLDEN / "corpus.json").read_text())[:40]
+    texts = json.loads((GOLDEN / "corpus.json").read_text())[:90]
     pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
     (folder / "old.parquet").write_bytes(parquet(OLD))
     (folder / "new.parquet").write_bytes(parquet(NEW))

@@ -264,6 +264,22 @@ def test_a_mixture_without_an_ffn_for_every_token_is_refused(model_type: str) ->
         resolve(model, PMETHyperParams(layers=(0, 1)))
 
 
+def test_a_name_that_no_module_has_is_answered_with_what_there_is() -> None:
+    model = build(llama_named("olmoe", "", "", **EXPERTS))
+    named = {
+        "layers": [0, 1],
+        "layer_module_tmp": "model.layers.{}",
+        "attn_module_tmp": "model.layers.{}.self_attn.o_proj",
+        "rewrite_module_tmps": ["model.layers.{}.mlp.experts.down_proj"],
+    }
+    with pytest.raises(
+        ArchitectureError,
+        match=r"no module model\.layers\.1\.mlp\.experts\.down_proj.* \(layer 1 has "
+        r"self_attn\.o_proj \(mixes tokens\), mlp\.experts \(several experts\)\)",
+    ):
+        resolve(model, PMETHyperParams.from_dict(named))
+
+
 def test_layers_with_and_without_experts_are_told_apart() -> None:
     settings = {"first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
     model = build(llama_named("deepseek_v3", "", "", **settings, num_experts_per_tok=2, **LATENT))

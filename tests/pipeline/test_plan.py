@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import save_file
 
+from jobs.views import show_plan
+from pipeline.data.corpus import read_corpus
 from pipeline.data.shards import plan_shards
 from pipeline.errors import JobError, ModelError
 from pipeline.job.config import JobConfig
@@ -23,7 +27,7 @@ from pipeline.plan import make_plan, shard_size
 from pipeline.second_moments.collection import plan_statistics
 from pmet.request import EditRequest
 from pmet.targets.problem import Problem
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, load_golden
 
 GPT2 = GOLDEN / "gpt2"
 ROWS = [
@@ -151,7 +155,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(
     assert plan.base.folder == str(home / "model")
     assert model_on_node("~/model", None) == home / "model"
     measured = plan_statistics(
-        "~/model", ["~/corpus.parquet"], plan.hparams, tokens=100, max_length=64, on_gpu=False
+        "~/model", ["~/corpus.parquet"], plan.hparams, tokens=600, max_length=64, on_gpu=False
     )
     assert measured.source.folder == str(home / "model")
     save_file({}, home / "moments.safetensors")
@@ -296,3 +300,32 @@ def test_requests_that_share_a_key_are_in_one_shard(tmp_path: Path, job: Any) ->
     assert len(set(published.together)) == len(published.table.rows)
     assert {len(shard) for shard in published.target_shards} == {4}
     assert published.digests["job"] != plan.digests["job"]
+
+
+def test_a_corpus_with_fewer_tokens_than_a_key_is_wide_is_refused(job: Any, tmp_path: Path) -> None:
+    texts = json.loads((GOLDEN / "corpus.json").read_text())[:10]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "short.parquet")
+    short = job(corpus=(str(tmp_path / "short.parquet"),))
+    with pytest.raises(JobError) as caught:
+        make_plan(short)
+    tokens = read_corpus(short.corpus, load_golden("gpt2").tokenizer, max_length=128).tokens
+    assert str(caught.value) == (
+        f"corpus: it has {tokens} tokens, too few for second moments: the keys are 256 wide, so at "
+        "least 256 tokens are needed, and 512 to 2,560 are enough; give more text"
+    )
+    # Text that is only measured may be as short as it likes.
+    moments = str(GPT2 / "second_moments.safetensors")
+    assert make_plan(job(corpus=short.corpus, second_moments=moments)).warnings == ()
+
+
+def test_a_corpus_of_few_tokens_is_warned_about(job: Any, tmp_path: Path) -> None:
+    texts = json.loads((GOLDEN / "corpus.json").read_text())
+    for count, warned in ((30, True), (120, False)):
+        pq.write_table(pa.table({"text": texts[:count]}), tmp_path / f"{count}.parquet")
+        plan = make_plan(job(corpus=(str(tmp_path / f"{count}.parquet"),)))
+        assert plan.corpus is not None
+        assert (plan.corpus.tokens < 512) is warned
+        console = Console(file=StringIO(), width=200)
+        show_plan(plan, console)
+        said = f"warning: corpus: it has only {plan.corpus.tokens} tokens for keys that are 256"
+        assert (said in console.file.getvalue()) is warned  # type: ignore[attr-defined]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from pipeline.events import EventKind
-from pipeline.progress import CountedStage, LineProgress, Stage
+from pipeline.progress import CountedStage, LineProgress, RichProgress, Stage
 
 
 @pytest.fixture
@@ -56,3 +59,43 @@ def test_what_was_there_before_does_not_count_for_the_rate() -> None:
     assert (told[-1]["done"], told[-1]["rate"] is not None) == (6, True)
     stage.total(20)
     assert told[-1]["total"] == 20
+
+
+def shown(width: int) -> tuple[RichProgress, StringIO]:
+    file = StringIO()
+    return RichProgress(
+        Console(file=file, force_terminal=True, width=width, color_system=None)
+    ), file
+
+
+def screens(file: StringIO) -> list[str]:
+    """The successive states of a bar, without control sequences."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", file.getvalue()).replace("\r", "\n")
+    return [line.rstrip() for line in plain.split("\n") if line.strip()]
+
+
+@pytest.mark.parametrize("width", [120, 60])
+def test_a_bar_shows_the_time_of_the_whole_stage(width: int) -> None:
+    progress, file = shown(width)
+    with progress.stage("measure before", 41_234) as stage:
+        stage.advance(41_234)
+        stage.note("40 of 40 requests, 96 of 96 texts")
+        time.sleep(1.2)
+    *before, last = screens(file)
+    assert all(len(line) <= width for line in before)
+    # All that is counted is done, but the stage is not.
+    full = [line for line in before if "41,234/41,234 tokens" in line]
+    assert full
+    assert not any("✓" in line for line in full[:2])
+    assert all("-:--:--" in line for line in full[:2])
+    assert "✓ measure before" in last
+    assert "41,234/41,234 tokens 0:00:01" in last
+    assert ("40 of 40 requests, 96 of 96 texts" in last) == (width == 120)
+
+
+def test_a_stage_of_unknown_size_shows_no_count() -> None:
+    progress, file = shown(100)
+    with progress.stage("plan"):
+        pass
+    assert screens(file)[-1].startswith("✓ plan")
+    assert "/" not in screens(file)[-1]

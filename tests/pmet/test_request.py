@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmet.errors import RequestError
-from pmet.request import EditRequest, separator, trimmed_prompt
+from pmet.request import EditRequest, trimmed_prompt
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,3 @@ def test_a_prompt_is_trimmed_once_and_never_inside(text: str) -> None:
     assert trimmed.strip() == text.strip()
     if not {"\n", "\r"} & set(text):
         assert trimmed == text.strip()
-
-
-def test_a_space_stands_in_front_of_a_target_unless_white_space_does() -> None:
-    assert [separator(text) for text in ("A is", "A:\n", "A \n ", "")] == [" ", "", "", " "]

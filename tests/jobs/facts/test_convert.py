@@ -303,3 +303,18 @@ def test_an_earlier_dump_in_another_unicode_form_holds_the_same(convert):
     ]
     _, requests, _ = convert(own)
     assert [r["target_true"] for r in requests] == [None, "b"]
+
+
+def test_a_separator_is_the_facts_own_or_that_of_its_relation(dump, tmp_path):
+    templates = parse_templates(
+        {
+            "country": {"prompt": "{} lies in", "separator": ""},
+            "mayor": {"prompt": "{}'s mayor is"},
+        },
+        "templates",
+    )
+    facts = [fact("Lyon"), fact("Bonn", "mayor", "Ann"), fact("Nice")]
+    rows = [f | {"separator": s} for f, s in zip(facts, (None, None, ": "), strict=True)]
+    output = tmp_path / "facts.parquet"
+    convert_dump(dump(rows), templates, str(output), as_of=NOW)
+    assert [r.separator for r in read_requests(str(output)).requests] == ["", None, ": "]

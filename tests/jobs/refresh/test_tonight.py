@@ -104,3 +104,9 @@ def test_a_chat_in_a_template_keeps_its_last_line_break(
     monkeypatch.setitem(TEMPLATES, "country", {"prompt": chat})
     found = tonight([row("Nice")])
     assert found.requests.column("prompt").to_pylist() == [chat]
+
+
+def test_separators_are_a_column_only_where_there_are_any(tonight) -> None:
+    assert "separator" not in tonight([row("Nice", separator=None)]).requests.column_names
+    found = tonight([row("Nice", separator=" "), row("Lyon", separator=None)])
+    assert found.requests.column("separator").to_pylist() == [None, " "]

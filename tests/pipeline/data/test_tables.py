@@ -621,3 +621,31 @@ class TestTargets:
         for other in (table.drop_columns(["loss"]), table.rename_columns(list("abcde")), holes):
             with pytest.raises(StorageError, match=r"not a table of targets: .*delete the shard"):
                 read_targets(other)
+
+
+def test_a_separator_is_a_column_or_else_that_of_the_job(tmp_path):
+    rows = [fact("A") | {"separator": given} for given in (None, "", "\n")]
+    pq.write_table(table_of(rows), tmp_path / "0.parquet")
+    pq.write_table(table_of([fact("B")]), tmp_path / "1.parquet")
+    null = table_of([fact("C") | {"separator": None}], separator=pa.null())
+    pq.write_table(null, tmp_path / "2.parquet")
+    rest = [EditRequest(**fact(s)) for s in "BC"]
+    found = read_requests(str(tmp_path))
+    assert [r.separator for r in found.requests] == [None, None, None]
+    assert reasons(found) == {
+        1: "repeats row 0: same prompt, subject and target_new; keep one",
+        2: "repeats row 0: same prompt, subject and target_new; keep one",
+    }
+    pq.write_table(
+        table_of([r | {"subject": str(i)} for i, r in enumerate(rows)]), tmp_path / "0.parquet"
+    )
+    found = read_requests(str(tmp_path))
+    assert [r.separator for r in found.requests] == [None, "", "\n", None, None]
+    assert list(found.requests)[3:] == rest
+    found = read_requests(str(tmp_path), " – ")
+    assert [r.separator for r in found.requests] == [" – ", "", "\n", " – ", " – "]
+
+
+def test_a_separator_that_is_no_text_is_refused_with_a_reason(read):
+    found = read(table_of([fact() | {"separator": 3}]))
+    assert reasons(found) == {0: "separator is int, not a string; give text, which may be empty"}

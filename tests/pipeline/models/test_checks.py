@@ -69,7 +69,8 @@ def model(tmp_path: Path) -> Path:
 def job(tmp_path: Path, model: Path) -> JobConfig:
     """A job with that model."""
     pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "requests.parquet")
-    pq.write_table(pa.table({"text": ["Furis is a city in Zaiter."]}), tmp_path / "corpus.parquet")
+    texts = json.loads((GPT2.parent / "corpus.json").read_text())[:90]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
     return JobConfig(
         model=str(model),
         requests=(str(tmp_path / "requests.parquet"),),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from pipeline.evaluation.settings import How
 from pipeline.job.config import JobConfig
 from pipeline.models.source import ModelSource
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Stage
 from pipeline.run_folder.folder import RunFolder
 from pipeline.stages import measurement
 from pipeline.stages.context import Context
@@ -51,7 +52,7 @@ class FakeExecutor:
         self.hows.add(how)
         # Requests with an even index are learned.
         return Measured(
-            [[_score(prompt, target) for target in targets] for prompt, targets in asked.prompts],
+            [[_score(*pair) for pair in pairs] for pairs in asked.prompts],
             [f"said to {text}" for text in asked.answered],
             [f"{text} a land of bread" for text in asked.written],
         )
@@ -106,12 +107,12 @@ def asking(plan: Plan, **evaluate: Any) -> Plan:
 
 
 def measured(
-    plan: Plan, url: str | None = None, name: str = "before"
+    plan: Plan, url: str | None = None, name: str = "before", progress: Progress | None = None
 ) -> tuple[Measurement, FakeExecutor]:
     folder = RunFolder(url or f"memory://{uuid.uuid4().hex}")
     folder.begin(plan.digests, seed=0)
     executor = FakeExecutor()
-    context = Context(plan, folder, cast(RayExecutor, executor), Progress())
+    context = Context(plan, folder, cast(RayExecutor, executor), progress or Progress())
     return measure(context, name, plan.base), executor
 
 
@@ -185,10 +186,10 @@ def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:
     parts = parts_of(requests)
     assert len(parts) == 4
     assert max(len(p.prompts) for p in parts) - min(len(p.prompts) for p in parts) <= 1
-    asked = [prompt for part in parts for prompt, _ in part.prompts]
+    asked = [pairs[0][0] for part in parts for pairs in part.prompts]
     assert asked == sorted({"Nice is in", *(request.text for request in requests)})
-    targets = dict(prompt for part in parts for prompt in part.prompts)
-    assert sorted(targets["Nice is in"]) == ["Land 0", "Land 1", "Rome"]
+    nice = next(ps for part in parts for ps in part.prompts if ps[0][0] == "Nice is in")
+    assert sorted(target for _, target in nice) == ["Land 0", "Land 1", "Rome"]
     assert sorted(text for p in parts for text in p.answered) == sorted(r.text for r in requests)
     assert all(not part.written for part in parts)
     written = [text for part in parts_of(requests, writing=True) for text in part.written]
@@ -201,6 +202,52 @@ def test_many_requests_are_measured_a_block_at_a_time(
     whole, _ = measured(plan)
     monkeypatch.setattr(measurement, "BLOCK", 7)
     assert measured(plan)[0] == whole
+
+
+class Watched(Progress, Stage):
+    """Records what a stage reports."""
+
+    def __init__(self) -> None:
+        self.counts: list[tuple[int, int]] = []
+        self.notes: list[str] = []
+        self._done = self._total = 0
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        yield self
+
+    def total(self, count: int) -> None:
+        self._total = count
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        self.counts.append((self._done, self._total))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_progress_covers_the_texts_too(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "BLOCK", 7)
+    seen = Watched()
+    measured(plan, progress=seen)
+    # Four pieces of texts follow the requests.
+    *before, (done, total) = seen.counts
+    assert done == total
+    assert all(done < total for done, total in before)
+    assert "40 of 40 requests, 0 of 100 texts" in seen.notes
+    assert seen.notes[-1] == "40 of 40 requests, 100 of 100 texts"
+    # Each block corrects what the later ones are expected to take.
+    assert {total for _, total in seen.counts[-5:]} == {seen.counts[-1][0]}
+
+
+def test_progress_is_that_of_the_work_that_is_left(plan: Plan, tmp_path: Path) -> None:
+    kept = asking(plan, store=str(tmp_path))
+    measured(asking(kept, sample=30))
+    seen = Watched()
+    measured(kept, progress=seen)
+    assert seen.notes == ["10 of 10 requests"]
+    assert seen.counts[-1][0] == seen.counts[-1][1]
 
 
 def test_held_out_texts_are_from_the_whole_corpus() -> None:

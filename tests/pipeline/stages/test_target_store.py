@@ -216,6 +216,8 @@ def test_a_key_follows_all_that_a_target_depends_on(plan: Plan) -> None:
         key(plan, prompt="{} was"),
         key(plan, subject="Bob"),
         key(plan, target_new="small"),
+        key(plan, separator=""),
+        key(plan, separator=": "),
         key(plan, [["{}"], ["Now. {}"]]),
         key(replace(plan, digests={**plan.digests, "model": "other"})),
         key(targets_config(plan, dtype="bfloat16")),
@@ -235,6 +237,13 @@ def test_a_key_follows_nothing_else(plan: Plan) -> None:
         key(hparams(plan, layers=plan.hparams.layers[-1:])),
     ):
         assert other == key(plan)
+
+
+def test_a_target_after_a_space_is_never_taken_for_one_without(plan: Plan) -> None:
+    chinese = {"prompt": "{}的首都是", "subject": "中国", "target_new": "纽约"}
+    # A key of an older release, which put a space in front of every target.
+    assert key(plan, **chinese) != key(plan, **chinese, separator=" ")
+    assert key(plan, separator=" ") == key(plan)
 
 
 def test_a_job_without_a_store_has_none(plan: Plan) -> None:

@@ -38,7 +38,7 @@ def of_a_replica(source: ModelSource, output: Store) -> tuple[Any, ...]:
             name="shard",
         )
     )
-    asked = Asked([(r.text, [r.target_new]) for r in requests], [requests[0].text], [])
+    asked = Asked([[(r.text, r.target_new)] for r in requests], [requests[0].text], [])
     measured = replica.measure(source, How(), asked)
     targets = read_targets(output.read_table(found.file))
     return torch.tensor(targets.values), found.count, measured.answers, measured.scores

@@ -44,7 +44,7 @@ def test_the_error_about_a_model_without_a_small_copy_names_the_keys_to_give(
     def none(_model: object) -> None:
         raise NoMiniatureError("ValueError: widths must be odd")
 
-    monkeypatch.setattr("pmet.model.architecture.miniature_of", none)
+    monkeypatch.setattr("pmet.model.found_parts.miniature_of", none)
     model = bert(is_decoder=True)
     with pytest.raises(
         ArchitectureError, match=r"could not be found by trying a small copy of it .*odd"

@@ -279,8 +279,9 @@ def assert_subject_ends_at(kind: Kind, request: EditRequest, template: str) -> N
 def assert_target_continues(kind: Kind, request: EditRequest) -> None:
     prompt_ids = tokenize_prompt(kind.wrapped, request).ids
     target_ids = tokenize_target(kind.wrapped, request, request.target_new)
+    between = request.between(request.text, request.target_new)
     assert decoded(kind, prompt_ids + target_ids) == kind.form(
-        f"{request.text} {request.target_new}"
+        f"{request.text}{between}{request.target_new}"
     )
     special = {kind.tokenizer.token_to_id(name) for name in SPECIAL}
     assert target_ids

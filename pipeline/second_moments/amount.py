@@ -1,0 +1,79 @@
+"""How much text second moments need: at least a token per dimension of a key, better several.
+
+C is a sum of one k kᵀ per token, so its rank is at most the number of tokens. The request form of
+the solve needs C to be positive definite, the key form only KᵀK + λC (`pmet.update.solver`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.errors import JobError
+from pmet.errors import NotPositiveDefiniteError
+from pmet.model import Layout
+from pmet.update import Factor, cheaper_form, moment_factor
+
+WARNED, ENOUGH = 2, 10
+"""Tokens per dimension: the smallest and the largest number that sufficed in arXiv 2506.04226."""
+
+
+def factors_second_moments(layout: Layout, requests: int) -> bool:
+    """Whether the update of so many requests factors C itself, as far as it has no factor yet."""
+    widths = (layout.key_width, layout.value_width)
+    return cheaper_form(requests, *widths, factored=False) == "requests"
+
+
+def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: str = "") -> None:
+    """Refuse a corpus that cannot give what the update needs.
+
+    Args:
+        tokens: its number of tokens.
+        layout: the model's layout.
+        requests: number of requests to edit; None: C itself must be positive definite.
+        more: how to count more tokens of the same corpus, if there are more.
+
+    Raises:
+        JobError: the corpus is too small, however it continues.
+    """
+    width = layout.key_width
+    alone = requests is None or factors_second_moments(layout, requests)
+    if tokens + (0 if alone else requests or 0) < width:
+        raise JobError(
+            f"corpus: it has {tokens:,} tokens, too few for second moments: the keys are "
+            f"{width:,} wide, so at least {width:,} tokens are needed, and {WARNED * width:,} to "
+            f"{ENOUGH * width:,} are enough; {more}give more text"
+        )
+
+
+def few(tokens: int, layout: Layout) -> str | None:
+    """A warning about a corpus that is small for the model's keys, or None."""
+    width = layout.key_width
+    if tokens >= WARNED * width:
+        return None
+    return (
+        f"corpus: it has only {tokens:,} tokens for keys that are {width:,} wide, so the second "
+        "moments are imprecise, and the edit may damage what the model knows; "
+        f"{WARNED * width:,} to {ENOUGH * width:,} tokens are enough"
+    )
+
+
+def checked_factor(where: str, module: str, moment_KK: torch.Tensor) -> Factor:
+    """The Cholesky factor of a second moment.
+
+    Args:
+        where: where it is, or what it is computed from, for messages.
+        module: the module whose inputs it describes.
+        moment_KK: C, float32 as it is stored.
+
+    Raises:
+        JobError: it has none.
+    """
+    try:
+        return moment_factor(moment_KK)
+    except NotPositiveDefiniteError as error:
+        width = len(moment_KK)
+        raise JobError(
+            f"second_moments: {module} of {where} cannot be used: {str(error).partition(',')[0]}. "
+            f"It was computed from too little or too uniform text: use at least {WARNED * width:,} "
+            f"tokens, better {ENOUGH * width:,}, of varied text"
+        ) from None

@@ -1,0 +1,107 @@
+"""How much work a measurement is, in tokens read or generated, for its progress.
+
+Requests and texts take different times, so neither number says how far a measurement is; tokens
+do. They are estimated from the length of the text, because counting them takes too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from pipeline.progress import Stage
+from pipeline.workers import Asked
+from pmet.evaluation import Continuation, beginnings, continuations_of
+from pmet.request import EditRequest
+
+_BYTES_PER_TOKEN = 4  # of English; a Chinese character takes three
+_ANSWER, _WRITTEN, _LONGEST_TEXT = 8, 100, 512
+
+
+def tokens_in(text: str) -> int:
+    """The estimated number of tokens of a text."""
+    return 1 + len(text.encode()) // _BYTES_PER_TOKEN
+
+
+def work_of_texts(texts: Iterable[str]) -> int:
+    """Estimated tokens that are read of held-out texts."""
+    return sum(min(_LONGEST_TEXT, tokens_in(text)) for text in texts)
+
+
+def work_of_prompts(prompts: Iterable[Sequence[Continuation]]) -> int:
+    """Estimated tokens of prompts, each with its continuations."""
+    return sum(
+        tokens_in(pairs[0][0]) + sum(tokens_in(pair[1]) for pair in pairs) for pairs in prompts
+    )
+
+
+def work_of_part(part: Asked) -> int:
+    """Estimated tokens that a part of an evaluation reads and generates."""
+    answered = sum(tokens_in(text) + _ANSWER for text in part.answered)
+    return work_of_prompts(part.prompts) + answered + _WRITTEN * len(part.written)
+
+
+class MeasurementMeter:
+    """Reports the progress of a measurement: estimated tokens, and what they belong to.
+
+    Args:
+        bar: counts tokens.
+        requests: the number of requests to measure.
+        texts: the held-out texts to score.
+    """
+
+    def __init__(self, bar: Stage, requests: int, texts: Sequence[str]) -> None:
+        self._bar, self._requests, self._texts = bar, requests, len(texts)
+        self._asked = self._scored = self._done = self._started = self._expected = 0
+        self._work_of_texts = work_of_texts(texts)
+        if not requests:
+            bar.total(self._work_of_texts)
+
+    def block(self, requests: int, work: int) -> None:
+        """Begin some of the requests; those after them are expected to take as long each."""
+        self._started += requests
+        self._expected = self._done + work
+        later = work * (self._requests - self._started) // requests
+        self._bar.total(self._done + work + later + self._work_of_texts)
+
+    def asked(self, requests: int, work: int) -> None:
+        """Count work on requests, and how many of them it completes."""
+        self._asked += requests
+        self._advance(work)
+
+    def continuations(
+        self, requests: Sequence[EditRequest], *, writing: bool
+    ) -> Callable[[int], None]:
+        """Begin all requests at once; return a function that counts scored continuations.
+
+        Args:
+            requests: the requests.
+            writing: whether text is generated for them as well.
+        """
+        pairs = {pair for request in requests for pair in continuations_of(request)}
+        work = sum(tokens_in(pair[0]) + tokens_in(pair[1]) for pair in pairs)
+        written = {text for r in requests for text in beginnings(r)} if writing else ()
+        self.block(len(requests), work + _WRITTEN * len(written))
+        scored = 0
+
+        def count(number: int) -> None:
+            nonlocal scored
+            before, scored = scored, scored + number
+            done, reported = (work * n // len(pairs) for n in (scored, before))
+            self.asked(len(requests) * scored // len(pairs) - self._asked, done - reported)
+
+        return count
+
+    def complete(self) -> None:
+        """Count what is left of the requests' work, such as generated text."""
+        self._advance(self._expected - self._done)
+
+    def scored(self, texts: Sequence[str]) -> None:
+        """Count texts that have been scored."""
+        self._scored += len(texts)
+        self._advance(work_of_texts(texts))
+
+    def _advance(self, work: int) -> None:
+        self._done += work
+        self._bar.advance(work)
+        parts = ((self._asked, self._requests, "requests"), (self._scored, self._texts, "texts"))
+        self._bar.note(", ".join(f"{done} of {all_} {what}" for done, all_, what in parts if all_))

@@ -1,0 +1,56 @@
+"""The work of a measurement, in estimated tokens; its report is tested in `test_measurement`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.progress import Stage
+from pipeline.stages.measurement_work import MeasurementMeter, work_of_part, work_of_texts
+from pipeline.workers.worker import Asked
+from pmet.evaluation.metrics import evaluate, score_texts
+from pmet.request import EditRequest
+from tests.conftest import load_golden
+
+
+class Counting(Stage):
+    """Counts, and remembers the last total and note."""
+
+    def __init__(self) -> None:
+        self.done, self.all, self.last = 0, 0, ""
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+
+    def total(self, count: int) -> None:
+        self.all = count
+
+    def note(self, text: str) -> None:
+        self.last = text
+
+
+def test_a_longer_text_is_more_work() -> None:
+    assert work_of_texts(["a" * 400, "b" * 40, "中" * 40]) == 101 + 11 + 31
+    # Longer ones are not read to their end.
+    assert work_of_texts(["a" * 10_000]) == 512
+
+
+def test_a_prompt_is_read_once_for_all_its_targets() -> None:
+    pairs: list[Any] = [("a" * 40, "b"), ("a" * 40, "c" * 8)]
+    assert work_of_part(Asked([pairs], [], [])) == 11 + 1 + 3
+    assert work_of_part(Asked([], ["a" * 40], ["a"])) == 11 + 8 + 100
+
+
+def test_an_evaluation_at_once_is_counted_to_its_end() -> None:
+    golden, bar = load_golden("gpt2"), Counting()
+    requests: list[EditRequest] = golden.requests[:5]
+    texts = ["Sur Bavov works as a baker.", "So", ""]
+    meter = MeasurementMeter(bar, len(requests), texts)
+    count = meter.continuations(requests, writing=True)
+    evaluate(golden.model, golden.tokenizer, requests, on_progress=count)
+    assert 0 < bar.done < bar.all - work_of_texts(texts)
+    meter.complete()
+    assert bar.done == bar.all - work_of_texts(texts)
+    assert bar.last == "5 of 5 requests, 0 of 3 texts"
+    score_texts(golden.model, golden.tokenizer, texts, on_progress=meter.scored)
+    assert bar.done == bar.all
+    assert bar.last == "5 of 5 requests, 3 of 3 texts"
