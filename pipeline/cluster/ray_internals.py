@@ -36,6 +36,14 @@ NAMES = {
     "ray._private.utils.get_dashboard_dependency_error": (
         "to start no dashboard agent; include_dashboard=False leaves the agent and its fixed port"
     ),
+    "ray._private.services.start_api_server": (
+        "to start no dashboard; include_dashboard=False starts one that serves nothing, and "
+        "ray.init waits for it"
+    ),
+    "ray._private.parameter.RayParams": (
+        "to start no autoscaler and no log monitor, which a session of one job never uses; "
+        "ray.init has no option for either"
+    ),
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": (
         "to listen on 127.0.0.1 only; ray.init replaces a loopback address by the machine's own"
     ),
@@ -149,6 +157,25 @@ def without_agent() -> Iterator[None]:
     with (
         _replaced(ray._private.utils, "get_dashboard_dependency_error", lambda: missing),
         environment({"RAY_prestart_worker_first_driver": "0"}),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def without_monitors() -> Iterator[None]:
+    """Start a cluster in this block without an autoscaler, a log monitor or a dashboard.
+
+    A cluster of one machine and one job uses none of them: no node can be added, ``log_to_driver``
+    is off, and ``include_dashboard=False`` would still start a dashboard that serves nothing. Each
+    is a process that takes a second of CPU time to start and some 60 MiB of memory.
+    """
+    parameter, services = ray._private.parameter, ray._private.services
+    plain = getattr(parameter, "RayParams", None)
+    fewer = plain and functools.partial(plain, include_log_monitor=False, no_monitor=True)
+    with (
+        _replaced(parameter, "RayParams", fewer),
+        # What Ray's own function returns where the dashboard does not start.
+        _replaced(services, "start_api_server", lambda *args, **options: (None, None)),
     ):
         yield
 

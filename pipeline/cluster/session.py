@@ -41,6 +41,7 @@ from pipeline.cluster.ray_internals import (
     sigterm_untouched,
     started_here,
     without_agent,
+    without_monitors,
 )
 from pipeline.cluster.shares import fit, fit_gpus
 from pipeline.errors import WorkerError
@@ -277,7 +278,7 @@ def _prepared() -> Iterator[None]:
     driver, which has work to save, would wait for them for a minute. They end with the driver,
     however it ends.
     """
-    with on_loopback(), without_agent(), processes_in_own_session():
+    with on_loopback(), without_agent(), without_monitors(), processes_in_own_session():
         yield
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.job.config import JobConfig
+from pipeline.job.config import JobConfig, TargetsConfig, UpdateConfig
 from pipeline.run import run_job
 
 # The README beside the data: the published implementation after the first 200 edits, in per cent.
@@ -33,7 +33,7 @@ PUBLISHED = {
 
 @pytest.mark.slow
 def test_every_score_is_within_one_point_of_the_published_one(
-    counterfact_folder: Path, local_ray: None, tmp_path: Path
+    counterfact_folder: Path, tmp_path: Path
 ) -> None:
     facts = tmp_path / "facts.parquet"
     pq.write_table(pq.read_table(counterfact_folder / "facts.parquet").slice(0, 200), facts)
@@ -45,6 +45,10 @@ def test_every_score_is_within_one_point_of_the_published_one(
             hparams=str(counterfact_folder / "hparams.json"),
             corpus=(str(counterfact_folder / "corpus.parquet"),),
             context_templates=str(counterfact_folder / "context_templates.json"),
+            # Those of its corpus, which `tests.pipeline.second_moments.test_collection` computes.
+            second_moments=str(counterfact_folder / "second_moments.safetensors"),
+            targets=TargetsConfig(workers=0),
+            update=UpdateConfig(ranks=0),
         )
     )
     assert result.metrics["counts"] == {"requested": 200, "rejected": 0, "edited": 200}

@@ -1,6 +1,8 @@
 """A refresh on S3 whose process is killed while it writes, and the refresh that resumes it.
 
-``PMET_CHAOS_KILLS`` sets how many are killed, ``PMET_CHAOS_SEED`` draws the moments.
+Each computes in one process, the one that is killed. Jobs on Ray whose driver is killed are in
+`tests.e2e.test_chaos`. ``PMET_CHAOS_KILLS`` sets how many are killed, ``PMET_CHAOS_SEED`` draws the
+moments.
 """
 
 from __future__ import annotations
@@ -14,17 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from jobs.refresh.home import CURRENT
 from jobs.refresh.night import refresh
-from pipeline.cluster.session import ray_session
 from pipeline.storage.store import Store
 from tests.conftest import ROOT
 from tests.e2e.test_chaos import KILLED
 from tests.e2e.test_refresh import Place, place
-
-pytestmark = pytest.mark.usefixtures("no_ray")
 
 KILLS = int(os.environ.get("PMET_CHAOS_KILLS", "1"))
 SEED = int(os.environ.get("PMET_CHAOS_SEED", "0"))
@@ -82,7 +80,6 @@ def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
 def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
     s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The first version is computed in this process.
     first = place(tmp_path / "first", f"{s3_url}/first")
     first.objects = dict(list(first.objects.items())[:8])
 
@@ -93,35 +90,30 @@ def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
         found.objects = dict(first.objects)
         found.tell(30, 32)
         found.write()
-        on_ray = {"targets": {"workers": 1, "shard_size": 8}, "update": {"ranks": 1}}
-        settings = yaml.safe_load(found.file().read_text())
-        found.file().write_text(yaml.safe_dump(settings | on_ray))
         return found
 
     first.tonight()
-    # A separate Ray, whose processes know where S3 is.
-    with ray_session("local", num_cpus=4):
-        undisturbed, writes = after_the_first_night("undisturbed"), []
-        with monkeypatch.context() as patch:
-            for name in ("write_stream", "create_bytes"):
-                write = getattr(Store, name)
-                patch.setattr(Store, name, lambda *a, _of=write: (writes.append(a[1]), _of(*a))[1])
-            refresh(undisturbed.config())
-        draw = random.Random(SEED)
-        for number in range(KILLS):
-            found = after_the_first_night(f"killed-{number}")
-            how = draw.choice(["inside", "after"])
-            status, said = drive(found, how, draw.randint(1, len(writes)))
-            assert status == KILLED, said
-            in_use = json.loads(found.home.store.read_bytes(CURRENT))["version"]
-            assert in_use in (1, 2)
-            assert found.home.is_kept(in_use)
-            result = refresh(found.config())
-            assert result.version == 2
-            assert json.loads(found.home.store.read_bytes(CURRENT))["version"] == 2
-            assert found.home.night(2)["status"] == "promoted"
-            assert found.weights(2) == undisturbed.weights(2)
-            assert _files(found) == _files(undisturbed)
+    undisturbed, writes = after_the_first_night("undisturbed"), []
+    with monkeypatch.context() as patch:
+        for name in ("write_stream", "create_bytes"):
+            write = getattr(Store, name)
+            patch.setattr(Store, name, lambda *a, _of=write: (writes.append(a[1]), _of(*a))[1])
+        refresh(undisturbed.config())
+    draw = random.Random(SEED)
+    for number in range(KILLS):
+        found = after_the_first_night(f"killed-{number}")
+        how = draw.choice(["inside", "after"])
+        status, said = drive(found, how, draw.randint(1, len(writes)))
+        assert status == KILLED, said
+        in_use = json.loads(found.home.store.read_bytes(CURRENT))["version"]
+        assert in_use in (1, 2)
+        assert found.home.is_kept(in_use)
+        result = refresh(found.config())
+        assert result.version == 2
+        assert json.loads(found.home.store.read_bytes(CURRENT))["version"] == 2
+        assert found.home.night(2)["status"] == "promoted"
+        assert found.weights(2) == undisturbed.weights(2)
+        assert _files(found) == _files(undisturbed)
 
 
 def _files(found: Place) -> list[str]:

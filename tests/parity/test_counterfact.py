@@ -91,29 +91,35 @@ def edited(golden: Golden) -> Iterator[None]:
             weight.data.copy_(before[name])
 
 
+# The plain form takes a second a request.
 @pytest.mark.parametrize(
-    "compute",
-    [pytest.param(plain_targets, id="plain", marks=pytest.mark.slow), fast_targets],
+    ("compute", "count"),
+    [
+        pytest.param(plain_targets, 10, id="plain", marks=pytest.mark.slow),
+        pytest.param(fast_targets, OPTIMISED, id="fast"),
+    ],
 )
-def test_targets_are_the_published_ones(counterfact: Golden, compute: Callable[..., Any]):
+def test_targets_are_the_published_ones(
+    counterfact: Golden, compute: Callable[..., Any], count: int
+):
     targets = compute(
         counterfact.model,
         counterfact.tokenizer,
-        counterfact.requests[:OPTIMISED],
+        counterfact.requests[:count],
         counterfact.hparams,
         counterfact.context_templates,
     )
-    expected = counterfact.expected["targets"][:OPTIMISED]
+    expected = counterfact.expected["targets"][:count]
     distance_E = (targets.values - expected).norm(dim=1) / expected.norm(dim=1)
-    assert targets.steps.tolist() == counterfact.expected["steps"][:OPTIMISED].tolist()
+    assert targets.steps.tolist() == counterfact.expected["steps"][:count].tolist()
     assert distance_E.median() <= MEDIAN
-    assert (distance_E <= FAR).sum() >= 0.9 * OPTIMISED
+    assert (distance_E <= FAR).sum() >= 0.9 * count
 
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 64])
 def test_all_targets_are_the_published_ones_in_any_order(counterfact: Golden, batch_size: int):
     # Small batches take longer, so only some of the requests.
-    count = EDITED if batch_size == 64 else EDITED // 6
+    count = {64: EDITED, 7: EDITED // 6, 1: EDITED // 12}[batch_size]
     order = torch.randperm(EDITED, generator=torch.Generator().manual_seed(batch_size))[:count]
     targets = pmet.compute_targets(
         counterfact.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -40,29 +41,35 @@ def test_ray_reads_the_variables() -> None:
     assert_has(found, name, VARIABLES, "ray", WHERE)
 
 
-def test_what_they_do_ends_with_the_block() -> None:
+def replaced_names() -> tuple[Any, ...]:
     private = ray._private
-    before = (
+    return (
         private.services.ConsolePopen,
+        private.services.start_api_server,
+        private.parameter.RayParams,
         private.utils.set_sigterm_handler,
         private.utils.get_dashboard_dependency_error,
         private.ray_constants.ENABLE_RAY_CLUSTER,
     )
+
+
+def test_what_they_do_ends_with_the_block() -> None:
+    private = ray._private
+    before = replaced_names()
     with (
         ray_internals.processes_in_own_session(),
         ray_internals.sigterm_untouched(),
         ray_internals.without_agent(),
+        ray_internals.without_monitors(),
         ray_internals.on_loopback(),
     ):
         assert private.services.ConsolePopen.keywords == {"start_new_session": True}
         assert isinstance(private.utils.get_dashboard_dependency_error(), ImportError)
         assert private.ray_constants.ENABLE_RAY_CLUSTER is False
-    assert before == (
-        private.services.ConsolePopen,
-        private.utils.set_sigterm_handler,
-        private.utils.get_dashboard_dependency_error,
-        private.ray_constants.ENABLE_RAY_CLUSTER,
-    )
+        asked = private.parameter.RayParams()
+        assert (asked.include_log_monitor, asked.no_monitor) == (False, True)
+        assert private.services.start_api_server(False) == (None, None)
+    assert before == replaced_names()
 
 
 def test_a_name_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from pmet.model.tracing import captured_input
 from tests.conftest import GOLDEN, ROOT, Golden, load_golden
 
 TEXTS = json.loads((GOLDEN / "corpus.json").read_text())
-BUDGET, MAX_LENGTH = 3000, 20
+BUDGET, FEW_TOKENS, MAX_LENGTH = 3000, 1000, 20
 
 # Code of the other process of `test_a_killed_pass…`: it dies by SIGKILL after its second part.
 PASS = """
@@ -113,7 +113,7 @@ def plainly(golden: Golden) -> tuple[dict[int, torch.Tensor], int]:
     sums: dict[int, Any] = dict.fromkeys(golden.hparams.layers, 0)
     tokens = 0
     for text in TEXTS:
-        ids = golden.tokenizer(text)["input_ids"][: min(MAX_LENGTH, BUDGET - tokens)]
+        ids = golden.tokenizer(text)["input_ids"][: min(MAX_LENGTH, FEW_TOKENS - tokens)]
         if not ids:
             break
         tokens += len(ids)
@@ -138,10 +138,10 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @torch.no_grad()
 def test_it_is_the_plain_computation(golden: Golden, corpus: Path, tmp_path: Path) -> None:
-    job = plan(corpus, golden.family)
+    job = plan(corpus, golden.family, tokens=FEW_TOKENS)
     _, said = compute(job, tmp_path)
     expected, tokens = plainly(golden)
-    assert said["tokens"] == tokens == BUDGET
+    assert said["tokens"] == tokens == FEW_TOKENS
     layers = golden.hparams.layers
     assert check_moments(str(tmp_path), job.layout, layers, job.model)
     for layer, mean_KK in read_moments(str(tmp_path), job.layout, layers).items():

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
+from ray import cloudpickle
 
 from pipeline.cluster.pool import Pool, SerialPool
 from pipeline.cluster.session import ray_session
@@ -35,6 +36,7 @@ from pipeline.stages.context import Context, FoundTargets
 from pipeline.stages.target_store import TargetStore
 from pipeline.stages.targets import WORTH_A_WORKER, find_targets
 from pipeline.storage import retries
+from pipeline.storage.store import Store
 from pipeline.workers import ray_executor
 from pipeline.workers.ray_executor import RayExecutor
 from pipeline.workers.worker import TargetSummary, TargetTask
@@ -45,6 +47,19 @@ pytestmark = pytest.mark.usefixtures("no_ray")
 
 COUNT, SHARD = 24, 8
 TEMPLATES = [["{}"]]
+
+
+# Otherwise workers would import this module, and torch with it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Asked(NamedTuple):
+    """The part of a task that an oracle needs; the type of tasks itself comes with torch."""
+
+    requests: Sequence[EditRequest]
+    rows: Sequence[int]
+    output: Store
+    name: str
 
 
 class Oracle:
@@ -58,7 +73,7 @@ class Oracle:
         self.poison = poison or {}
         self.journal = journal
 
-    def find_targets(self, task: TargetTask) -> TargetSummary:
+    def find_targets(self, task: Asked) -> tuple[Any, ...]:
         requests, rows = task.requests, task.rows
         if self.journal:
             with open(self.journal, "a") as journal:
@@ -83,7 +98,7 @@ class Oracle:
         file = f"{task.name}-{os.urandom(4).hex()}.parquet"
         steps = np.array(rows, np.int32) % 25
         task.output.write_table(file, targets_table(rows, values, steps, values[:, 0] / 7))
-        return TargetSummary(file, task.output.sha256(file), failures, 0, len(rows))
+        return file, task.output.sha256(file), failures, 0, len(rows)
 
 
 class Stuck(Oracle):
@@ -91,6 +106,13 @@ class Stuck(Oracle):
 
     def __init__(self, source: Any) -> None:
         super().__init__({os.environ["PMET_TEST_STUCK"]: "hang"})
+
+    def find_targets(self, task: Any) -> Any:
+        return TargetSummary(*super().find_targets(task))
+
+
+def asked(task: TargetTask) -> Asked:
+    return Asked(task.requests, task.rows, task.output, task.name)
 
 
 class Team:
@@ -107,14 +129,18 @@ class Team:
     def try_all(
         self, method: str, tasks: Sequence[Task], take: Any, *, workers: int, on_drained: Any
     ) -> Any:
+        by_key = {task.key: task for task in tasks}
+
         def counted(task: Task, value: Any) -> None:
-            take(task, value)
+            take(by_key[task.key], TargetSummary(*value))
             self.taken += 1
 
         self.tasks += len(tasks)
         self.worth.append(workers)
         self.pool = self.pool or self.make()
-        return self.pool.run(method, tasks, counted, workers=workers, on_drained=on_drained)
+        light = [replace(task, args=(asked(*task.args),)) for task in tasks]
+        failed = self.pool.run(method, light, counted, workers=workers, on_drained=on_drained)
+        return [replace(each, task=by_key[each.task.key]) for each in failed]
 
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
         self.expected.append(self.taken)
@@ -294,6 +320,8 @@ def test_a_request_that_hangs_its_workers_is_isolated(
     plan = replace(plan, job=plan.job.model_copy(update={"targets": targets}))
     hanging, other = subject(plan, 1), plan.table.rows[0]
     monkeypatch.setattr(ray_executor, "ModelWorker", Stuck)
+    # No update follows, so no rank needs to start.
+    monkeypatch.setattr(RayExecutor, "expect_ranks", lambda *_: None)
     monkeypatch.setenv("PMET_TEST_STUCK", hanging)
     events: list[str] = []
     folder = begun(plan, str(tmp_path))
@@ -323,6 +351,8 @@ def test_a_storage_that_fails_is_no_requests_fault(plan: Plan, tmp_path: Path) -
 def test_a_storage_that_stays_away_fails_the_run_which_goes_on_later(
     plan: Plan, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.cluster.rank_group import RankGroup
+from pipeline.cluster.rank_group import RankGroup, Rendezvous
 from pipeline.data.tables import targets_table
 from pipeline.second_moments import factors
 from pipeline.second_moments.factors import FactorFile
 from pipeline.storage.store import Store
+from pipeline.workers.serial_executor import SerialRank
 from pipeline.zero.rank import LayerReport, UpdateJob, UpdateRank, UpdateShard
 from pmet import Edit, EditRequest
 from pmet.model.architecture import resolve
@@ -38,7 +40,7 @@ def many_requests() -> list[EditRequest]:
         EditRequest(prompt, fact["subject"], fact["target_new"])
         for prompt in prompts
         for fact in facts
-    ][: KEY_WIDTH + 44]
+    ][: KEY_WIDTH + 8]
 
 
 def targets_of(golden: Golden, requests: list[EditRequest]) -> torch.Tensor:
@@ -51,7 +53,7 @@ def targets_of(golden: Golden, requests: list[EditRequest]) -> torch.Tensor:
 
 
 def shards_of(store: Store, requests: list[EditRequest], targets_EV: torch.Tensor) -> list[Any]:
-    """Uneven shards; the last two of four ranks get less than the others."""
+    """Uneven shards: one for each of three ranks."""
     edges = [0, 7, 7 + len(requests) // 2, len(requests)]
     shards = []
     for number, (start, stop) in enumerate(pairwise(edges)):
@@ -65,16 +67,42 @@ def shards_of(store: Store, requests: list[EditRequest], targets_EV: torch.Tenso
     return shards
 
 
+class Host:
+    """A rank's process: it computes one job after another, because starting it takes seconds."""
+
+    def __init__(self, meeting: Rendezvous) -> None:
+        self._meeting = meeting
+
+    def update(self, job: UpdateJob, shards: list[Any]) -> list[LayerReport | None]:
+        rank = UpdateRank(self._meeting, job)
+        rank.take_shards(shards)
+        return [rank.edit_layer(index) for index in range(len(job.hparams.layers))]
+
+
+@pytest.fixture(scope="module")
+def group(local_ray: None) -> Iterator[RankGroup]:
+    """Three ranks: their number divides none of the weights evenly."""
+    with RankGroup(Host, ranks=3, threads=1) as group:
+        yield group
+
+
+Outcome = tuple[dict[str, torch.Tensor], list[LayerReport]]
+
+
 def updated(
-    golden: Golden, ranks: int, requests: list[EditRequest], targets_EV: torch.Tensor, folder: Path
-) -> tuple[dict[str, torch.Tensor], list[LayerReport]]:
-    """Return the deltas by parameter, and the reports, of a group of ranks."""
-    moments = folder / "moments"
+    golden: Golden,
+    group: RankGroup | None,
+    requests: list[EditRequest],
+    targets_EV: torch.Tensor,
+    folder: Path,
+) -> Outcome:
+    """Return deltas by parameter, and reports, of a group or of one rank without DeepSpeed."""
+    moments, run = folder / "moments", folder / ("here" if group is None else "ranks")
     moments.mkdir(exist_ok=True)
     module = str(golden.hparams.down_projection_template)
     named = {module.format(layer): m for layer, m in golden.second_moments.items()}
     save_file(named, str(moments / "second_moments.safetensors"))
-    store = Store(str(folder / f"run-{ranks}"))
+    store = Store(str(run))
     job = UpdateJob(
         model=str(GOLDEN / golden.family / "model"),
         layout=resolve(golden.model, golden.hparams),
@@ -88,31 +116,32 @@ def updated(
         offload="none",
     )
     shards = shards_of(store, requests, targets_EV)
-    with RankGroup(UpdateRank, ranks=ranks, init_args=(job,), threads=1) as group:
-        group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
-        layers = range(len(golden.hparams.layers))
-        reports = [group.call_all("edit_layer", index)[0] for index in layers]
-    edits = [Edit.load(folder / f"run-{ranks}" / report.file) for report in reports]
+    if group is None:
+        reports = alone(job, shards)
+    else:
+        ranks = group.size
+        args = [(job, shards[rank::ranks]) for rank in range(ranks)]
+        reports, *others = group.call_each("update", args)
+        assert not any(report for reports in others for report in reports)
+    edits = [Edit.load(run / report.file) for report in reports]
     return {name: delta for edit in edits for name, delta in edit.deltas.items()}, reports
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "ranks", "many"),
-    [
-        ("gpt2", 1, False),
-        ("gpt2", 3, True),
-        ("gptj", 2, True),
-        ("llama", 2, False),
-    ],
-)
-def test_ranks_find_the_deltas_of_the_plain_form(
-    family: str, ranks: int, many: bool, local_ray: None, tmp_path: Path
+def alone(job: UpdateJob, shards: list[Any]) -> list[Any]:
+    with SerialRank(UpdateRank, (job,)) as rank:
+        rank.call_all("take_shards", shards)
+        return [rank.call_all("edit_layer", index)[0] for index in range(len(job.hparams.layers))]
+
+
+def assert_plain_deltas(
+    golden: Golden,
+    outcome: Outcome,
+    requests: list[EditRequest],
+    targets_EV: torch.Tensor,
+    form: str,
 ) -> None:
-    golden = load_golden(family)
-    requests = many_requests() if many else golden.requests
-    targets_EV = targets_of(golden, requests)
-    deltas, reports = updated(golden, ranks, requests, targets_EV, tmp_path)
+    """Assert that an update is that of the plain form, and that its reports are right."""
+    deltas, reports = outcome
     plain = plain_deltas(
         golden.model,
         golden.tokenizer,
@@ -125,28 +154,42 @@ def test_ranks_find_the_deltas_of_the_plain_form(
     assert deltas.keys() == plain.keys()
     for name, expected in plain.items():
         assert (deltas[name] - expected).norm() <= DELTA * expected.norm(), name
-    assert {report.form for report in reports} == {"keys" if many else "requests"}
+    assert {report.form for report in reports} == {form}
     assert all(report.requests == len(requests) and report.jitter == 0 for report in reports)
     # Float32 keeps 24 bits of a weight, and Δ is smaller than the weight.
     assert all(0 < report.rounding < 1e-3 for report in reports)
 
 
+# One rank on DeepSpeed and two ranks are in `tests.e2e.test_run` and `tests.e2e.test_resume`.
 @pytest.mark.slow
-def test_factors_of_second_moments_are_kept_for_the_next_job(
-    local_ray: None, tmp_path: Path
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_ranks_find_the_deltas_of_the_plain_form(
+    family: str, group: RankGroup, tmp_path: Path
 ) -> None:
-    golden = load_golden("llama")
-    targets_EV = golden.expected["targets"]
-    first, _ = updated(golden, 1, golden.requests, targets_EV, tmp_path)
+    golden, requests = load_golden(family), many_requests()
+    targets_EV = targets_of(golden, requests)
+    outcome = updated(golden, group, requests, targets_EV, tmp_path)
+    assert_plain_deltas(golden, outcome, requests, targets_EV, "keys")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_few_requests_are_solved_with_factors_that_are_kept_for_the_next_job(
+    family: str, group: RankGroup, tmp_path: Path
+) -> None:
+    golden = load_golden(family)
+    requests, targets_EV = golden.requests, targets_of(golden, golden.requests)
+    first = updated(golden, None, requests, targets_EV, tmp_path)
     files = sorted((tmp_path / "moments" / "factors").iterdir())
     assert len(files) == len(golden.hparams.layers)
     times = [file.stat().st_mtime_ns for file in files]
     # A damaged factor is recomputed and never used.
     files[0].write_bytes(files[0].read_bytes()[:-100])
-    again, _ = updated(golden, 2, golden.requests, targets_EV, tmp_path)
+    again = updated(golden, group, requests, targets_EV, tmp_path)
     assert [file.stat().st_mtime_ns for file in files[1:]] == times[1:]
-    for name, delta in first.items():
-        assert (again[name] - delta).norm() <= 1e-6 * delta.norm()
+    for name, delta in first[0].items():
+        assert (again[0][name] - delta).norm() <= 1e-6 * delta.norm()
+    assert_plain_deltas(golden, again, requests, targets_EV, "requests")
 
 
 def test_nothing_is_put_beside_a_file_of_second_moments(tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ def test_texts_are_written_and_read_and_moments_summed_as_on_one(golden: Golden)
 
     def of(model: nn.Module) -> tuple[Any, ...]:
         return (
-            contexts.generate(model, tokenizer, seed=3),
-            generation.write_on(model, Prompts(tokenizer), texts, seed=1, tokens=24),
+            # Context templates are written by the same generation, at length.
+            contexts.generate(model, tokenizer, seed=3) if golden.family == "gpt2" else None,
+            generation.write_on(model, Prompts(tokenizer), texts, seed=1, tokens=12),
             metrics.score_texts(model, tokenizer, texts),
             second_moments.measure(model, tokenizer, texts, hparams).sums,
         )
