@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pmet.model.miniature import NoMiniatureError, miniature_of
 from pmet.model.padding import pad
 from pmet.model.torch_internals import context_of, softmax_backward
+from pmet.model.tracing import changed_output
 from pmet.model.transformers_internals import (
     position_tables,
     replaceable_attention,
@@ -320,19 +321,32 @@ def _computes_the_same(model: nn.Module) -> bool:
     return _tried[id(small)]
 
 
-@torch.no_grad()
 def _difference(model: nn.Module) -> float:
-    """The largest relative difference between logits with both kinds of attention."""
-    ids_BT, mask_BT = pad([[3, 5, 8, 2, 7], [6, 4, 1]], torch.device("cpu"))
-    given = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-    at_tokens = mask_BT.bool()
-    own = model(**given).logits[at_tokens]
+    """The largest relative difference with both kinds of attention, in logits and gradients."""
+    own = _logits_and_gradient(model)
     try:
         with _other_attention(model):
-            other = model(**given).logits[at_tokens]
+            other = _logits_and_gradient(model)
     except Exception:  # noqa: BLE001 - whatever a family's code raises
         return math.inf
-    return float((own - other).norm() / own.norm())
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(own, other, strict=True))
+
+
+def _logits_and_gradient(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two padded rows: logits at their tokens, and the gradient at the first of them."""
+    ids_BT, mask_BT = pad([[3, 5, 8, 2, 7], [6, 4, 1]], torch.device("cpu"))
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    change_D = torch.zeros(embeddings.weight.shape[1], requires_grad=True)
+
+    def changed(embedded_BTD: torch.Tensor) -> torch.Tensor:
+        return torch.cat([embedded_BTD[:, :1] + change_D, embedded_BTD[:, 1:]], dim=1)
+
+    with torch.enable_grad(), changed_output(embeddings, changed):
+        output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        logits_NV = output.logits[mask_BT.bool()]
+        weights_NV = torch.linspace(-1, 1, logits_NV.numel()).view_as(logits_NV)
+        (gradient_D,) = torch.autograd.grad((logits_NV * weights_NV).sum(), change_D)
+    return logits_NV.detach(), gradient_D
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h

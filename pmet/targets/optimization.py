@@ -43,7 +43,7 @@ from pmet.model import (
 )
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets.batch import Member, Places, State
-from pmet.targets.mechanism import run_for
+from pmet.targets.mechanism import run_for, why_whole
 from pmet.targets.memory import (
     SCORE_BYTES,
     Count,
@@ -148,7 +148,9 @@ def compute_targets(
     size = batch_size or default_batch_size(device, len(problems))
     budget = None if batch_size else memory or room_beside(model, layout, hparams.target_layer)
     longest = max(problem.longest for problem in problems)
-    with frozen(model), tuned(model, longest):
+    # Whole prompts run in the model's own code throughout.
+    fast = tuned(model, longest) if why_whole(model, layout) is None else nullcontext()
+    with frozen(model), fast:
         optimisation = _Optimisation(
             model, layout, hparams, [(g, problems[g]) for g in order], size, budget
         )

@@ -105,6 +105,8 @@ FAST = [
     variant("codegen", "transformer.h.{}", "attn.out_proj", "mlp.fc_out", **GPT, rotary_dim=4),
 ]
 WHOLE = [
+    # Its attention mask depends on the hidden states, and so has a gradient.
+    llama_like("doge", "doge"),
     variant(
         "bloom",
         "transformer.h.{}",
