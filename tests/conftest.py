@@ -43,6 +43,7 @@ LONGEST = (
     "e2e/test_submit.py",
     "parity/test_golden.py",
     "parity/test_families.py",
+    "parity/test_other_families.py",
     "e2e/test_signals.py",
     "e2e/test_chaos.py",
     "e2e/test_run.py",
@@ -58,6 +59,7 @@ LONGEST = (
     "e2e/test_resume.py",
     "e2e/test_refresh_killed.py",
     "pipeline/second_moments/test_collection.py",
+    "e2e/test_multimodal.py",
     "pipeline/zero/test_slices.py",
     "pipeline/estimate/test_prediction.py",
 )
