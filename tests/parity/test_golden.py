@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -37,14 +37,25 @@ def plain_outcome(golden: Golden) -> PlainTargets:
     )
 
 
-@pytest.fixture(scope="module", params=["plain", "fast"])
+@contextmanager
+def whole_prompts() -> Iterator[None]:
+    """Within: prompts run whole, as they do for models that allow no shortcut."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("targets.mechanism.why_whole", "targets.optimization.why_whole"):
+            patch.setattr(f"pmet.{name}", lambda *_: "a test")
+        patch.setattr("pmet.update.mechanism.why_read_whole", lambda *_, **__: "a test")
+        yield
+
+
+@pytest.fixture(scope="module", params=["plain", "fast", "whole"])
 def outcome(golden: Golden, request: pytest.FixtureRequest) -> Outcome:
     """Values (E, D), steps (E,) and losses (E,) of all targets by one implementation."""
     arguments = (golden.model, golden.tokenizer, golden.requests, golden.hparams)
     if request.param == "plain":
         plain = request.getfixturevalue("plain_outcome")
         return plain.values, plain.steps, plain.losses
-    fast = pmet.compute_targets(*arguments, context_templates=golden.context_templates)
+    with whole_prompts() if request.param == "whole" else nullcontext():
+        fast = pmet.compute_targets(*arguments, context_templates=golden.context_templates)
     return fast.values, fast.steps, fast.losses
 
 
@@ -72,7 +83,14 @@ def fast_edit(golden: Golden) -> Mapping[str, Tensor]:
     ).deltas
 
 
-both_edits = pytest.mark.parametrize("edit", [plain_edit, fast_edit], ids=["plain", "fast"])
+def whole_edit(golden: Golden) -> Mapping[str, Tensor]:
+    with whole_prompts():
+        return fast_edit(golden)
+
+
+all_edits = pytest.mark.parametrize(
+    "edit", [plain_edit, fast_edit, whole_edit], ids=["plain", "fast", "whole"]
+)
 
 
 def distances(actual: Tensor, expected: Tensor) -> Tensor:
@@ -145,7 +163,7 @@ def test_attention_targets_are_the_published_ones(golden: Golden, plain_outcome:
     assert distances(plain_outcome.attention_values, expected).median() <= MEDIAN
 
 
-@both_edits
+@all_edits
 def test_deltas_are_the_published_ones(golden: Golden, edit: Edit):
     deltas = edit(golden)
     assert deltas.keys() == golden.expected_deltas.keys()
@@ -196,13 +214,13 @@ def expected_unchanged(golden: Golden) -> Iterator[None]:
         model.eval().requires_grad_(True)
 
 
-@both_edits
+@all_edits
 def test_an_update_leaves_the_model_as_it_was(golden: Golden, edit: Edit):
     with expected_unchanged(golden):
         edit(golden)
 
 
-@both_edits
+@all_edits
 def test_an_interrupted_update_leaves_the_model_as_it_was(golden: Golden, edit: Edit):
     with expected_unchanged(golden), interrupted_after_first_change(golden):
         edit(golden)

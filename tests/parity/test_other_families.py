@@ -77,6 +77,7 @@ FAST = [
     llama_like("nemotron", "nemotron"),
     llama_like("ernie4_5", "ernie4_5"),
     llama_like("helium", "helium"),
+    llama_like("internlm3", "internlm3"),
     llama_like("ministral3", "ministral3"),
     llama_like("vaultgemma", "vaultgemma", query_pre_attn_scalar=8),
     llama_like("hunyuan_v1_dense", "hunyuan_v1_dense"),
