@@ -92,6 +92,8 @@ def _difference(small: Miniature, layout: Layout) -> str | None:
             ) from error
         try:
             suffix = _outcome(small, own, layer)
+        except ArchitectureError:
+            return "its layers are of several kinds"
         except Exception as error:  # noqa: BLE001 - whatever a family's code raises
             return _line(error)
         apart = max(
