@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ _MOST_PARAMETERS = 50_000_000
 # Wide enough that every part of a narrow layer matters; the usual 0.02 would make a model this
 # narrow almost linear.
 _SPREAD = 1.5
+
+
+class _Heads(Enum):
+    """What happens to the attention's heads."""
+
+    NARROW = auto()
+    FEW = auto()
+    SAME = auto()
 
 
 class NoMiniatureError(Exception):
@@ -89,11 +98,11 @@ def miniature_of(model: nn.Module) -> Miniature:
 
 def _miniature(kind: type[nn.Module], config: Any) -> Miniature:
     reasons = []
-    # The narrowest first: where head widths depend on each other in ways not known here, only the
-    # FFN, the vocabulary and the number of layers shrink.
-    for narrow in (True, False):
+    # The narrowest first. Where head widths depend on each other in ways not known here, heads keep
+    # their width, or their number, too.
+    for heads in _Heads:
         try:
-            small, layers = _smaller(config, narrow=narrow)
+            small, layers = _smaller(config, heads)
             return Miniature(_built(kind, small), layers)
         except Exception as error:  # noqa: BLE001 - any family's code may fail in any way
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
@@ -118,7 +127,7 @@ def _built(kind: type[nn.Module], config: Any) -> nn.Module:
     return model
 
 
-def _smaller(config: Any, *, narrow: bool) -> tuple[Any, tuple[int, ...]]:
+def _smaller(config: Any, heads: _Heads) -> tuple[Any, tuple[int, ...]]:
     """A configuration with fewer layers and tokens and smaller widths, and which layers stay."""
     small = copy.deepcopy(config)
     layers: tuple[int, ...] = ()
@@ -126,7 +135,7 @@ def _smaller(config: Any, *, narrow: bool) -> tuple[Any, tuple[int, ...]]:
         kept = _shortened(part)
         layers = layers or kept
         _with_few_tokens(part)
-        _narrowed(part, heads=narrow)
+        _narrowed(part, heads)
     text = small.get_text_config(decoder=True)
     return small, layers or tuple(range(int(text.num_hidden_layers)))
 
@@ -189,8 +198,8 @@ def _with_few_tokens(config: Any) -> None:
             _set(config, key, min(vocabulary, VOCABULARY))
 
 
-def _narrowed(config: Any, *, heads: bool) -> None:
-    """Smaller widths; the attention's only if ``heads``."""
+def _narrowed(config: Any, heads: _Heads) -> None:
+    """Smaller widths of FFNs and, as far as ``heads`` says, of the attention."""
     for key in vars(config):
         inner = key.endswith(("intermediate_size", "ffn_dim")) or key == "n_inner"
         if inner and _number(config, key):
@@ -205,11 +214,15 @@ def _narrowed(config: Any, *, heads: bool) -> None:
         if key.endswith("chunk_size") and (tokens := _number(config, key)):
             _set(config, key, min(tokens, _MOST_AT_ONCE))
     many = _number(config, "num_attention_heads")
-    if not heads or not many:
+    if heads is _Heads.SAME or not many:
         return
+    own_width = _number(config, "head_dim") or (_number(config, "hidden_size") or 0) // many
     _set(config, "num_attention_heads", _HEADS)
     if shared := _number(config, "num_key_value_heads"):
         _set(config, "num_key_value_heads", _HEADS if shared == many else 1 if shared == 1 else 2)
+    if heads is _Heads.FEW:
+        _set(config, "hidden_size", _HEADS * own_width)
+        return
     in_parts = _number(config, "qk_rope_head_dim") is not None
     widths = {
         "hidden_size": _WIDTH,
