@@ -72,7 +72,7 @@ class Anatomy:
     Attributes:
         layers: name of the list of layers.
         head: name of the output embedding.
-        branches: for each layer of the miniature, its branches, in the order in which they run.
+        branches: for each layer of the miniature, its branches, in the order of their definition.
         causal: whether a token is never affected by later ones.
         padded: whether a prompt is the same beside a longer one, with padding behind it.
     """

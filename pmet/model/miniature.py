@@ -66,7 +66,8 @@ class Miniature:
     layers: tuple[int, ...]
 
 
-_made: dict[tuple[type, str], Miniature | NoMiniatureError] = {}
+# The reason, where there is none.
+_made: dict[tuple[type, str], Miniature | str] = {}
 
 
 def miniature_of(model: nn.Module) -> Miniature:
@@ -89,10 +90,10 @@ def miniature_of(model: nn.Module) -> Miniature:
         try:
             _made[key] = _miniature(type(model), config)
         except NoMiniatureError as error:
-            _made[key] = error
+            _made[key] = str(error)
     found = _made[key]
-    if isinstance(found, NoMiniatureError):
-        raise found
+    if isinstance(found, str):
+        raise NoMiniatureError(found)
     return found
 
 
@@ -105,7 +106,8 @@ def _miniature(kind: type[nn.Module], config: Any) -> Miniature:
             small, layers = _smaller(config, heads)
             return Miniature(_built(kind, small), layers)
         except Exception as error:  # noqa: BLE001 - any family's code may fail in any way
-            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            kind_of = "" if isinstance(error, NoMiniatureError) else f"{type(error).__name__}: "
+            reasons.append(f"{kind_of}{' '.join(str(error).split())[:120]}")
     raise NoMiniatureError("; ".join(dict.fromkeys(reasons)))
 
 
