@@ -4,7 +4,8 @@ python -m benchmarks.targets --count 40
 
 With ``--processes 2`` each form is split over two processes, in the shards that a job would have;
 the baseline remains the plain form in one process, with as many threads. With ``--dtype bfloat16``
-the batched form computes in 16 bits.
+the batched form computes in 16 bits. With ``--whole`` it also runs prompts whole, as for models
+that allow no shortcut.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -48,12 +52,14 @@ def main() -> None:
         shared = runs.measured(_plain) if options.processes > 1 else None
         limit = _operations(given, order, plain.steps)
         forms = [_Batched(size, options.dtype) for size in BATCH_SIZES]
+        if options.whole:
+            forms.append(_Batched(None, options.dtype, whole=True))
         done = [[runs.measured(form) for form in forms] for _ in range(options.repeat)]
     rows = [_row("plain", [plain], plain, given, order)]
     if shared:
         rows.append(_row("plain, split", [shared], plain, given, order))
     for form, several in zip(forms, zip(*done, strict=True), strict=True):
-        name = f"batched, {form.size or 'auto'}"
+        name = f"batched, {form.size or 'auto'}{', whole prompts' if form.whole else ''}"
         rows.append(_row(name, several, plain, given, order))
     count = len(order)
     show(
@@ -74,6 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, help="number of processes that share the requests"
     )
+    parser.add_argument("--whole", action="store_true", help="also run prompts whole")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each batched form")
     return parser.parse_args()
 
@@ -151,20 +158,30 @@ def _plain(shard: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 class _Batched:
     """The batched form at one batch size."""
 
-    def __init__(self, size: int | None, dtype: str) -> None:
-        self.size, self._dtype = size, dtype
+    def __init__(self, size: int | None, dtype: str, *, whole: bool = False) -> None:
+        self.size, self._dtype, self.whole = size, dtype, whole
 
     def __call__(self, shard: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         given = _mine["problem"]
-        found = compute_targets(
-            given.model.to(getattr(torch, self._dtype)),
-            given.tokenizer,
-            [given.requests[e] for e in shard],
-            given.hparams,
-            context_templates=given.templates,
-            batch_size=self.size,
-        )
+        with _whole_prompts() if self.whole else nullcontext():
+            found = compute_targets(
+                given.model.to(getattr(torch, self._dtype)),
+                given.tokenizer,
+                [given.requests[e] for e in shard],
+                given.hparams,
+                context_templates=given.templates,
+                batch_size=self.size,
+            )
         return found.values, found.steps
+
+
+@contextmanager
+def _whole_prompts() -> Iterator[None]:
+    modules = [sys.modules[f"pmet.targets.{name}"] for name in ("mechanism", "optimization")]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "why_whole", lambda *_: "a benchmark"))
+        yield
 
 
 def _row(
