@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +27,7 @@ from pipeline.data import plan_shards
 from pipeline.plan import shard_size
 from pmet.reference import plain_targets
 from pmet.targets import Problem as Tokens
-from pmet.targets import compute_targets
+from pmet.targets import compute_targets, optimization
 
 BATCH_SIZES = (1, 8, 64, None)
 RATE_SECONDS = 0.5
@@ -163,7 +162,8 @@ class _Batched:
 
     def __call__(self, shard: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         given = _mine["problem"]
-        with _whole_prompts() if self.whole else nullcontext():
+        chosen = patch.object(optimization, "why_whole", lambda *_: "a benchmark")
+        with chosen if self.whole else nullcontext():
             found = compute_targets(
                 given.model.to(getattr(torch, self._dtype)),
                 given.tokenizer,
@@ -173,15 +173,6 @@ class _Batched:
                 batch_size=self.size,
             )
         return found.values, found.steps
-
-
-@contextmanager
-def _whole_prompts() -> Iterator[None]:
-    modules = [sys.modules[f"pmet.targets.{name}"] for name in ("mechanism", "optimization")]
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(patch.object(module, "why_whole", lambda *_: "a benchmark"))
-        yield
 
 
 def _row(

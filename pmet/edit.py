@@ -20,15 +20,14 @@ from pmet.model import ContextTemplates, Layout, contexts, frozen, home, resolve
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets import Targets, compute_targets
 from pmet.update import (
-    KeyReader,
     KeyResidualRows,
     KeyResidualSums,
+    LookupReader,
     Lookups,
     LookupTokenizer,
-    WholeReader,
     cheaper_form,
     moment_factor,
-    reader_for,
+    reader_kind,
     second_moments,
     solve,
     square_root_spread,
@@ -107,7 +106,9 @@ def compute_edit(
             tokenizing = LookupTokenizer(tokenizer, templates)
             batches = list(tokenizing.batches(requests))
             device = home(model)
-            reader = reader_for(model, layout, hparams.layers, tokenizing.shared, batches, device)
+            reader = reader_kind(model, layout)(
+                model, layout, hparams.layers, tokenizing.shared, batches, device
+            )
             for index, layer in enumerate(hparams.layers):
                 with reader.reading(index):
                     collected = _collected(reader, batches, targets_EV.to(device), layout)
@@ -128,7 +129,7 @@ def compute_edit(
 
 
 def _collected(
-    reader: KeyReader | WholeReader,
+    reader: LookupReader,
     batches: Sequence[Lookups],
     targets_EV: torch.Tensor,
     layout: Layout,

@@ -85,6 +85,7 @@ TESTED_IN = {
     "pmet.targets.suffix": "pmet/targets/test_optimization.py",
     "pmet.targets.whole": "parity/test_other_families.py",
     "pmet.update.key_reader": "pmet/update/test_keys.py",
+    "pmet.update.lookup_reader": "pmet/update/test_keys.py",
     "pmet.update.mechanism": "parity/test_other_families.py",
     "pmet.update.spill": "pmet/update/test_keys.py",
     "pmet.update.spread": "pmet/update/test_solver.py",

@@ -272,7 +272,7 @@ def _key_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplat
     import torch
 
     from pmet.model import resolve
-    from pmet.update import LookupTokenizer, reader_for
+    from pmet.update import LookupTokenizer, reader_kind
 
     layers = sample.hparams.layers
     tokenizing = LookupTokenizer(tokenizer, templates)
@@ -280,7 +280,7 @@ def _key_s(model: Any, tokenizer: Any, sample: Sample, templates: ContextTemplat
     layout = resolve(model, sample.hparams)
 
     def read() -> None:
-        reader = reader_for(
+        reader = reader_kind(model, layout, whole_passes=True)(
             model, layout, layers, tokenizing.shared, batches, model.device, whole_passes=True
         )
         with torch.no_grad():

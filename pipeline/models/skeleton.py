@@ -66,12 +66,10 @@ def model_class(config: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = config.model_type
-    if not transformers_internals.is_causal_type(kind) and transformers_internals.reads_images(
-        kind
-    ):
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    if transformers_internals.is_causal_type(config.model_type):
+        return AutoModelForCausalLM
+    wrapped = transformers_internals.reads_images(config.model_type)
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
 def skeleton_with_buffers(

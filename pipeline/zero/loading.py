@@ -11,11 +11,10 @@ from torch import nn
 
 from pipeline.errors import ModelError
 from pipeline.models import (
-    NO_CODE,
     Checkpoint,
     StoredTensor,
     check_values,
-    model_class,
+    open_causal_lm,
     skeleton_with_buffers,
 )
 from pipeline.zero.collectives import share_of_rows
@@ -122,21 +121,12 @@ def _load_with_transformers(
     model_path: str, dtype: torch.dtype, config: dict[str, Any]
 ) -> tuple[nn.Module, Any]:
     """Do the same as `load_partitioned` for files that rank 0 reads whole."""
-    from transformers import AutoConfig
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers keeps a weak reference: while this object lives, models it opens are partitioned.
     switch = HfDeepSpeedConfig(config)
     try:
-        # Only safetensors, as everywhere: pickle can run code.
-        own = AutoConfig.from_pretrained(model_path, local_files_only=True, **NO_CODE)
-        module = (
-            model_class(own)
-            .from_pretrained(
-                model_path, dtype=dtype, use_safetensors=True, local_files_only=True, **NO_CODE
-            )
-            .eval()
-        )
+        module = open_causal_lm(model_path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot open the model at {model_path}: {error}") from error
     finally:

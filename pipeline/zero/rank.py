@@ -60,7 +60,7 @@ from pmet.update import (
     factor,
     moment_factor,
     normal_matrix,
-    reader_for,
+    reader_kind,
     solve_rows,
     solve_rows_by_requests,
     square_root_spread,
@@ -201,7 +201,8 @@ class UpdateRank:
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []
-        self._reader = reader_for(
+        kind = reader_kind(self._model, self._layout, whole_passes=True)
+        self._reader = kind(
             self._model,
             self._layout,
             job.hparams.layers,

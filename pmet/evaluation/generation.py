@@ -8,22 +8,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
+from pmet.evaluation.continuations import logits_at
 from pmet.evaluation.prompts import Prompts, Tokens
 from pmet.model import (
-    Miniature,
-    NoMiniatureError,
+    SAME,
     cache_name,
     changed_input,
     context_length,
+    farthest_apart,
     frozen,
-    miniature_of,
+    holds,
     pad,
     positions,
     takes_positions,
@@ -131,11 +132,12 @@ def _grown(
     fits = [i for i in range(len(ids)) if 0 < room(len(ids[i])) <= limit - len(ids[i])]
     order = sorted(fits, key=lambda i: len(ids[i]))
     ends = _ends(model, prompts.tokenizer) if stop else []
+    in_front = holds(model, _pads_in_front)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         own = [ids[i] for i in part]
         most = max(room(len(row)) for row in own)
-        grow = _new_tokens if _pads_in_front(model) else _new_tokens_from_whole_passes
+        grow = _new_tokens if in_front else _new_tokens_from_whole_passes
         new_BT = grow(model, own, most, partial(_chosen, choose, part), ends)
         for i, row, said in zip(part, own, new_BT.tolist(), strict=True):
             said = said[: room(len(row))]
@@ -213,16 +215,14 @@ def _new_tokens_from_whole_passes(
 ) -> torch.Tensor:
     """Do the same as `_new_tokens` without a cache and without padding in front."""
     rows, ended = [list(row) for row in ids], [False] * len(ids)
-    head = model.get_output_embeddings()  # type: ignore[operator]
     new: list[torch.Tensor] = []
     with frozen(model):
         for number in range(count):
             ids_BT, mask_BT = pad(rows, next(model.parameters()).device)
             each_B = torch.arange(len(rows), device=ids_BT.device)
-            last_B = mask_BT.sum(1) - 1
-            with changed_input(head, partial(_at, each_B, last_B)):
-                output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-            chosen_B = choose(output.logits[:, -1].float(), number)
+            given = {"input_ids": ids_BT, "attention_mask": mask_BT}
+            logits_BV = logits_at(model, given, each_B, mask_BT.sum(1) - 1)
+            chosen_B = choose(logits_BV.float(), number)
             new.append(chosen_B)
             for row, token in enumerate(chosen_B.tolist()):
                 rows[row].append(token)
@@ -232,35 +232,18 @@ def _new_tokens_from_whole_passes(
     return torch.stack(new, dim=1)
 
 
-def _at(rows_B: torch.Tensor, columns_B: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
-    return hidden_BTD[rows_B, columns_B][:, None]
-
-
 _ROWS = ((3, 5, 8, 2), (6,), (2, 7, 1))
-_SAME = 1e-3
 
 
 def _pads_in_front(model: nn.Module) -> bool:
-    """Whether a model computes the same behind padding, token by token, as its miniature shows."""
-    try:
-        return _computes_the_same_behind_padding(miniature_of(model))
-    except NoMiniatureError:
-        return False
-
-
-@cache
-@torch.no_grad()
-def _computes_the_same_behind_padding(small: Miniature) -> bool:
+    """Whether a model computes the same behind padding, token by token."""
     seen: list[torch.Tensor] = []
 
     def noted(logits_BV: torch.Tensor, _step: int) -> torch.Tensor:
         seen.append(logits_BV)
         return torch.full((len(logits_BV),), 4)
 
-    try:
-        _new_tokens_from_whole_passes(small.model, _ROWS, 3, noted, ())
-        _new_tokens(small.model, _ROWS, 3, noted, ())
-    except Exception:  # noqa: BLE001 - whatever a family's code raises
-        return False
+    for grow in (_new_tokens_from_whole_passes, _new_tokens):
+        grow(model, _ROWS, 3, noted, ())
     whole, behind = torch.stack(seen[:3]), torch.stack(seen[3:])
-    return bool((whole - behind).norm() <= _SAME * whole.norm())
+    return farthest_apart([behind], [whole]) <= SAME

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from pmet.evaluation.prompts import Tokens
-from pmet.model import Miniature, NoMiniatureError, miniature_of, pad
+from pmet.model import SAME, farthest_apart, holds, pad
 
 MOST = 64
 """Maximum tokens in a pack: attention processes every pair of them."""
@@ -66,32 +65,23 @@ def reads_trees(model: nn.Module, longest: int) -> bool:
     # A pairwise mask replaces the model's own, including its sliding window.
     if any(window is not None and window < longest for window in windows):
         return False
-    try:
-        return _reads_trees(miniature_of(model))
-    except NoMiniatureError:
-        return False
+    return holds(model, _reads_trees)
 
 
 _SEQUENCES = ((3, 5, 8, 2), (3, 5, 7), (3, 5, 7, 1, 4), (6,), (6, 2))
-# In float32 both ways agree to some 1e-6.
-_SAME = 1e-3
 
 
-@cache
 @torch.no_grad()
-def _reads_trees(small: Miniature) -> bool:
-    """Whether a miniature computes the same for a tree as for its sequences."""
-    model = small.model
-    try:
-        (pack,) = packed(_SEQUENCES, MOST)
-        logits_NV = model(**inputs(model, [pack], trees=True), use_cache=False).logits[0]
-        for sequence, path in pack.sequences:
-            alone_NV = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
-            if not (logits_NV[list(path)] - alone_NV).norm() <= _SAME * alone_NV.norm():
-                return False
-    except Exception:  # noqa: BLE001 - whatever a family's code raises
-        return False
-    return True
+def _reads_trees(model: nn.Module) -> bool:
+    """Whether a model computes the same for a tree as for its sequences."""
+    (pack,) = packed(_SEQUENCES, MOST)
+    logits_NV = model(**inputs(model, [pack], trees=True), use_cache=False).logits[0]
+    alone = [
+        model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
+        for sequence, _ in pack.sequences
+    ]
+    in_tree = [logits_NV[list(path)] for _, path in pack.sequences]
+    return farthest_apart(in_tree, alone) <= SAME
 
 
 def packed(sequences: Iterable[Tokens], most: int) -> list[Pack]:

@@ -1,5 +1,6 @@
 from . import contexts as contexts
 from . import transformers_internals as transformers_internals
+from .architecture import Family as Family
 from .architecture import Layout as Layout
 from .architecture import evidence as evidence
 from .architecture import is_matrix as is_matrix
@@ -22,8 +23,12 @@ from .kernels import put as put
 from .kernels import take as take
 from .kernels import tuned as tuned
 from .kernels import tuned_if_short as tuned_if_short
+from .miniature import SAME as SAME
 from .miniature import Miniature as Miniature
 from .miniature import NoMiniatureError as NoMiniatureError
+from .miniature import farthest_apart as farthest_apart
+from .miniature import holds as holds
+from .miniature import in_one_line as in_one_line
 from .miniature import miniature_of as miniature_of
 from .module_overrides import called as called
 from .module_overrides import layer_on_places as layer_on_places

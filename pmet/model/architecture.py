@@ -2,9 +2,8 @@
 
 The hyper-parameters decide which weights are edited and where δ_a is added. What they leave out is
 found by trying a small copy of the model (``pmet.model.discovery``), so there is no table of
-families. If the hyper-parameters name
-the attention block, as files of MEMIT do, δ_a is added to the projection inside it
-(``pmet.model.output_projection``).
+families. If the hyper-parameters name the attention block, as files of MEMIT do, δ_a is added to
+the projection inside it (``pmet.model.output_projection``).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pmet.model.miniature import Miniature
+from pmet.model.miniature import SAME, Miniature, farthest_apart
 from pmet.model.padding import pad
 from pmet.model.tracing import changed_input, changed_output, first
 
@@ -271,16 +271,13 @@ def _is_causal(model: nn.Module) -> bool:
     changed = _TOKENS.clone()
     changed[0, -1] += 1
     before = len(_TOKENS[0]) - 1
-    return _same(*(_run(model, ids).logits[0, :before] for ids in (_TOKENS, changed)))
+    one, other = (_run(model, ids).logits[0, :before] for ids in (_TOKENS, changed))
+    return farthest_apart([one], [other]) <= SAME
 
 
 def _takes_padding(model: nn.Module) -> bool:
     short = _TOKENS[0, :_AT].tolist()
     ids, mask = pad([_TOKENS[0].tolist(), short], torch.device("cpu"))
     beside = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    alone = [_run(model, _TOKENS), _run(model, _TOKENS[:, :_AT])]
-    return _same(beside[0], alone[0].logits[0]) and _same(beside[1, :_AT], alone[1].logits[0])
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).norm() <= 10 * _ROUNDING * other.norm())
+    alone = [_run(model, ids).logits[0] for ids in (_TOKENS, _TOKENS[:, :_AT])]
+    return farthest_apart([beside[0], beside[1, :_AT]], alone) <= SAME

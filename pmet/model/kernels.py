@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from pmet.model.miniature import NoMiniatureError, miniature_of
+from pmet.model.miniature import SAME, farthest_apart, holds
 from pmet.model.padding import pad
 from pmet.model.torch_internals import context_of, softmax_backward
 from pmet.model.tracing import changed_output
@@ -37,7 +37,6 @@ _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = _SLOPE * 0.044715
 
 _SHORT_ROWS = "pmet_short_rows"
-_SAME = 1e-3  # rounding is some 1e-6, another meaning 1e-2 and more
 _SHORT = 128  # tokens of a row
 
 
@@ -287,7 +286,7 @@ def _fused_activations(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _short_rows(model: nn.Module) -> Iterator[None]:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if not on_cpu or replaceable_attention(model) != "sdpa" or not _computes_the_same(model):
+    if not on_cpu or replaceable_attention(model) != "sdpa" or not holds(model, _computes_the_same):
         yield
         return
     with _other_attention(model):
@@ -304,32 +303,14 @@ def _other_attention(model: nn.Module) -> Iterator[None]:
         chooser.set_attn_implementation("sdpa")
 
 
-_tried: dict[int, bool] = {}
-
-
 def _computes_the_same(model: nn.Module) -> bool:
-    """Whether attention for short rows is a family's own, as its miniature shows.
+    """Whether attention for short rows is a model's own, in logits and gradients.
 
     A family may pass terms of its own to its attention, which the one for short rows leaves out.
     """
-    try:
-        small = miniature_of(model)
-    except NoMiniatureError:
-        return False
-    if id(small) not in _tried:
-        _tried[id(small)] = _difference(small.model) <= _SAME
-    return _tried[id(small)]
-
-
-def _difference(model: nn.Module) -> float:
-    """The largest relative difference with both kinds of attention, in logits and gradients."""
     own = _logits_and_gradient(model)
-    try:
-        with _other_attention(model):
-            other = _logits_and_gradient(model)
-    except Exception:  # noqa: BLE001 - whatever a family's code raises
-        return math.inf
-    return max(float((a - b).norm() / a.norm()) for a, b in zip(own, other, strict=True))
+    with _other_attention(model):
+        return farthest_apart(_logits_and_gradient(model), own) <= SAME
 
 
 def _logits_and_gradient(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

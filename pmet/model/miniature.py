@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ _MOST_PARAMETERS = 50_000_000
 _SPREAD = 1.5
 
 
+SAME = 1e-3
+"""Two ways of computing the same are this close on a miniature: rounding in float32 is some 1e-6 of
+the norm, and ways that differ in meaning are apart by 1e-2 and more.
+"""
+
+
 class _Heads(Enum):
     """What happens to the attention's heads."""
 
@@ -64,6 +71,40 @@ class Miniature:
 
     model: nn.Module
     layers: tuple[int, ...]
+
+
+def holds(model: nn.Module, check: Callable[[nn.Module], bool]) -> bool:
+    """Whether a check holds on a model's miniature; not if there is none, or if it fails there.
+
+    Args:
+        model: the model.
+        check: a function of a module, so that its result is remembered.
+    """
+    try:
+        small = miniature_of(model)
+    except NoMiniatureError:
+        return False
+    return _holds(small, check)
+
+
+@cache
+def _holds(small: Miniature, check: Callable[[nn.Module], bool]) -> bool:
+    try:
+        return check(small.model)
+    except Exception:  # noqa: BLE001 - whatever a family's code raises
+        return False
+
+
+def farthest_apart(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    """The largest distance between tensors and their counterparts, relative to the counterparts."""
+    return max(
+        float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(some, others, strict=True)
+    )
+
+
+def in_one_line(error: Exception) -> str:
+    """What a family's code has raised, as part of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 # The reason, where there is none.
@@ -106,8 +147,9 @@ def _miniature(kind: type[nn.Module], config: Any) -> Miniature:
             small, layers = _smaller(config, heads)
             return Miniature(_built(kind, small), layers)
         except Exception as error:  # noqa: BLE001 - any family's code may fail in any way
-            kind_of = "" if isinstance(error, NoMiniatureError) else f"{type(error).__name__}: "
-            reasons.append(f"{kind_of}{' '.join(str(error).split())[:120]}")
+            reasons.append(
+                str(error) if isinstance(error, NoMiniatureError) else in_one_line(error)
+            )
     raise NoMiniatureError("; ".join(dict.fromkeys(reasons)))
 
 

@@ -7,19 +7,23 @@ the same changes, and logits and gradients are compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import nn
 
 from pmet.errors import ArchitectureError
 from pmet.model import (
+    SAME,
+    Family,
     Layout,
     Miniature,
     NoMiniatureError,
     PrefixFiller,
     TokenizedPrompt,
+    farthest_apart,
+    in_one_line,
     layers_of_each_kind,
     layout_of,
     miniature_of,
@@ -28,8 +32,6 @@ from pmet.model import (
 from pmet.targets.suffix import SuffixRun
 from pmet.targets.whole import WholeRun
 
-# In float32 both ways agree to some 1e-6; ways that differ in meaning are apart by 1e-2 and more.
-_SAME = 1e-3
 # Of different lengths before and after the subject's last token, which starts one of them.
 _PROMPTS = [
     TokenizedPrompt((3, 5, 8, 2, 7, 1), 3),
@@ -37,24 +39,6 @@ _PROMPTS = [
     TokenizedPrompt((6, 4, 8), 0),
     TokenizedPrompt((3, 2, 7, 4, 1, 8, 6), 2),
 ]
-
-_tried: dict[tuple[int, str, str, str], str | None] = {}
-
-
-def run_for(
-    model: nn.Module, layout: Layout, layer: int, prefixes: Sequence[Sequence[Sequence[int]]]
-) -> SuffixRun | WholeRun:
-    """The fastest exact way to run prompts from ``layer`` on repeatedly.
-
-    Args:
-        model: a causal language model in evaluation mode, its weights frozen.
-        layout: the model's layout.
-        layer: z.
-        prefixes: for each context, the prefixes that all requests have there.
-    """
-    if why_whole(model, layout) is not None:
-        return WholeRun(model, layout, layer)
-    return SuffixRun(model, layout, layer, PrefixFiller(model, layout, prefixes))
 
 
 def why_whole(model: nn.Module, layout: Layout) -> str | None:
@@ -71,42 +55,32 @@ def why_whole(model: nn.Module, layout: Layout) -> str | None:
         small = miniature_of(model)
     except NoMiniatureError as error:
         return f"no small copy of it can be tried ({error})"
-    names = layout.family
-    key = (id(small), names.layer, names.attention_projection, names.down_projection)
-    if key not in _tried:
-        _tried[key] = _difference(small, layout)
-    return _tried[key]
+    return _difference(small, layout.family)
 
 
-def _difference(small: Miniature, layout: Layout) -> str | None:
+@cache
+def _difference(small: Miniature, family: Family) -> str | None:
     """How both ways differ on a miniature, at any layer that has the parts; None: they agree."""
-    layers = layers_of_each_kind(small, layout.family)
+    layers = layers_of_each_kind(small, family)
     for layer in layers:
-        own = layout_of(small.model, layout.family, layer)
+        own = layout_of(small.model, family, layer)
         try:
             whole = _outcome(small, own, layer, whole=True)
         except Exception as error:
             raise ArchitectureError(
                 f"{type(small.model).__name__} cannot run prompts of different lengths side by "
-                f"side ({_line(error)}), as a small copy of it shows; edit another model"
+                f"side ({in_one_line(error)}), as a small copy of it shows; edit another model"
             ) from error
         try:
             suffix = _outcome(small, own, layer)
         except ArchitectureError:
             return "its layers are of several kinds"
         except Exception as error:  # noqa: BLE001 - whatever a family's code raises
-            return _line(error)
-        apart = max(
-            float((a - b).norm() / a.norm().clamp_min(1e-30))
-            for a, b in zip(whole, suffix, strict=True)
-        )
-        if not apart <= _SAME:
+            return in_one_line(error)
+        apart = farthest_apart(suffix, whole)
+        if not apart <= SAME:
             return f"logits or gradients differ by {apart:.1e}"
     return None if layers else "its small copy has no such layers"
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _outcome(

@@ -34,6 +34,7 @@ from pmet.hparams import PMETHyperParams
 from pmet.model import (
     ContextTemplates,
     Layout,
+    PrefixFiller,
     check,
     context_length,
     frozen,
@@ -43,7 +44,7 @@ from pmet.model import (
 )
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets.batch import Member, Places, State
-from pmet.targets.mechanism import run_for, why_whole
+from pmet.targets.mechanism import why_whole
 from pmet.targets.memory import (
     SCORE_BYTES,
     Count,
@@ -53,6 +54,8 @@ from pmet.targets.memory import (
     room_beside,
 )
 from pmet.targets.problem import Problem, sharing_a_key
+from pmet.targets.suffix import SuffixRun
+from pmet.targets.whole import WholeRun
 
 # The published code's constants: when a target is good enough, and the factor on the likelihood's
 # weight once the target is the greedy answer everywhere.
@@ -148,11 +151,11 @@ def compute_targets(
     size = batch_size or default_batch_size(device, len(problems))
     budget = None if batch_size else memory or room_beside(model, layout, hparams.target_layer)
     longest = max(problem.longest for problem in problems)
+    whole = why_whole(model, layout) is not None
     # Whole prompts run in the model's own code throughout.
-    fast = tuned(model, longest) if why_whole(model, layout) is None else nullcontext()
-    with frozen(model), fast:
+    with frozen(model), nullcontext() if whole else tuned(model, longest):
         optimisation = _Optimisation(
-            model, layout, hparams, [(g, problems[g]) for g in order], size, budget
+            model, layout, hparams, [(g, problems[g]) for g in order], size, budget, whole=whole
         )
         for index, outcome in optimisation.run():
             for e in groups[index]:
@@ -182,6 +185,15 @@ def _targets(outcomes: Sequence[_Outcome], width: int) -> Targets:
     )
 
 
+def _prefixes(problems: Sequence[Problem]) -> list[list[tuple[int, ...]]]:
+    """For each context, the prefixes that the problems have there."""
+    by_context: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for problem in problems:
+        for prompt, number in problem.rows:
+            by_context[number].append(prompt.prefix)
+    return [by_context[number] for number in range(max(by_context) + 1)]
+
+
 class _Optimisation:
     """Adam on the free vectors of a batch of requests, refilled from a queue.
 
@@ -192,6 +204,7 @@ class _Optimisation:
         problems: the problems of all requests, with their numbers, in the order of the queue.
         size: maximum number of requests in the batch.
         memory: bytes that the batch may use; None: ``size`` alone is the limit.
+        whole: run prompts whole (`pmet.targets.mechanism`).
     """
 
     def __init__(
@@ -202,17 +215,20 @@ class _Optimisation:
         problems: Sequence[tuple[int, Problem]],
         size: int,
         memory: int | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self._model, self._layout, self._hparams = model, layout, hparams
         self._size, self._memory = size, memory
         self._footprint: Footprint | None = None
         self._queue = deque(Member(index, problem) for index, problem in problems)
-        by_context: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for _, problem in problems:
-            for prompt, number in problem.rows:
-                by_context[number].append(prompt.prefix)
-        prefixes = [by_context[number] for number in range(max(by_context) + 1)]
-        self._run = run_for(model, layout, hparams.target_layer, prefixes)
+        layer = hparams.target_layer
+        self._run: SuffixRun | WholeRun
+        if whole:
+            self._run = WholeRun(model, layout, layer)
+        else:
+            filler = PrefixFiller(model, layout, _prefixes([problem for _, problem in problems]))
+            self._run = SuffixRun(model, layout, layer, filler)
         self._members: list[Member] = []
         self._state: State | None = None
         self._places: Places | None = None

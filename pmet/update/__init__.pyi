@@ -1,9 +1,9 @@
 from . import second_moments as second_moments
-from .key_reader import KeyReader as KeyReader
 from .keys import LookupFile as LookupFile
 from .keys import Lookups as Lookups
 from .keys import LookupTokenizer as LookupTokenizer
-from .mechanism import reader_for as reader_for
+from .lookup_reader import LookupReader as LookupReader
+from .mechanism import reader_kind as reader_kind
 from .mechanism import why_read_whole as why_read_whole
 from .second_moments import BATCH_TOKENS as BATCH_TOKENS
 from .second_moments import SecondMoments as SecondMoments
@@ -24,4 +24,3 @@ from .solver import whitened as whitened
 from .spread import square_root_spread as square_root_spread
 from .sums import KeyResidualRows as KeyResidualRows
 from .sums import KeyResidualSums as KeyResidualSums
-from .whole_reader import WholeReader as WholeReader

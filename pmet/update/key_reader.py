@@ -15,7 +15,7 @@ of the longest context, D model width, K key width, V value width, E requests of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,9 @@ import torch
 from torch import nn
 
 from pmet.model import (
-    Layout,
     Prefixes,
     changed_input,
     chosen,
-    first,
     form_of,
     forward,
     fused,
@@ -38,10 +36,9 @@ from pmet.model import (
     places_of_tokens,
     put,
     replaced,
-    stopping_after,
     with_first,
 )
-from pmet.update.keys import Lookups
+from pmet.update.lookup_reader import LookupReader
 from pmet.update.spill import Spill
 
 HIDDEN_BYTES = 8 << 20
@@ -104,43 +101,18 @@ class _Rows:
         return chosen(flat, self.mask_BT.sum(1).cumsum(0) - 1)
 
 
-class KeyReader:
-    """Reads keys and current values of many requests, pass by pass.
-
-        for index, layer in enumerate(layers):
-            with reader.reading(index):
-                for batch in range(len(batches)):
-                    keys_EK, values_EV = reader.read(batch)
-            ...  # change the layer's weight
+class KeyReader(LookupReader):
+    """The fast way: it skips whatever the module's description says.
 
     Args:
-        model: a causal language model in evaluation mode.
-        layout: the model's layout.
-        layers: the edited layers, ascending; the last one is layer z.
-        shared: the `LookupTokenizer`'s shared tokens.
-        batches: the `LookupTokenizer`'s batches.
-        device: the device where the model takes tokens, and where keys and values are returned.
-        whole_passes: for a model whose passes must not be stopped early (ZeRO-3): unneeded modules
-            pass their inputs through.
+        arguments: as for `LookupReader`, and ``whole_passes``.
         memory: bytes of hidden states that may stay in main memory from pass to pass; the rest goes
             to a temporary file.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        layers: Sequence[int],
-        shared: Sequence[Sequence[int]],
-        batches: Sequence[Lookups],
-        device: torch.device,
-        *,
-        whole_passes: bool = False,
-        memory: int = HIDDEN_BYTES,
-    ) -> None:
-        self._model, self._layout, self._layers = model, layout, tuple(layers)
-        self._shared, self._batches, self._device = shared, batches, device
-        self._whole_passes, self._memory = whole_passes, memory
+    def __init__(self, *arguments: Any, memory: int = HIDDEN_BYTES, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._memory = memory
         # The form in which the family's layers return their hidden states.
         self._form: Any = None
         self._pass: _Pass | None = None
@@ -148,11 +120,7 @@ class KeyReader:
 
     @contextmanager
     def reading(self, index: int) -> Iterator[None]:
-        """Within: the keys of the ``index``-th layer can be read.
-
-        Passes must be in order, with the previous pass's layer edited in between. The first may be
-        any: then it starts at the bottom.
-        """
+        """See `LookupReader.reading`; the first pass starts at the bottom."""
         before = self._pass.after if self._pass else None
         self._pass = _Pass(
             start=self._layers[index - 1] if before else 0,
@@ -167,7 +135,7 @@ class KeyReader:
 
     @torch.no_grad()
     def read(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``keys_EK`` and ``values_EV`` of a batch, float64, on the device."""
+        """See `LookupReader.read`."""
         lookups = self._batches[batch]
         ids_BT, mask_BT = pad(lookups.ids, self._device)
         row_starts_B = torch.arange(len(ids_BT), device=self._device) * ids_BT.shape[1]
@@ -175,17 +143,13 @@ class KeyReader:
         contexts = torch.tensor(lookups.contexts, device=self._device)
         assert self._prefixes is not None, "no pass has begun"
         prefixes = self._prefixes.kept(contexts, room=ids_BT.shape[1])
-        with self._reading(rows) as seen:
+        with self._noting(self._now.layer, rows.at_ends) as seen:
             self._run(rows, prefixes.mask_BP, prefixes.cache())
-        keys_BK, values_BV = (rows_BX.to(self._device) for rows_BX in seen)
-        return lookups.mean_over_contexts(keys_BK), values_BV[:: lookups.every].double()
+        return self._by_request(lookups, seen)
 
     @torch.no_grad()
     def run_along(self) -> None:
-        """Run a single token and discard the result.
-
-        Ranks gather weights together: a rank without a batch must still take part.
-        """
+        """See `LookupReader.run_along`."""
         one = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         nothing = self._nothing(1)
         self._run(_Rows(None, one, one + 1, one[0]), nothing.mask_BP, nothing.cache())
@@ -233,10 +197,7 @@ class KeyReader:
                     stack.enter_context(replaced(layout.layer(model, i), self._passing))
             stack.enter_context(self._handed_on(rows))
             stack.enter_context(fused(model, mask_BP.shape[1] + rows.ids_BT.shape[1]))
-            if self._whole_passes:
-                stack.enter_context(without_head(model, layout))
-            else:
-                stack.enter_context(stopping_after(layout.layer(model, z)))
+            stack.enter_context(self._ending())
             ids = rows.ids_BT if now.before is None else self._stand_in_embeddings(rows.ids_BT)
             forward(model, ids, torch.cat([mask_BP, rows.mask_BT], 1), cache)
 
@@ -275,22 +236,6 @@ class KeyReader:
         finally:
             handle.remove()
 
-    @contextmanager
-    def _reading(self, rows: _Rows) -> Iterator[list[torch.Tensor]]:
-        """Keys (B, K) and values (B, V) at the rows' last tokens, once the pass has run."""
-        seen: list[torch.Tensor] = []
-        key = self._layout.down_projection(self._model, self._now.layer)
-        value = self._layout.down_projection(self._model, self._layers[-1])
-        handles = [
-            key.register_forward_pre_hook(lambda _m, args: seen.append(rows.at_ends(args[0]))),
-            value.register_forward_hook(lambda _m, _a, out: seen.append(rows.at_ends(first(out)))),
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _passing(self, hidden: torch.Tensor, _args: Any, _kwargs: Any) -> Any:
         return with_first(self._form, hidden)
 
@@ -305,15 +250,3 @@ class KeyReader:
     def _now(self) -> _Pass:
         assert self._pass is not None, "no pass has begun"
         return self._pass
-
-
-@contextmanager
-def without_head(model: nn.Module, layout: Layout) -> Iterator[None]:
-    """Within: the model returns its last hidden states instead of logits."""
-    parent_name, _, name = layout.family.head.rpartition(".")
-    parent, head = model.get_submodule(parent_name), layout.head(model)
-    setattr(parent, name, nn.Identity())
-    try:
-        yield
-    finally:
-        setattr(parent, name, head)

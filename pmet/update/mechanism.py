@@ -7,16 +7,28 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import nn
 
-from pmet.model import Layout, Miniature, NoMiniatureError, layers_with, layout_of, miniature_of
+from pmet.model import (
+    SAME,
+    Family,
+    Layout,
+    Miniature,
+    NoMiniatureError,
+    farthest_apart,
+    in_one_line,
+    layers_with,
+    layout_of,
+    miniature_of,
+)
 from pmet.update.key_reader import KeyReader
 from pmet.update.keys import Lookups
+from pmet.update.lookup_reader import LookupReader
 from pmet.update.whole_reader import WholeReader
 
-_SAME = 1e-3
 _SHARED = ((), (3, 5), ())
 # Two requests in a context of their own and in two of a group, one of which has shared tokens; then
 # one more.
@@ -32,26 +44,13 @@ _BATCHES = [
     ),
 ]
 
-_tried: dict[tuple[int, str, str, str, bool], str | None] = {}
 
-
-def reader_for(
-    model: nn.Module,
-    layout: Layout,
-    layers: Sequence[int],
-    shared: Sequence[Sequence[int]],
-    batches: Sequence[Lookups],
-    device: torch.device,
-    *,
-    whole_passes: bool = False,
-) -> KeyReader | WholeReader:
-    """The fastest exact reader of keys and values; the arguments are those of `KeyReader`."""
-    kind = (
-        KeyReader
-        if why_read_whole(model, layout, whole_passes=whole_passes) is None
-        else WholeReader
-    )
-    return kind(model, layout, layers, shared, batches, device, whole_passes=whole_passes)
+def reader_kind(
+    model: nn.Module, layout: Layout, *, whole_passes: bool = False
+) -> type[LookupReader]:
+    """The fastest exact reader of a model's keys and values."""
+    shortcuts = why_read_whole(model, layout, whole_passes=whole_passes) is None
+    return KeyReader if shortcuts else WholeReader
 
 
 def why_read_whole(model: nn.Module, layout: Layout, *, whole_passes: bool = False) -> str | None:
@@ -60,30 +59,27 @@ def why_read_whole(model: nn.Module, layout: Layout, *, whole_passes: bool = Fal
         small = miniature_of(model)
     except NoMiniatureError as error:
         return f"no small copy of it can be tried ({error})"
-    names = layout.family
-    key = id(small), names.layer, names.attention_projection, names.down_projection, whole_passes
-    if key not in _tried:
-        _tried[key] = _difference(small, layout, whole_passes=whole_passes)
-    return _tried[key]
+    return _difference(small, layout.family, whole_passes)
 
 
-def _difference(small: Miniature, layout: Layout, *, whole_passes: bool) -> str | None:
-    edited = layers_with(small, layout.family)[-2:]
+@cache
+def _difference(small: Miniature, family: Family, whole_passes: bool) -> str | None:
+    edited = layers_with(small, family)[-2:]
     if not edited:
         return "its small copy has no such layers"
-    own = layout_of(small.model, layout.family, edited[-1])
+    own = layout_of(small.model, family, edited[-1])
     whole = _read(WholeReader, small, own, edited, whole_passes)
     try:
         fast = _read(KeyReader, small, own, edited, whole_passes)
     except Exception as error:  # noqa: BLE001 - whatever a family's code raises
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    apart = max(float((a - b).norm() / a.norm()) for a, b in zip(whole, fast, strict=True))
-    return None if apart <= _SAME else f"keys or values differ by {apart:.1e}"
+        return in_one_line(error)
+    apart = farthest_apart(fast, whole)
+    return None if apart <= SAME else f"keys or values differ by {apart:.1e}"
 
 
 @torch.no_grad()
 def _read(
-    kind: type[KeyReader] | type[WholeReader],
+    kind: type[LookupReader],
     small: Miniature,
     layout: Layout,
     layers: Sequence[int],

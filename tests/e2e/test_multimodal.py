@@ -17,28 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from pipeline.run import run_job
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import HERE, facts, job
+from tests.pipeline.models.test_checks import TINY, VISION
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 700,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "max_position_embeddings": 128,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+TEXT = {**TINY, "max_position_embeddings": 128}
 PROCESSOR = {"processor_class": "Some", "image_size": 28}
 
 

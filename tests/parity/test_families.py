@@ -421,11 +421,18 @@ def test_deltas_do_not_depend_on_how_keys_are_read(
     states in a file between the passes.
     """
     monkeypatch.setattr(keys, "KEY_BATCH", 2)
-    reader = partial(KeyReader, whole_passes=True, memory=0)
-    monkeypatch.setattr("pmet.edit.KeyReader", reader)
+    read = []
+
+    class Reader(KeyReader):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, whole_passes=True, memory=0)
+            read.append(self)
+
+    monkeypatch.setattr("pmet.edit.reader_kind", lambda *_: Reader)
     head = problem.model.get_output_embeddings()
     assert_deltas_are_those_of_the_plain_form(problem)
     assert problem.model.get_output_embeddings() is head
+    assert len(read) == 1
 
 
 def test_scores_are_those_of_the_plain_form(problem: Problem):

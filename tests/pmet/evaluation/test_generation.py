@@ -60,7 +60,7 @@ def test_a_model_that_pads_otherwise_writes_the_same_from_whole_passes(
     prompts = Prompts(golden.tokenizer)
     said = answers(golden.model, golden.tokenizer, TEXTS, tokens=6)
     written = write_on(golden.model, prompts, TEXTS, seed=3, tokens=24)
-    monkeypatch.setattr("pmet.evaluation.generation._pads_in_front", lambda _model: False)
+    monkeypatch.setattr("pmet.evaluation.generation.holds", lambda *_: False)
     monkeypatch.setattr("pmet.evaluation.generation._new_tokens", None)
     assert answers(golden.model, golden.tokenizer, TEXTS, tokens=6) == said
     assert write_on(golden.model, prompts, TEXTS, seed=3, tokens=24) == written
