@@ -10,11 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.progress import Stage
 from pipeline.workers import Asked
-from pmet.evaluation import Continuation, beginnings, continuations_of
+from pmet.evaluation import (
+    ANSWER_TOKENS,
+    TEXT_TOKENS,
+    WRITTEN_TOKENS,
+    Continuation,
+    beginnings,
+    continuations_of,
+)
 from pmet.request import EditRequest
 
 _BYTES_PER_TOKEN = 4  # of English; a Chinese character takes three
-_ANSWER, _WRITTEN, _LONGEST_TEXT = 8, 100, 512
 
 
 def tokens_in(text: str) -> int:
@@ -24,7 +30,7 @@ def tokens_in(text: str) -> int:
 
 def work_of_texts(texts: Iterable[str]) -> int:
     """Estimated tokens that are read of held-out texts."""
-    return sum(min(_LONGEST_TEXT, tokens_in(text)) for text in texts)
+    return sum(min(TEXT_TOKENS, tokens_in(text)) for text in texts)
 
 
 def work_of_prompts(prompts: Iterable[Sequence[Continuation]]) -> int:
@@ -36,8 +42,8 @@ def work_of_prompts(prompts: Iterable[Sequence[Continuation]]) -> int:
 
 def work_of_part(part: Asked) -> int:
     """Estimated tokens that a part of an evaluation reads and generates."""
-    answered = sum(tokens_in(text) + _ANSWER for text in part.answered)
-    return work_of_prompts(part.prompts) + answered + _WRITTEN * len(part.written)
+    answered = sum(tokens_in(text) + ANSWER_TOKENS for text in part.answered)
+    return work_of_prompts(part.prompts) + answered + WRITTEN_TOKENS * len(part.written)
 
 
 class MeasurementMeter:
@@ -80,7 +86,7 @@ class MeasurementMeter:
         pairs = {pair for request in requests for pair in continuations_of(request)}
         work = sum(tokens_in(pair[0]) + tokens_in(pair[1]) for pair in pairs)
         written = {text for r in requests for text in beginnings(r)} if writing else ()
-        self.block(len(requests), work + _WRITTEN * len(written))
+        self.block(len(requests), work + WRITTEN_TOKENS * len(written))
         scored = 0
 
         def count(number: int) -> None:

@@ -10,8 +10,11 @@ from .figures import harmonic_mean as harmonic_mean
 from .figures import summarize as summarize
 from .figures import total as total
 from .figures import weights as weights
+from .generation import ANSWER_TOKENS as ANSWER_TOKENS
+from .generation import WRITTEN_TOKENS as WRITTEN_TOKENS
 from .generation import answers as answers
 from .generation import write_on as write_on
+from .metrics import TEXT_TOKENS as TEXT_TOKENS
 from .metrics import TextScore as TextScore
 from .metrics import add_texts as add_texts
 from .metrics import evaluate as evaluate

@@ -32,6 +32,7 @@ from pmet.model import (
 )
 
 ANSWER_TOKENS = 8
+"""Tokens of a greedy answer, at most."""
 WRITTEN_TOKENS = 100
 """Tokens of a generated text, including its beginning (ROME, MEMIT)."""
 TOP_K = 5

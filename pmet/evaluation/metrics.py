@@ -36,6 +36,9 @@ from pmet.evaluation.texts import fluency as fluency_of
 from pmet.model import batches_by_tokens, context_length, encode_all, frozen, pad
 from pmet.request import EditRequest
 
+TEXT_TOKENS = 512
+"""Number of tokens that a held-out text is truncated to."""
+
 
 def evaluate(
     model: nn.Module,
@@ -141,7 +144,7 @@ def score_texts(
     tokenizer: Any,
     texts: Sequence[str],
     *,
-    max_tokens: int = 512,
+    max_tokens: int = TEXT_TOKENS,
     on_progress: Callable[[Sequence[str]], None] | None = None,
 ) -> list[TextScore]:
     """Score ordinary text: for perplexity, and for agreement with another model.
