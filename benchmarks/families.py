@@ -162,7 +162,8 @@ def _tried(model_type: str) -> Finding:
             apart = _checked(small.model, hparams, layout)
         except Exception as error:  # noqa: BLE001 - shown in the table
             return Finding(model_type, "wrong", _line(error))
-    names = f"`{layout.family.down_projection}`, `{layout.family.attention_projection}`"
+    experts = " (routed experts)" if layout.experts else ""
+    names = f"`{layout.family.down_projection}`{experts}, `{layout.family.attention_projection}`"
     if not apart <= _SAME:
         return Finding(model_type, "wrong", f"{apart:.1e} from the plain form; {names}")
     return Finding(model_type, "edited, fast" if whole is None else "edited, whole", names)
@@ -213,8 +214,9 @@ def _checked(model: nn.Module, hparams: PMETHyperParams, layout: Layout) -> floa
     )
     generator = torch.Generator().manual_seed(0)
     width = layout.key_width
-    samples_NK = torch.randn(2 * width, width, generator=generator)
-    moments = dict.fromkeys(hparams.layers, samples_NK.T @ samples_NK / len(samples_NK))
+    samples_XNK = torch.randn(max(1, layout.experts), 2 * width, width, generator=generator)
+    moment = (samples_XNK.mT @ samples_XNK / (2 * width)).reshape(layout.moment_shape)
+    moments = dict.fromkeys(hparams.layers, moment)
     deltas = plain_deltas(model, tokenizer, _REQUESTS, named, _CONTEXTS, moments, plain.values)
     edit = compute_edit(
         model,

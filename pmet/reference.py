@@ -297,13 +297,17 @@ def plain_deltas(
         requests: E requests, at least one.
         hparams: names of the modules, and the weight of the second moments.
         context_templates: as for :func:`plain_targets`.
-        second_moments: per edited layer, C as a (K, K) tensor.
+        second_moments: per edited layer, C as a (K, K) tensor; (X, K, K) with X experts.
         targets: v* as an (E, D) tensor.
 
     Returns:
         For each edited layer's parameter, its delta: float64, on the CPU, in the parameter's shape.
     """
     layers, template = hparams.layers, hparams.down_projection_template
+    if _stack(_module(model, template, layers[0])):
+        return _plain_expert_deltas(
+            model, tokenizer, requests, hparams, context_templates, second_moments, targets
+        )
     modules = [_module(model, template, layer) for layer in layers]
     weights = [module.get_parameter("weight") for module in modules]
     deltas: dict[str, Tensor] = {}
@@ -323,6 +327,101 @@ def plain_deltas(
             weight.copy_(weight.double() + delta.to(weight.device))
             deltas[f"{str(template).format(layer)}.weight"] = delta.contiguous()
     return deltas
+
+
+def _plain_expert_deltas(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    hparams: PMETHyperParams,
+    context_templates: Sequence[Sequence[str]],
+    second_moments: Mapping[int, Tensor],
+    targets: Tensor,
+) -> dict[str, Tensor]:
+    """Do the same for layers whose FFN is a stack of experts.
+
+    Keys are the experts' own, times their gates: (E, X, K), zero where a request is not routed.
+    """
+    layers, template = hparams.layers, hparams.down_projection_template
+    modules = [_module(model, template, layer) for layer in layers]
+    names = [_stack(module) for module in modules]
+    weights = [module.get_parameter(name) for module, name in zip(modules, names, strict=True)]
+    deltas: dict[str, Tensor] = {}
+    with _unchanged(model, weights):
+        for i, (layer, module, name) in enumerate(zip(layers, modules, names, strict=True)):
+            read = [
+                _expert_keys_and_value(
+                    model, tokenizer, request, module, name, modules[-1], context_templates
+                )
+                for request in requests
+            ]
+            keys_EXK = torch.stack([keys_XK for keys_XK, _ in read])
+            values_EV = torch.stack([value_V for _, value_V in read])
+            residuals_EV = (targets.double().cpu() - values_EV) / math.sqrt(len(layers) - i)
+            moments_XKK = second_moments[layer].double().cpu()
+            shares_EX = keys_EXK.square().sum(2) / torch.stack([m.trace() for m in moments_XKK])
+            shares_EX /= shares_EX.sum(1, keepdim=True)
+            delta_XVK = torch.zeros(
+                len(moments_XKK), values_EV.shape[1], keys_EXK.shape[2], dtype=torch.float64
+            )
+            for x, moment_KK in enumerate(moments_XKK):
+                there = shares_EX[:, x] > 0
+                keys_EK, share_E1 = keys_EXK[there, x], shares_EX[there, x, None]
+                system_KK = keys_EK.T @ (keys_EK / share_E1)
+                system_KK += hparams.mom2_update_weight * moment_KK
+                delta_KV = torch.linalg.solve(system_KK, keys_EK.T @ residuals_EV[there])
+                delta_XVK[x] = delta_KV.T
+            weight = module.get_parameter(name)
+            delta = delta_XVK.mT if weight.shape[2] == values_EV.shape[1] else delta_XVK
+            weight.data.copy_(weight.double() + delta.to(weight.device))
+            deltas[f"{str(template).format(layer)}.{name}"] = delta.contiguous()
+    return deltas
+
+
+def _stack(module: nn.Module) -> str:
+    """The name of the experts' stacked down-projection; empty for a module of another kind."""
+    stacks = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    return next((name for name in stacks if "down" in name), "")
+
+
+def _expert_keys_and_value(
+    model: nn.Module,
+    tokenizer: Any,
+    request: EditRequest,
+    keyed: nn.Module,
+    name: str,
+    valued: nn.Module,
+    context_templates: Sequence[Sequence[str]],
+) -> tuple[Tensor, Tensor]:
+    """A request's keys (X, K), one for each expert of ``keyed``, and its value (V,) at ``valued``.
+
+    The output is linear in the stacked weight, so expert x's key times its gate is the gradient of
+    any one component of the output with respect to that row of its weight.
+    """
+    weight = keyed.get_parameter(name)
+    keys: list[Tensor] = []
+    for group in context_templates:
+        total_XK: Tensor | float = 0.0
+        for template in group:
+            ids, last = _located(tokenizer, request, template)
+            with torch.enable_grad(), _Place(valued, [last]) as at_value:
+                weight.requires_grad_(True)
+                outputs: list[Tensor] = []
+                handle = keyed.register_forward_hook(
+                    lambda _m, _a, output, to=outputs: to.append(output)
+                )
+                _logits(model, [ids])
+                handle.remove()
+                component = outputs[0].view(len(ids), -1)[last, 0]
+                (gradient,) = torch.autograd.grad(component, weight)
+                weight.requires_grad_(False)
+            transposed = gradient.shape[2] == outputs[0].shape[-1]
+            total_XK = total_XK + (gradient[:, :, 0] if transposed else gradient[:, 0]).double()
+            if template == "{}":
+                value_V = at_value.outputs[0].double().cpu()
+        assert isinstance(total_XK, Tensor)
+        keys.append(total_XK.cpu() / len(group))
+    return torch.stack(keys).mean(0), value_V
 
 
 def _key_and_value(

@@ -74,7 +74,6 @@ TESTED_IN = {
     "pmet.model.found_parts": "parity/test_other_families.py",
     "pmet.model.miniature": "pmet/model/test_discovery.py",
     "pmet.model.module_overrides": "pmet/targets/test_optimization.py",
-    "pmet.model.padding": "parity/test_families.py",  # padded batches against single prompts
     "pmet.model.prefix": "parity/test_families.py",  # cached prefixes against whole passes
     "pmet.model.tracing": "pmet/update/test_keys.py",
     "pmet.reference": "parity/test_golden.py",

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pmet.errors import ArchitectureError
 from pmet.hparams import PMETHyperParams
-from pmet.model.discovery import modules_in
+from pmet.model.discovery import is_stack, modules_in
+from pmet.model.experts import Stacked
 from pmet.model.found_parts import FoundParts, submodule
 from pmet.model.miniature import Miniature
 from pmet.model.output_projection import named_projection
@@ -24,12 +25,21 @@ from pmet.model.output_projection import named_projection
 
 @dataclass(frozen=True)
 class Family:
-    """Module names of one family; ``{}`` stands for the layer's number."""
+    """Module names of one family; ``{}`` stands for the layer's number.
+
+    Attributes:
+        layer: a layer (block).
+        attention_projection: the attention output projection.
+        down_projection: the FFN's down-projection, or the experts that a token is routed to.
+        head: the output embedding.
+        stacked: the weight of these experts; None for a down-projection of every token.
+    """
 
     layer: str
     attention_projection: str
     down_projection: str
     head: str = "lm_head"
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Layout:
         value_width: V, the model's width.
         key_width: K, the FFN's inner width.
         transposed: the down-projection's weight is stored K×V (GPT-2's ``Conv1D``), not V×K.
+        experts: X, the number of experts whose weights are stacked; 0 without experts.
     """
 
     family: Family
@@ -49,13 +60,30 @@ class Layout:
     value_width: int
     key_width: int
     transposed: bool
+    experts: int = 0
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """The shape of a layer's second moment: (K, K), or (X, K, K) with experts."""
+        square = (self.key_width, self.key_width)
+        return (self.experts, *square) if self.experts else square
+
+    @property
+    def of_keys(self) -> str:
+        """What its keys are, as the end of a sentence about them."""
+        if self.experts:
+            return f"are those of {self.experts} experts, {self.key_width} wide"
+        return f"are {self.key_width} wide"
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """The layer (block) itself."""
         return submodule(model, self.family.layer.format(index))
 
     def down_projection(self, model: nn.Module, index: int) -> nn.Module:
-        """The FFN down-projection of a layer: its input is the key, its output the value."""
+        """The FFN down-projection of a layer: its input is the key, its output the value.
+
+        With experts, the module that holds them all: its output is the value.
+        """
         return submodule(model, self.family.down_projection.format(index))
 
     def attention_projection(self, model: nn.Module, index: int) -> nn.Module:
@@ -68,17 +96,24 @@ class Layout:
 
     def weight_name(self, index: int) -> str:
         """Parameter name of a layer's edited weight."""
-        return f"{self.family.down_projection.format(index)}.weight"
+        return f"{self.family.down_projection.format(index)}.{self._own_name}"
+
+    @property
+    def _own_name(self) -> str:
+        return self.family.stacked.weight if self.family.stacked else "weight"
 
     def weight(self, model: nn.Module, index: int) -> nn.Parameter:
         """A layer's edited weight."""
-        weight = self.down_projection(model, index).weight
+        weight = getattr(self.down_projection(model, index), self._own_name)
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def orient(self, delta_VK: torch.Tensor) -> torch.Tensor:
-        """``delta_VK`` in the parameter's orientation: V×K, or K×V if it is transposed."""
-        return delta_VK.T.contiguous() if self.transposed else delta_VK
+        """``delta_VK`` in the parameter's orientation: V×K, or K×V if it is transposed.
+
+        With experts, the last two of three dimensions.
+        """
+        return delta_VK.mT.contiguous() if self.transposed else delta_VK
 
 
 def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
@@ -142,10 +177,24 @@ def layout_of(model: nn.Module, family: Family, layer: int) -> Layout:
     depth = _depth(model, family)
     submodule(model, family.attention_projection.format(layer))
     down = submodule(model, family.down_projection.format(layer))
+    if family.stacked:
+        return _layout_of_experts(family, depth, down, family.stacked)
     rows, columns = _weight_shape(down, family.down_projection)
     transposed = isinstance(down, Conv1D)
     value_width, key_width = (columns, rows) if transposed else (rows, columns)
     return Layout(family, depth, value_width, key_width, transposed)
+
+
+def _layout_of_experts(family: Family, depth: int, experts: nn.Module, stacked: Stacked) -> Layout:
+    shape = tuple(getattr(getattr(experts, stacked.weight, None), "shape", ()))
+    if len(shape) != 3:
+        raise ArchitectureError(
+            f"{family.down_projection} is a {type(experts).__name__} without a stacked weight "
+            f"{stacked.weight}; name layers of one kind in the hyper-parameters"
+        )
+    count, rows, columns = shape
+    value_width, key_width = (columns, rows) if stacked.transposed else (rows, columns)
+    return Layout(family, depth, value_width, key_width, stacked.transposed, count)
 
 
 def _check_order(model: nn.Module) -> None:
@@ -256,16 +305,45 @@ def _named(model: nn.Module, hparams: PMETHyperParams) -> Family:
     """The names that the hyper-parameters give; those they leave out are found."""
     layer, attention = hparams.layer_module_tmp, hparams.attn_module_tmp
     down, head = hparams.down_projection_template, _head(model, hparams.lm_head_module)
-    if layer and attention and down:
-        return Family(layer, attention, down, head)
-    found = FoundParts.of(model)
-    layer = layer or f"{found.layers}.{{}}"
-    return Family(
-        layer,
-        attention or f"{layer}.{found.attention(hparams.target_layer)}",
-        down or f"{layer}.{found.down_projection(hparams.layers)}",
-        head,
-    )
+    if not (layer and attention and down):
+        found = FoundParts.of(model)
+        layer = layer or f"{found.layers}.{{}}"
+        attention = attention or f"{layer}.{found.attention(hparams.target_layer)}"
+        down = down or f"{layer}.{found.down_projection(hparams.layers)}"
+    down = _experts_of(model, down, hparams.target_layer)
+    return Family(layer, attention, down, head, _stacked(model, down, hparams.target_layer))
+
+
+def _experts_of(model: nn.Module, template: str, layer: int) -> str:
+    """The name of the experts if ``template`` names their stacked weight, which is no module."""
+    parent, _, own = template.rpartition(".")
+    try:
+        weight = getattr(model.get_submodule(parent.format(layer)), own, None)
+    except AttributeError:
+        return template
+    return parent if isinstance(weight, nn.Parameter) and weight.dim() == 3 else template
+
+
+def _stacked(model: nn.Module, template: str, layer: int) -> Stacked | None:
+    """The stacked weight of the experts that ``template`` names; None if it names none.
+
+    Raises:
+        ArchitectureError: their keys cannot be read.
+    """
+    name = template.format(layer)
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if not is_stack(module):
+        return None
+    if (stacked := FoundParts.of(model).stacked(layer, name)) is None:
+        raise ArchitectureError(
+            f"{template} holds several experts whose keys cannot be read: a small copy of "
+            f"{type(model).__name__} does not show that their output is the gated sum of one "
+            "stacked weight's; name a down-projection that every token passes through"
+        )
+    return stacked
 
 
 def _found_attention(model: nn.Module, index: int) -> str | None:
@@ -308,7 +386,7 @@ def parts_beside(layer: nn.Module, attention: nn.Module) -> list[nn.Module]:
     return [
         child
         for child in layer.children()
-        if child is not attention and any(map(is_matrix, child.modules()))
+        if child is not attention and any(is_matrix(m) or is_stack(m) for m in child.modules())
     ]
 
 

@@ -29,8 +29,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pmet.model.experts import Stacked, stacked_in
 from pmet.model.miniature import SAME, Miniature, farthest_apart
-from pmet.model.padding import pad
+from pmet.model.tokenization import pad
 from pmet.model.tracing import changed_input, changed_output, first
 
 _NUMBER = re.compile(r"\d+")
@@ -57,12 +58,14 @@ class Branch:
         mixes: whether its input depends on earlier tokens: attention, not an FFN.
         effect: how its output arrives.
         experts: whether it is a stack of matrices, of which a token sees some.
+        stacked: their stacked weight; None if there is none that their keys can be read with.
     """
 
     name: str
     mixes: bool
     effect: Effect
     experts: bool = False
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,18 @@ def _branches(model: nn.Module, layer: nn.Module) -> Iterator[Branch]:
     for module, effect in effects.items():
         if effect is not None:
             mixes = trial.mixes(module, last - {module})
-            yield Branch(names[module], mixes, effect, _is_stack(module))
+            experts = is_stack(module)
+            stacked = stacked_in(module, lambda: _run(model), SAME) if experts else None
+            yield Branch(names[module], mixes, effect, experts, stacked)
 
 
 def _is_weight(module: nn.Module) -> bool:
     """Whether a module multiplies by a matrix, or by the matrices of several experts."""
-    return isinstance(module, nn.Linear | Conv1D) or _is_stack(module)
+    return isinstance(module, nn.Linear | Conv1D) or is_stack(module)
 
 
-def _is_stack(module: nn.Module) -> bool:
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module holds the matrices of several experts, stacked."""
     own = module.parameters(recurse=False)
     return not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in own)
 

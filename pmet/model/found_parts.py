@@ -10,6 +10,7 @@ from torch import nn
 
 from pmet.errors import ArchitectureError
 from pmet.model.discovery import Anatomy, Branch, UnknownAnatomyError, anatomy, modules_in
+from pmet.model.experts import Stacked
 from pmet.model.miniature import Miniature, NoMiniatureError, miniature_of
 
 
@@ -76,11 +77,15 @@ class FoundParts:
             # Beside its FFN a layer may add a projection of the token's own embedding (Gemma 4),
             # which is narrow.
             return max(found, key=lambda name: self._size(index, name))
-        if experts := [branch.name for branch in branches if branch.experts]:
+        experts = [branch for branch in branches if branch.experts]
+        if len(experts) == 1 and experts[0].stacked:
+            return experts[0].name
+        if experts:
             raise ArchitectureError(
                 f"layer {index} of {type(self.model).__name__} sends each token to some of several "
-                f"experts ({', '.join(experts)}) and has no FFN that every token passes through, "
-                f"which is what an edit changes; {self._with_ffn()}"
+                f"experts ({', '.join(branch.name for branch in experts)}) whose keys cannot be "
+                "read, because their output is not the gated sum of one stacked weight's, and it "
+                f"has no FFN that every token passes through; {self._with_ffn()}"
             )
         raise ArchitectureError(
             f"layer {index} of {type(self.model).__name__} has no FFN down-projection, but "
@@ -98,11 +103,16 @@ class FoundParts:
         dense = [
             index
             for index in range(depth)
-            if any(not (branch.mixes or branch.experts) for branch in self.branches(index))
+            if any(not b.mixes and (b.stacked or not b.experts) for b in self.branches(index))
         ]
         if not dense:
             return "edit a model with such FFNs"
         return f"name layers among those that have one: {', '.join(map(str, dense))}"
+
+    def stacked(self, index: int, name: str) -> Stacked | None:
+        """The stacked weight of a layer's experts, by the experts' full name; None if none is."""
+        named = {f"{self.layers}.{index}.{b.name}": b.stacked for b in self.branches(index)}
+        return named.get(name)
 
     def described(self, index: int) -> str:
         """What writes to the residual stream in a layer, for people."""

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from pmet.model.miniature import SAME, farthest_apart, holds
-from pmet.model.padding import pad
+from pmet.model.tokenization import pad
 from pmet.model.torch_internals import context_of, softmax_backward
 from pmet.model.tracing import changed_output
 from pmet.model.transformers_internals import (

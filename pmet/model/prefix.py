@@ -23,7 +23,7 @@ from pmet.model.architecture import Layout
 from pmet.model.devices import home
 from pmet.model.kernels import written_behind
 from pmet.model.module_overrides import layer_on_places, places_of_tokens
-from pmet.model.padding import pad, positions
+from pmet.model.tokenization import pad, positions
 from pmet.model.tracing import StopForward, cache_name, takes_positions
 
 

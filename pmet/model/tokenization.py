@@ -1,4 +1,4 @@
-"""Tokenization: where the subject ends, and which tokens belong to the target.
+"""Tokenization: where the subject ends, which tokens belong to the target, and padding.
 
 Positions come from the character offsets of the whole text as the model reads it, never from
 separately tokenised pieces, which gain BOS tokens and lose merges at their seams.
@@ -6,13 +6,17 @@ separately tokenised pieces, which gain BOS tokens and lose merges at their seam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from pmet.errors import InputError, RequestError
 from pmet.request import EditRequest
 from pmet.separator import SPACE, separator
+
+Item = TypeVar("Item")
 
 KL_PROMPT = "{} is a"
 """Prompt on which the model must not drift (from ROME, used in PMET's KL term)."""
@@ -183,3 +187,43 @@ def context_length(config: Any) -> int | None:
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask (1: token, 0: padding), both (rows, longest) int64.
+
+    Padding is token 0, which every vocabulary has; the mask hides it.
+    """
+    longest = max(map(len, sequences))
+    ids, mask = [], []
+    for sequence in sequences:
+        padding = [0] * (longest - len(sequence))
+        tokens, ones = list(sequence), [1] * len(sequence)
+        ids.append(padding + tokens if left else tokens + padding)
+        mask.append(padding + ones if left else ones + padding)
+    shape = (len(sequences), longest)
+    return (
+        torch.tensor(ids, dtype=torch.int64, device=device).reshape(shape),
+        torch.tensor(mask, dtype=torch.int64, device=device).reshape(shape),
+    )
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """The position of every token in its own row; padding in front has none and gets 0."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def batches_by_tokens(
+    items: Sequence[Item], budget: int, length: Callable[[Item], int]
+) -> Iterator[Sequence[Item]]:
+    """Split ``items``, ascending in length, into batches of at most ``budget`` padded tokens.
+
+    An item longer than the budget is a batch of its own.
+    """
+    start = 0
+    for stop in range(1, len(items) + 1):
+        if stop == len(items) or (stop + 1 - start) * length(items[stop]) > budget:
+            yield items[start:stop]
+            start = stop

@@ -18,9 +18,11 @@ from .solver import factor as factor
 from .solver import moment_factor as moment_factor
 from .solver import normal_matrix as normal_matrix
 from .solver import solve as solve
+from .solver import solve_experts as solve_experts
 from .solver import solve_rows as solve_rows
 from .solver import solve_rows_by_requests as solve_rows_by_requests
 from .solver import whitened as whitened
 from .spread import square_root_spread as square_root_spread
+from .sums import ExpertSums as ExpertSums
 from .sums import KeyResidualRows as KeyResidualRows
 from .sums import KeyResidualSums as KeyResidualSums

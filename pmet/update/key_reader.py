@@ -38,7 +38,7 @@ from pmet.model import (
     replaced,
     with_first,
 )
-from pmet.update.lookup_reader import LookupReader
+from pmet.update.lookup_reader import Keys, LookupReader
 from pmet.update.spill import Spill
 
 HIDDEN_BYTES = 8 << 20
@@ -134,7 +134,7 @@ class KeyReader(LookupReader):
         self._prefixes = None
 
     @torch.no_grad()
-    def read(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, batch: int) -> tuple[Keys, torch.Tensor]:
         """See `LookupReader.read`."""
         lookups = self._batches[batch]
         ids_BT, mask_BT = pad(lookups.ids, self._device)

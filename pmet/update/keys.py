@@ -5,7 +5,8 @@ averaged over context templates with equal weight per group: half for the bare c
 the mean of the generated ones. Tokens after the subject's last one do not affect it, so they are
 dropped; and the tokens that a template puts before every prompt are stored once.
 
-Shape letters: E requests, C contexts, B = E·C rows, K key width.
+Shape letters: E requests, C contexts, B = E·C rows, K key width; with experts, P pairs of a row and
+an expert, Q pairs of a request and an expert.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, overload
 
 import torch
 
-from pmet.model import ContextTemplates, encode, tokenize_prompt
+from pmet.model import ContextTemplates, RoutedKeys, encode, tokenize_prompt
 from pmet.request import EditRequest
 from pmet.update.spill import Spill
 
@@ -68,6 +69,28 @@ class Lookups:
         """Mean over groups of the means within them: (B, K) to (E, K), in float64."""
         grouped = rows_BK.double().unflatten(0, (-1, self.every)).split(self.group_sizes, dim=1)
         return torch.stack([group.mean(dim=1) for group in grouped]).mean(dim=0)
+
+    def routed_mean_over_contexts(self, routed: RoutedKeys, experts: int) -> RoutedKeys:
+        """The same mean of an expert's keys, zero in contexts that are not routed to it.
+
+        Args:
+            routed: keys of B rows.
+            experts: X, the number of experts.
+
+        Returns:
+            Keys of E requests in float64, ordered by request and expert.
+        """
+        device = routed.keys_PK.device
+        sizes_C = torch.tensor([size for size in self.group_sizes for _ in range(size)])
+        weights_C = (1.0 / (len(self.group_sizes) * sizes_C.double())).to(device)
+        rows_P = routed.rows_P.to(device)
+        weighted_PK = weights_C[rows_P % self.every, None] * routed.keys_PK.double()
+        pairs_P = rows_P.div(self.every, rounding_mode="floor") * experts + routed.experts_P
+        found_Q, places_P = pairs_P.unique(return_inverse=True)
+        keys_QK = weighted_PK.new_zeros(len(found_Q), weighted_PK.shape[1])
+        keys_QK.index_add_(0, places_P, weighted_PK)
+        requests_Q = found_Q.div(experts, rounding_mode="floor")
+        return RoutedKeys(requests_Q, found_Q % experts, keys_QK)
 
 
 class LookupFile(Sequence[Lookups]):

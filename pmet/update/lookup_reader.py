@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from pmet.model import Layout, first, stopping_after
+from pmet.model import Layout, RoutedKeys, first, noting_routed_keys, stopping_after
 from pmet.update.keys import Lookups
+
+Keys = torch.Tensor | RoutedKeys
+"""``keys_EK`` of requests; or those of the experts that they are routed to."""
 
 
 class LookupReader(ABC):
@@ -60,8 +64,11 @@ class LookupReader(ABC):
         """
 
     @abstractmethod
-    def read(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``keys_EK`` and ``values_EV`` of a batch, float64, on the device."""
+    def read(self, batch: int) -> tuple[Keys, torch.Tensor]:
+        """``keys_EK`` and ``values_EV`` of a batch, float64, on the device.
+
+        The keys of experts are those of single experts, by request.
+        """
 
     @abstractmethod
     def run_along(self) -> None:
@@ -73,25 +80,27 @@ class LookupReader(ABC):
     @contextmanager
     def _noting(
         self, layer: int, at_ends: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Iterator[list[Any]]:
         """Keys (B, K) of a layer and values (B, V) at the rows' last tokens, after the pass.
+
+        The keys of experts are `RoutedKeys` of B rows.
 
         Args:
             layer: the layer whose keys are read.
             at_ends: picks the rows' last tokens from a module's input or output.
         """
-        seen: list[torch.Tensor] = []
+        seen: list[Any] = []
         key = self._layout.down_projection(self._model, layer)
         value = self._layout.down_projection(self._model, self._layers[-1])
-        handles = [
-            key.register_forward_pre_hook(lambda _m, args: seen.append(at_ends(args[0]))),
-            value.register_forward_hook(lambda _m, _a, out: seen.append(at_ends(first(out)))),
-        ]
-        try:
+        with ExitStack() as stack:
+            if stacked := self._layout.family.stacked:
+                stack.enter_context(noting_routed_keys(key, stacked, seen.append, at_ends))
+            else:
+                noted = key.register_forward_pre_hook(lambda _m, a: seen.append(at_ends(a[0])))
+                stack.callback(noted.remove)
+            noted = value.register_forward_hook(lambda _m, _a, o: seen.append(at_ends(first(o))))
+            stack.callback(noted.remove)
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _ending(self) -> AbstractContextManager[None]:
         """Within: a pass computes nothing, or as little as possible, above layer z."""
@@ -99,12 +108,14 @@ class LookupReader(ABC):
             return _without_head(self._model, self._layout)
         return stopping_after(self._layout.layer(self._model, self._layers[-1]))
 
-    def _by_request(
-        self, lookups: Lookups, seen: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _by_request(self, lookups: Lookups, seen: Sequence[Any]) -> tuple[Keys, torch.Tensor]:
         """``keys_EK`` and ``values_EV`` from what was noted for a batch's rows."""
-        keys_BK, values_BV = (rows_BX.to(self._device) for rows_BX in seen)
-        return lookups.mean_over_contexts(keys_BK), values_BV[:: lookups.every].double()
+        keys, values_BV = seen
+        values_EV = values_BV.to(self._device)[:: lookups.every].double()
+        if isinstance(keys, RoutedKeys):
+            routed = RoutedKeys(*(part.to(self._device) for part in keys))
+            return lookups.routed_mean_over_contexts(routed, self._layout.experts), values_EV
+        return lookups.mean_over_contexts(keys.to(self._device)), values_EV
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pmet.model import (
     Layout,
     Miniature,
     NoMiniatureError,
+    RoutedKeys,
     farthest_apart,
     in_one_line,
     layers_with,
@@ -26,7 +27,7 @@ from pmet.model import (
 )
 from pmet.update.key_reader import KeyReader
 from pmet.update.keys import Lookups
-from pmet.update.lookup_reader import LookupReader
+from pmet.update.lookup_reader import Keys, LookupReader
 from pmet.update.whole_reader import WholeReader
 
 _SHARED = ((), (3, 5), ())
@@ -94,9 +95,19 @@ def _read(
         for index, layer in enumerate(layers):
             with reader.reading(index):
                 for batch in range(len(_BATCHES)):
-                    found += reader.read(batch)
+                    keys, values_EV = reader.read(batch)
+                    found += [_comparable(keys, _BATCHES[batch].count, layout), values_EV]
             layout.weight(model, layer).mul_(1.25)
     finally:
         for layer, weight in before.items():
             layout.weight(model, layer).copy_(weight)
     return found
+
+
+def _comparable(keys: Keys, count: int, layout: Layout) -> torch.Tensor:
+    """Keys as one tensor: (E, K), or (E, X, K) with experts."""
+    if not isinstance(keys, RoutedKeys):
+        return keys
+    keys_EXK = torch.zeros(count, layout.experts, layout.key_width, dtype=keys.keys_PK.dtype)
+    keys_EXK[keys.rows_P, keys.experts_P] = keys.keys_PK
+    return keys_EXK

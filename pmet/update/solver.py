@@ -16,13 +16,14 @@ All of it runs in float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from pmet.errors import NotFiniteError, NotPositiveDefiniteError
-from pmet.update.sums import KeyResidualRows, KeyResidualSums
+from pmet.update.sums import ExpertSums, KeyResidualRows, KeyResidualSums
 
 Form = Literal["keys", "requests"]
 
@@ -200,16 +201,47 @@ def solve(
     return solve_rows_by_requests(whitened_EK, share * collected.residuals_EV, lower_KK, weight)[0]
 
 
-def moment_factor(second_moment_KK: torch.Tensor) -> Factor:
+def solve_experts(
+    collected: ExpertSums,
+    second_moments_XKK: torch.Tensor,
+    weight: float,
+    share: float,
+    *,
+    experts: Sequence[int] | None = None,
+) -> Iterator[tuple[int, torch.Tensor, float]]:
+    """Δ of each expert that some request is routed to; that of all others is zero.
+
+    Args:
+        collected: the sums; those of each expert are overwritten and dropped.
+        second_moments_XKK: C by expert.
+        weight: λ.
+        share: the share of the residuals that the layer takes.
+        experts: those to solve for; None: all.
+
+    Yields:
+        The expert, its ``delta_VK``, and the jitter added to the factored matrix, in order.
+
+    Raises:
+        NumericalError: as in the functions above.
+    """
+    for expert in sorted(collected.by_expert) if experts is None else experts:
+        sums = collected.by_expert.pop(expert)
+        name = f"KᵀK + λC of expert {expert}"
+        matrix_KK = normal_matrix(sums.gram_KK, second_moments_XKK[expert], weight)
+        found = factor(matrix_KK, name)
+        yield expert, solve_rows(found.lower, share * sums.cross_VK), found.jitter
+
+
+def moment_factor(second_moment_KK: torch.Tensor, name: str = "C") -> Factor:
     """Lower Cholesky factor L of C in float64; √λ·L is that of λC.
 
     Raises:
         NotFiniteError: C holds NaN or infinity.
         NotPositiveDefiniteError: C is not positive definite: it is based on too little text.
     """
-    _check_finite("C", second_moment_KK)
+    _check_finite(name, second_moment_KK)
     # A jitter would change a float64 C.
-    return factor(second_moment_KK.to(torch.float64, copy=True), "C")
+    return factor(second_moment_KK.to(torch.float64, copy=True), name)
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -4,14 +4,17 @@ Sums add up over batches, shards and ranks, and their size does not depend on th
 requests. Rows are kept for the form of the solve that factors an E×E matrix
 (``pmet.update.solver``).
 
-Shape letters: E requests, K key width, V value width.
+Shape letters: E requests, K key width, V value width; X experts, P pairs of a request and an expert
+that it is routed to, Q those of one expert.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from pmet.model import RoutedKeys
 
 
 @dataclass
@@ -62,3 +65,58 @@ class KeyResidualRows:
         self.keys_EK[place] = keys_EK
         self.residuals_EV[place] = residuals_EV
         self.count += len(keys_EK)
+
+
+@dataclass
+class ExpertSums:
+    """`KeyResidualSums` of each expert that some request is routed to, and the requests' number.
+
+    A request's residual is shared out among the experts that it is routed to. With shares s_i that
+    add up to 1, what they leave of it is bounded (Jensen's inequality) by
+
+        ‖r − Σ_i Δ_i κ_i‖² ≤ Σ_i s_i ‖r − Δ_i κ_i / s_i‖²        (κ_i = g_i k_i)
+
+    where every expert stands alone: its sums are those of keys κ_i / √s_i and residuals √s_i r.
+    For a single request the bound gives away nothing if s_i ∝ κ_iᵀ C_i⁻¹ κ_i. The shares used are
+    s_i ∝ ‖κ_i‖² / tr C_i, which is the same for a C_i that is a multiple of the identity, and
+    needs no factor of C_i.
+
+    Attributes:
+        powers_X: tr C_i of each expert.
+        widths: K and V.
+        by_expert: the sums by expert.
+        count: E.
+    """
+
+    powers_X: torch.Tensor
+    widths: tuple[int, int]
+    by_expert: dict[int, KeyResidualSums] = field(default_factory=dict)
+    count: int = 0
+
+    @classmethod
+    def zeros(
+        cls, second_moments_XKK: torch.Tensor, value_width: int, device: torch.device
+    ) -> ExpertSums:
+        """Sums over no requests, for experts with these second moments."""
+        powers_X = second_moments_XKK.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+        return cls(powers_X.to(device), (second_moments_XKK.shape[1], value_width))
+
+    def add(self, keys: RoutedKeys, residuals_EV: torch.Tensor) -> None:
+        """Add some requests, in place."""
+        self.count += len(residuals_EV)
+        roots_P = self._shares(keys, len(residuals_EV)).sqrt()
+        for expert in keys.experts_P.unique().tolist():
+            # A key of zero asks for nothing, and its share is none.
+            here = ((keys.experts_P == expert) & (roots_P > 0)).nonzero()[:, 0]
+            if not len(here):
+                continue
+            if expert not in self.by_expert:
+                self.by_expert[expert] = KeyResidualSums.zeros(*self.widths, roots_P.device)
+            roots_Q1 = roots_P[here, None]
+            residuals_QV = residuals_EV.double()[keys.rows_P[here]]
+            self.by_expert[expert].add(keys.keys_PK[here] / roots_Q1, roots_Q1 * residuals_QV)
+
+    def _shares(self, keys: RoutedKeys, count: int) -> torch.Tensor:
+        sizes_P = keys.keys_PK.double().square().sum(1) / self.powers_X[keys.experts_P]
+        totals_E = sizes_P.new_zeros(count).index_add_(0, keys.rows_P, sizes_P)
+        return (sizes_P / totals_E[keys.rows_P]).nan_to_num(0.0)

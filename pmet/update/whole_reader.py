@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from pmet.model import chosen, pad
-from pmet.update.lookup_reader import LookupReader
+from pmet.update.lookup_reader import Keys, LookupReader
 
 
 class WholeReader(LookupReader):
@@ -29,7 +30,7 @@ class WholeReader(LookupReader):
         self._layer = None
 
     @torch.no_grad()
-    def read(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, batch: int) -> tuple[Keys, torch.Tensor]:
         """See `LookupReader.read`."""
         lookups = self._batches[batch]
         rows = zip(lookups.ids, lookups.contexts, strict=True)
@@ -40,7 +41,7 @@ class WholeReader(LookupReader):
         """See `LookupReader.run_along`."""
         self._run([(0,)])
 
-    def _run(self, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    def _run(self, rows: Sequence[tuple[int, ...]]) -> list[Any]:
         """The keys and the values at the rows' last tokens."""
         assert self._layer is not None, "no pass has begun"
         ids_BT, mask_BT = pad(rows, self._device)
