@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.estimate import Estimate
     from pipeline.plan import Plan
     from pipeline.run import RunResult
+    from pmet.model import Layout
 
 SHOWN_REJECTIONS = 10
 
@@ -132,12 +133,22 @@ def _facts(plan: Plan) -> dict[str, str]:
         "update shards": _sizes(list(map(len, plan.update_shards))),
         "batch size": str(plan.batch_size or "auto"),
         "layers": ", ".join(map(str, plan.hparams.layers)),
-        "edited weights": f"{plan.layout.value_width} × {plan.layout.key_width}",
+        "edited weights": _weights(plan.layout),
         **_model_facts(plan),
         "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",
         "model digest": plan.digests["model"],
         **_hparams_facts(plan),
     }
+
+
+def _weights(layout: Layout) -> str:
+    shape = f"{layout.value_width} × {layout.key_width}"
+    if (stacked := layout.family.stacked) is None:
+        return shape
+    return (
+        f"{shape} in each of {layout.experts} routed experts; each token is routed to "
+        f"{stacked.per_token} of them"
+    )
 
 
 def _model_facts(plan: Plan) -> dict[str, str]:

@@ -38,11 +38,11 @@ from pipeline.models import (
     checked_digest,
     checked_layout,
     default_cache,
-    in_todays_names,
     name_for_nodes,
     open_fast_tokenizer,
     open_model_folder,
     open_skeleton,
+    stored_weight,
 )
 from pipeline.places import refuse_overlaps
 from pipeline.report import trackers_of
@@ -165,9 +165,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     hparams = load_hparams(job.hparams)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    renamed = in_todays_names(checkpoint, skeleton)
-    stored = {i: renamed.find(layout.weight_name(i), prefix) for i in hparams.layers}
+    stored = {i: stored_weight(checkpoint, skeleton, layout.weight_name(i)) for i in hparams.layers}
     templates = _templates(job)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(

@@ -202,12 +202,12 @@ class EditWriter:
     Args:
         path: path of the file.
         name: name of the parameter.
-        shape: shape of the parameter, a matrix.
+        shape: shape of the parameter, a matrix, or matrices that are stacked; their rows count on.
         dtype: dtype of the parameter.
     """
 
     def __init__(self, path: str | Path, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        self._width = shape[1]
+        self._width = shape[-1]
         delta_bytes = shape.numel() * torch.float64.itemsize
         end = delta_bytes + shape.numel() * dtype.itemsize
         tensors = {f"delta.{name}": (torch.float64, shape), f"original.{name}": (dtype, shape)}
@@ -236,8 +236,27 @@ class EditWriter:
         self._file.close()
 
 
+def saved_delta(path: str | Path, name: str, expert: int | None = None) -> torch.Tensor:
+    """Read Δ of a parameter from a saved edit, or one expert's part of it.
+
+    Raises:
+        EditFileError: the file is damaged, or does not hold the parameter's edit.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            key = f"delta.{name}"
+            found: torch.Tensor = (
+                stored.get_tensor(key) if expert is None else stored.get_slice(key)[expert]
+            )
+            return found
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
 def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterator[torch.Tensor]:
     """Yield the rows of a saved Δ, in order, at most ``at_once`` of them in memory.
+
+    Those of stacked matrices count on from one to the next.
 
     Raises:
         EditFileError: the file is damaged, or does not hold the parameter's edit.
@@ -245,8 +264,17 @@ def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterat
     try:
         with safe_open(str(path), framework="pt") as stored:
             delta = stored.get_slice(f"delta.{name}")
-            for start in range(rows.start, rows.stop, at_once):
-                yield delta[start : min(start + at_once, rows.stop)]
+            stacked, each = len(delta.get_shape()) == 3, delta.get_shape()[-2]
+            start = rows.start
+            while start < rows.stop:
+                stop = min(start + at_once, rows.stop)
+                if stacked:
+                    expert, first = divmod(start, each)
+                    stop = min(stop, (expert + 1) * each)
+                    yield delta[expert, first : first + stop - start]
+                else:
+                    yield delta[start:stop]
+                start = stop
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
 

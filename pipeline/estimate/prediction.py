@@ -258,6 +258,11 @@ def _operations(plan: Plan, ranks: int) -> float:
     """Multiplications and additions of all solves, on one rank."""
     count, layers = len(plan.table.requests), len(plan.hparams.layers)
     keys, values = plan.layout.key_width, plan.layout.value_width
+    if stacked := plan.layout.family.stacked:
+        # Ranks share the experts; each needs the factor of its K×K matrix.
+        each = keys**3 / 3 + 2 * keys**2 * values
+        adding = 2 * count * stacked.per_token * keys * (keys + values)
+        return layers * (plan.layout.experts * each + adding) / ranks
     # Each rank needs the factor of a K×K matrix in either form.
     operations = keys**3 / 3
     if cheaper_form(count, keys, values, factored=False) == "keys":
@@ -268,10 +273,15 @@ def _operations(plan: Plan, ranks: int) -> float:
 
 
 def _rank_bytes(plan: Plan, rates: Rates, ranks: int) -> float:
-    """The memory of a process without a model, its slice of the model, and three K×K matrices."""
+    """The memory of a process without a model, its slice of the model, and its matrices."""
     held = _model_bytes(plan)
     libraries = max(0.0, rates.peak_bytes - held)
-    return libraries + held / ranks + 3 * 8.0 * plan.layout.key_width**2
+    layout = plan.layout
+    if layout.experts:
+        # The second moments in float32, and the sums of its requests for every expert.
+        each = (4 + 8) * layout.key_width**2 + 8 * layout.key_width * layout.value_width
+        return libraries + held / ranks + float(layout.experts * each)
+    return libraries + held / ranks + 3 * 8.0 * layout.key_width**2
 
 
 def _moments_wanted(plan: Plan) -> bool:

@@ -51,6 +51,8 @@ class StoredTensor:
         shape: the stored shape.
         start: offset of the first byte in the file.
         size: bytes.
+        parts: with experts that are stored one by one, a tensor for each; the other attributes but
+            ``shape`` are then those of the first.
     """
 
     file: str
@@ -59,6 +61,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     size: int
+    parts: tuple[StoredTensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,37 @@ def skeleton_with_buffers(
     return model.eval(), _places(model, stored)
 
 
+def stored_weight(checkpoint: Checkpoint, model: Any, parameter: str) -> StoredTensor:
+    """Where a checkpoint keeps a parameter: in one tensor, or in one for each of its experts.
+
+    Args:
+        checkpoint: a model folder.
+        model: its skeleton.
+        parameter: the parameter's name in the loaded model.
+
+    Raises:
+        ModelError: it is stored fused with others.
+    """
+    renamed, prefix = in_todays_names(checkpoint, model), getattr(model, "base_model_prefix", "")
+    whole = renamed.stored(parameter, prefix)
+    if whole is None and (parts := _parts(checkpoint, model, parameter)):
+        return replace(parts[0], shape=tuple(model.get_parameter(parameter).shape), parts=parts)
+    return whole or renamed.find(parameter, prefix)
+
+
+def _parts(checkpoint: Checkpoint, model: Any, parameter: str) -> tuple[StoredTensor, ...]:
+    """The tensors that are stacked into a parameter at load time, in order; none if it is not."""
+    stacked, prefix = transformers_internals.stacking(model), model.base_model_prefix
+    names = (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}")
+    shape = tuple(model.get_parameter(parameter).shape)
+    parts: dict[int, StoredTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        part = stacked(name)
+        if part is not None and part[0] in names and tensor.shape == shape[1:]:
+            parts[part[1]] = tensor
+    return tuple(parts[i] for i in sorted(parts)) if parts.keys() == set(range(shape[0])) else ()
+
+
 def unread(checkpoint: Checkpoint, model: Any) -> set[str]:
     """Names of stored tensors that ``model``, a skeleton of the checkpoint, does not read.
 

@@ -11,14 +11,19 @@ import torch
 from pipeline.errors import JobError
 from pmet.errors import NotPositiveDefiniteError
 from pmet.model import Layout
-from pmet.update import Factor, cheaper_form, moment_factor
+from pmet.update import TOKENS_PER_DIMENSION, Factor, cheaper_form, moment_factor
 
-WARNED, ENOUGH = 2, 10
+WARNED, ENOUGH = TOKENS_PER_DIMENSION, 10
 """Tokens per dimension: the smallest and the largest number that sufficed in arXiv 2506.04226."""
 
 
 def factors_second_moments(layout: Layout, requests: int) -> bool:
-    """Whether the update of so many requests factors C itself, as far as it has no factor yet."""
+    """Whether the update of so many requests factors C itself, as far as it has no factor yet.
+
+    With experts it never does: factors of C_i would serve only the experts that get facts.
+    """
+    if layout.experts:
+        return False
     widths = (layout.key_width, layout.value_width)
     return cheaper_form(requests, *widths, factored=False) == "requests"
 
@@ -36,6 +41,9 @@ def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: s
         JobError: the corpus is too small, however it continues.
     """
     width = layout.key_width
+    if layout.experts:
+        _refuse_too_few_for_experts(tokens, layout, more)
+        return
     alone = requests is None or factors_second_moments(layout, requests)
     if tokens + (0 if alone else requests or 0) < width:
         raise JobError(
@@ -45,9 +53,43 @@ def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: s
         )
 
 
+def _refuse_too_few_for_experts(tokens: int, layout: Layout, more: str) -> None:
+    width, each = layout.key_width, _tokens_per_expert(tokens, layout)
+    if each < width:
+        raise JobError(
+            f"corpus: it has {tokens:,} tokens, too few for second moments: each of "
+            f"{layout.experts} experts sees about {each:,} of them, and its keys are {width:,} "
+            f"wide, so at least {_tokens_for(width, layout):,} tokens are needed, and "
+            f"{_tokens_for(WARNED * width, layout):,} to {_tokens_for(ENOUGH * width, layout):,} "
+            f"are enough; {more}give more text"
+        )
+
+
+def _tokens_per_expert(tokens: int, layout: Layout) -> int:
+    assert layout.family.stacked is not None
+    return tokens * layout.family.stacked.per_token // layout.experts
+
+
+def _tokens_for(each: int, layout: Layout) -> int:
+    """The tokens of which each expert sees so many, if they are routed evenly."""
+    assert layout.family.stacked is not None
+    return -(-each * layout.experts // layout.family.stacked.per_token)
+
+
 def few(tokens: int, layout: Layout) -> str | None:
     """A warning about a corpus that is small for the model's keys, or None."""
     width = layout.key_width
+    if layout.experts:
+        each = _tokens_per_expert(tokens, layout)
+        if each >= WARNED * width:
+            return None
+        return (
+            f"corpus: it has only {tokens:,} tokens, of which each of {layout.experts} experts "
+            f"sees about {each:,}, for keys that are {width:,} wide, so the second moments are "
+            "imprecise, and the edit may damage what the model knows; "
+            f"{_tokens_for(WARNED * width, layout):,} to {_tokens_for(ENOUGH * width, layout):,} "
+            "tokens are enough"
+        )
     if tokens >= WARNED * width:
         return None
     return (

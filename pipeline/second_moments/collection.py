@@ -7,7 +7,8 @@ time, and deleted.
     second_moments.safetensors, second_moments.json     the result; the provenance is written last
     second_moments.parts/<key>-<parts>/
         00000.json                                      a finished part: its files, their digests
-        00000-<layer>-<attempt>.safetensors             its sum of k kᵀ, (K, K) float64
+        00000-<layer>-<attempt>.safetensors             its sum of k kᵀ, (K, K) float64; with X
+                                                        experts (X, K, K), and their tokens
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 
 from pipeline.cluster import Task
@@ -38,6 +42,7 @@ from pipeline.models import (
     open_fast_tokenizer,
     open_model_folder,
     open_skeleton,
+    stored_weight,
 )
 from pipeline.progress import Stage
 from pipeline.run_folder import PARTS, delete_parts, versions
@@ -53,7 +58,14 @@ from pipeline.second_moments.files import (
 from pipeline.storage import Store
 from pmet.hparams import PMETHyperParams
 from pmet.model import Layout
-from pmet.update import convergence, longest
+from pmet.update import (
+    convergence,
+    convergence_of,
+    expert_means,
+    half_norms,
+    longest,
+    mean_power,
+)
 
 _MOST_PARTS = 16
 _PART_TOKENS = 8192
@@ -128,7 +140,7 @@ class MomentsJob:
 
     def parts(self) -> list[list[array[int]]]:
         """Split the corpus into parts: enough to distribute, but no more than fit on the disk."""
-        size = len(self.hparams.layers) * 8 * self.layout.key_width**2
+        size = len(self.hparams.layers) * 8 * math.prod(self.layout.moment_shape)
         most = min(_MOST_PARTS, self.corpus.tokens // _PART_TOKENS, _ALL_PARTS_BYTES // size)
         # An even number, because the convergence figure compares even with odd parts.
         return self.corpus.parts(2 * max(1, most // 2))
@@ -275,15 +287,18 @@ def _commit(
     with moments_writer(store, job.layout, job.hparams.layers, job.key) as write:
         for i, module in enumerate(job.modules):
             files = [part[i].file for part in parts]
-            one_KK, other_KK = (
-                _added_up(store, files[half::2], job.layout.key_width) for half in (0, 1)
-            )
-            moved[module] = convergence(one_KK, other_KK, (even, odd)) if odd else None
-            mean_KK = ((one_KK + other_KK) / (even + odd)).float()
-            del one_KK, other_KK
-            write(mean_KK)
-            if check:
-                check(module, mean_KK)
+            if job.layout.experts:
+                moved[module] = _merge_experts(job.layout, store, files, (even, odd), write)
+            else:
+                one_KK, other_KK = (
+                    _added_up(store, files[half::2], job.layout.key_width) for half in (0, 1)
+                )
+                moved[module] = convergence(one_KK, other_KK, (even, odd)) if odd else None
+                mean_KK = ((one_KK + other_KK) / (even + odd)).float()
+                del one_KK, other_KK
+                write(mean_KK)
+                if check:
+                    check(module, mean_KK)
             count = len(job.modules)
             bar.advance(left * (i + 1) // count - left * i // count)
             bar.note(f"{i + 1} of {count} layers merged")
@@ -314,6 +329,47 @@ def _added_up(store: Store, files: Sequence[str], width: int) -> torch.Tensor:
     return total_KK
 
 
+def _merge_experts(
+    layout: Layout,
+    store: Store,
+    files: Sequence[str],
+    tokens: tuple[int, int],
+    write: Callable[[torch.Tensor], None],
+) -> float | None:
+    """Merge the parts' sums of a layer's experts, one expert at a time, and write their means.
+
+    Returns:
+        The convergence.
+    """
+    with ExitStack() as stack:
+        paths = [stack.enter_context(store.local_copy(file)) for file in files]
+        parts = [stack.enter_context(safe_open(str(path), framework="pt")) for path in paths]
+        routed_X = torch.stack([part.get_tensor("routed") for part in parts]).sum(0)
+        sums = [part.get_slice("sum") for part in parts]
+
+        def half(expert: int, first: int) -> torch.Tensor:
+            total_KK = torch.zeros(layout.moment_shape[1:], dtype=torch.float64)
+            for part in sums[first::2]:
+                total_KK += part[expert]
+            return total_KK
+
+        experts = range(layout.experts)
+        traces = sum(part[expert].trace().item() for part in sums for expert in experts)
+        norms = []
+
+        def totals() -> Iterator[torch.Tensor]:
+            for expert in experts:
+                one_KK, other_KK = half(expert, 0), half(expert, 1)
+                if tokens[1]:
+                    norms.append(half_norms(one_KK, other_KK, tokens))
+                yield one_KK + other_KK
+
+        power = mean_power(traces, routed_X, layout.key_width)
+        for mean_KK in expert_means(totals(), routed_X, sum(tokens), power):
+            write(mean_KK)
+    return convergence_of(norms, tokens) if norms else None
+
+
 def _recorded(job: MomentsJob, store: Store, folder: str, number: int) -> list[StoredFile] | None:
     """The files of a finished part; None if one is missing or incomplete."""
     name = _record(folder, number)
@@ -334,5 +390,4 @@ def _record(folder: str, number: int) -> str:
 def _stored(
     checkpoint: Checkpoint, layout: Layout, skeleton: Any, hparams: PMETHyperParams
 ) -> StoredTensor:
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    return checkpoint.find(layout.weight_name(hparams.target_layer), prefix)
+    return stored_weight(checkpoint, skeleton, layout.weight_name(hparams.target_layer))

@@ -1,8 +1,8 @@
 """Second moments on disk: one safetensors file, and a JSON file with its provenance.
 
 Each tensor is named by the module whose inputs it describes, for example
-``transformer.h.3.mlp.fc_out``, and is (K, K) float32. The published ``.npz`` files can be read too
-(``pipeline.second_moments.published``).
+``transformer.h.3.mlp.fc_out``, and is (K, K) float32; (X, K, K) for a module of X experts. The
+published ``.npz`` files can be read too (``pipeline.second_moments.published``).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def moments_writer(
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """Write the tensors to a folder: call the yielded function with each layer's mean, in order.
 
-    Only one mean has to be in memory. The file records the ``key`` it was made under; without a
-    provenance file it counts as unfinished.
+    With experts, with each expert's in turn. Only one mean has to be in memory. The file records
+    the ``key`` it was made under; without a provenance file it counts as unfinished.
 
     Raises:
         NotFiniteError: from the yielded function, if a mean overflows float32; no file is left.
     """
-    width = layout.key_width
-    tensors = {module_name(layout, layer): (torch.float32, (width, width)) for layer in layers}
+    width, shape = layout.key_width, layout.moment_shape
+    tensors = {module_name(layout, layer): (torch.float32, shape) for layer in layers}
     with store.write_stream(TENSORS) as stream:
         stream.write(safetensors_header.written_header(tensors, {_KEY: key}))
 
@@ -92,7 +92,7 @@ def check_moments(url: str, layout: Layout, layers: tuple[int, ...], model_diges
 
 
 def read_moments(url: str, layout: Layout, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
-    """Read second moments of the edited layers, (K, K) float32 each.
+    """Read second moments of the edited layers, (K, K) or (X, K, K) float32 each.
 
     Raises:
         JobError: they are damaged, not finite, or not of these layers.
@@ -204,10 +204,10 @@ def _check_present(where: str, module: str, there: Mapping[str, Any]) -> None:
 
 
 def _check_shape(where: str, module: str, shape: tuple[int, ...], layout: Layout) -> None:
-    if shape != (layout.key_width, layout.key_width):
+    if shape != layout.moment_shape:
         raise JobError(
-            f"second_moments: {module} in {where} is {shape}, but the model's keys are "
-            f"{layout.key_width} wide; it belongs to another model"
+            f"second_moments: {module} in {where} is {shape}, but the model's keys "
+            f"{layout.of_keys}; it belongs to another model"
         )
 
 

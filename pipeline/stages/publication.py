@@ -11,7 +11,7 @@ from pipeline.models import Checkpoint, ModelSource, digest_of_files, model_on_n
 from pipeline.run_folder import CARD, MODEL, PUBLISHED
 from pipeline.stages.context import Context
 from pipeline.zero import LayerReport
-from pmet.delta import Edit, checked
+from pmet.delta import checked, saved_delta
 
 
 def publish_model(run: Context, reports: list[LayerReport]) -> None:
@@ -23,14 +23,18 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
     if run.folder.recorded(PUBLISHED):
         return
     layers = plan.hparams.layers if reports else ()
-    by_tensor = {
-        plan.stored[layer].name: report for layer, report in zip(layers, reports, strict=True)
-    }
+    by_tensor: dict[str, tuple[LayerReport, int | None]] = {}
+    for layer, report in zip(layers, reports, strict=True):
+        stored = plan.stored[layer]
+        if not stored.parts:
+            by_tensor[stored.name] = (report, None)
+        for expert, part in enumerate(stored.parts):
+            by_tensor[part.name] = (report, expert)
 
     def edited(name: str, base: torch.Tensor) -> torch.Tensor:
-        report = by_tensor[name]
+        report, expert = by_tensor[name]
         with run.store.local_copy(report.file) as path:
-            return checked(name, base, Edit.load(path).deltas[report.parameter])
+            return checked(name, base, saved_delta(path, report.parameter, expert))
 
     run.folder.forget("measured-after", "known-after")
     digests: dict[str, str] = {}

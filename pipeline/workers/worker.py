@@ -165,7 +165,10 @@ class ModelWorker:
                     "model overflow there"
                 )
             file = f"{name}-{layer}-{attempt}.safetensors"
-            output.write_bytes(file, save({"sum": total_KK.cpu()}))
+            sums = {"sum": total_KK.cpu()}
+            if layer in moments.routed:
+                sums["routed"] = moments.routed[layer].cpu()
+            output.write_bytes(file, save(sums))
             files.append(StoredFile(file, output.sha256(file)))
         return files
 

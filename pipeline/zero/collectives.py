@@ -31,6 +31,29 @@ def add_up(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
+def reduce_to(tensor: torch.Tensor, rank: int) -> None:
+    """Replace a tensor by its sum over all ranks, on one of them; elsewhere it is used up."""
+    if not _alone():
+        dist.reduce(tensor, dst=rank)
+
+
+def broadcast(tensor: torch.Tensor, rank: int) -> None:
+    """Replace a tensor by that of one rank."""
+    if not _alone():
+        dist.broadcast(tensor, src=rank)
+
+
+def raise_together(failure: Exception | None) -> None:
+    """Raise the first rank's failure on all ranks, if any has one."""
+    failures = [failure]
+    if not _alone():
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            raise found
+
+
 def largest(number: float) -> float:
     """The largest value of a number over all ranks, in float64; infinite if any is NaN."""
     if _alone():

@@ -43,6 +43,7 @@ from pipeline.zero.collectives import (
     rows_in_turn,
     share_of_rows,
 )
+from pipeline.zero.experts import SolvedExpert, solved_experts
 from pipeline.zero.loading import Offload, load_partitioned
 from pmet.delta import EditWriter, check_fits, delta_rows
 from pmet.errors import NotFiniteError
@@ -50,6 +51,7 @@ from pmet.hparams import PMETHyperParams
 from pmet.model import ContextTemplates, Layout
 from pmet.request import EditRequest
 from pmet.update import (
+    ExpertSums,
     Factor,
     Form,
     KeyResidualRows,
@@ -238,8 +240,13 @@ class UpdateRank:
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
-        solved = self._solved(index, layer, second_moment_KK)
-        del second_moment_KK
+        if layout.experts:
+            sums = ExpertSums.zeros(second_moment_KK, layout.value_width, self._device)
+            self._collect(index, sums)
+            count = int(added(sums.count))
+        else:
+            solved = self._solved(index, layer, second_moment_KK)
+            del second_moment_KK
         name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
         # No other attempt uses the name: only the file named in the layer's record counts.
         file = f"delta/{name}-{uuid4().hex}.safetensors"
@@ -248,7 +255,22 @@ class UpdateRank:
             for values in rows_in_turn(slices.own_values(self._engine, parameter)):
                 if writer:
                     writer.add_original(values)
-            squares = self._change(parameter, solved.delta_RK, writer, self._stored(layer))
+            if layout.experts:
+                share = square_root_spread(index, len(hparams.layers))
+                solving = solved_experts(
+                    sums,
+                    second_moment_KK,
+                    hparams.mom2_update_weight,
+                    share,
+                    rank=self._rank,
+                    ranks=self._ranks,
+                )
+                squares, jitter = self._change_experts(
+                    parameter, solving, writer, self._stored(layer)
+                )
+                solved = _Solved(torch.empty(0), count, "keys", jitter)
+            else:
+                squares = self._change(parameter, solved.delta_RK, writer, self._stored(layer))
             norm, before = math.sqrt(squares.delta), math.sqrt(squares.before)
             share = norm / before if before else math.inf
             for dtype in (self._stored(layer), parameter.dtype):
@@ -274,7 +296,7 @@ class UpdateRank:
         """Apply a layer that an earlier group finished and saved."""
         layer = self._job.hparams.layers[index]
         name, parameter = self._layout.weight_name(layer), self._layout.weight(self._model, layer)
-        width = slices.full_shape(parameter)[1]
+        width = slices.full_shape(parameter)[-1]
         start, stop = slices.owned_slice(parameter)
         rows = range(start // width, -(-stop // width))
         with self._job.run.local_copy(file) as path:
@@ -310,6 +332,30 @@ class UpdateRank:
             first += len(delta_RK)
         delta, before, lost = map(added, sums)
         return slices.Squares(delta, before, lost, largest(most))
+
+    def _change_experts(
+        self,
+        parameter: nn.Parameter,
+        solving: Iterator[SolvedExpert],
+        writer: EditWriter | None,
+        stored: torch.dtype,
+    ) -> tuple[slices.Squares, float]:
+        """Add each expert's Δ to its part of the weight; return sums, and the largest jitter."""
+        before, most = slices.own_squares(self._engine, parameter)
+        sums, largest_jitter = [0.0, 0.0], 0.0
+        for expert, delta_VK, jitter in solving:
+            block = self._layout.orient(delta_VK)
+            top = expert * len(block)
+            delta, _, lost, here_most = slices.add_block(
+                self._engine, parameter, block, top, stored=stored
+            )
+            sums = [sums[0] + delta, sums[1] + lost]
+            most = here_most if math.isnan(here_most) else max(most, here_most)
+            largest_jitter = max(largest_jitter, jitter)
+            if writer:
+                writer.put_delta(block, top)
+        delta, before, lost = map(added, (sums[0], before, sums[1]))
+        return slices.Squares(delta, before, lost, largest(most)), largest_jitter
 
     @contextmanager
     def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:
@@ -369,7 +415,7 @@ class UpdateRank:
         )
         return _Solved(delta_RK, count, "requests", max(jitter, moment.jitter))
 
-    def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows) -> None:
+    def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows | ExpertSums) -> None:
         """Read keys and residuals of this rank's requests, together with the other ranks."""
         reader, targets = self._reader, self._targets_by_batch()
         with reader.reading(index):
@@ -379,8 +425,10 @@ class UpdateRank:
                 if not counts:
                     reader.run_along()
                     continue
-                keys_EK, values_EV = reader.read(number)
-                into.add(keys_EK, next(targets).to(self._device) - values_EV)
+                keys, values_EV = reader.read(number)
+                residuals_EV = next(targets).to(self._device) - values_EV
+                # The reader gives what the layout's kind of sums takes.
+                into.add(keys, residuals_EV)  # type: ignore[arg-type]
 
     def _targets_by_batch(self) -> Iterator[torch.Tensor]:
         """The targets (E, V) of each batch in turn, float64, one shard in memory at a time."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -148,7 +149,7 @@ def add_block(
 
     Args:
         engine: the engine from `load_partitioned`; unused for a parameter that is not partitioned.
-        parameter: the weight, a matrix.
+        parameter: the weight, a matrix, or stacked matrices, whose rows count on.
         block: part of the change, or all of it; any floating dtype and device.
         top: row of the weight at which the block starts.
         left: column of the weight at which the block starts.
@@ -159,11 +160,11 @@ def add_block(
         ValueError: the block is not inside the weight.
         WorkerError: the weight is gathered, so that the change would be lost.
     """
-    shape = full_shape(parameter)
+    shape = _as_matrix(full_shape(parameter))
     if block.ndim != 2 or top + len(block) > shape[0] or left + block.shape[1] > shape[1]:
         raise ValueError(
             f"a change of shape {tuple(block.shape)} at row {top}, column {left} is not inside the "
-            f"weight of shape {tuple(shape)}"
+            f"weight of shape {tuple(full_shape(parameter))}"
         )
     kept = _writable_slice(engine, parameter)
     squares = torch.zeros(3, dtype=torch.float64, device=kept.device)
@@ -185,6 +186,19 @@ def add_block(
             largest = torch.maximum(largest, most)
     delta, before, lost = squares.tolist()
     return Squares(delta, before, lost, largest.item())
+
+
+def _as_matrix(shape: torch.Size) -> tuple[int, int]:
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def own_squares(engine: Any, parameter: nn.Parameter) -> tuple[float, float]:
+    """The sum of squares of the elements in `owned_slice`, and the largest of their sizes."""
+    total, largest = 0.0, 0.0
+    for part in own_values(engine, parameter).split(_PIECE):
+        total += part.double().square().sum().item()
+        largest = max(largest, part.abs().max().item()) if part.numel() else largest
+    return total, largest
 
 
 def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:

@@ -7,6 +7,7 @@ there. transformers is imported where it is needed: some callers never need it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -42,6 +43,11 @@ NAMES = {
     "transformers.conversion_mapping.get_model_conversion_mapping": _RENAMED,
     "transformers.core_model_loading.WeightRenaming": _RENAMED,
     "transformers.core_model_loading.rename_source_key": _RENAMED,
+    "transformers.core_model_loading.WeightConverter": _RENAMED,
+    "transformers.core_model_loading.MergeModulelist": (
+        "to overwrite an expert's own tensor where experts are stacked when they are loaded; only "
+        "from_pretrained and save_pretrained know, and both take the whole model"
+    ),
     "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
         "to know which models open together with their vision model, without importing them all"
     ),
@@ -110,6 +116,44 @@ def renaming(model: nn.Module) -> Callable[[str], str | None]:
         return loaded_as if converted_by is None else None
 
     return renamed
+
+
+def stacking(model: nn.Module) -> Callable[[str], tuple[str, int] | None]:
+    """By the name of a stored tensor, the parameter it is one expert's part of, and the expert.
+
+    None where a tensor is loaded in another way.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            MergeModulelist,
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:  # releases of transformers that stack nothing
+        return lambda name: None
+    changes = get_model_conversion_mapping(cast(Any, model))
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    # Nothing but stacked: one tensor per expert, which becomes its slice along the first dimension.
+    alone = {
+        change.source_patterns[0]
+        for change in converters
+        if len(change.source_patterns) == 1
+        and [(type(op), getattr(op, "dim", None)) for op in change.operations]
+        == [(MergeModulelist, 0)]
+    }
+
+    def part(name: str) -> tuple[str, int] | None:
+        loaded_as, pattern = rename_source_key(name, renamings, cast(Any, converters))
+        if pattern not in alone or pattern is None or "*" not in pattern:
+            return None
+        today, _ = rename_source_key(name, renamings, [])
+        number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), today)
+        return (loaded_as, int(number[1])) if number else None
+
+    return part
 
 
 def is_causal_type(model_type: str) -> bool:

@@ -6,9 +6,14 @@ from .lookup_reader import LookupReader as LookupReader
 from .mechanism import reader_kind as reader_kind
 from .mechanism import why_read_whole as why_read_whole
 from .second_moments import BATCH_TOKENS as BATCH_TOKENS
+from .second_moments import TOKENS_PER_DIMENSION as TOKENS_PER_DIMENSION
 from .second_moments import SecondMoments as SecondMoments
 from .second_moments import convergence as convergence
+from .second_moments import convergence_of as convergence_of
+from .second_moments import expert_means as expert_means
+from .second_moments import half_norms as half_norms
 from .second_moments import longest as longest
+from .second_moments import mean_power as mean_power
 from .second_moments import measure_tokens as measure_tokens
 from .solver import JITTERS as JITTERS
 from .solver import Factor as Factor
