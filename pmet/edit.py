@@ -115,9 +115,7 @@ def compute_edit(
             )
             for index, layer in enumerate(hparams.layers):
                 with reader.reading(index):
-                    collected = _collected(
-                        reader, batches, targets_EV.to(device), layout, moments[layer]
-                    )
+                    collected = _collected(reader, batches, targets_EV.to(device), layout)
                 share = square_root_spread(index, len(hparams.layers))
                 weight = hparams.mom2_update_weight
                 delta_VK = _solved(collected, moments[layer], weight, share, layout)
@@ -139,13 +137,12 @@ def _collected(
     batches: Sequence[Lookups],
     targets_EV: torch.Tensor,
     layout: Layout,
-    moment: torch.Tensor,
 ) -> _Collected:
     """Keys and residuals of all requests, collected for the cheaper form of the solve."""
     widths, device = (layout.key_width, layout.value_width), targets_EV.device
     collected: _Collected
     if layout.experts:
-        collected = ExpertSums.zeros(moment, layout.value_width, device)
+        collected = ExpertSums(widths, device)
     elif cheaper_form(len(targets_EV), *widths, factored=False) == "keys":
         collected = KeyResidualSums.zeros(*widths, device)
     else:

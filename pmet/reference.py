@@ -359,7 +359,7 @@ def _plain_expert_deltas(
             values_EV = torch.stack([value_V for _, value_V in read])
             residuals_EV = (targets.double().cpu() - values_EV) / math.sqrt(len(layers) - i)
             moments_XKK = second_moments[layer].double().cpu()
-            shares_EX = keys_EXK.square().sum(2) / torch.stack([m.trace() for m in moments_XKK])
+            shares_EX = keys_EXK.square().sum(2)
             shares_EX /= shares_EX.sum(1, keepdim=True)
             delta_XVK = torch.zeros(
                 len(moments_XKK), values_EV.shape[1], keys_EXK.shape[2], dtype=torch.float64

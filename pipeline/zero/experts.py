@@ -16,7 +16,7 @@ import torch
 
 from pipeline.zero.collectives import add_up, added, broadcast, raise_together, reduce_to
 from pmet.errors import NumericalError
-from pmet.update import ExpertSums, KeyResidualSums, solve_experts
+from pmet.update import ExpertSums, solve_experts
 
 
 class SolvedExpert(NamedTuple):
@@ -49,7 +49,7 @@ def solved_experts(
     Raises:
         NumericalError: a solve failed; all ranks raise the same error.
     """
-    experts = _routed(sums)
+    experts = _routed(sums, len(second_moments_XKK))
     for start in range(0, len(experts), ranks):
         together = experts[start : start + ranks]
         for owner, expert in enumerate(together):
@@ -63,9 +63,9 @@ def solved_experts(
         sums.by_expert = {e: s for e, s in sums.by_expert.items() if e not in together}
 
 
-def _routed(sums: ExpertSums) -> list[int]:
+def _routed(sums: ExpertSums, experts: int) -> list[int]:
     """The experts that a request of any rank is routed to."""
-    counts_X = torch.zeros_like(sums.powers_X)
+    counts_X = torch.zeros(experts, dtype=torch.float64, device=sums.device)
     counts_X[list(sums.by_expert)] = 1
     add_up(counts_X)
     found: list[int] = counts_X.nonzero()[:, 0].tolist()
@@ -74,9 +74,7 @@ def _routed(sums: ExpertSums) -> list[int]:
 
 def _collect_on(owner: int, expert: int, sums: ExpertSums) -> None:
     """Add an expert's sums up on one rank."""
-    if expert not in sums.by_expert:
-        sums.by_expert[expert] = KeyResidualSums.zeros(*sums.widths, sums.powers_X.device)
-    own = sums.by_expert[expert]
+    own = sums.of(expert)
     reduce_to(own.gram_KK, owner)
     reduce_to(own.cross_VK, owner)
 
@@ -101,4 +99,4 @@ def _own(
 
 def _room(sums: ExpertSums) -> torch.Tensor:
     key_width, value_width = sums.widths
-    return torch.empty(value_width, key_width, dtype=torch.float64, device=sums.powers_X.device)
+    return torch.empty(value_width, key_width, dtype=torch.float64, device=sums.device)

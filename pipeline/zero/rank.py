@@ -43,7 +43,7 @@ from pipeline.zero.collectives import (
     rows_in_turn,
     share_of_rows,
 )
-from pipeline.zero.experts import SolvedExpert, solved_experts
+from pipeline.zero.experts import solved_experts
 from pipeline.zero.loading import Offload, load_partitioned
 from pmet.delta import EditWriter, check_fits, delta_rows
 from pmet.errors import NotFiniteError
@@ -164,13 +164,30 @@ class LayerReport:
     dtype: str
 
 
-class _Solved(NamedTuple):
-    """This rank's rows of Δ, and how they were found."""
+class _Block(NamedTuple):
+    """A part of Δ, the same on every rank, and where in the weight it starts."""
 
-    delta_RK: torch.Tensor
+    block: torch.Tensor
+    top: int
+    left: int
+
+
+class _Solved(NamedTuple):
+    """The parts of Δ in turn, and how they were found.
+
+    Attributes:
+        blocks: the parts; all ranks must take them together.
+        requests: number of requests that Δ holds.
+        form: the form of the solve.
+        jitters: one per solve, once its part has been taken.
+        partial: whether some of the weight is in no part: experts without requests.
+    """
+
+    blocks: Iterator[_Block]
     requests: int
     form: Form
-    jitter: float
+    jitters: list[float]
+    partial: bool = False
 
 
 class _TakenShard(NamedTuple):
@@ -241,12 +258,10 @@ class UpdateRank:
         layer = hparams.layers[index]
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
         if layout.experts:
-            sums = ExpertSums.zeros(second_moment_KK, layout.value_width, self._device)
-            self._collect(index, sums)
-            count = int(added(sums.count))
+            solved = self._solved_experts(index, second_moment_KK)
         else:
             solved = self._solved(index, layer, second_moment_KK)
-            del second_moment_KK
+        del second_moment_KK
         name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
         # No other attempt uses the name: only the file named in the layer's record counts.
         file = f"delta/{name}-{uuid4().hex}.safetensors"
@@ -255,22 +270,7 @@ class UpdateRank:
             for values in rows_in_turn(slices.own_values(self._engine, parameter)):
                 if writer:
                     writer.add_original(values)
-            if layout.experts:
-                share = square_root_spread(index, len(hparams.layers))
-                solving = solved_experts(
-                    sums,
-                    second_moment_KK,
-                    hparams.mom2_update_weight,
-                    share,
-                    rank=self._rank,
-                    ranks=self._ranks,
-                )
-                squares, jitter = self._change_experts(
-                    parameter, solving, writer, self._stored(layer)
-                )
-                solved = _Solved(torch.empty(0), count, "keys", jitter)
-            else:
-                squares = self._change(parameter, solved.delta_RK, writer, self._stored(layer))
+            squares = self._change(parameter, solved, writer, self._stored(layer))
             norm, before = math.sqrt(squares.delta), math.sqrt(squares.before)
             share = norm / before if before else math.inf
             for dtype in (self._stored(layer), parameter.dtype):
@@ -286,7 +286,7 @@ class UpdateRank:
             weight_norm=before,
             requests=solved.requests,
             form=solved.form,
-            jitter=solved.jitter,
+            jitter=max(solved.jitters, default=0.0),
             rounding=math.sqrt(squares.lost) / norm if norm else 0.0,
             largest=squares.largest,
             dtype=str(self._stored(layer)).removeprefix("torch."),
@@ -312,15 +312,14 @@ class UpdateRank:
     def _change(
         self,
         parameter: nn.Parameter,
-        own_RK: torch.Tensor,
+        solved: _Solved,
         writer: EditWriter | None,
         stored: torch.dtype,
     ) -> slices.Squares:
-        """Add Δ, of which each rank has some rows, to the weight; return sums over all elements."""
-        first, sums, most = 0, [0.0, 0.0, 0.0], 0.0
-        for delta_RK in rows_in_turn(own_RK):
-            block = self._layout.orient(delta_RK)
-            top, left = (0, first) if self._layout.transposed else (first, 0)
+        """Add Δ to the weight, block by block; return sums over all elements."""
+        sums, most = [0.0, 0.0, 0.0], 0.0
+        whole = slices.own_squares(self._engine, parameter) if solved.partial else None
+        for block, top, left in solved.blocks:
             *here, here_most = slices.add_block(
                 self._engine, parameter, block, top, left, stored=stored
             )
@@ -329,33 +328,19 @@ class UpdateRank:
             most = here_most if math.isnan(here_most) else max(most, here_most)
             if writer:
                 writer.put_delta(block, top, left)
-            first += len(delta_RK)
+        if whole is not None:
+            sums[1], largest_before = whole
+            most = most if math.isnan(most) else max(most, largest_before)
         delta, before, lost = map(added, sums)
         return slices.Squares(delta, before, lost, largest(most))
 
-    def _change_experts(
-        self,
-        parameter: nn.Parameter,
-        solving: Iterator[SolvedExpert],
-        writer: EditWriter | None,
-        stored: torch.dtype,
-    ) -> tuple[slices.Squares, float]:
-        """Add each expert's Δ to its part of the weight; return sums, and the largest jitter."""
-        before, most = slices.own_squares(self._engine, parameter)
-        sums, largest_jitter = [0.0, 0.0], 0.0
-        for expert, delta_VK, jitter in solving:
-            block = self._layout.orient(delta_VK)
-            top = expert * len(block)
-            delta, _, lost, here_most = slices.add_block(
-                self._engine, parameter, block, top, stored=stored
-            )
-            sums = [sums[0] + delta, sums[1] + lost]
-            most = here_most if math.isnan(here_most) else max(most, here_most)
-            largest_jitter = max(largest_jitter, jitter)
-            if writer:
-                writer.put_delta(block, top)
-        delta, before, lost = map(added, (sums[0], before, sums[1]))
-        return slices.Squares(delta, before, lost, largest(most)), largest_jitter
+    def _row_blocks(self, own_RK: torch.Tensor) -> Iterator[_Block]:
+        """Δ of which each rank has some rows, in the weight's orientation."""
+        first = 0
+        for delta_RK in rows_in_turn(own_RK):
+            top, left = (0, first) if self._layout.transposed else (first, 0)
+            yield _Block(self._layout.orient(delta_RK), top, left)
+            first += len(delta_RK)
 
     @contextmanager
     def _writer(self, file: str, name: str, parameter: nn.Parameter) -> Iterator[EditWriter | None]:
@@ -369,7 +354,7 @@ class UpdateRank:
                 yield writer
 
     def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> _Solved:
-        """This rank's rows of Δ, in the form that needs fewer operations."""
+        """Δ, in the form that needs fewer operations."""
         layout = self._layout
         widths = (layout.key_width, layout.value_width)
         count = int(added(sum(self._batches.counts)))
@@ -396,7 +381,8 @@ class UpdateRank:
         found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
         del gram_KK
         cross_RK *= square_root_spread(index, len(hparams.layers))
-        return _Solved(solve_rows(found.lower, cross_RK), count, "keys", found.jitter)
+        blocks = self._row_blocks(solve_rows(found.lower, cross_RK))
+        return _Solved(blocks, count, "keys", [found.jitter])
 
     def _solved_by_requests(self, index: int, moment: Factor, count: int) -> _Solved:
         layout, hparams = self._layout, self._job.hparams
@@ -413,7 +399,30 @@ class UpdateRank:
         delta_RK, jitter = solve_rows_by_requests(
             whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
         )
-        return _Solved(delta_RK, count, "requests", max(jitter, moment.jitter))
+        jitters = [jitter, moment.jitter]
+        return _Solved(self._row_blocks(delta_RK), count, "requests", jitters)
+
+    def _solved_experts(self, index: int, second_moments_XKK: torch.Tensor) -> _Solved:
+        """Δ of each expert that a request is routed to."""
+        layout, hparams = self._layout, self._job.hparams
+        sums = ExpertSums((layout.key_width, layout.value_width), self._device)
+        self._collect(index, sums)
+        jitters: list[float] = []
+
+        def blocks() -> Iterator[_Block]:
+            for solved in solved_experts(
+                sums,
+                second_moments_XKK,
+                hparams.mom2_update_weight,
+                square_root_spread(index, len(hparams.layers)),
+                rank=self._rank,
+                ranks=self._ranks,
+            ):
+                block = layout.orient(solved.delta_VK)
+                yield _Block(block, solved.expert * len(block), 0)
+                jitters.append(solved.jitter)
+
+        return _Solved(blocks(), int(added(sums.count)), "keys", jitters, partial=True)
 
     def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows | ExpertSums) -> None:
         """Read keys and residuals of this rank's requests, together with the other ranks."""

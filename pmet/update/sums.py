@@ -77,46 +77,41 @@ class ExpertSums:
         ‖r − Σ_i Δ_i κ_i‖² ≤ Σ_i s_i ‖r − Δ_i κ_i / s_i‖²        (κ_i = g_i k_i)
 
     where every expert stands alone: its sums are those of keys κ_i / √s_i and residuals √s_i r.
-    For a single request the bound gives away nothing if s_i ∝ κ_iᵀ C_i⁻¹ κ_i. The shares used are
-    s_i ∝ ‖κ_i‖² / tr C_i, which is the same for a C_i that is a multiple of the identity, and
-    needs no factor of C_i.
+    The shares are s_i = ‖κ_i‖² / Σ_j ‖κ_j‖², which make all keys of a request as long as that of
+    the whole FFN (docs/method.md).
 
     Attributes:
-        powers_X: tr C_i of each expert.
         widths: K and V.
+        device: where the sums are.
         by_expert: the sums by expert.
         count: E.
     """
 
-    powers_X: torch.Tensor
     widths: tuple[int, int]
+    device: torch.device
     by_expert: dict[int, KeyResidualSums] = field(default_factory=dict)
     count: int = 0
-
-    @classmethod
-    def zeros(
-        cls, second_moments_XKK: torch.Tensor, value_width: int, device: torch.device
-    ) -> ExpertSums:
-        """Sums over no requests, for experts with these second moments."""
-        powers_X = second_moments_XKK.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
-        return cls(powers_X.to(device), (second_moments_XKK.shape[1], value_width))
 
     def add(self, keys: RoutedKeys, residuals_EV: torch.Tensor) -> None:
         """Add some requests, in place."""
         self.count += len(residuals_EV)
-        roots_P = self._shares(keys, len(residuals_EV)).sqrt()
-        for expert in keys.experts_P.unique().tolist():
-            # A key of zero asks for nothing, and its share is none.
-            here = ((keys.experts_P == expert) & (roots_P > 0)).nonzero()[:, 0]
-            if not len(here):
-                continue
-            if expert not in self.by_expert:
-                self.by_expert[expert] = KeyResidualSums.zeros(*self.widths, roots_P.device)
-            roots_Q1 = roots_P[here, None]
-            residuals_QV = residuals_EV.double()[keys.rows_P[here]]
-            self.by_expert[expert].add(keys.keys_PK[here] / roots_Q1, roots_Q1 * residuals_QV)
+        roots_P = _shares(keys, len(residuals_EV)).sqrt()
+        # A key of zero asks for nothing, and its share is none.
+        asking_P = roots_P > 0
+        for expert in keys.experts_P[asking_P].unique().tolist():
+            here_Q = ((keys.experts_P == expert) & asking_P).nonzero()[:, 0]
+            roots_Q1 = roots_P[here_Q, None]
+            residuals_QV = residuals_EV.double()[keys.rows_P[here_Q]]
+            self.of(expert).add(keys.keys_PK[here_Q] / roots_Q1, roots_Q1 * residuals_QV)
 
-    def _shares(self, keys: RoutedKeys, count: int) -> torch.Tensor:
-        sizes_P = keys.keys_PK.double().square().sum(1) / self.powers_X[keys.experts_P]
-        totals_E = sizes_P.new_zeros(count).index_add_(0, keys.rows_P, sizes_P)
-        return (sizes_P / totals_E[keys.rows_P]).nan_to_num(0.0)
+    def of(self, expert: int) -> KeyResidualSums:
+        """An expert's sums, which are made if no request has been routed to it yet."""
+        if expert not in self.by_expert:
+            self.by_expert[expert] = KeyResidualSums.zeros(*self.widths, self.device)
+        return self.by_expert[expert]
+
+
+def _shares(keys: RoutedKeys, count: int) -> torch.Tensor:
+    sizes_P = keys.keys_PK.double().square().sum(1)
+    totals_E = sizes_P.new_zeros(count).index_add_(0, keys.rows_P, sizes_P)
+    return (sizes_P / totals_E[keys.rows_P]).nan_to_num(0.0)

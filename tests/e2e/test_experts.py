@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
+from jobs.views import show_plan
+from pipeline.errors import JobError
+from pipeline.job.config import JobConfig
 from pipeline.plan import make_plan
-from pipeline.run import run_job
+from pipeline.run import RunResult, run_job
 from pmet import Edit
 from tests.conftest import GOLDEN
-from tests.e2e.conftest import HERE, facts, job
+from tests.e2e.conftest import HERE, job
 
 EXPERTS, PER_TOKEN = 4, 2
 LLAMA = GOLDEN / "llama"
@@ -30,7 +38,9 @@ def upcycled() -> nn.Module:
     Gates add up to 1, so it knows what the Llama knows; experts differ by a little noise.
     """
     dense = AutoModelForCausalLM.from_pretrained(LLAMA / "model", dtype=torch.float32)
-    settings = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
+    settings = {
+        k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")
+    }
     config = MixtralConfig(**settings, num_local_experts=EXPERTS, num_experts_per_tok=PER_TOKEN)
     config.sliding_window = None
     mixture = AutoModelForCausalLM.from_config(config).eval()
@@ -78,43 +88,135 @@ def place(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mixture", [upcycled, qwen3_moe])
-def test_a_mixture_is_edited_and_published_as_it_was_stored(
-    mixture: Any, inputs: Path, tmp_path: Path
-) -> None:
-    base = place(mixture(), tmp_path / "base")
-    hparams = json.loads((LLAMA / "hparams.json").read_text())
-    keys = ("layers", "v_num_grad_steps", "v_lr", "mom2_update_weight", "clamp_norm_factor")
-    (tmp_path / "hparams.json").write_text(json.dumps({key: hparams[key] for key in keys}))
-    config = job(
-        inputs,
-        str(tmp_path / "out"),
-        family="llama",
-        model=str(base),
-        hparams=str(tmp_path / "hparams.json"),
-        second_moments=None,
-        **HERE,
-    )
-    plan = make_plan(config)
-    layout = plan.layout
-    assert (layout.experts, layout.family.down_projection) == (EXPERTS, "model.layers.{}.mlp.experts")
+MIXTURES = {"mixtral": upcycled, "qwen3_moe": qwen3_moe}
 
-    result = run_job(config)
-    edited = tmp_path / "out" / "model"
-    before, after = (load_file(folder / "model.safetensors") for folder in (base, edited))
-    print(result.metrics["before"], result.metrics["after"])
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished job in this process, and its base."""
+
+    config: JobConfig
+    result: RunResult
+    base: Path
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.output)
+
+
+@pytest.fixture(scope="module")
+def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
+    """Runs the small job on a mixture, once."""
+
+    @cache
+    def run(name: str) -> Ran:
+        folder = tmp_path_factory.mktemp(name)
+        base = place(MIXTURES[name](), folder / "base")
+        hparams = json.loads((LLAMA / "hparams.json").read_text())
+        keys = ("layers", "v_num_grad_steps", "v_lr", "mom2_update_weight", "clamp_norm_factor")
+        (folder / "hparams.json").write_text(json.dumps({key: hparams[key] for key in keys}))
+        config = job(
+            inputs,
+            str(folder / "out"),
+            family="llama",
+            model=str(base),
+            hparams=str(folder / "hparams.json"),
+            **HERE,
+        )
+        return Ran(config, run_job(config), base)
+
+    return run
+
+
+def opened(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_checkpoint_has_the_edit_under_the_names_of_the_base(
+    name: str, ran: Callable[[str], Ran]
+) -> None:
+    found = ran(name)
+    published = found.out / "model"
+    before, after = (load_file(f / "model.safetensors") for f in (found.base, published))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.split(".")[2] for name in changed} == {str(i) for i in hparams["layers"]}
+    assert {name.split(".")[2] for name in changed} == {"0", "1", "2"}
     assert all(name.endswith(("w2.weight", "down_proj.weight")) for name in changed)
 
-    # The run's delta turns the base into what is published, and back.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    edit = Edit.load(tmp_path / "out" / "delta")
+    # The run's delta turns the base into what transformers opens, and back.
+    model, expected = opened(found.base), opened(published).state_dict()
     originals = {name: weight.clone() for name, weight in model.state_dict().items()}
+    edit = Edit.load(found.out / "delta")
+    assert set(edit.deltas) == {f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1, 2)}
     edit.apply(model)
-    published = AutoModelForCausalLM.from_pretrained(edited, dtype=torch.float32).state_dict()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, published[name]), name
+    assert all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
     edit.revert(model)
     assert all(torch.equal(w, originals[name]) for name, w in model.state_dict().items())
+
+
+def test_a_mixture_learns_what_it_is_asked_to(ran: Callable[[str], Ran]) -> None:
+    figures = ran("mixtral").result.metrics
+    before, after = figures["before"], figures["after"]
+    assert after["efficacy"] >= before["efficacy"] + 0.5
+    assert after["generalization"] >= before["generalization"] + 0.4
+    assert after["specificity"] >= before["specificity"] - 0.1
+    assert after["perplexity"] <= 1.2 * before["perplexity"]
+
+
+def test_the_plan_says_what_is_edited(ran: Callable[[str], Ran]) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_plan(make_plan(ran("mixtral").config), console)
+    said = " ".join(console.export_text().split())
+    assert "64 × 176 in each of 4 routed experts; each token is routed to 2 of them" in said
+    assert "edited module model.layers.{}.mlp.experts (added to the residual stream)" in said
+
+
+def test_second_moments_are_stored_by_expert(ran: Callable[[str], Ran]) -> None:
+    config = ran("mixtral").config
+    moments = load_file(Path(config.output) / "second_moments" / "second_moments.safetensors")
+    assert {name: tuple(m.shape) for name, m in moments.items()} == {
+        f"model.layers.{i}.mlp.experts": (EXPERTS, 176, 176) for i in (0, 1, 2)
+    }
+    # Those of a model with another number of experts are refused before anything starts.
+    folder = Path(config.output).parent / "foreign"
+    folder.mkdir()
+    save_file({name: m[:3].clone() for name, m in moments.items()}, folder / "some.safetensors")
+    foreign = config.model_copy(update={"second_moments": str(folder / "some.safetensors")})
+    with pytest.raises(JobError, match="but the model's keys are those of 4 experts, 176 wide"):
+        make_plan(foreign)
+
+
+def test_a_corpus_of_which_experts_see_too_little_is_refused(
+    ran: Callable[[str], Ran], tmp_path: Path
+) -> None:
+    texts = json.loads((GOLDEN / "corpus.json").read_text())
+    pq.write_table(pa.table({"text": texts[:8]}), tmp_path / "small.parquet")
+    small = {"corpus": (str(tmp_path / "small.parquet"),), "output": str(tmp_path / "out")}
+    with pytest.raises(JobError, match=r"each of 4 experts sees about \d+ of them.* at least 352"):
+        make_plan(ran("mixtral").config.model_copy(update=small))
+
+
+def test_ranks_give_the_weights_of_one_process(
+    ran: Callable[[str], Ran], local_ray: None, tmp_path: Path
+) -> None:
+    serial = ran("mixtral")
+    moments = serial.out / "second_moments"
+    config = JobConfig.model_validate(
+        serial.config.model_dump()
+        | {
+            "output": str(tmp_path / "out"),
+            "second_moments": str(moments),
+            "targets": {"workers": 1},
+            "update": {"ranks": 2},
+            "evaluate": {"sample": 1},
+        }
+    )
+    run_job(config)
+    expected, found = (Edit.load(out / "delta") for out in (serial.out, tmp_path / "out"))
+    for name, delta in expected.deltas.items():
+        assert (found.deltas[name] - delta).norm() <= 1e-6 * delta.norm(), name
+        assert torch.equal(found.originals[name], expected.originals[name])
+    weights = [load_file(o / "model" / "model.safetensors") for o in (serial.out, tmp_path / "out")]
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() <= 1e-6 * weight.norm(), name
