@@ -13,7 +13,6 @@ from .finite import checked_digest as checked_digest
 from .node_cache import default_cache as default_cache
 from .node_cache import model_on_node as model_on_node
 from .node_cache import name_for_nodes as name_for_nodes
-from .skeleton import in_todays_names as in_todays_names
 from .skeleton import open_skeleton as open_skeleton
 from .skeleton import skeleton_with_buffers as skeleton_with_buffers
 from .skeleton import stored_weight as stored_weight

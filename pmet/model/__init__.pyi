@@ -18,7 +18,6 @@ from .devices import home as home
 from .devices import layers_on as layers_on
 from .devices import share_out as share_out
 from .experts import RoutedKeys as RoutedKeys
-from .experts import Stacked as Stacked
 from .experts import noting_routed_keys as noting_routed_keys
 from .kernels import fused as fused
 from .kernels import keeping_freed_memory as keeping_freed_memory

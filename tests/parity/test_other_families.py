@@ -105,6 +105,25 @@ FAST = [
     variant("gpt_bigcode", "transformer.h.{}", "attn.c_proj", "mlp.c_proj", **GPT),
     variant("codegen", "transformer.h.{}", "attn.out_proj", "mlp.fc_out", **GPT, rotary_dim=4),
 ]
+
+
+def mixture(model_type: str, block: str = "mlp", **config: Any) -> Variant:
+    """Layers with routed experts alone; the plain form reads their keys as gradients."""
+    return llama_named(model_type, "self_attn.o_proj", f"{block}.experts", **config)
+
+
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAST += [
+    mixture("mixtral", **LOCAL),
+    mixture("qwen3_moe", decoder_sparse_step=1, **EXPERTS),
+    mixture("olmoe", **EXPERTS),
+    mixture("gpt_oss", sliding_window=WINDOW, **LOCAL),
+    mixture("granitemoe", "block_sparse_moe", **LOCAL),
+    mixture("minimax_m2", **LOCAL),
+    mixture("phimoe", **LOCAL),
+    mixture("flex_olmo", num_experts=4, num_experts_per_tok=2),
+    mixture("cohere2_moe", **EXPERTS, first_k_dense_replace=0),
+]
 WHOLE = [
     # Its attention mask depends on the hidden states, and so has a gradient.
     llama_like("doge", "doge"),
@@ -192,15 +211,6 @@ WHOLE = [
 # Of all lengths; the first is a subject of one token.
 SOME = [REQUESTS[i] for i in (2, 0, 1, 6, 7)]
 SOME_MEASURED = [MEASURED[i] for i in (2, 0, 1)]
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": EXPERTS,
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
 
 
 @pytest.mark.parametrize(
@@ -235,8 +245,9 @@ def test_an_edit_is_that_of_the_plain_form(
 
     moments: dict[int, Tensor] = {}
     for layer in found.layers:
-        samples_NK = torch.randn(2 * layout.key_width, layout.key_width)
-        moments[layer] = samples_NK.T @ samples_NK / len(samples_NK)
+        width = layout.key_width
+        samples_XNK = torch.randn(max(1, layout.experts), 2 * width, width)
+        moments[layer] = (samples_XNK.mT @ samples_XNK / (2 * width)).view(layout.moment_shape)
     deltas = plain_deltas(model, golden_tokenizer, SOME, named, CONTEXTS, moments, plain.values)
     edit = pmet.compute_edit(
         model,
@@ -256,28 +267,70 @@ def test_an_edit_is_that_of_the_plain_form(
         assert scores[figure] == pytest.approx(expected_scores[figure], abs=1e-12)
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
-def test_a_mixture_without_an_ffn_for_every_token_is_refused(model_type: str) -> None:
-    model = build(llama_named(model_type, "", "", **MIXTURES[model_type]))
+def test_experts_that_no_request_is_routed_to_stay_as_they_are(golden_tokenizer: Any) -> None:
+    model = build(mixture("mixtral", num_local_experts=16, num_experts_per_tok=2))
+    hparams = PMETHyperParams.from_dict(HPARAMS)
+    layout = resolve(model, hparams)
+    moments = {layer: torch.eye(layout.key_width).expand(16, -1, -1) for layer in hparams.layers}
+    edit = pmet.compute_edit(
+        model,
+        golden_tokenizer,
+        SOME[:1],
+        hparams,
+        context_templates=[["{}"]],
+        second_moments=moments,
+        targets=torch.randn(1, WIDTH),
+    )
+    for delta_XVK in edit.deltas.values():
+        assert delta_XVK.flatten(1).any(dim=1).sum() == 2
+
+
+def test_experts_may_be_named_by_their_module_or_by_its_weight() -> None:
+    model = build(mixture("olmoe", **EXPERTS))
+    for name in ("mlp.experts", "mlp.experts.down_proj"):
+        named = {
+            "layers": [0, 1],
+            "layer_module_tmp": "model.layers.{}",
+            "attn_module_tmp": "model.layers.{}.self_attn.o_proj",
+            "rewrite_module_tmps": [f"model.layers.{{}}.{name}"],
+        }
+        layout = resolve(model, PMETHyperParams.from_dict(named))
+        assert layout.weight_name(1) == "model.layers.1.mlp.experts.down_proj"
+        assert (layout.experts, layout.value_width, layout.key_width) == (4, WIDTH, 48)
+
+
+def test_experts_whose_keys_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bounded(self: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        return original(self, hidden, index, gates).tanh()
+
+    # A configuration that no other test has: small copies are kept.
+    own = {"rope_type": "default", "rope_theta": 7.0}
+    model = build(mixture("mixtral", **LOCAL, rope_parameters=own))
+    kind = type(model.model.layers[0].mlp.experts)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", bounded)
     with pytest.raises(
         ArchitectureError,
-        match=r"layer 0 of \w+ sends each token to some of several experts \(.*experts.*\) and has "
-        r"no FFN that every token passes through.* edit a model with such FFNs",
+        match=r"layer 0 of \w+ sends each token to some of several experts \(mlp\.experts\) whose "
+        r"keys cannot be read.* no FFN that every token passes through; edit a model with such",
     ):
         resolve(model, PMETHyperParams(layers=(0, 1)))
+    named = {"rewrite_module_tmps": ["model.layers.{}.mlp.experts"], "layers": [0, 1]}
+    with pytest.raises(ArchitectureError, match=r"mlp\.experts holds several experts whose keys"):
+        resolve(model, PMETHyperParams.from_dict(named))
 
 
 def test_a_name_that_no_module_has_is_answered_with_what_there_is() -> None:
-    model = build(llama_named("olmoe", "", "", **EXPERTS))
+    model = build(mixture("olmoe", **EXPERTS))
     named = {
         "layers": [0, 1],
         "layer_module_tmp": "model.layers.{}",
         "attn_module_tmp": "model.layers.{}.self_attn.o_proj",
-        "rewrite_module_tmps": ["model.layers.{}.mlp.experts.down_proj"],
+        "rewrite_module_tmps": ["model.layers.{}.mlp.down_proj"],
     }
     with pytest.raises(
         ArchitectureError,
-        match=r"no module model\.layers\.1\.mlp\.experts\.down_proj.* \(layer 1 has "
+        match=r"no module model\.layers\.1\.mlp\.down_proj.* \(layer 1 has "
         r"self_attn\.o_proj \(mixes tokens\), mlp\.experts \(several experts\)\)",
     ):
         resolve(model, PMETHyperParams.from_dict(named))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pmet.delta import Edit, EditWriter, delta_rows
+from pmet.delta import Edit, EditWriter, delta_rows, saved_delta
 from pmet.errors import EditFileError, NotFiniteError
 
 WEIGHT = "0.weight"
@@ -177,3 +177,23 @@ def test_rows_of_a_saved_edit(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes((tmp_path / "edit").read_bytes()[:-1])
     with pytest.raises(EditFileError, match=r"cut cannot be read as a saved edit \(.+\); is the"):
         list(delta_rows(tmp_path / "cut", WEIGHT, range(5), at_once=3))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 4)])
+def test_experts_of_a_stacked_weight_are_written_and_read_one_by_one(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    delta, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape)
+    delta[1] = 0
+    Edit({WEIGHT: delta}, {WEIGHT: weight}).save(tmp_path / "whole")
+    with EditWriter(tmp_path / "pieces", WEIGHT, weight.shape, weight.dtype) as writer:
+        for values in weight.flatten().split(8):
+            writer.add_original(values)
+        for expert in (2, 0):  # the other one has no facts
+            writer.put_delta(delta[expert], top=expert * shape[1])
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert torch.equal(saved_delta(tmp_path / "pieces", WEIGHT, 2), delta[2])
+    assert torch.equal(saved_delta(tmp_path / "pieces", WEIGHT), delta)
+    rows = range(2, 3 * shape[1] - 1)
+    parts = list(delta_rows(tmp_path / "pieces", WEIGHT, rows, at_once=3))
+    assert torch.equal(torch.cat(parts), delta.flatten(0, 1)[rows.start : rows.stop])

@@ -23,6 +23,7 @@ from pipeline.second_moments.collection import collect, plan_statistics
 from pipeline.storage.store import Store
 from pipeline.workers.worker import ModelWorker
 from pmet.model.architecture import resolve
+from pmet.model.experts import Stacked
 from tests.conftest import GOLDEN, load_golden
 
 LAYOUT = replace(
@@ -53,6 +54,25 @@ def test_tokens_up_to_twice_the_width_are_warned_about() -> None:
         "corpus: it has only 199 tokens for keys that are 100 wide, so the second moments are "
         "imprecise, and the edit may damage what the model knows; 200 to 1,000 tokens are enough"
     )
+
+
+def test_experts_count_the_tokens_that_reach_them() -> None:
+    stacked = Stacked("down_proj", transposed=False, per_token=2)
+    family = replace(LAYOUT.family, stacked=stacked)
+    layout = replace(LAYOUT, experts=8, family=family)
+    for requests in (None, 1, MANY):
+        assert not factors_second_moments(layout, requests or 1)
+        refuse_too_few(400, layout, requests)
+        with pytest.raises(
+            JobError,
+            match=r"399 tokens, too few .* each of 8 experts sees about 99 of them, and its keys "
+            r"are 100 wide, so at least 400 tokens are needed, and 800 to 4,000 are enough",
+        ):
+            refuse_too_few(399, layout, requests)
+    assert few(800, layout) is None
+    warning = few(799, layout)
+    assert warning is not None
+    assert "of which each of 8 experts sees about 199, for keys that are 100 wide" in warning
 
 
 def test_a_second_moment_of_too_low_a_rank_is_refused() -> None:

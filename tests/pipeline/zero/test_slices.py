@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pipeline.cluster.rank_group import RankGroup
-from pipeline.zero.collectives import in_lockstep, padded_steps
+from pipeline.zero.collectives import in_lockstep, padded_steps, raise_together
 from pipeline.zero.loading import load_partitioned, zero_config
 from pipeline.zero.slices import (
     WeightSlice,
@@ -23,10 +23,11 @@ from pipeline.zero.slices import (
     full_shape,
     gathered,
     init_rank,
+    own_squares,
     own_values,
     owned_slice,
 )
-from pmet.errors import PMETError
+from pmet.errors import NumericalError, PMETError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 DOWN_PROJECTIONS = {
@@ -151,6 +152,9 @@ class Rank:
         kept = parameter.ds_tensor[: stop - start].clone()
         with gathered(parameter) as value:
             return owned_slice(parameter), kept, full_shape(parameter), value
+
+    def fail_together(self, failing):
+        raise_together(NumericalError(f"rank {self.rank}") if self.rank in failing else None)
 
     def unequal_work(self, inputs):
         """Run one forward pass per input of this rank, plus fillers."""
@@ -362,6 +366,12 @@ def test_ranks_with_unequal_work_do_not_hang(group):
         assert all(torch.equal(a, logits_of(model, b)) for a, b in zip(kept, inputs, strict=False))
 
 
+def test_a_failure_of_one_rank_is_raised_by_all(group):
+    for said in group.call_all("refusal", "fail_together", (1, 2)):
+        assert said == "NumericalError: rank 1"
+    assert set(group.call_all("refusal", "fail_together", ())) == {"nothing was refused"}
+
+
 def test_the_gathered_copy_is_read_only(group):
     name = DOWN_PROJECTIONS["gpt2"] + ".weight"
     group.call_all("load", model_path("gpt2"), torch.float32)
@@ -417,6 +427,18 @@ class TestWholeParameter:
             assert torch.equal(value, expected)
             value.zero_()
         assert torch.equal(parameter, expected)
+
+    def test_rows_of_stacked_matrices_count_on(self):
+        parameter = torch.nn.Parameter(torch.randn(3, 4, 5))
+        before = parameter.detach().clone()
+        block = torch.randn(6, 2, dtype=torch.float64)
+        add_block(None, parameter, block, top=5, left=3)
+        expected = before.double().view(12, 5)
+        expected[5:11, 3:] += block
+        assert torch.equal(parameter.detach(), expected.float().view(3, 4, 5))
+        assert own_squares(None, parameter) == pytest.approx(
+            (parameter.detach().double().square().sum().item(), parameter.abs().max().item())
+        )
 
     @pytest.mark.parametrize(
         ("stored", "loses"),

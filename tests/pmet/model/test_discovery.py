@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pmet.model.discovery import Branch, Effect, UnknownAnatomyError, anatomy
+from pmet.model.experts import Stacked
 from pmet.model.miniature import DEPTH, VOCABULARY, miniature_of
 from tests.conftest import load_golden
 
@@ -47,10 +48,11 @@ def test_what_writes_to_the_residual_stream_and_how(
     assert (parts.layers, parts.head, parts.causal) == ("model.layers", "lm_head", True)
     experts = model_type == "phimoe"
     name = "mlp.experts" if experts else "mlp.down_proj"
+    stacked = Stacked("down_proj", transposed=False, per_token=2) if experts else None
     for branches in parts.branches:
         assert set(branches) == {
             Branch("self_attn.o_proj", True, attention),
-            Branch(name, False, ffn, experts),
+            Branch(name, False, ffn, experts, stacked),
         }
 
 

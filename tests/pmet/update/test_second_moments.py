@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from pmet.errors import InputError
+from pmet.hparams import PMETHyperParams
 from pmet.model.architecture import resolve
 from pmet.model.tracing import captured_input
 from pmet.update.second_moments import SecondMoments, convergence, measure
 from pmet.update.second_moments import _add_product as add_product
 from pmet.update.second_moments import _mirror as mirror
 from tests.conftest import Golden
+from tests.parity.test_families import build, llama_like
 
+MIXTURE = llama_like("olmoe", "olmoe", intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 TEXTS = ["Tremeth is a city in Dokain.", "Furis lies in Zaiter, they say, and so it is.", "A.", ""]
 
 
@@ -96,3 +101,47 @@ def test_no_text_and_other_layers_are_refused() -> None:
         SecondMoments({}).means()
     with pytest.raises(ValueError, match="do not add up"):
         SecondMoments({1: torch.eye(2)}, 1).merge(SecondMoments({2: torch.eye(2)}, 1))
+
+
+def test_experts_have_their_own_over_all_tokens(golden_tokenizer: Any) -> None:
+    model, hparams = build(MIXTURE), PMETHyperParams(layers=(0, 1))
+    moments = measure(model, golden_tokenizer, TEXTS, hparams)
+    experts, width = 4, 16
+    expected = torch.zeros(experts, width, width, dtype=torch.float64)
+    counts = torch.zeros(experts, dtype=torch.int64)
+    module: Any = model.get_submodule("model.layers.1.mlp.experts")
+    for text in filter(None, TEXTS):
+        calls: list[Any] = []
+        hook = module.register_forward_pre_hook(lambda _m, args, to=calls: to.append(args))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([golden_tokenizer(text)["input_ids"]]))
+        hook.remove()
+        hidden_ND, index_NC, gates_NC = calls[0]
+        for hidden_D, chosen, gates in zip(hidden_ND, index_NC, gates_NC, strict=True):
+            for expert, gate in zip(chosen.tolist(), gates, strict=True):
+                gated, up = (module.gate_up_proj[expert].detach() @ hidden_D).chunk(2)
+                key = (gate * module.act_fn(gated) * up).double()
+                expected[expert] += torch.outer(key, key)
+                counts[expert] += 1
+    assert torch.equal(moments.routed[1], counts)
+    assert counts.sum() == 2 * moments.tokens
+    assert (moments.sums[1] - expected).norm() <= 1e-6 * expected.norm()
+    halves = SecondMoments({})
+    for part in (TEXTS[:1], TEXTS[1:]):
+        halves.merge(measure(model, golden_tokenizer, part, hparams))
+    assert torch.equal(halves.routed[1], counts)
+    assert (halves.means()[1] - moments.means()[1]).norm() <= 1e-6 * expected.norm()
+
+
+def test_experts_that_saw_too_few_tokens_count_as_having_seen_more() -> None:
+    keys = torch.randn(3, 50, 4, dtype=torch.float64)
+    keys[1, 3:], keys[2] = 0.0, 0.0
+    totals, routed = keys.mT @ keys, torch.tensor([50, 3, 0])
+    means = SecondMoments({0: totals}, 100, {0: routed}).means()[0]
+    assert torch.equal(means[0], totals[0] / 100)
+    power = totals.diagonal(dim1=1, dim2=2).sum() / (4 * 53)
+    # Twice as many tokens as a key has dimensions: 8, of which 5 and 8 are missing.
+    identity = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(means[1], (totals[1] + 5 * power * identity) / 100)
+    torch.testing.assert_close(means[2], 8 * power * identity / 100)
+    assert all(torch.linalg.cholesky_ex(mean).info == 0 for mean in means)

@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmet.errors import NotFiniteError, NotPositiveDefiniteError
-from pmet.update.solver import cheaper_form, factor, moment_factor, normal_matrix, solve, solve_rows
+from pmet.model.experts import RoutedKeys
+from pmet.update.solver import (
+    cheaper_form,
+    factor,
+    moment_factor,
+    normal_matrix,
+    solve,
+    solve_experts,
+    solve_rows,
+)
 from pmet.update.spread import square_root_spread
-from pmet.update.sums import KeyResidualRows, KeyResidualSums
+from pmet.update.sums import ExpertSums, KeyResidualRows, KeyResidualSums
 
 sizes = st.integers(1, 12)
 
@@ -166,3 +175,76 @@ def test_failures_have_names() -> None:
         solve_rows(one, torch.tensor([[torch.inf, 0.0]], dtype=torch.float64))
     with pytest.raises(ValueError, match="same model and layer"):
         normal_matrix(one, torch.eye(3), 1.0)
+
+
+EXPERTS = 5
+
+
+def routed(requests: int, keys: int, seed: int) -> RoutedKeys:
+    """Keys of requests, each routed to one to three experts, never to the last one."""
+    draw = torch.Generator().manual_seed(seed)
+    pairs = [
+        (request, expert)
+        for request in range(requests)
+        for expert in torch.randperm(EXPERTS - 1, generator=draw)[: 1 + request % 3].tolist()
+    ]
+    rows_P, experts_P = torch.tensor(pairs).T
+    return RoutedKeys(
+        rows_P, experts_P, torch.randn(len(pairs), keys, dtype=torch.float64, generator=draw)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, sizes, sizes, st.integers(0, 2**20), st.floats(0.1, 1e3))
+def test_experts_minimise_the_bound_of_the_objective(
+    requests: int, keys: int, values: int, seed: int, weight: float
+) -> None:
+    found = routed(requests, keys, seed)
+    _, residuals_EV, _ = problem(requests, keys, values, seed)
+    moments_XKK = torch.stack([problem(1, keys, 1, seed + x)[2] for x in range(EXPERTS)])
+    sizes_P = found.keys_PK.square().sum(1)
+    totals_E = torch.zeros(requests, dtype=torch.float64).index_add(0, found.rows_P, sizes_P)
+    shares_P1 = (sizes_P / totals_E[found.rows_P])[:, None]
+
+    def bound(deltas_XVK: torch.Tensor) -> torch.Tensor:
+        parts_PV = torch.einsum("pvk,pk->pv", deltas_XVK[found.experts_P], found.keys_PK)
+        left_PV = shares_P1 * residuals_EV[found.rows_P] - parts_PV
+        kept = torch.einsum("xvk,xkl,xvl->", deltas_XVK, moments_XKK, deltas_XVK)
+        return (left_PV.square() / shares_P1).sum() + weight * kept
+
+    sums = ExpertSums((keys, values), torch.device("cpu"))
+    for request in range(requests):
+        own = found.rows_P == request
+        alone = RoutedKeys(found.rows_P[own] - request, found.experts_P[own], found.keys_PK[own])
+        sums.add(alone, residuals_EV[request : request + 1])
+    assert sums.count == requests
+    assert EXPERTS - 1 not in sums.by_expert
+    solved_XVK = torch.zeros(EXPERTS, values, keys, dtype=torch.float64)
+    for expert, delta_VK, _ in solve_experts(sums, moments_XKK, weight, 1.0):
+        solved_XVK[expert] = delta_VK
+    slope = torch.func.grad(bound)
+    assert slope(solved_XVK).norm() <= 1e-7 * slope(torch.zeros_like(solved_XVK)).norm()
+
+
+def test_one_request_loses_nothing_to_the_shares() -> None:
+    """With second moments that prefer no direction, experts together leave what one FFN would."""
+    found = routed(3, 6, 0)
+    only = found.rows_P == 2
+    keys_PK, experts_P = found.keys_PK[only], found.experts_P[only]
+    residual_V = torch.randn(1, 4, dtype=torch.float64)
+    sums = ExpertSums((6, 4), torch.device("cpu"))
+    sums.add(RoutedKeys(torch.zeros(3, dtype=torch.int64), experts_P, keys_PK), residual_V)
+    moments_XKK = torch.eye(6, dtype=torch.float64).expand(EXPERTS, -1, -1)
+    arrived_V = torch.zeros(4, dtype=torch.float64)
+    for expert, delta_VK, _ in solve_experts(sums, moments_XKK, 7.0, 1.0):
+        arrived_V += delta_VK @ keys_PK[experts_P == expert][0]
+    whole = keys_PK.square().sum()
+    torch.testing.assert_close(arrived_V, whole / (whole + 7.0) * residual_V[0])
+
+
+def test_the_expert_that_cannot_be_solved_for_is_named() -> None:
+    sums = ExpertSums((3, 2), torch.device("cpu"))
+    keys = RoutedKeys(torch.tensor([0]), torch.tensor([4]), torch.ones(1, 3))
+    sums.add(keys, torch.ones(1, 2))
+    with pytest.raises(NotPositiveDefiniteError, match=r"KᵀK \+ λC of expert 4 is not positive"):
+        list(solve_experts(sums, -torch.eye(3).expand(EXPERTS, -1, -1), 1.0, 1.0))
