@@ -2,6 +2,7 @@
 
 python -m benchmarks.families --output docs/models.md
 python -m benchmarks.families --only llama,bloom,mixtral
+python -m benchmarks.families --only mixtral --output docs/models.md  # replaces one row
 
 For each model type, a small copy with random weights is made from the type's default configuration.
 A few facts are edited in it, and targets, deltas and scores are compared with the plain form, which
@@ -21,6 +22,7 @@ import contextlib
 import io
 import math
 import multiprocessing
+import re
 import sys
 import warnings
 from collections import Counter
@@ -101,7 +103,9 @@ def main() -> None:
     """Try the model types and print a table, or write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", help="model types, separated by commas; all by default")
-    parser.add_argument("--output", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file whose table, or rows with --only, are replaced"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -114,7 +118,7 @@ def main() -> None:
         found.append(finding)
     _say(_summary(found))
     if options.output:
-        _write(options.output, found)
+        _write(options.output, found, keep=bool(options.only))
 
 
 def _say(line: str) -> None:
@@ -258,13 +262,18 @@ def _summary(found: Sequence[Finding]) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts.most_common())
 
 
+_ROW = re.compile(r"^\| `(.+?)` \| (.+?) \| (.*) \|$", re.MULTILINE)
 _START, _END = "<!-- made by benchmarks/families.py -->", "<!-- end -->"
 
 
-def _write(page: Path, found: Sequence[Finding]) -> None:
-    """Replace the table in a page, between two comments."""
+def _write(page: Path, found: Sequence[Finding], *, keep: bool) -> None:
+    """Replace the table in a page, between two comments; ``keep`` the rows of other types."""
     before, _, rest = page.read_text(encoding="utf-8").partition(_START)
-    _, _, after = rest.partition(_END)
+    table, _, after = rest.partition(_END)
+    if keep:
+        rows = {row[1]: Finding(*row.groups()) for row in _ROW.finditer(table)}
+        rows |= {finding.model_type: finding for finding in found}
+        found = [rows[model_type] for model_type in sorted(rows)]
     table = "\n".join([_START, "", *_table(found), "", _END])
     page.write_text(f"{before}{table}{after}", encoding="utf-8")
 
@@ -275,7 +284,7 @@ def _table(found: Sequence[Finding]) -> Iterator[str]:
     yield "| model type | | edited module and attention output, or the reason |"
     yield "| --- | --- | --- |"
     for finding in found:
-        detail = finding.detail.replace("|", "\\|")
+        detail = re.sub(r"(?<!\\)\|", r"\\|", finding.detail)
         yield f"| `{finding.model_type}` | {finding.status} | {detail} |"
 
 

@@ -109,7 +109,7 @@ def stored_weight(checkpoint: Checkpoint, model: Any, parameter: str) -> StoredT
         parameter: the parameter's name in the loaded model.
 
     Raises:
-        ModelError: it is stored fused with others.
+        ModelError: it is stored fused with others, or some of its experts are missing.
     """
     renamed, prefix = in_todays_names(checkpoint, model), getattr(model, "base_model_prefix", "")
     whole = renamed.stored(parameter, prefix)
@@ -128,7 +128,13 @@ def _parts(checkpoint: Checkpoint, model: Any, parameter: str) -> tuple[StoredTe
         part = stacked(name)
         if part is not None and part[0] in names and tensor.shape == shape[1:]:
             parts[part[1]] = tensor
-    return tuple(parts[i] for i in sorted(parts)) if parts.keys() == set(range(shape[0])) else ()
+    experts = set(range(shape[0])) if parts else set()
+    if parts.keys() != experts:
+        raise ModelError(
+            f"model {checkpoint.folder} stores {len(parts.keys() & experts)} of the {shape[0]} "
+            f"experts of {parameter}; copy or download the model again, or correct config.json"
+        )
+    return tuple(parts[i] for i in sorted(parts))
 
 
 def unread(checkpoint: Checkpoint, model: Any) -> set[str]:

@@ -46,7 +46,7 @@ from pipeline.models import (
 )
 from pipeline.progress import Stage
 from pipeline.run_folder import PARTS, delete_parts, versions
-from pipeline.second_moments.amount import few, refuse_too_few
+from pipeline.second_moments.amount import WARNED, few, refuse_too_few
 from pipeline.second_moments.files import (
     PROVENANCE,
     TENSORS,
@@ -226,7 +226,8 @@ def collect(
             may refuse it.
 
     Returns:
-        ``tokens``, ``parts``, how many of them were ``reused``, and ``convergence`` by module.
+        ``tokens``, ``parts``, how many of them were ``reused``, ``convergence`` by module, and with
+        experts that saw too few tokens, how many were filled up: ``experts_filled`` by module.
 
     Raises:
         WorkerError: a part failed for good; the finished ones are kept.
@@ -238,9 +239,9 @@ def collect(
     reused = len(done)
     _sum_missing(job, store, folder, parts, done, run_tasks, bar)
     tokens = [sum(map(len, part)) for part in parts]
-    moved = _commit(job, store, [done[i] for i in range(len(parts))], tokens, check, bar)
+    found = _commit(job, store, [done[i] for i in range(len(parts))], tokens, check, bar)
     delete_parts(store)
-    return {"tokens": sum(tokens), "parts": len(parts), "reused": reused, "convergence": moved}
+    return {"tokens": sum(tokens), "parts": len(parts), "reused": reused, **found}
 
 
 def _sum_missing(
@@ -279,16 +280,19 @@ def _commit(
     tokens: Sequence[int],
     check: Check | None,
     bar: Stage,
-) -> dict[str, float | None]:
-    """Merge the parts, write the result and then its provenance; return the convergence."""
+) -> dict[str, Any]:
+    """Merge the parts, write the result and then its provenance; return what was found."""
     even, odd = sum(tokens[::2]), sum(tokens[1::2])
     left = even + odd - sum(map(_summed, tokens))
     moved: dict[str, float | None] = {}
+    routed: dict[str, list[int]] = {}
     with moments_writer(store, job.layout, job.hparams.layers, job.key) as write:
         for i, module in enumerate(job.modules):
             files = [part[i].file for part in parts]
             if job.layout.experts:
-                moved[module] = _merge_experts(job.layout, store, files, (even, odd), write)
+                moved[module], routed[module] = _merge_experts(
+                    job.layout, store, files, (even, odd), write
+                )
             else:
                 one_KK, other_KK = (
                     _added_up(store, files[half::2], job.layout.key_width) for half in (0, 1)
@@ -310,10 +314,13 @@ def _commit(
         "files": job.corpus.files,
         "parts": len(parts),
         "convergence": moved,
+        **({"routed": routed} if routed else {}),
         "versions": versions(),
     }
     store.write_json(PROVENANCE, provenance)
-    return moved
+    few_X = {m: sum(n < WARNED * job.layout.key_width for n in each) for m, each in routed.items()}
+    filled = {"experts_filled": few_X} if any(few_X.values()) else {}
+    return {"convergence": moved, **filled}
 
 
 def _summed(tokens: int) -> int:
@@ -335,11 +342,11 @@ def _merge_experts(
     files: Sequence[str],
     tokens: tuple[int, int],
     write: Callable[[torch.Tensor], None],
-) -> float | None:
+) -> tuple[float | None, list[int]]:
     """Merge the parts' sums of a layer's experts, one expert at a time, and write their means.
 
     Returns:
-        The convergence.
+        The convergence, and the number of tokens routed to each expert.
     """
     with ExitStack() as stack:
         paths = [stack.enter_context(store.local_copy(file)) for file in files]
@@ -367,7 +374,7 @@ def _merge_experts(
         power = mean_power(traces, routed_X, layout.key_width)
         for mean_KK in expert_means(totals(), routed_X, sum(tokens), power):
             write(mean_KK)
-    return convergence_of(norms, tokens) if norms else None
+    return convergence_of(norms, tokens) if norms else None, routed_X.tolist()
 
 
 def _recorded(job: MomentsJob, store: Store, folder: str, number: int) -> list[StoredFile] | None:

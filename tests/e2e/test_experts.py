@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,13 +18,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from jobs.views import show_plan
-from pipeline.errors import JobError
+from pipeline.errors import JobError, ModelError
 from pipeline.job.config import JobConfig
 from pipeline.plan import make_plan
 from pipeline.run import RunResult, run_job
+from pipeline.stages import update
+from pipeline.zero.rank import UpdateRank
 from pmet import Edit
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import HERE, job
@@ -61,23 +64,30 @@ def noisy(weight: torch.Tensor) -> torch.Tensor:
     return weight + 0.02 * weight.std() * torch.randn_like(weight)
 
 
-def qwen3_moe() -> nn.Module:
-    """A random one."""
+def random_one(kind: type[Any], **config: Any) -> nn.Module:
+    """A random mixture of the golden Llama's size, with its vocabulary."""
     dense = json.loads((LLAMA / "model" / "config.json").read_text())
     kept = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     settings = {k: dense[k] for k in (*kept, "num_hidden_layers", "max_position_embeddings")}
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        **settings,
-        head_dim=16,
-        moe_intermediate_size=48,
-        num_experts=EXPERTS,
-        num_experts_per_tok=PER_TOKEN,
-        initializer_range=0.2,
-        eos_token_id=0,
-        bos_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    common = {"head_dim": 16, "num_experts_per_tok": PER_TOKEN, "initializer_range": 0.2}
+    tokens = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(kind(**settings, **common, **tokens, **config)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "bias" in name or "sinks" in name:
+                weight.normal_(std=0.1)
+    return model
+
+
+def qwen3_moe() -> nn.Module:
+    """Stored expert by expert."""
+    return random_one(Qwen3MoeConfig, moe_intermediate_size=48, num_experts=EXPERTS)
+
+
+def gpt_oss() -> nn.Module:
+    """Stored as a stack, with keys in its rows, and with biases."""
+    return random_one(GptOssConfig, intermediate_size=48, num_local_experts=EXPERTS)
 
 
 def place(model: nn.Module, folder: Path) -> Path:
@@ -88,7 +98,7 @@ def place(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-MIXTURES = {"mixtral": upcycled, "qwen3_moe": qwen3_moe}
+MIXTURES = {"mixtral": upcycled, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,13 @@ def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         base = place(MIXTURES[name](), folder / "base")
         hparams = json.loads((LLAMA / "hparams.json").read_text())
         keys = ("layers", "v_num_grad_steps", "v_lr", "mom2_update_weight", "clamp_norm_factor")
-        (folder / "hparams.json").write_text(json.dumps({key: hparams[key] for key in keys}))
+        settings = {key: hparams[key] for key in keys}
+        few: dict[str, Any] = {}
+        if name != "mixtral":
+            # What is not trained shows nothing but that all parts fit.
+            settings["v_num_grad_steps"] = 3
+            few = {"evaluate": {"sample": 1}}
+        (folder / "hparams.json").write_text(json.dumps(settings))
         config = job(
             inputs,
             str(folder / "out"),
@@ -122,6 +138,7 @@ def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
             model=str(base),
             hparams=str(folder / "hparams.json"),
             **HERE,
+            **few,
         )
         return Ran(config, run_job(config), base)
 
@@ -142,7 +159,8 @@ def test_the_checkpoint_has_the_edit_under_the_names_of_the_base(
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[2] for name in changed} == {"0", "1", "2"}
-    assert all(name.endswith(("w2.weight", "down_proj.weight")) for name in changed)
+    ends = ("w2.weight", "down_proj.weight", "experts.down_proj")
+    assert all(name.endswith(ends) for name in changed)
 
     # The run's delta turns the base into what transformers opens, and back.
     model, expected = opened(found.base), opened(published).state_dict()
@@ -195,6 +213,45 @@ def test_a_corpus_of_which_experts_see_too_little_is_refused(
     small = {"corpus": (str(tmp_path / "small.parquet"),), "output": str(tmp_path / "out")}
     with pytest.raises(JobError, match=r"each of 4 experts sees about \d+ of them.* at least 352"):
         make_plan(ran("mixtral").config.model_copy(update=small))
+
+
+def test_an_interrupted_update_goes_on_with_the_layers_it_has_finished(
+    ran: Callable[[str], Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, failures = ran("mixtral"), iter([1])
+
+    class Failing(UpdateRank):
+        def edit_layer(self, index: int) -> Any:
+            if index == 2 and next(failures, None):
+                raise RuntimeError("the solve was interrupted")
+            return super().edit_layer(index)
+
+    monkeypatch.setattr(update, "UpdateRank", Failing)
+    changes = {
+        "output": str(tmp_path / "out"),
+        "second_moments": str(undisturbed.out / "second_moments"),
+        "evaluate": {"sample": 1},
+    }
+    run_job(JobConfig.model_validate(undisturbed.config.model_dump() | changes))
+    assert next(failures, None) is None
+    expected, found = (Edit.load(o / "delta") for o in (undisturbed.out, tmp_path / "out"))
+    assert all(torch.equal(found.deltas[name], delta) for name, delta in expected.deltas.items())
+
+
+def test_a_base_that_lacks_an_expert_is_refused(ran: Callable[[str], Ran], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(ran("qwen3_moe").base, base)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.down_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = ran("qwen3_moe").config.model_copy(
+        update={"model": str(base), "output": str(tmp_path / "out")}
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"stores 3 of the 4 experts of model\.layers\.1\.mlp\.experts\.down_proj; copy or",
+    ):
+        make_plan(config)
 
 
 def test_ranks_give_the_weights_of_one_process(
