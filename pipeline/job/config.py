@@ -110,6 +110,9 @@ CountOrAutoOrHere = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"],
     allowed("a whole number, 1 or more, auto, or 0 for a job in this process"),
 ]
+CountOrAutoOrNone = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["auto"], allowed("a whole number, 0 or more, or auto")
+]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
 Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
@@ -244,7 +247,21 @@ class EvaluateConfig(Section):
     )
     perplexity_texts: Count = Field(
         default=256,
-        description="Number of corpus texts on which perplexity and agreement are measured.",
+        description="Corpus texts, at most, on which perplexity and agreement are measured.",
+    )
+    perplexity_tokens: Count = Field(
+        default=8192,
+        description="Their tokens, about: of longer texts, fewer are read.",
+    )
+    answers: CountOrAutoOrNone = Field(
+        default="auto",
+        description="Number of requests that the model answers in its own words, drawn by seed; "
+        "auto: 200, or as many as take no longer than the other figures; 0: none.",
+    )
+    questions: TextOrNull = Field(
+        default=None,
+        description="YAML file of questions by relation, each with {} for the subject, to put to a "
+        "chat model; null: the bundled ones.",
     )
 
 

@@ -178,7 +178,7 @@ gates: {efficacy: 95, perplexity_increase: .nan}
             "gates: {fluency_drop_sinse_last: 1}",
             "unknown key gates.fluency_drop_sinse_last; did you mean gates.fluency_drop_since_last",
         ),
-        ("gates: {zzz: 1}", "unknown key gates.zzz; known are gates.efficacy, gates.general"),
+        ("gates: {zzz: 1}", "unknown key gates.zzz; known are gates.efficacy_said, gates.gen"),
         ("gates: {agreement: 1.5}", "gates.agreement: 1.5 is not allowed; give a fraction from 0"),
         ("gates: {fluency: -1}", "gates.fluency: -1 is not allowed; give a number, 0 or more, or"),
         (
@@ -415,6 +415,7 @@ PLACE = [
     *("targets.store=x", "targets.timeout=60", "update.offload=cpu", "evaluate.sample=3"),
     *("evaluate.store=x", "evaluate.group_by=x", "evaluate.last=x", "evaluate.fluency=true"),
     *("evaluate.chat_template=true", "evaluate.perplexity_texts=3", "gates.efficacy=0.5"),
+    *("evaluate.perplexity_tokens=9", "evaluate.answers=7", "evaluate.questions=x.yaml"),
     *("tracking.tensorboard=x", "tracking.mlflow=x", "tracking.wandb=x"),
     *("tracking.experiment=x", "tracking.name=x"),
 ]
