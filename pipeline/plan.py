@@ -24,7 +24,6 @@ from pipeline.data import (
     RequestTable,
     Shard,
     plan_shards,
-    read_corpus,
     read_requests,
 )
 from pipeline.errors import JobError, NothingToEditError, StorageError
@@ -51,6 +50,7 @@ from pipeline.second_moments import (
     check_moments,
     few,
     is_file_name,
+    read_enough,
     refuse_not_finite,
     refuse_too_few,
 )
@@ -186,7 +186,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
             f"none of {len(table.table)} requests can be edited: {reasons}", table.rejected_table()
         )
     digest = checked_digest(checkpoint)
-    corpus = _corpus(job, tokenizer, skeleton.config)
+    corpus = _corpus(job, tokenizer, skeleton.config, layout)
     missing = not _has_second_moments(job, layout, hparams.layers, digest)
     if missing and corpus is not None:
         refuse_too_few(corpus.tokens, layout, count)
@@ -329,9 +329,10 @@ def _check_characters(request: EditRequest, limit: int | None) -> None:
         )
 
 
-def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
+def _corpus(job: JobConfig, tokenizer: Any, config: Any, layout: Layout) -> Corpus | None:
     if job.corpus is not None:
-        return read_corpus(job.corpus, tokenizer, max_length=longest(config))
+        wanted = None if job.corpus_tokens == "auto" else job.corpus_tokens
+        return read_enough(job.corpus, tokenizer, layout, max_length=longest(config), tokens=wanted)
     if job.second_moments is None:
         raise JobError(
             "the job names neither second_moments nor a corpus; give a folder of second "

@@ -329,6 +329,11 @@ class EditSettings(Section):
         default=None,
         description="Parquet files of ordinary text that second moments are computed from.",
     )
+    corpus_tokens: CountOrAuto = Field(
+        default="auto",
+        description="Tokens that second moments are computed from, at most; auto: enough for the "
+        "width of the model's keys, spread over the corpus.",
+    )
     context_templates: TextOrNull = Field(
         default=None, description="JSON file of context templates; null: generated from the seed."
     )
@@ -413,6 +418,7 @@ class JobConfig(EditSettings, _Places):
                 "hparams": True,
                 "second_moments": True,
                 "corpus": True,
+                "corpus_tokens": True,
                 "context_templates": True,
                 "seed": True,
                 "separator": True,
@@ -424,6 +430,8 @@ class JobConfig(EditSettings, _Places):
         if self.separator is None:
             # Run folders of older releases, which have no such key, belong to the same job.
             del identity["separator"]
+        if self.corpus_tokens == "auto":
+            del identity["corpus_tokens"]
         return identity
 
 
