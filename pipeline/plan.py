@@ -24,11 +24,10 @@ from pipeline.data import (
     RequestTable,
     Shard,
     plan_shards,
-    read_corpus,
     read_requests,
 )
 from pipeline.errors import JobError, NothingToEditError, StorageError
-from pipeline.evaluation import Last, check_evaluation
+from pipeline.evaluation import ChatQuestions, Last, check_evaluation
 from pipeline.job import JobConfig
 from pipeline.models import (
     Checkpoint,
@@ -51,6 +50,7 @@ from pipeline.second_moments import (
     check_moments,
     few,
     is_file_name,
+    read_enough,
     refuse_not_finite,
     refuse_too_few,
 )
@@ -87,6 +87,7 @@ class Plan:
         corpus: ordinary text for second moments and perplexity; None if the job names none.
         group_by: input column by which figures are also broken down, or None.
         last: the run to compare figures with, or None.
+        questions: the questions to put to a chat model.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: as many as fit in the workers' memory.
@@ -108,6 +109,7 @@ class Plan:
     corpus: Corpus | None
     group_by: str | None
     last: Last | None
+    questions: ChatQuestions
     target_shards: list[Shard]
     update_shards: list[Shard]
     batch_size: int | None
@@ -182,12 +184,12 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
             f"none of {len(table.table)} requests can be edited: {reasons}", table.rejected_table()
         )
     digest = checked_digest(checkpoint)
-    corpus = _corpus(job, tokenizer, skeleton.config)
+    corpus = _corpus(job, tokenizer, skeleton.config, layout)
     missing = not _has_second_moments(job, layout, hparams.layers, digest)
     if missing and corpus is not None:
         refuse_too_few(corpus.tokens, layout, count)
     columns = table.table.column_names
-    group_by, last = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
+    evaluation = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
     batch_size = job.targets.batch_size
     return Plan(
         job=job,
@@ -199,8 +201,9 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         table=table,
         groups=groups,
         corpus=corpus,
-        group_by=group_by,
-        last=last,
+        group_by=evaluation.group_by,
+        last=evaluation.last,
+        questions=evaluation.questions,
         target_shards=plan_shards(
             count, shard_size(count, job.targets.shard_size), groups if joint else None
         ),
@@ -324,9 +327,10 @@ def _check_characters(request: EditRequest, limit: int | None) -> None:
         )
 
 
-def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
+def _corpus(job: JobConfig, tokenizer: Any, config: Any, layout: Layout) -> Corpus | None:
     if job.corpus is not None:
-        return read_corpus(job.corpus, tokenizer, max_length=longest(config))
+        wanted = None if job.corpus_tokens == "auto" else job.corpus_tokens
+        return read_enough(job.corpus, tokenizer, layout, max_length=longest(config), tokens=wanted)
     if job.second_moments is None:
         raise JobError(
             "the job names neither second_moments nor a corpus; give a folder of second "

@@ -27,6 +27,7 @@ from pipeline.evaluation import How, is_astray
 from pipeline.models import ModelSource
 from pipeline.workers import Asked, ask
 from pmet.errors import PMETError
+from pmet.evaluation import Questions
 from pmet.hparams import PMETHyperParams
 from pmet.model import ContextTemplates
 from pmet.request import EditRequest, SharedKeys
@@ -244,11 +245,13 @@ def _measured_s(model: Any, tokenizer: Any, sample: Sample) -> float:
 
     def measure(count: int) -> None:
         # As many prompts, and their share of the rest.
-        answers, texts = (
+        own = asked.questions
+        texts, *questions = (
             part[: -(-len(part) * count // len(asked.prompts))]
-            for part in (asked.answered, asked.written)
+            for part in (asked.written, own.stated, own.chat, own.kept)
         )
-        ask(model, tokenizer, sample.how, Asked(asked.prompts[:count], answers, texts))
+        some = Asked(asked.prompts[:count], list(texts), Questions(*questions))
+        ask(model, tokenizer, sample.how, some)
 
     return _each_s(measure, _FEW_PROMPTS, len(asked.prompts), sample.budget_s)
 

@@ -110,6 +110,9 @@ CountOrAutoOrHere = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"],
     allowed("a whole number, 1 or more, auto, or 0 for a job in this process"),
 ]
+CountOrAutoOrNone = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["auto"], allowed("a whole number, 0 or more, or auto")
+]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
 Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
@@ -244,7 +247,21 @@ class EvaluateConfig(Section):
     )
     perplexity_texts: Count = Field(
         default=256,
-        description="Number of corpus texts on which perplexity and agreement are measured.",
+        description="Corpus texts, at most, on which perplexity and agreement are measured.",
+    )
+    perplexity_tokens: Count = Field(
+        default=8192,
+        description="Their tokens, about: of longer texts, fewer are read.",
+    )
+    answers: CountOrAutoOrNone = Field(
+        default="auto",
+        description="Number of requests that the model answers in its own words, drawn by seed; "
+        "auto: 200, or as many as take no longer than the other figures; 0: none.",
+    )
+    questions: TextOrNull = Field(
+        default=None,
+        description="YAML file of questions by relation, each with {} for the subject, to put to a "
+        "chat model; null: the bundled ones.",
     )
 
 
@@ -311,6 +328,11 @@ class EditSettings(Section):
     corpus: PathsOrNull = Field(
         default=None,
         description="Parquet files of ordinary text that second moments are computed from.",
+    )
+    corpus_tokens: CountOrAuto = Field(
+        default="auto",
+        description="Tokens that second moments are computed from, at most; auto: enough for the "
+        "width of the model's keys, spread over the corpus.",
     )
     context_templates: TextOrNull = Field(
         default=None, description="JSON file of context templates; null: generated from the seed."
@@ -396,6 +418,7 @@ class JobConfig(EditSettings, _Places):
                 "hparams": True,
                 "second_moments": True,
                 "corpus": True,
+                "corpus_tokens": True,
                 "context_templates": True,
                 "seed": True,
                 "separator": True,
@@ -407,6 +430,8 @@ class JobConfig(EditSettings, _Places):
         if self.separator is None:
             # Run folders of older releases, which have no such key, belong to the same job.
             del identity["separator"]
+        if self.corpus_tokens == "auto":
+            del identity["corpus_tokens"]
         return identity
 
 

@@ -6,8 +6,12 @@ the solve needs C to be positive definite, the key form only KᵀK + λC (`pmet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
+from pipeline.data import Corpus, read_corpus
 from pipeline.errors import JobError
 from pmet.errors import NotPositiveDefiniteError
 from pmet.model import Layout
@@ -15,6 +19,8 @@ from pmet.update import TOKENS_PER_DIMENSION, Factor, cheaper_form, moment_facto
 
 WARNED, ENOUGH = TOKENS_PER_DIMENSION, 10
 """Tokens per dimension: the smallest and the largest number that sufficed in arXiv 2506.04226."""
+DEFAULT = 20
+"""Tokens per dimension that are read unless a number is given: see docs/statistics.md."""
 
 
 def factors_second_moments(layout: Layout, requests: int) -> bool:
@@ -26,6 +32,36 @@ def factors_second_moments(layout: Layout, requests: int) -> bool:
         return False
     widths = (layout.key_width, layout.value_width)
     return cheaper_form(requests, *widths, factored=False) == "requests"
+
+
+def read_enough(
+    patterns: Sequence[str],
+    tokenizer: Any,
+    layout: Layout,
+    *,
+    max_length: int,
+    tokens: int | None,
+) -> Corpus:
+    """Read a corpus for second moments.
+
+    Args:
+        patterns: Parquet files, globs or folders.
+        tokenizer: the model's, a fast one.
+        layout: the model's layout.
+        max_length: the number of tokens that each text is truncated to.
+        tokens: the number of tokens wanted, from the first text on; None: ``DEFAULT`` per dimension
+            of a key (with experts, for each of them), spread over the corpus.
+
+    Raises:
+        InputError: as for `read_corpus`.
+    """
+    return read_corpus(
+        patterns,
+        tokenizer,
+        max_length=max_length,
+        budget=_tokens_for(DEFAULT * layout.key_width, layout) if tokens is None else tokens,
+        spread=tokens is None,
+    )
 
 
 def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: str = "") -> None:
@@ -72,8 +108,9 @@ def _tokens_per_expert(tokens: int, layout: Layout) -> int:
 
 def _tokens_for(each: int, layout: Layout) -> int:
     """The tokens of which each expert sees so many, if they are routed evenly."""
-    assert layout.family.stacked is not None
-    return -(-each * layout.experts // layout.family.stacked.per_token)
+    if (stacked := layout.family.stacked) is None:
+        return each
+    return -(-each * layout.experts // stacked.per_token)
 
 
 def few(tokens: int, layout: Layout) -> str | None:
