@@ -131,6 +131,10 @@ def resolve(model: nn.Module, hparams: PMETHyperParams) -> Layout:
     family = _named(model, hparams)
     _check_numbers(hparams, _depth(model, family))
     layout = _layout_of_named(model, family, hparams.target_layer)
+    if family.stacked:
+        # Experts may be in some layers only.
+        for layer in hparams.layers:
+            _layout_of_named(model, family, layer)
     attention = _projection(model, layout, hparams.target_layer)
     return replace(layout, family=replace(family, attention_projection=attention))
 

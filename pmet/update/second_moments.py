@@ -153,7 +153,7 @@ def convergence_of(norms: Sequence[Norms], tokens: tuple[int, int]) -> float:
     """The same for a second moment of several matrices, from the `half_norms` of each."""
     n, m = tokens
     apart, whole = (math.hypot(*each) for each in zip(*norms, strict=True))
-    return math.sqrt(n * m) / (n + m) * apart / whole
+    return math.sqrt(n * m) / (n + m) * apart / whole if whole else math.nan
 
 
 def half_norms(one_KK: torch.Tensor, other_KK: torch.Tensor, tokens: tuple[int, int]) -> Norms:

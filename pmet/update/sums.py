@@ -96,8 +96,8 @@ class ExpertSums:
         """Add some requests, in place."""
         self.count += len(residuals_EV)
         roots_P = _shares(keys, len(residuals_EV)).sqrt()
-        # A key of zero asks for nothing, and its share is none.
-        asking_P = roots_P > 0
+        # A key of zero asks for nothing, and its share is none. NaN stays, for the solve to refuse.
+        asking_P = roots_P != 0
         for expert in keys.experts_P[asking_P].unique().tolist():
             here_Q = ((keys.experts_P == expert) & asking_P).nonzero()[:, 0]
             roots_Q1 = roots_P[here_Q, None]
@@ -114,4 +114,5 @@ class ExpertSums:
 def _shares(keys: RoutedKeys, count: int) -> torch.Tensor:
     sizes_P = keys.keys_PK.double().square().sum(1)
     totals_E = sizes_P.new_zeros(count).index_add_(0, keys.rows_P, sizes_P)
-    return (sizes_P / totals_E[keys.rows_P]).nan_to_num(0.0)
+    totals_P = totals_E[keys.rows_P]
+    return torch.where(totals_P == 0, 0.0, sizes_P / totals_P)

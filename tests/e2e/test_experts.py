@@ -192,6 +192,8 @@ def test_the_plan_says_what_is_edited(ran: Callable[[str], Ran]) -> None:
 
 def test_second_moments_are_stored_by_expert(ran: Callable[[str], Ran]) -> None:
     config = ran("mixtral").config
+    # Of the corpus, as much as each expert needs: 20 tokens per dimension.
+    assert make_plan(config).corpus.tokens == 20 * 176 * EXPERTS // PER_TOKEN
     moments = load_file(Path(config.output) / "second_moments" / "second_moments.safetensors")
     assert {name: tuple(m.shape) for name, m in moments.items()} == {
         f"model.layers.{i}.mlp.experts": (EXPERTS, 176, 176) for i in (0, 1, 2)

@@ -299,6 +299,20 @@ def test_experts_may_be_named_by_their_module_or_by_its_weight() -> None:
         assert (layout.experts, layout.value_width, layout.key_width) == (4, WIDTH, 48)
 
 
+def test_experts_must_be_in_every_edited_layer() -> None:
+    model = build(mixture("qwen3_moe", decoder_sparse_step=2, **EXPERTS))
+    named = {"rewrite_module_tmps": ["model.layers.{}.mlp.experts"], "layers": [0, 1]}
+    with pytest.raises(ArchitectureError, match=r"no module model\.layers\.0\.mlp\.experts"):
+        resolve(model, PMETHyperParams.from_dict(named))
+    assert resolve(model, PMETHyperParams(layers=(1, 3))).experts == 4
+    assert resolve(model, PMETHyperParams(layers=(0, 2))).experts == 0
+    with pytest.raises(
+        ArchitectureError,
+        match=r"different FFNs \(mlp\.down_proj in layer 0, mlp\.experts in layer",
+    ):
+        resolve(model, PMETHyperParams(layers=(0, 1)))
+
+
 def test_experts_whose_keys_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def bounded(self: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
         return original(self, hidden, index, gates).tanh()

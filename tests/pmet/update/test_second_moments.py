@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ from pmet.errors import InputError
 from pmet.hparams import PMETHyperParams
 from pmet.model.architecture import resolve
 from pmet.model.tracing import captured_input
-from pmet.update.second_moments import SecondMoments, convergence, measure
+from pmet.update.second_moments import (
+    SecondMoments,
+    convergence,
+    convergence_of,
+    half_norms,
+    measure,
+)
 from pmet.update.second_moments import _add_product as add_product
 from pmet.update.second_moments import _mirror as mirror
 from tests.conftest import Golden
@@ -145,3 +152,15 @@ def test_experts_that_saw_too_few_tokens_count_as_having_seen_more() -> None:
     torch.testing.assert_close(means[1], (totals[1] + 5 * power * identity) / 100)
     torch.testing.assert_close(means[2], 8 * power * identity / 100)
     assert all(torch.linalg.cholesky_ex(mean).info == 0 for mean in means)
+
+
+def test_a_layer_whose_keys_are_all_zero_has_no_convergence() -> None:
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    assert math.isnan(convergence(zero, zero, (3, 4)))
+
+
+def test_several_matrices_converge_as_one() -> None:
+    one, other = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    norms = [half_norms(a, b, (3, 4)) for a, b in zip(one, other, strict=True)]
+    whole = convergence(one.flatten(0, 1), other.flatten(0, 1), (3, 4))
+    assert convergence_of(norms, (3, 4)) == pytest.approx(whole)

@@ -248,3 +248,18 @@ def test_the_expert_that_cannot_be_solved_for_is_named() -> None:
     sums.add(keys, torch.ones(1, 2))
     with pytest.raises(NotPositiveDefiniteError, match=r"KᵀK \+ λC of expert 4 is not positive"):
         list(solve_experts(sums, -torch.eye(3).expand(EXPERTS, -1, -1), 1.0, 1.0))
+
+
+def test_keys_of_zero_ask_for_nothing_and_nan_is_refused() -> None:
+    sums = ExpertSums((3, 2), torch.device("cpu"))
+    keys_PK = torch.zeros(3, 3)
+    keys_PK[1] = 2.0
+    keys = RoutedKeys(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]), keys_PK)
+    sums.add(keys, torch.ones(2, 2))
+    assert (list(sums.by_expert), sums.count) == ([1], 2)
+    keys_PK[2, 0] = torch.nan
+    sums.add(
+        RoutedKeys(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]), keys_PK), torch.ones(2, 2)
+    )
+    with pytest.raises(NotFiniteError, match=r"KᵀK \+ λC holds NaN"):
+        list(solve_experts(sums, torch.eye(3).expand(EXPERTS, -1, -1), 1.0, 1.0))
