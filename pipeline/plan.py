@@ -41,7 +41,7 @@ from pipeline.models import (
     open_fast_tokenizer,
     open_model_folder,
     open_skeleton,
-    stored_weight,
+    stored_weights,
 )
 from pipeline.places import refuse_overlaps
 from pipeline.report import trackers_of
@@ -167,7 +167,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     hparams = load_hparams(job.hparams)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
-    stored = {i: stored_weight(checkpoint, skeleton, layout.weight_name(i)) for i in hparams.layers}
+    names = [layout.weight_name(layer) for layer in hparams.layers]
+    tensors = stored_weights(checkpoint, skeleton, names)
     templates = _templates(job)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(
@@ -195,7 +196,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         job=job,
         checkpoint=checkpoint,
         layout=layout,
-        stored=stored,
+        stored=dict(zip(hparams.layers, tensors, strict=True)),
         hparams=hparams,
         templates=templates,
         table=table,

@@ -15,7 +15,7 @@ from .node_cache import model_on_node as model_on_node
 from .node_cache import name_for_nodes as name_for_nodes
 from .skeleton import open_skeleton as open_skeleton
 from .skeleton import skeleton_with_buffers as skeleton_with_buffers
-from .skeleton import stored_weight as stored_weight
+from .skeleton import stored_weights as stored_weights
 from .source import ModelSource as ModelSource
 from .source import open_causal_lm as open_causal_lm
 from .source import open_fast_tokenizer as open_fast_tokenizer

@@ -7,7 +7,7 @@ dtype, or ranks would compute something other than the workers do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -100,41 +100,57 @@ def skeleton_with_buffers(
     return model.eval(), _places(model, stored)
 
 
-def stored_weight(checkpoint: Checkpoint, model: Any, parameter: str) -> StoredTensor:
-    """Where a checkpoint keeps a parameter: in one tensor, or in one for each of its experts.
+def stored_weights(
+    checkpoint: Checkpoint, model: Any, parameters: Sequence[str]
+) -> list[StoredTensor]:
+    """Where a checkpoint keeps parameters: in one tensor each, or in one for each of its experts.
 
     Args:
         checkpoint: a model folder.
         model: its skeleton.
-        parameter: the parameter's name in the loaded model.
+        parameters: the parameters' names in the loaded model.
 
     Raises:
-        ModelError: it is stored fused with others, or some of its experts are missing.
+        ModelError: one is stored fused with others, or some of its experts are missing.
     """
     renamed, prefix = in_todays_names(checkpoint, model), getattr(model, "base_model_prefix", "")
-    whole = renamed.stored(parameter, prefix)
-    if whole is None and (parts := _parts(checkpoint, model, parameter)):
-        return replace(parts[0], shape=tuple(model.get_parameter(parameter).shape), parts=parts)
-    return whole or renamed.find(parameter, prefix)
+    found = {name: renamed.stored(name, prefix) for name in parameters}
+    if not all(found.values()):
+        parts = _parts(checkpoint, model)
+        for name in parameters:
+            names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            stacked = next((parts[n] for n in names if n in parts), None)
+            if found[name] is None and stacked:
+                found[name] = _stack(
+                    checkpoint, name, tuple(model.get_parameter(name).shape), stacked
+                )
+    return [tensor or renamed.find(name, prefix) for name, tensor in found.items()]
 
 
-def _parts(checkpoint: Checkpoint, model: Any, parameter: str) -> tuple[StoredTensor, ...]:
-    """The tensors that are stacked into a parameter at load time, in order; none if it is not."""
-    stacked, prefix = transformers_internals.stacking(model), model.base_model_prefix
-    names = (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}")
-    shape = tuple(model.get_parameter(parameter).shape)
-    parts: dict[int, StoredTensor] = {}
+def _parts(checkpoint: Checkpoint, model: Any) -> dict[str, dict[int, StoredTensor]]:
+    """The tensors of single experts that are stacked at load time, by parameter and expert."""
+    part_of = transformers_internals.stacking(model)
+    parts: dict[str, dict[int, StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
-        part = stacked(name)
-        if part is not None and part[0] in names and tensor.shape == shape[1:]:
-            parts[part[1]] = tensor
-    experts = set(range(shape[0])) if parts else set()
-    if parts.keys() != experts:
+        if (part := part_of(name)) is not None:
+            parts.setdefault(part[0], {})[part[1]] = tensor
+    return parts
+
+
+def _stack(
+    checkpoint: Checkpoint,
+    parameter: str,
+    shape: tuple[int, ...],
+    parts: Mapping[int, StoredTensor],
+) -> StoredTensor:
+    fitting = {i: parts[i] for i in range(shape[0]) if i in parts and parts[i].shape == shape[1:]}
+    if len(fitting) < shape[0] or len(parts) > shape[0]:
         raise ModelError(
-            f"model {checkpoint.folder} stores {len(parts.keys() & experts)} of the {shape[0]} "
-            f"experts of {parameter}; copy or download the model again, or correct config.json"
+            f"model {checkpoint.folder} stores {len(fitting)} of the {shape[0]} experts of "
+            f"{parameter} in the shape that its config.json asks for, and {len(parts)} in all; "
+            "copy or download the model again, or correct config.json"
         )
-    return tuple(parts[i] for i in sorted(parts))
+    return replace(fitting[0], shape=shape, parts=tuple(fitting.values()))
 
 
 def unread(checkpoint: Checkpoint, model: Any) -> set[str]:

@@ -42,7 +42,7 @@ from pipeline.models import (
     open_fast_tokenizer,
     open_model_folder,
     open_skeleton,
-    stored_weight,
+    stored_weights,
 )
 from pipeline.progress import Stage
 from pipeline.run_folder import PARTS, delete_parts, versions
@@ -397,4 +397,5 @@ def _record(folder: str, number: int) -> str:
 def _stored(
     checkpoint: Checkpoint, layout: Layout, skeleton: Any, hparams: PMETHyperParams
 ) -> StoredTensor:
-    return stored_weight(checkpoint, skeleton, layout.weight_name(hparams.target_layer))
+    names = [layout.weight_name(hparams.target_layer)]
+    return stored_weights(checkpoint, skeleton, names)[0]
