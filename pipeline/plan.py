@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.data import (
     Corpus,
+    Place,
     Rejection,
     RejectionCode,
     RequestTable,
@@ -55,6 +56,7 @@ from pipeline.second_moments import (
     refuse_too_few,
 )
 from pipeline.storage import Store, digest_of, read_file
+from pmet.endings import Ending
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.model import Layout, context_length, contexts, evidence
@@ -81,6 +83,8 @@ class Plan:
         stored: the checkpoint's tensor of each edited layer.
         hparams: the hyper-parameters.
         templates: context templates, if a file names them.
+        chat: context templates in the form of chat, if the job learns facts in it.
+        ending: what is learned after each target.
         table: the input rows, and which of them can be edited.
         groups: for each accepted request, the number of the group that shares its key. If a group
             gets one target, its requests are adjacent and in one target shard.
@@ -104,6 +108,8 @@ class Plan:
     stored: dict[int, StoredTensor]
     hparams: PMETHyperParams
     templates: list[list[str]] | None
+    chat: list[str]
+    ending: Ending
     table: RequestTable
     groups: array[int]
     corpus: Corpus | None
@@ -133,6 +139,10 @@ class Plan:
         """The group number of each accepted request; requests of one group get one target."""
         joint = self.job.targets.shared_keys == "joint"
         return self.groups if joint else range(len(self.groups))
+
+    def learned(self, places: Iterable[Place]) -> list[EditRequest]:
+        """Accepted requests with the targets to learn."""
+        return [self.ending.on(self.table.requests[place]) for place in places]
 
     @property
     def sharing(self) -> int:
@@ -169,13 +179,17 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     names = [layout.weight_name(layer) for layer in hparams.layers]
     tensors = stored_weights(checkpoint, skeleton, names)
-    templates = _templates(job)
+    chat = [] if job.contexts == "completion" else contexts.in_chat(tokenizer)
+    ending = Ending.of(job.targets.end, tokenizer)
+    templates = _templates(job, chat)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(
         read_requests(job.requests, job.separator),
         tokenizer,
         skeleton.config,
-        templates,
+        templates or [["{}"], *([chat] if chat else [])],
+        room=0 if templates else contexts.GENERATED_TOKENS + 4,
+        ending=ending,
         joint=joint,
     )
     count = len(table.requests)
@@ -199,6 +213,8 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         stored=dict(zip(hparams.layers, tensors, strict=True)),
         hparams=hparams,
         templates=templates,
+        chat=chat,
+        ending=ending,
         table=table,
         groups=groups,
         corpus=corpus,
@@ -261,19 +277,22 @@ def _text(url: str, key: str) -> str:
         raise JobError(f"{key}: {url} cannot be read ({error}); {remedy}") from None
 
 
-def _templates(job: JobConfig) -> list[list[str]] | None:
+def _templates(job: JobConfig, chat: Sequence[str]) -> list[list[str]] | None:
     if job.context_templates is None:
         return None
     text = _text(job.context_templates, "context_templates")
-    return contexts.parse(text, source=job.context_templates)
+    named = contexts.parse(text, source=job.context_templates)
+    return contexts.combined(named, chat, job.contexts)
 
 
 def _fitting(
     table: RequestTable,
     tokenizer: Any,
     config: Any,
-    templates: list[list[str]] | None,
+    templates: list[list[str]],
     *,
+    room: int,
+    ending: Ending,
     joint: bool,
 ) -> tuple[RequestTable, array[int]]:
     """Set aside the requests that the model cannot read whole, or whose subject has no token.
@@ -284,9 +303,7 @@ def _fitting(
     a key follow each other, at the position of the longest of them.
     """
     limit = context_length(config)
-    # Generated prefixes are not known yet, so leave room for them.
-    room = 0 if templates else contexts.GENERATED_TOKENS + 4
-    bare = [t for group in templates or [["{}"]] for t in group]
+    flat = [template for group in templates for template in group]
     fitting = array("q")  # places among the accepted requests
     shapes = array("q")
     first: dict[bytes, int] = {}  # of those that fit, by what decides the key
@@ -295,7 +312,7 @@ def _fitting(
     for place, request in enumerate(table.requests):
         try:
             _check_characters(request, limit)
-            problem = Problem.of(tokenizer, request, bare)
+            problem = Problem.of(tokenizer, ending.on(request), flat)
             problem.check_length(request, None if limit is None else limit - room)
         except RequestError as error:
             rejected.append(Rejection(table.rows[place], str(error), RejectionCode.UNFIT))

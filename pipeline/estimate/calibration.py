@@ -29,7 +29,7 @@ from pipeline.workers import Asked, ask
 from pmet.errors import PMETError
 from pmet.evaluation import Questions
 from pmet.hparams import PMETHyperParams
-from pmet.model import ContextTemplates
+from pmet.model import Contexts, ContextTemplates
 from pmet.request import EditRequest, SharedKeys
 
 _FLOPS_WIDTH = 1024
@@ -47,6 +47,8 @@ class Sample:
         requests: as many as a shard has, drawn from the whole job.
         hparams: the method's hyper-parameters.
         templates: context templates; None: the model generates them.
+        chat: context templates in the form of chat.
+        contexts: which of both are used.
         shared_keys: as in the job.
         batch_size: as in the job; None: as many as fit in memory.
         known: requests to check for knowledge; none if the job does not check.
@@ -66,6 +68,8 @@ class Sample:
     requests: Sequence[EditRequest]
     hparams: PMETHyperParams
     templates: ContextTemplates | None
+    chat: Sequence[str]
+    contexts: Contexts
     shared_keys: SharedKeys
     batch_size: int | None
     known: Sequence[EditRequest]
@@ -178,7 +182,8 @@ def work(sample: Sample) -> Rates:
     ready = time.time() - sample.started
     templates_s, templates = 0.0, sample.templates
     if templates is None:
-        templates_s, templates = _timed(lambda: contexts.generate(model, tokenizer, seed=0))
+        templates_s, written = _timed(lambda: contexts.generate(model, tokenizer, seed=0))
+        templates = contexts.combined(written, sample.chat, sample.contexts)
     target_s, diverging = _target_s(model, tokenizer, sample, templates)
     key_s = _key_s(model, tokenizer, sample, templates)
     if sample.base.dtype != sample.source.dtype:

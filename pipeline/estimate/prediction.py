@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pipeline.cluster import fit_gpus
+from pipeline.data import Place
 from pipeline.errors import JobError
 from pipeline.estimate.calibration import Rates, Sample, calibrate
 from pipeline.evaluation import How
@@ -212,9 +213,11 @@ def _samples(plan: Plan, work: _Work, count: int, threads: int, budget_s: float)
         Sample(
             source=plan.target_source,
             base=plan.base,
-            requests=[requests[place] for place in places[number::count]],
+            requests=plan.learned([Place(place) for place in places[number::count]]),
             hparams=plan.hparams,
             templates=plan.templates,
+            chat=plan.chat,
+            contexts=plan.job.contexts,
             shared_keys=plan.job.targets.shared_keys,
             batch_size=plan.batch_size,
             known=[requests[place] for place in known],

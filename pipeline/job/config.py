@@ -123,6 +123,8 @@ GPUsOfWorker = Annotated[
 GPUOfRank = Annotated[float, Field(ge=0, le=1, multiple_of=1), allowed("0 or 1")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
 SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
+ContextsKind = Annotated[Literal["completion", "chat", "both"], allowed("completion, chat or both")]
+TargetEnd = Annotated[Literal["none", "stop", "turn"], allowed("none, stop or turn")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
 SecondsOrNull = Annotated[
     Annotated[float, Field(gt=0)] | None, allowed("a number of seconds above 0, or null")
@@ -173,6 +175,11 @@ class TargetsConfig(Section):
         description="Targets of requests that share a key, because subject and preceding text are "
         "the same; joint: one for all of them, mean: one each, whose mean is written, as "
         "published.",
+    )
+    end: TargetEnd = Field(
+        default="none",
+        description="What is learned after each target: none, stop (a full stop) or turn (the "
+        "model's end of a turn).",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
@@ -337,6 +344,11 @@ class EditSettings(Section):
     context_templates: TextOrNull = Field(
         default=None, description="JSON file of context templates; null: generated from the seed."
     )
+    contexts: ContextsKind = Field(
+        default="completion",
+        description="The form in which facts are learned: completion (the prompt after short "
+        "texts), chat (the prompt as a user's turn of the model's chat template) or both.",
+    )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
     separator: AnyTextOrNull = Field(
         default=None,
@@ -420,18 +432,20 @@ class JobConfig(EditSettings, _Places):
                 "corpus": True,
                 "corpus_tokens": True,
                 "context_templates": True,
+                "contexts": True,
                 "seed": True,
                 "separator": True,
                 "skip_known": True,
-                "targets": {"batch_size", "dtype", "shard_size", "shared_keys"},
+                "targets": {"batch_size", "dtype", "end", "shard_size", "shared_keys"},
                 "update": {"shard_size"},
             },
         )
-        if self.separator is None:
-            # Run folders of older releases, which have no such key, belong to the same job.
-            del identity["separator"]
-        if self.corpus_tokens == "auto":
-            del identity["corpus_tokens"]
+        # Run folders of older releases, which have no such keys, belong to the same job.
+        for key in ("separator", "corpus_tokens", "contexts"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                del identity[key]
+        if self.targets.end == "none":
+            del identity["targets"]["end"]
         return identity
 
 

@@ -121,9 +121,8 @@ def stored_weights(
             names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
             stacked = next((parts[n] for n in names if n in parts), None)
             if found[name] is None and stacked:
-                found[name] = _stack(
-                    checkpoint, name, tuple(model.get_parameter(name).shape), stacked
-                )
+                shape = tuple(model.get_parameter(name).shape)
+                found[name] = _stack(checkpoint, name, shape, stacked)
     return [tensor or renamed.find(name, prefix) for name, tensor in found.items()]
 
 

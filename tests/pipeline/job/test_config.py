@@ -87,16 +87,8 @@ def test_every_key_of_the_contract_is_read(job_file):
 def test_the_keys_are_exactly_those_of_the_contract():
     assert list(JobConfig.model_fields) == [
         *("model", "requests", "output", "hparams", "second_moments", "corpus"),
-        *(
-            "corpus_tokens",
-            "context_templates",
-            "seed",
-            "separator",
-            "skip_known",
-            "targets",
-            "update",
-        ),
-        *("evaluate", "gates", "tracking"),
+        *("corpus_tokens", "context_templates", "contexts", "seed", "separator", "skip_known"),
+        *("targets", "update", "evaluate", "gates", "tracking"),
     ]
     assert [name for name, field in JobConfig.model_fields.items() if field.is_required()] == [
         *("model", "requests", "output", "hparams")
@@ -416,6 +408,7 @@ RESULT = [
     *("context_templates=x.json", "targets.batch_size=3", "targets.shard_size=3"),
     *("targets.dtype=bfloat16", "targets.shared_keys=mean", "update.shard_size=3"),
     *("skip_known=true", 'separator=""', "corpus_tokens=9"),
+    *("contexts=both", "targets.end=stop"),
 ]
 PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),
