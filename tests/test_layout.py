@@ -30,7 +30,7 @@ ORDER = {
         ["errors"],
         ["separator"],
         ["request", "safetensors_header", "strict_json", "yaml12"],
-        ["hparams"],
+        ["hparams", "endings"],
         ["model"],
         ["reference"],
         ["targets", "update", "evaluation"],
