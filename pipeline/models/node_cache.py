@@ -20,8 +20,9 @@ from uuid import uuid4
 from filelock import FileLock
 
 from pipeline.errors import ModelError, StorageError
-from pipeline.models.checkpoint import Checkpoint, open_model_folder
-from pipeline.models.fetching import is_hub_id
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.fetching import is_gguf, is_hub_id
+from pipeline.models.opening import open_model_folder
 from pipeline.storage import (
     TEMPORARY_SUFFIX,
     Store,
