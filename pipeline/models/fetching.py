@@ -23,7 +23,6 @@ from pipeline.storage import (
     opened,
 )
 
-
 GGUF_SUFFIX = ".gguf"
 
 
@@ -92,7 +91,9 @@ def localized_file(url: str, cache_dir: Path) -> Path:
         fs.invalidate_cache()
         return dict(fs.info(path))
 
-    state = repr([url, sorted((key, str(value)) for key, value in attempt("read", url, find).items())])
+    state = repr(
+        [url, sorted((key, str(value)) for key, value in attempt("read", url, find).items())]
+    )
     target = cache_dir / hashlib.sha256(state.encode()).hexdigest()[:32]
     name = PurePosixPath(path.partition("?")[0]).name
     if target.is_dir():

@@ -28,6 +28,7 @@ from filelock import FileLock
 from pipeline.errors import ModelError, StorageError
 from pipeline.models.fetching import localized_file, rename_unless_there
 from pipeline.models.gguf_header import DamagedError, Header, Tensor, read_gguf_header
+from pipeline.models.gguf_rope import restore_rope
 from pipeline.models.skeleton import NO_CODE, UNREADABLE, model_class
 from pipeline.storage import TEMPORARY_SUFFIX, cache_failures, failures, make_cache
 from pmet.model import transformers_internals
@@ -209,6 +210,7 @@ def _make(model: str, file: Path, header: Header, folder: Path) -> None:
     try:
         with _alone(file) as source:
             opened, tokenizer = _opened(model, source)
+        restore_rope(model, file, header, opened.config)
         with failures("write", str(partial)):
             partial.mkdir()
             _plain(opened).save_pretrained(partial)
@@ -236,13 +238,21 @@ def _opened(model: str, file: Path) -> tuple[Any, Any]:
     where, name = str(file.parent), {"gguf_file": file.name}
     try:
         config = transformers.AutoConfig.from_pretrained(where, **name, **NO_CODE)
+        _check_kind(model, config)
         # Newer releases keep weights in blocks unless they are asked not to.
         blocks = getattr(transformers, "GgufConfig", None)
         options = {} if blocks is None else {"quantization_config": blocks(dequantize=True)}
         opened, loading = model_class(config).from_pretrained(
-            where, dtype=torch.float32, output_loading_info=True, **name, **options, **NO_CODE
+            where,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **name,
+            **options,
+            **NO_CODE,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **name)
+        # Given the configuration, it does not read it from the file once more, which takes seconds.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, config=config, **name)
     except (*UNREADABLE, RuntimeError, LookupError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).replace(where, "").split())[:_REASON_SHOWN]
         raise ModelError(
@@ -255,6 +265,15 @@ def _opened(model: str, file: Path) -> tuple[Any, Any]:
             f"random numbers; {_FOLDER}"
         )
     return opened, tokenizer
+
+
+def _check_kind(model: str, config: Any) -> None:
+    kind = config.model_type
+    reads_images = transformers_internals.reads_images(kind)
+    if not (transformers_internals.is_causal_type(kind) or reads_images):
+        raise ModelError(
+            f"model {model} is no causal language model ({kind}); edit a model that continues text"
+        )
 
 
 def _plain(opened: Any) -> Any:

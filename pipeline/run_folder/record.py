@@ -36,6 +36,7 @@ _RUN: dict[str, Any] = {
     "earlier": [],
     "versions": {},
     "digests": {},
+    "origins": {},
 }
 Row = Mapping[str, Any]
 

@@ -133,11 +133,13 @@ def gguf_architectures() -> set[str]:
     """The architectures that transformers reads from GGUF files, as it spells them."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    # The list also names two sections of metadata.
+    names = set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"}
     try:
         from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
-    except ImportError:  # releases before 5.20 have one list
-        return set(GGUF_SUPPORTED_ARCHITECTURES)
-    return {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS}
+    except ImportError:  # releases of transformers with one list
+        return names
+    return names | set(GGUF_CONFIG_ARCHS)
 
 
 def text_types() -> set[str]:
