@@ -14,9 +14,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -208,10 +209,10 @@ def _make(model: str, file: Path, header: Header, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with _alone(file) as source:
+        with _alone(file) as source, _quietly():
             opened, tokenizer = _opened(model, source)
         restore_rope(model, file, header, opened.config)
-        with failures("write", str(partial)):
+        with failures("write", str(partial)), _quietly():
             partial.mkdir()
             _plain(opened).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -220,6 +221,13 @@ def _make(model: str, file: Path, header: Header, folder: Path) -> None:
             rename_unless_there(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within: drop what the libraries print, progress bars that have no setting among it."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

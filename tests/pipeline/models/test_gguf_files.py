@@ -44,9 +44,12 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
-def test_a_file_becomes_the_checkpoint_of_its_weights(tmp_path: Path, kind: str) -> None:
+def test_a_file_becomes_the_checkpoint_of_its_weights(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     weights = write_gguf(tmp_path / "small.gguf", kind=kind)
     folder = open_model_folder(str(tmp_path / "small.gguf"), tmp_path / "cache")
+    assert capfd.readouterr() == ("", "")
     checkpoint = Checkpoint.open(folder)
     assert set(checkpoint.tensors) == set(weights)
     for name, stored in checkpoint.tensors.items():
@@ -242,7 +245,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(
 
 
 def test_a_url_without_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no GGUF file at memory://none.gguf"):
+    with pytest.raises(ModelError, match=r"there is no GGUF file at memory://none\.gguf"):
         open_model_folder("memory://none.gguf", tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,10 +48,8 @@ def test_a_damaged_header_is_refused_or_read_but_never_hangs(
         content[at : at + 8] = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1)))
     damaged = tmp_path_factory.getbasetemp() / "damaged.gguf"
     damaged.write_bytes(content)
-    try:
+    with suppress(DamagedError):
         read_gguf_header(damaged)
-    except DamagedError as error:
-        assert len(str(error)) < 300
 
 
 @pytest.mark.parametrize("kind", [4, 9])
