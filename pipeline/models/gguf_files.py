@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from io import StringIO
@@ -98,10 +97,12 @@ def folder_of_gguf(model: str, cache_dir: Path) -> Path:
         lock = FileLock(cache_dir / f"{folder.name}.lock")
         lock.acquire()
     try:
+        # Before it is looked for: a folder that has just been used is not removed.
+        with suppress(FileNotFoundError):
+            os.utime(folder)
         if not (folder / _RECORD).is_file():
             _check(model, header)
             _make(model, file, header, folder)
-        os.utime(folder)
     finally:
         lock.release()
     return folder
@@ -156,6 +157,11 @@ def _check(model: str, header: Header) -> None:
             f"model {model}: reading GGUF files needs the package gguf; "
             "pip install 'pmet-pipeline[real]'"
         )
+    if (parts := header.metadata.get("split.count", 1)) > 1:
+        raise ModelError(
+            f"model {model} is one of {parts} parts of a model; join them into one file, with "
+            "llama-gguf-split --merge"
+        )
     _check_architecture(model, header)
     if not header.metadata.get(_TOKENS):
         raise ModelError(f"model {model} has no tokenizer inside ({_TOKENS}); {_FOLDER}")
@@ -179,22 +185,12 @@ def _check_architecture(model: str, header: Header) -> None:
 
 
 def _check_tensor(model: str, header: Header, tensor: Tensor) -> None:
-    import gguf
-
-    try:
-        kind = gguf.GGMLQuantizationType(tensor.type)
-        length, size = gguf.GGML_QUANT_SIZES[kind]
-        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError):
-        name = getattr(locals().get("kind"), "name", f"number {tensor.type}")
+    _, length, size = _blocks(model, tensor)
+    row = tensor.shape[-1] if tensor.shape else 1
+    if row % length:
         raise ModelError(
-            f"model {model} stores {tensor.name} in the type {name}, which the installed gguf "
-            f"cannot dequantise; upgrade gguf, or {_FOLDER}"
-        ) from None
-    if not tensor.shape or tensor.shape[-1] % length:
-        raise ModelError(
-            f"model {model} is damaged: {tensor.name} has rows of {tensor.shape[-1:]} elements in "
-            f"blocks of {length}; copy or download it again"
+            f"model {model} is damaged: {tensor.name} has rows of {row} elements in blocks of "
+            f"{length}; copy or download it again"
         )
     missing = tensor.start + tensor.elements // length * size - header.size
     if missing > 0:
@@ -204,19 +200,38 @@ def _check_tensor(model: str, header: Header, tensor: Tensor) -> None:
         )
 
 
+def _blocks(model: str, tensor: Tensor) -> tuple[Any, int, int]:
+    """A tensor's type, as gguf names it, and the elements and bytes of one of its blocks."""
+    import gguf
+
+    name = f"number {tensor.type}"
+    try:
+        kind = gguf.GGMLQuantizationType(tensor.type)
+        name = kind.name
+        length, size = gguf.GGML_QUANT_SIZES[kind]
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        raise ModelError(
+            f"model {model} stores {tensor.name} in the type {name}, which the installed gguf "
+            f"cannot dequantise; upgrade gguf, or {_FOLDER}"
+        ) from None
+    return kind, length, size
+
+
 def _make(model: str, file: Path, header: Header, folder: Path) -> None:
     """Write the checkpoint of a GGUF file to ``folder``, which appears when it is complete."""
     partial = folder.with_name(f"{folder.name}.{uuid4().hex}{TEMPORARY_SUFFIX}")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with _alone(file) as source, _quietly():
+        with _alone(file, folder.parent) as source, _quietly():
             opened, tokenizer = _opened(model, source)
         restore_rope(model, file, header, opened.config)
+        plain, found = _plain(opened), _measured(model, file, header)
         with failures("write", str(partial)), _quietly():
             partial.mkdir()
-            _plain(opened).save_pretrained(partial)
+            plain.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            record = {"format": _FORMAT, "quantisation": asdict(_measured(file, header))}
+            record = {"format": _FORMAT, "quantisation": asdict(found)}
             (partial / _RECORD).write_text(json.dumps(record))
             rename_unless_there(partial, folder)
     finally:
@@ -231,12 +246,16 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[Path]:
+def _alone(file: Path, cache: Path) -> Iterator[Path]:
     """The file in a folder of its own: transformers also reads the files beside it."""
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder, "model.gguf")
-        link.symlink_to(file.resolve())
-        yield link
+    folder = cache / f"{uuid4().hex}{TEMPORARY_SUFFIX}"
+    try:
+        with cache_failures(cache):
+            folder.mkdir()
+            (folder / "model.gguf").symlink_to(file.resolve())
+        yield folder / "model.gguf"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _opened(model: str, file: Path) -> tuple[Any, Any]:
@@ -297,7 +316,7 @@ def _plain(opened: Any) -> Any:
     return plain
 
 
-def _measured(file: Path, header: Header) -> Quantisation:
+def _measured(model: str, file: Path, header: Header) -> Quantisation:
     """The quantisation of a file, its rounding estimated from a sample of the weights."""
     import gguf
 
@@ -305,8 +324,7 @@ def _measured(file: Path, header: Header) -> Quantisation:
     bits = 0.0
     matrices = [tensor for tensor in header.tensors if len(tensor.shape) > 1]
     for tensor in matrices:
-        kind = gguf.GGMLQuantizationType(tensor.type)
-        length, size = gguf.GGML_QUANT_SIZES[kind]
+        kind, length, size = _blocks(model, tensor)
         weights[kind.name] += tensor.elements
         bits += 8.0 * size * tensor.elements / length
     ((most, _),) = weights.most_common(1) or [("F32", 0)]

@@ -208,6 +208,10 @@ def _type_of_the_future(file: Path) -> None:
     file.write_bytes(data)
 
 
+def _part(file: Path) -> None:
+    write_gguf(file, change=lambda writer: writer.add_uint16("split.count", 3))
+
+
 def _folder(file: Path) -> None:
     file.mkdir()
 
@@ -223,6 +227,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (_without_a_weight, r"has no weights for model\.layers\.2\.mlp\.up_proj\.weight, which would"),
     (_unreadable_type, "stores odd in the type Q8_1, which the installed gguf cannot dequantise"),
     (_type_of_the_future, "stores odd in the type number 999, which the installed gguf cannot"),
+    (_part, "is one of 3 parts of a model; join them into one file"),
     (_folder, "is a folder; name the GGUF file in it"),
     (lambda file: None, "there is no GGUF file .*; check the path, or give a URL, such as hf://"),
 ]
