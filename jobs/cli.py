@@ -221,8 +221,12 @@ def statistics(
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to compute, such as 3,4,5.")] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Token budget; reading stops once it is reached.")
-    ] = 1_000_000,
+        str,
+        typer.Option(
+            help="Number of tokens, counted from the first text on. auto: enough for the width of "
+            "the model's keys, spread over the corpus."
+        ),
+    ] = "auto",
     max_length: Annotated[
         int, typer.Option(min=1, help="Truncate each text to this many tokens.")
     ] = 1024,

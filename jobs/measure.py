@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.views import percent, plain
-from pipeline.data import read_corpus, read_requests
-from pipeline.errors import JobError
-from pipeline.evaluation import group_column, grouped
+from pipeline.data import Row, read_corpus, read_requests
+from pipeline.evaluation import ChatQuestions, figure_of, group_column, grouped
 from pipeline.events import MEASURE
 from pipeline.job import EvaluateConfig
 from pipeline.models import (
@@ -26,13 +25,35 @@ from pipeline.models import (
     default_cache,
     open_fast_tokenizer,
     open_model_folder,
+    open_skeleton,
 )
 from pipeline.places import model_places, pattern_places
 from pipeline.progress import RichProgress
-from pipeline.stages import Measurement, MeasurementMeter, figures_of, held_out, intervals_of
+from pipeline.stages import (
+    Measurement,
+    MeasurementMeter,
+    answering,
+    figures_of,
+    held_out,
+    intervals_of,
+    work_of_texts,
+)
 from pipeline.storage import Store, is_json_with, json_bytes, refuse_foreign_file, refuse_overlap
 from pmet.errors import RequestError
-from pmet.evaluation import KINDS, Prompts, evaluate, score_texts
+from pmet.evaluation import (
+    ANSWERED,
+    KINDS,
+    Prompts,
+    Questions,
+    Said,
+    TextScore,
+    ask_questions,
+    evaluate,
+    questions_of,
+    score_texts,
+    unrelated_prompts,
+)
+from pmet.request import EditRequest
 from pmet.update import longest
 
 SHOWN_GROUPS = 20
@@ -56,8 +77,6 @@ def evaluate_model(
         InputError: a model, the requests or the corpus cannot be read, no row is usable, or a
             requested figure cannot be measured.
     """
-    if base is not None and not corpus:
-        raise JobError("--base needs a --corpus to measure agreement on; give one")
     if output is not None:
         output = output.expanduser()
         _refuse_output(output, model, requests, corpus or (), base)
@@ -73,41 +92,105 @@ def evaluate_model(
     chosen = list(range(len(table.requests)))
     if config.sample is not None and config.sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, config.sample)
-    asked = [table.requests[place] for place in chosen]
+    questions = ChatQuestions.read(config.questions)
+    rows = [table.rows[place] for place in chosen]
+    asked = [
+        questions.to_ask(table.requests[place], row, table.table)
+        for place, row in zip(chosen, rows, strict=True)
+    ]
     with RichProgress().stage(MEASURE) as bar:
-        opened, tokenizer = source.open()
         texts: list[str] = []
         if corpus:
-            read = read_corpus(corpus, tokenizer, max_length=longest(opened.config))
-            texts = held_out(read.texts, config.perplexity_texts)
+            read = read_corpus(
+                corpus, tokenizer, max_length=longest(open_skeleton(Path(source.folder)).config)
+            )
+            texts = held_out(read.texts, config.perplexity_texts, config.perplexity_tokens)
         scored = [*texts, *texts] if base is not None else texts
+        work = work_of_texts(scored)
+        answered = answering(len(asked), asked.__getitem__, config.answers, work, seed)
         meter = MeasurementMeter(bar, len(asked), scored)
-        found = evaluate(
-            opened,
-            tokenizer,
-            asked,
-            fluency=config.fluency,
-            chat_template=config.chat_template,
-            seed=seed,
-            on_progress=meter.continuations(asked, writing=config.fluency),
-        )
-        meter.complete()
-        score = partial(score_texts, on_progress=meter.scored)
-        rows = [table.rows[place] for place in chosen]
-        by_row = dict(zip(rows, found["rows"], strict=True))
-        measured = Measurement(by_row, score(opened, tokenizer, texts))
-        del opened
-        unedited = None
-        if base is not None:
-            unedited = Measurement({}, score(*_source(base).open(), texts))
+        ask = _Asking(asked, answered, texts, config, seed, meter)
+        unedited = None if base is None else ask.base(_source(base), rows)
+        measured = ask.model(source, rows, unedited)
     figures: dict[str, Any] = figures_of(measured, rows, unedited)
     figures["intervals"] = intervals_of(measured, rows, unedited)
-    if groups := grouped(column, table.table, rows, {"": by_row}):
+    if groups := grouped(column, table.table, rows, {"": measured.rows}):
         figures["groups"] = _flat(groups)
     figures["counts"] = {"measured": len(chosen), "rejected": len(table.rejected)}
     _show(figures, console)
     if output is not None:
         output.write_bytes(json_bytes(figures))
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """What models are asked.
+
+    Attributes:
+        requests: the requests.
+        answered: numbers of those to answer in the model's own words.
+        texts: held-out texts.
+        config: the settings.
+        seed: seed for generated text.
+        meter: counts the work.
+    """
+
+    requests: Sequence[EditRequest]
+    answered: frozenset[int]
+    texts: Sequence[str]
+    config: EvaluateConfig
+    seed: int
+    meter: MeasurementMeter
+
+    def base(self, source: ModelSource, rows: Sequence[Row]) -> Measurement:
+        """Of a base model, only what the other one is compared with."""
+        model, tokenizer = source.open()
+        own = questions_of(self.requests[i] for i in sorted(self.answered))
+        said = self._kept(model, tokenizer, own.kept)
+        by_row: dict[Row, dict[str, Any]] = {row: {} for row in rows}
+        for i in self.answered:
+            neighbors = self.requests[i].neighborhood_prompts
+            by_row[rows[i]]["neighbors"] = [said[prompt] for prompt in neighbors]
+        return Measurement(by_row, self._scores(model, tokenizer), self._unrelated(said))
+
+    def model(
+        self, source: ModelSource, rows: Sequence[Row], base: Measurement | None
+    ) -> Measurement:
+        """Everything about a model."""
+        model, tokenizer = source.open()
+        found = evaluate(
+            model,
+            tokenizer,
+            self.requests,
+            answers=self.answered,
+            base=None if base is None else [base.rows[row] for row in rows],
+            fluency=self.config.fluency,
+            chat_template=self.config.chat_template,
+            seed=self.seed,
+            on_progress=self.meter.continuations(
+                self.requests,
+                writing=self.config.fluency,
+                answering=[self.requests[i] for i in sorted(self.answered)],
+            ),
+        )
+        said = {} if base is None else self._kept(model, tokenizer, ())
+        self.meter.complete()
+        by_row = dict(zip(rows, found["rows"], strict=True))
+        return Measurement(by_row, self._scores(model, tokenizer), self._unrelated(said))
+
+    def _kept(self, model: Any, tokenizer: Any, neighbors: Sequence[str]) -> dict[str, Said | None]:
+        """Answers to neighborhood prompts and unrelated ones."""
+        if not self.answered:
+            return {}
+        kept = Questions(kept=(*dict.fromkeys((*neighbors, *unrelated_prompts())),))
+        prompts = Prompts(tokenizer, self.config.chat_template)
+        return ask_questions(model, prompts, kept).kept
+
+    def _unrelated(self, said: Mapping[str, Said | None]) -> dict[str, Said | None]:
+        return {prompt: said[prompt] for prompt in unrelated_prompts() if prompt in said}
+
+    def _scores(self, model: Any, tokenizer: Any) -> list[TextScore]:
+        return score_texts(model, tokenizer, self.texts, on_progress=self.meter.scored)
 
 
 def _refuse_output(
@@ -143,6 +226,11 @@ def _flat(groups: dict[str, Any]) -> dict[str, Any]:
 
 def _show(figures: Mapping[str, Any], console: Console) -> None:
     counts, intervals = figures["counts"], figures["intervals"]
+    said = Table("in its own words", "", "95 %")
+    for name in ANSWERED:
+        if figures.get(name) is not None:
+            label = figure_of(name).label
+            said.add_row(label, percent(figures[name]), _between(intervals.get(name)))
     shown = Table("", "probability", "95 %", "strict", "by tokens")
     for kind in KINDS:
         if figures[f"{kind}_strict"] is not None:
@@ -159,6 +247,8 @@ def _show(figures: Mapping[str, Any], console: Console) -> None:
             text = "" if between is None else " to ".join(f"{x:.3f}" for x in between)
             shown.add_row(name, f"{plain(figures[name])}{unit}", text, "", "")
     console.print(f"{counts['measured']} requests, {counts['rejected']} invalid rows left out")
+    if said.row_count:
+        console.print(said)
     console.print(shown)
     if "groups" in figures:
         _show_groups(figures["groups"], console)

@@ -41,7 +41,7 @@ def compute_statistics(
     output: str,
     hparams: str | None,
     layers: str | None,
-    tokens: int,
+    tokens: str,
     max_length: int,
     workers: str,
     gpus_per_worker: float,
@@ -75,7 +75,7 @@ def compute_statistics(
             model,
             corpus,
             _layers(hparams, layers),
-            tokens=tokens,
+            tokens=_tokens(tokens),
             max_length=max_length,
             on_gpu=gpus_per_worker > 0,
         )
@@ -150,6 +150,15 @@ def _count(workers: str) -> int | None:
     if not workers.isdecimal():
         raise JobError(f"--workers: {workers!r} is neither {AUTO} nor a whole number")
     return int(workers)
+
+
+def _tokens(tokens: str) -> int | None:
+    """Return the token budget; None: enough for the width of the model's keys."""
+    if tokens == AUTO:
+        return None
+    if not (tokens.isdecimal() and len(tokens) <= _DIGITS + 3 and int(tokens)):
+        raise JobError(f"--tokens: {tokens!r} is neither {AUTO} nor a whole number above 0")
+    return int(tokens)
 
 
 def _layers(hparams: str | None, layers: str | None) -> PMETHyperParams:

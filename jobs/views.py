@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.evaluation import duration, is_number, read_gate, show_special
+from pipeline.evaluation import duration, figure_of, is_number, read_gate, show_special
 from pipeline.job import dump_job
+from pmet.evaluation import ANSWERED
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
@@ -92,7 +93,14 @@ def show_result(result: RunResult, console: Console) -> None:
 def show_scores(
     before: Mapping[str, float | None], after: Mapping[str, float | None], console: Console
 ) -> None:
-    """Print a model's figures before and after the edit."""
+    """Print a model's figures before and after the edit: first, what it says."""
+    said = Table("in its own words", "before", "after")
+    for name in ANSWERED:
+        if after.get(name) is not None:
+            figures = (percent(m.get(name)) for m in (before, after))
+            said.add_row(figure_of(name).label, *figures)
+    if said.row_count:
+        console.print(said)
     table = Table("", "before", "after", "before, strict", "after, strict")
     for name in ("efficacy", "generalization", "specificity"):
         strict = f"{name}_strict"

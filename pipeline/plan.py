@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ import pyarrow as pa
 
 from pipeline.data import (
     Corpus,
+    Place,
     Rejection,
     RejectionCode,
     RequestTable,
     Shard,
     plan_shards,
-    read_corpus,
     read_requests,
 )
 from pipeline.errors import JobError, NothingToEditError, StorageError
-from pipeline.evaluation import Last, check_evaluation
+from pipeline.evaluation import ChatQuestions, Last, check_evaluation
 from pipeline.hyper_parameters import chosen_hparams
 from pipeline.job import JobConfig
 from pipeline.models import (
@@ -53,10 +53,12 @@ from pipeline.second_moments import (
     check_moments,
     few,
     is_file_name,
+    read_enough,
     refuse_not_finite,
     refuse_too_few,
 )
 from pipeline.storage import Store, digest_of, read_file
+from pmet.endings import Ending
 from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.model import Layout, context_length, contexts, evidence
@@ -83,12 +85,15 @@ class Plan:
         stored: the checkpoint's tensor of each edited layer.
         hparams: the hyper-parameters.
         templates: context templates, if a file names them.
+        chat: context templates in the form of chat, if the job learns facts in it.
+        ending: what is learned after each target.
         table: the input rows, and which of them can be edited.
         groups: for each accepted request, the number of the group that shares its key. If a group
             gets one target, its requests are adjacent and in one target shard.
         corpus: ordinary text for second moments and perplexity; None if the job names none.
         group_by: input column by which figures are also broken down, or None.
         last: the run to compare figures with, or None.
+        questions: the questions to put to a chat model.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: as many as fit in the workers' memory.
@@ -106,11 +111,14 @@ class Plan:
     stored: dict[int, StoredTensor]
     hparams: PMETHyperParams
     templates: list[list[str]] | None
+    chat: list[str]
+    ending: Ending
     table: RequestTable
     groups: array[int]
     corpus: Corpus | None
     group_by: str | None
     last: Last | None
+    questions: ChatQuestions
     target_shards: list[Shard]
     update_shards: list[Shard]
     batch_size: int | None
@@ -135,6 +143,10 @@ class Plan:
         """The group number of each accepted request; requests of one group get one target."""
         joint = self.job.targets.shared_keys == "joint"
         return self.groups if joint else range(len(self.groups))
+
+    def learned(self, places: Iterable[Place]) -> list[EditRequest]:
+        """Accepted requests with the targets to learn."""
+        return [self.ending.on(self.table.requests[place]) for place in places]
 
     @property
     def sharing(self) -> int:
@@ -173,13 +185,17 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     prefix = getattr(skeleton, "base_model_prefix", "")
     renamed = in_todays_names(checkpoint, skeleton)
     stored = {i: renamed.find(layout.weight_name(i), prefix) for i in hparams.layers}
-    templates = _templates(job)
+    chat = [] if job.contexts == "completion" else contexts.in_chat(tokenizer)
+    ending = Ending.of(job.targets.end, tokenizer)
+    templates = _templates(job, chat)
     joint = job.targets.shared_keys == "joint"
     table, groups = _fitting(
         read_requests(job.requests, job.separator),
         tokenizer,
         skeleton.config,
-        templates,
+        templates or [["{}"], *([chat] if chat else [])],
+        room=0 if templates else contexts.GENERATED_TOKENS + 4,
+        ending=ending,
         joint=joint,
     )
     count = len(table.requests)
@@ -189,12 +205,12 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
             f"none of {len(table.table)} requests can be edited: {reasons}", table.rejected_table()
         )
     digest = checked_digest(checkpoint)
-    corpus = _corpus(job, tokenizer, skeleton.config)
+    corpus = _corpus(job, tokenizer, skeleton.config, layout)
     missing = not _has_second_moments(job, layout, hparams.layers, digest)
     if missing and corpus is not None:
         refuse_too_few(corpus.tokens, layout, count)
     columns = table.table.column_names
-    group_by, last = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
+    evaluation = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
     batch_size = job.targets.batch_size
     return Plan(
         job=job,
@@ -203,11 +219,14 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         stored=stored,
         hparams=hparams,
         templates=templates,
+        chat=chat,
+        ending=ending,
         table=table,
         groups=groups,
         corpus=corpus,
-        group_by=group_by,
-        last=last,
+        group_by=evaluation.group_by,
+        last=evaluation.last,
+        questions=evaluation.questions,
         target_shards=plan_shards(
             count, shard_size(count, job.targets.shard_size), groups if joint else None
         ),
@@ -247,22 +266,24 @@ def shard_size(count: int, wanted: int | str) -> int:
     return min(_LARGEST_SHARD, math.ceil(count / number))
 
 
-def _templates(job: JobConfig) -> list[list[str]] | None:
+def _templates(job: JobConfig, chat: Sequence[str]) -> list[list[str]] | None:
     if (url := job.context_templates) is None:
         return None
     try:
         text = read_file(url).decode()
     except (StorageError, UnicodeDecodeError) as error:
         raise JobError(f"context_templates: {url} cannot be read ({error}); name a file") from None
-    return contexts.parse(text, source=url)
+    return contexts.combined(contexts.parse(text, source=url), chat, job.contexts)
 
 
 def _fitting(
     table: RequestTable,
     tokenizer: Any,
     config: Any,
-    templates: list[list[str]] | None,
+    templates: list[list[str]],
     *,
+    room: int,
+    ending: Ending,
     joint: bool,
 ) -> tuple[RequestTable, array[int]]:
     """Set aside the requests that the model cannot read whole, or whose subject has no token.
@@ -273,9 +294,7 @@ def _fitting(
     a key follow each other, at the position of the longest of them.
     """
     limit = context_length(config)
-    # Generated prefixes are not known yet, so leave room for them.
-    room = 0 if templates else contexts.GENERATED_TOKENS + 4
-    bare = [t for group in templates or [["{}"]] for t in group]
+    flat = [template for group in templates for template in group]
     fitting = array("q")  # places among the accepted requests
     shapes = array("q")
     first: dict[bytes, int] = {}  # of those that fit, by what decides the key
@@ -284,7 +303,7 @@ def _fitting(
     for place, request in enumerate(table.requests):
         try:
             _check_characters(request, limit)
-            problem = Problem.of(tokenizer, request, bare)
+            problem = Problem.of(tokenizer, ending.on(request), flat)
             problem.check_length(request, None if limit is None else limit - room)
         except RequestError as error:
             rejected.append(Rejection(table.rows[place], str(error), RejectionCode.UNFIT))
@@ -317,9 +336,10 @@ def _check_characters(request: EditRequest, limit: int | None) -> None:
         )
 
 
-def _corpus(job: JobConfig, tokenizer: Any, config: Any) -> Corpus | None:
+def _corpus(job: JobConfig, tokenizer: Any, config: Any, layout: Layout) -> Corpus | None:
     if job.corpus is not None:
-        return read_corpus(job.corpus, tokenizer, max_length=longest(config))
+        wanted = None if job.corpus_tokens == "auto" else job.corpus_tokens
+        return read_enough(job.corpus, tokenizer, layout, max_length=longest(config), tokens=wanted)
     if job.second_moments is None:
         raise JobError(
             "the job names neither second_moments nor a corpus; give a folder of second "

@@ -305,7 +305,7 @@ def _run_stages(run: Context) -> RunResult:
     _warn(run, warnings_of_layers(layers(run.folder.status)))
     publish_model(run, reports)
     edited_model = published_model(run)
-    after = measure(run, "after", edited_model)
+    after = measure(run, "after", edited_model, before)
     kept = still_known(run, found.known, edited_model)
     # No worker is needed any more; leaving a cluster takes as long as drawing a report.
     run.executor.dismiss()

@@ -224,17 +224,24 @@ def _optimise(
     ffn = _module(model, hparams.down_projection_template, layer)
     attention = _module(model, hparams.attn_module_tmp, layer)
 
-    prompts = [(*_located(tokenizer, r, t), r) for r in requests for t in templates]
-    targets = [_continuation(tokenizer, r, r.text, r.target_new) for _, _, r in prompts]
+    prompts = [_located(tokenizer, r, t) for r in requests for t in templates]
+    targets = [
+        # Text after the prompt, as in a chat template, decides how the target begins.
+        _continuation(
+            tokenizer, r, r.text if t.endswith("{}") else t.replace("{}", r.text), r.target_new
+        )
+        for r in requests
+        for t in templates
+    ]
     essence = EditRequest("{} is a", requests[0].subject, requests[0].target_new)
     essence_ids, essence_last = _located(tokenizer, essence, "{}")
-    rows = [ids + target[:-1] for (ids, *_), target in zip(prompts, targets, strict=True)]
+    rows = [ids + target[:-1] for (ids, _), target in zip(prompts, targets, strict=True)]
     rows.append(essence_ids)
-    lasts = [last for _, last, _ in prompts] + [essence_last]
+    lasts = [last for _, last in prompts] + [essence_last]
     # The token before the target predicts its first token; the target's last predicts nothing.
     asked = [
         (c, slice(len(ids) - 1, len(ids) - 1 + len(target)), target)
-        for c, ((ids, *_), target) in enumerate(zip(prompts, targets, strict=True))
+        for c, ((ids, _), target) in enumerate(zip(prompts, targets, strict=True))
     ]
 
     with torch.no_grad(), _Place(ffn, lasts) as at_ffn, _Place(attention, lasts) as at_attention:

@@ -22,6 +22,7 @@ TEXT_LISTS = (
     "portability_targets_true",
     "generation_prompts",
     "reference_texts",
+    "question_prompts",
 )
 """Optional fields that are lists of texts."""
 _CONTINUED = (
@@ -30,6 +31,7 @@ _CONTINUED = (
     "neighborhood_prompts",
     "portability_prompts",
     "generation_prompts",
+    "question_prompts",
 )
 """Fields whose texts a model continues, so that a line break at their end matters."""
 
@@ -58,6 +60,7 @@ class EditRequest:
             measured.
         reference_texts: texts about subjects for which the new fact is true, which the model's own
             texts should resemble; only measured.
+        question_prompts: questions for the fact, to put to a chat model; only measured.
         separator: what stands between each of these prompts and its target, kept as given; None: a
             space, or nothing, as the script is written (`pmet.separator`).
 
@@ -77,6 +80,7 @@ class EditRequest:
     portability_targets_true: Sequence[str] = field(default=(), kw_only=True)
     generation_prompts: Sequence[str] = field(default=(), kw_only=True)
     reference_texts: Sequence[str] = field(default=(), kw_only=True)
+    question_prompts: Sequence[str] = field(default=(), kw_only=True)
     separator: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -7,8 +7,10 @@ never on the workers.
 from __future__ import annotations
 
 import hashlib
+import heapq
+import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,10 @@ from pmet.model import encode
 TOKENS = 1_000_000
 """The default budget: fewer tokens than the published 100,000 articles have, but enough (arXiv
 2506.04226)."""
+_ROOM = 16
+"""Characters held for each token wanted: more than any token of ordinary text has."""
+_MOST_READ = 2**30
+"""Characters of a corpus that texts are drawn from, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,12 @@ class Corpus:
 
 
 def read_corpus(
-    patterns: Sequence[str], tokenizer: Any, *, max_length: int, budget: int = TOKENS
+    patterns: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    budget: int = TOKENS,
+    spread: bool = False,
 ) -> Corpus:
     """Read texts until ``budget`` tokens are reached; the last text is cut to meet it exactly.
 
@@ -73,27 +84,52 @@ def read_corpus(
         tokenizer: the model's, a fast one.
         max_length: the number of tokens that each text is truncated to.
         budget: the number of tokens wanted.
+        spread: take texts from the whole corpus, drawn under a fixed seed, instead of the first
+            ones; the order is that of the files in either case.
 
     Raises:
         JobError: a file has no such column or cannot be read, or there is no text.
         RequestTableError: a pattern matches no file.
     """
     files: list[str] = []
-    texts: list[str] = []
-    sequences: list[array[int]] = []
+    drawn = _drawn(_all_texts(patterns, files), budget) if spread else None
+    taken: dict[int, tuple[str, array[int]]] = {}
     left = budget
-    for file in expand(patterns):
-        files.append(file)
-        for text in _texts(file):
-            sequence = array("i", encode(tokenizer, text)[: min(max_length, left)])
-            texts.append(text)
-            sequences.append(sequence)
-            left -= len(sequence)
-            if not left:
-                return Corpus(files, texts, sequences, budget, max_length)
+    for number, text in enumerate(_all_texts(patterns, files)) if drawn is None else drawn:
+        sequence = array("i", encode(tokenizer, text)[: min(max_length, left)])
+        taken[number] = (text, sequence)
+        left -= len(sequence)
+        if not left:
+            break
     if left == budget:
         raise JobError(f"corpus: {', '.join(patterns)} holds no text; give files that do")
-    return Corpus(files, texts, sequences, budget, max_length)
+    texts, sequences = zip(*(taken[number] for number in sorted(taken)), strict=True)
+    return Corpus(files, list(texts), list(sequences), budget, max_length)
+
+
+def _drawn(texts: Iterable[str], budget: int) -> list[tuple[int, str]]:
+    """Some of the texts with their numbers, in random order, and hardly more than are needed.
+
+    Kept are those with the lowest random numbers, as many as have room: so each text is as likely
+    to be kept as any other, however many there are.
+    """
+    random_, kept, held, read = random.Random(0), list[tuple[float, int, str]](), 0, 0
+    for number, text in enumerate(texts):
+        # The texts with the highest numbers are on top.
+        heapq.heappush(kept, (-random_.random(), number, text))
+        held, read = held + len(text), read + len(text)
+        while held > budget * _ROOM + len(kept[0][2]):
+            held -= len(heapq.heappop(kept)[2])
+        if read > _MOST_READ:
+            break
+    return [(number, text) for _, number, text in sorted(kept, reverse=True)]
+
+
+def _all_texts(patterns: Sequence[str], files: list[str]) -> Iterator[str]:
+    """The texts of all files; each file's name is added to ``files`` when it is opened."""
+    for file in expand(patterns):
+        files.append(file)
+        yield from _texts(file)
 
 
 def _texts(file: str) -> Iterator[str]:

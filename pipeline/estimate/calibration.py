@@ -27,8 +27,9 @@ from pipeline.evaluation import How, is_astray
 from pipeline.models import ModelSource
 from pipeline.workers import Asked, ask
 from pmet.errors import PMETError
+from pmet.evaluation import Questions
 from pmet.hparams import PMETHyperParams
-from pmet.model import ContextTemplates
+from pmet.model import Contexts, ContextTemplates
 from pmet.request import EditRequest, SharedKeys
 
 _FLOPS_WIDTH = 1024
@@ -46,6 +47,8 @@ class Sample:
         requests: as many as a shard has, drawn from the whole job.
         hparams: the method's hyper-parameters.
         templates: context templates; None: the model generates them.
+        chat: context templates in the form of chat.
+        contexts: which of both are used.
         shared_keys: as in the job.
         batch_size: as in the job; None: as many as fit in memory.
         known: requests to check for knowledge; none if the job does not check.
@@ -65,6 +68,8 @@ class Sample:
     requests: Sequence[EditRequest]
     hparams: PMETHyperParams
     templates: ContextTemplates | None
+    chat: Sequence[str]
+    contexts: Contexts
     shared_keys: SharedKeys
     batch_size: int | None
     known: Sequence[EditRequest]
@@ -177,7 +182,8 @@ def work(sample: Sample) -> Rates:
     ready = time.time() - sample.started
     templates_s, templates = 0.0, sample.templates
     if templates is None:
-        templates_s, templates = _timed(lambda: contexts.generate(model, tokenizer, seed=0))
+        templates_s, written = _timed(lambda: contexts.generate(model, tokenizer, seed=0))
+        templates = contexts.combined(written, sample.chat, sample.contexts)
     target_s, diverging = _target_s(model, tokenizer, sample, templates)
     key_s = _key_s(model, tokenizer, sample, templates)
     if sample.base.dtype != sample.source.dtype:
@@ -244,11 +250,13 @@ def _measured_s(model: Any, tokenizer: Any, sample: Sample) -> float:
 
     def measure(count: int) -> None:
         # As many prompts, and their share of the rest.
-        answers, texts = (
+        own = asked.questions
+        texts, *questions = (
             part[: -(-len(part) * count // len(asked.prompts))]
-            for part in (asked.answered, asked.written)
+            for part in (asked.written, own.stated, own.chat, own.kept)
         )
-        ask(model, tokenizer, sample.how, Asked(asked.prompts[:count], answers, texts))
+        some = Asked(asked.prompts[:count], list(texts), Questions(*questions))
+        ask(model, tokenizer, sample.how, some)
 
     return _each_s(measure, _FEW_PROMPTS, len(asked.prompts), sample.budget_s)
 

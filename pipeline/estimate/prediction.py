@@ -14,14 +14,25 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pipeline.cluster import fit_gpus
+from pipeline.data import Place
 from pipeline.errors import JobError
 from pipeline.estimate.calibration import Rates, Sample, calibrate
 from pipeline.evaluation import How
 from pipeline.events import StageName
 from pipeline.plan import Plan
 from pipeline.second_moments import check_moments
-from pipeline.stages import BLOCK, TEXTS_TOGETHER, held_out, moments_job, parts_of, sampled
+from pipeline.stages import (
+    BLOCK,
+    TEXTS_TOGETHER,
+    answering,
+    held_out_of,
+    moments_job,
+    parts_of,
+    sampled,
+    work_of_texts,
+)
 from pipeline.workers import WORTH_A_GPU, Asked, local_sizes, stored_bytes, worth
+from pmet.request import EditRequest
 from pmet.update import cheaper_form
 
 BUDGET_S = 10.0
@@ -163,11 +174,25 @@ class _Work:
         requests = [plan.table.requests[place] for place in sampled(plan)]
         writing = How.of(plan.job.evaluate, plan.job.seed).writing_seed is not None
         blocks = [requests[start : start + BLOCK] for start in range(0, len(requests), BLOCK)]
-        asked = [part for block in blocks for part in parts_of(block, writing=writing)]
+        texts = held_out_of(plan)
+        answered = _answering(plan, requests, texts)
+        asked = [
+            part
+            for block in blocks
+            for part in parts_of(
+                block, writing=writing, answering=[r for r in block if id(r) in answered]
+            )
+        ]
         if plan.corpus is None:
             return cls(asked, [], [])
-        texts = held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
         return cls(asked, texts, moments_job(plan).parts() if _moments_wanted(plan) else [])
+
+
+def _answering(plan: Plan, requests: list[EditRequest], texts: list[str]) -> set[int]:
+    """The identities of the requests that the models answer in their own words."""
+    wanted, work = plan.job.evaluate.answers, work_of_texts(texts)
+    numbers = answering(len(requests), requests.__getitem__, wanted, work, plan.job.seed)
+    return {id(requests[number]) for number in numbers}
 
 
 def _samples(plan: Plan, work: _Work, count: int, threads: int, budget_s: float) -> list[Sample]:
@@ -188,9 +213,11 @@ def _samples(plan: Plan, work: _Work, count: int, threads: int, budget_s: float)
         Sample(
             source=plan.target_source,
             base=plan.base,
-            requests=[requests[place] for place in places[number::count]],
+            requests=plan.learned([Place(place) for place in places[number::count]]),
             hparams=plan.hparams,
             templates=plan.templates,
+            chat=plan.chat,
+            contexts=plan.job.contexts,
             shared_keys=plan.job.targets.shared_keys,
             batch_size=plan.batch_size,
             known=[requests[place] for place in known],

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pmet.evaluation import METRICS, SCORED, Row, harmonic_mean, weights
+from pmet.evaluation import AMISS, METRICS, SAID, SCORED, Row, harmonic_mean, weights
 
 Z = 1.959964
 """Standard deviations on either side of a normal mean that contain 95 %."""
@@ -28,7 +28,7 @@ def intervals(rows: Sequence[Row]) -> dict[str, Interval]:
     """The interval of each figure that these requests have; that of fluency is in bits."""
     found: dict[str, Interval] = {}
     shares: dict[str, _Mean] = {}
-    for metric in (*METRICS, "consistency"):
+    for metric in (*METRICS, *SAID, *AMISS, "locality", "consistency"):
         if mean := _mean_of(rows, metric):
             shares[metric] = mean
             found[metric] = mean.wilson()

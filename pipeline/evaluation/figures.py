@@ -32,6 +32,8 @@ class Figure:
     @property
     def label(self) -> str:
         """The figure's displayed name."""
+        if self.name.endswith("_said"):
+            return f"{self.name.removesuffix('_said')} (said)"
         for form in ("strict", "accuracy"):
             if self.name.endswith(f"_{form}"):
                 return f"{self.name.removesuffix(f'_{form}').replace('_', ' ')} ({form})"
@@ -62,7 +64,20 @@ _PORTABILITY = _forms(
     *("portability", "prompts about what follows from the fact", "their answer"),
     "the answer that was true before",
 )
+_SAID = (
+    Figure("efficacy_said", "Share of edited prompts whose answer states the new target."),
+    Figure("generalization_said", "Share of paraphrases whose answer states the new target."),
+    Figure("chat_said", "Share of questions in chat whose answer states the new target."),
+    Figure("locality", "Share of neighboring prompts whose answer is the base model's."),
+    Figure("locality_unrelated", "The same share of prompts about general knowledge."),
+    Figure("old_said", "Share of edited prompts whose answer states the true target; best low."),
+    Figure(
+        "run_on",
+        "Share of edited prompts whose answer states the new target and does not end; best low.",
+    ),
+)
 _ALL = (
+    *_SAID,
     *(form[0] for form in (_EFFICACY, _GENERALIZATION, _SPECIFICITY)),
     Figure("score", "Harmonic mean of efficacy, generalization and specificity."),
     *(form[1] for form in (_EFFICACY, _GENERALIZATION, _SPECIFICITY)),

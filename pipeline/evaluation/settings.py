@@ -8,10 +8,11 @@ from typing import Any
 
 from pipeline.errors import JobError, StorageError
 from pipeline.evaluation.by_column import group_column
+from pipeline.evaluation.chat_questions import ChatQuestions
 from pipeline.job import GATES, EvaluateConfig, JobConfig
 from pipeline.storage import Store
 from pmet.errors import InputError
-from pmet.evaluation import OF_CORPUS, OF_TEXT, Prompts
+from pmet.evaluation import ANSWERED, OF_CORPUS, OF_TEXT, Prompts
 
 _COLUMNS = {"consistency": "reference_texts", "portability": "portability_prompts"}
 
@@ -47,9 +48,24 @@ class Last:
     after: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation needs besides the job.
+
+    Attributes:
+        group_by: the column to group figures by, if any.
+        last: the run to compare with, if any.
+        questions: the questions to put to a chat model.
+    """
+
+    group_by: str | None
+    last: Last | None
+    questions: ChatQuestions
+
+
 def check_evaluation(
     job: JobConfig, tokenizer: Any, columns: Sequence[str], *, corpus: bool
-) -> tuple[str | None, Last | None]:
+) -> Evaluation:
     """Refuse settings that would otherwise fail only after all the work is done.
 
     Args:
@@ -57,9 +73,6 @@ def check_evaluation(
         tokenizer: the model's.
         columns: the columns of the requests.
         corpus: whether there is one.
-
-    Returns:
-        The column to group figures by, and the run to compare with.
 
     Raises:
         JobError: naming the key and what is missing.
@@ -72,6 +85,15 @@ def check_evaluation(
             raise JobError(
                 f"gates.{name} needs text that the model writes; set evaluate.fluency to true"
             )
+        if figure in ANSWERED and job.evaluate.answers == 0:
+            raise JobError(
+                f"gates.{name} needs answers in the model's own words; set evaluate.answers to a "
+                "number above 0, or to auto"
+            )
+        if figure == "chat_said" and not Prompts(tokenizer).has_chat:
+            raise JobError(
+                f"gates.{name} needs a chat template, which the model's tokenizer does not have"
+            )
         column = _COLUMNS.get(figure.partition("_")[0])
         if column and column not in columns:
             raise JobError(f"gates.{name} needs a column {column}, which the requests do not have")
@@ -79,7 +101,11 @@ def check_evaluation(
         Prompts(tokenizer, job.evaluate.chat_template)
     except InputError as error:
         raise JobError(f"evaluate.chat_template: {error}") from None
-    return group_column(job.evaluate.group_by, columns), read_last(job.evaluate.last)
+    return Evaluation(
+        group_column(job.evaluate.group_by, columns),
+        read_last(job.evaluate.last),
+        ChatQuestions.read(job.evaluate.questions),
+    )
 
 
 def read_last(url: str | None) -> Last | None:

@@ -110,6 +110,9 @@ CountOrAutoOrHere = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"],
     allowed("a whole number, 1 or more, auto, or 0 for a job in this process"),
 ]
+CountOrAutoOrNone = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["auto"], allowed("a whole number, 0 or more, or auto")
+]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
 Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
@@ -120,6 +123,8 @@ GPUsOfWorker = Annotated[
 GPUOfRank = Annotated[float, Field(ge=0, le=1, multiple_of=1), allowed("0 or 1")]
 Offload = Annotated[Literal["none", "cpu"], allowed("none or cpu")]
 SharedKeys = Annotated[Literal["joint", "mean"], allowed("joint or mean")]
+ContextsKind = Annotated[Literal["completion", "chat", "both"], allowed("completion, chat or both")]
+TargetEnd = Annotated[Literal["none", "stop", "turn"], allowed("none, stop or turn")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], allowed("auto, float32 or bfloat16")]
 SecondsOrNull = Annotated[
     Annotated[float, Field(gt=0)] | None, allowed("a number of seconds above 0, or null")
@@ -170,6 +175,11 @@ class TargetsConfig(Section):
         description="Targets of requests that share a key, because subject and preceding text are "
         "the same; joint: one for all of them, mean: one each, whose mean is written, as "
         "published.",
+    )
+    end: TargetEnd = Field(
+        default="none",
+        description="What is learned after each target: none, stop (a full stop) or turn (the "
+        "model's end of a turn).",
     )
     shard_size: CountOrAuto = Field(
         default="auto",
@@ -244,7 +254,21 @@ class EvaluateConfig(Section):
     )
     perplexity_texts: Count = Field(
         default=256,
-        description="Number of corpus texts on which perplexity and agreement are measured.",
+        description="Corpus texts, at most, on which perplexity and agreement are measured.",
+    )
+    perplexity_tokens: Count = Field(
+        default=8192,
+        description="Their tokens, about: of longer texts, fewer are read.",
+    )
+    answers: CountOrAutoOrNone = Field(
+        default="auto",
+        description="Number of requests that the model answers in its own words, drawn by seed; "
+        "auto: 200, or as many as take no longer than the other figures; 0: none.",
+    )
+    questions: TextOrNull = Field(
+        default=None,
+        description="YAML file of questions by relation, each with {} for the subject, to put to a "
+        "chat model; null: the bundled ones.",
     )
 
 
@@ -316,8 +340,18 @@ class EditSettings(Section):
         default=None,
         description="Parquet files of ordinary text that second moments are computed from.",
     )
+    corpus_tokens: CountOrAuto = Field(
+        default="auto",
+        description="Tokens that second moments are computed from, at most; auto: enough for the "
+        "width of the model's keys, spread over the corpus.",
+    )
     context_templates: TextOrNull = Field(
         default=None, description="JSON file of context templates; null: generated from the seed."
+    )
+    contexts: ContextsKind = Field(
+        default="completion",
+        description="The form in which facts are learned: completion (the prompt after short "
+        "texts), chat (the prompt as a user's turn of the model's chat template) or both.",
     )
     seed: Seed = Field(default=0, description="Seed of everything that is drawn at random.")
     separator: AnyTextOrNull = Field(
@@ -402,17 +436,22 @@ class JobConfig(EditSettings, _Places):
                 "hparams": True,
                 "second_moments": True,
                 "corpus": True,
+                "corpus_tokens": True,
                 "context_templates": True,
+                "contexts": True,
                 "seed": True,
                 "separator": True,
                 "skip_known": True,
-                "targets": {"batch_size", "dtype", "shard_size", "shared_keys"},
+                "targets": {"batch_size", "dtype", "end", "shard_size", "shared_keys"},
                 "update": {"shard_size"},
             },
         )
-        if self.separator is None:
-            # Run folders of older releases, which have no such key, belong to the same job.
-            del identity["separator"]
+        # Run folders of older releases, which have no such keys, belong to the same job.
+        for key in ("separator", "corpus_tokens", "contexts"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                del identity[key]
+        if self.targets.end == "none":
+            del identity["targets"]["end"]
         return identity
 
 

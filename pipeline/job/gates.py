@@ -18,12 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pmet.evaluation import KINDS, METRICS
+from pmet.evaluation import AMISS, KEPT, KINDS, METRICS, SAID
 
 Kind = Literal["least", "most", "increase", "drop", "drop_since_last"]
 
 INCREASE = "perplexity_increase"
-SHARES = (*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency")
+SHARES = (
+    *(*SAID, *KEPT),
+    *(*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency"),
+)
 """Figures that are fractions, where higher is better."""
 ROUNDING = "rounding"
 """The gate on the edited weights: the share of Δ that the stored dtype rounds off."""
@@ -51,7 +54,7 @@ class Gate:
     @property
     def is_fraction(self) -> bool:
         """Whether the threshold is a fraction from 0 to 1."""
-        return self.figure in SHARES or self.figure == ROUNDING
+        return self.figure in (*SHARES, *AMISS, ROUNDING)
 
     @property
     def description(self) -> str:
@@ -60,8 +63,10 @@ class Gate:
         match self.kind:
             case "least":
                 return f"Minimum {name} of the edited model."
-            case "most":
+            case "most" if self.figure == ROUNDING:
                 return "Maximum share of Δ that the stored dtype may round off, in any layer."
+            case "most":
+                return f"Maximum {name.replace('_', ' ')} of the edited model."
             case "increase":
                 return f"Maximum relative increase in {name}: 0.02 is 2 %."
             case "drop":
@@ -83,8 +88,10 @@ class Gate:
         match self.kind:
             case "least":
                 value = after
-            case "most":
+            case "most" if self.figure == ROUNDING:
                 value = (metrics.get("weights") or {}).get(self.figure)
+            case "most":
+                value = after
             case "increase":
                 value = _increase(metrics["before"].get(self.figure), after)
             case "drop":
@@ -108,8 +115,9 @@ def _gates() -> dict[str, Gate]:
     least = [*SHARES, "fluency"]
     gates = [Gate(figure, "least") for figure in least]
     gates += [Gate("perplexity", "increase"), Gate(ROUNDING, "most")]
+    gates += [Gate(figure, "most") for figure in AMISS]
     # The base model always agrees with itself.
-    gates += [Gate(figure, "drop") for figure in least if figure != "agreement"]
+    gates += [Gate(figure, "drop") for figure in least if figure not in ("agreement", *KEPT)]
     gates += [Gate(figure, "drop_since_last") for figure in least]
     return {gate.name: gate for gate in gates}
 

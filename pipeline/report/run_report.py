@@ -47,6 +47,7 @@ from pipeline.run_folder import (
     throughput,
 )
 from pipeline.storage import Store
+from pmet.evaluation import ANSWERED, same
 
 EXAMPLE_ROWS = 25
 SHOWN_WARNINGS = 8
@@ -135,6 +136,8 @@ def _requests(record: RunRecord) -> dict[str, Any]:
         ),
         "loss_warned": LOSS_WARNED,
         "examples": _spread([row for row in edited if row["after_answer"] is not None]),
+        "chat": any(row["after_chat_answer"] is not None for row in edited),
+        "changed": Cut(_changed_neighbors(edited), EXAMPLE_ROWS),
         "texts": _spread([row for row in edited if row["after_text"] is not None]),
         "neighbors": len(neighbors),
         "damaged": Cut(damaged, EXAMPLE_ROWS),
@@ -189,6 +192,23 @@ def _spread(rows: Sequence[Row]) -> list[Row]:
     return list(rows[::step])
 
 
+def _changed_neighbors(results: Iterable[Row]) -> list[dict[str, Any]]:
+    """The neighborhood prompts that the edited model answers otherwise, with both answers."""
+    return [
+        {"row": row["row"], "prompt": prompt, "before": before, "after": after}
+        for row in results
+        for prompt, before, after in zip(
+            # Prompts that are null or empty were not asked.
+            [prompt for prompt in row["neighborhood_prompts"] or () if prompt and prompt.strip()],
+            row["before_neighborhood_answers"] or (),
+            row["after_neighborhood_answers"] or (),
+            # Those that were not drawn have no answers.
+            strict=False,
+        )
+        if not same(after, before)
+    ]
+
+
 def _with_neighbors(results: Iterable[Row]) -> list[Row]:
     """The requests whose neighbors were measured on both models."""
     return [
@@ -233,18 +253,22 @@ def _rates(record: RunRecord) -> list[str]:
 
 def _charts(record: RunRecord, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Inline SVG charts by name, for the data that exists."""
-    charts = dict.fromkeys(("scores", "groups", "neighbors", "steps", "losses", "layers"), "")
+    kinds = ("said", "scores", "groups", "neighbors", "steps", "losses", "layers")
+    charts = dict.fromkeys(kinds, "")
     before, after, results = record.before, record.after, record.results
-    drawn = [f.name for f in measured(before, after) if is_fraction(f.name)]
-    if drawn:
-        charts["scores"] = score_chart(
-            {name: number(before.get(name)) for name in drawn},
-            {name: number(after.get(name)) for name in drawn},
-            _gate_lines(record),
-            intervals=intervals_of(record, drawn),
-            labels={name: figure_of(name).label for name in drawn},
-            axis="prompts (%)" if set(drawn) <= {*ALWAYS} else "prompts, or tokens (%)",
-        )
+    fractions = [f.name for f in measured(before, after) if is_fraction(f.name)]
+    for chart in ("said", "scores"):
+        drawn = [name for name in fractions if (name in ANSWERED) == (chart == "said")]
+        if drawn:
+            by_prompt = set(drawn) <= {*ALWAYS, *ANSWERED}
+            charts[chart] = score_chart(
+                {name: number(before.get(name)) for name in drawn},
+                {name: number(after.get(name)) for name in drawn},
+                {name: place for name, place in _gate_lines(record).items() if name in drawn},
+                intervals=intervals_of(record, drawn),
+                labels={name: figure_of(name).label for name in drawn},
+                axis="prompts (%)" if by_prompt else "prompts, or tokens (%)",
+            )
     if names := group_figures(groups):
         shown = weakest_groups(groups, names)
         charts["groups"] = group_chart(shown, {n: figure_of(n).label for n in names})

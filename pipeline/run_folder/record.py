@@ -24,9 +24,10 @@ from pipeline.storage import Store, attempt
 NEEDED = (STATUS, "metrics.json", "results.parquet")
 REQUEST = ("row", "prompt", "subject", "target_new")
 _WHEN = ("before", "after")
+_TEXTS = ("answer", "chat_answer", "neighborhood_answers", "text")
 _RESULT = (
-    *(*REQUEST, "case_id", "status", "steps", "loss", "first_loss"),
-    *(f"{when}_{name}" for when in _WHEN for name in (*FIGURES, "answer", "text")),
+    *(*REQUEST, "neighborhood_prompts", "case_id", "status", "steps", "loss", "first_loss"),
+    *(f"{when}_{name}" for when in _WHEN for name in (*FIGURES, *_TEXTS)),
 )
 _RUN: dict[str, Any] = {
     "status": None,

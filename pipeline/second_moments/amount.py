@@ -6,8 +6,12 @@ the solve needs C to be positive definite, the key form only KᵀK + λC (`pmet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
+from pipeline.data import Corpus, read_corpus
 from pipeline.errors import JobError
 from pmet.errors import NotPositiveDefiniteError
 from pmet.model import Layout
@@ -15,12 +19,44 @@ from pmet.update import Factor, cheaper_form, moment_factor
 
 WARNED, ENOUGH = 2, 10
 """Tokens per dimension: the smallest and the largest number that sufficed in arXiv 2506.04226."""
+DEFAULT = 20
+"""Tokens per dimension that are read unless a number is given: see docs/statistics.md."""
 
 
 def factors_second_moments(layout: Layout, requests: int) -> bool:
     """Whether the update of so many requests factors C itself, as far as it has no factor yet."""
     widths = (layout.key_width, layout.value_width)
     return cheaper_form(requests, *widths, factored=False) == "requests"
+
+
+def read_enough(
+    patterns: Sequence[str],
+    tokenizer: Any,
+    layout: Layout,
+    *,
+    max_length: int,
+    tokens: int | None,
+) -> Corpus:
+    """Read a corpus for second moments.
+
+    Args:
+        patterns: Parquet files, globs or folders.
+        tokenizer: the model's, a fast one.
+        layout: the model's layout.
+        max_length: the number of tokens that each text is truncated to.
+        tokens: the number of tokens wanted, from the first text on; None: ``DEFAULT`` per dimension
+            of a key, spread over the corpus.
+
+    Raises:
+        InputError: as for `read_corpus`.
+    """
+    return read_corpus(
+        patterns,
+        tokenizer,
+        max_length=max_length,
+        budget=DEFAULT * layout.key_width if tokens is None else tokens,
+        spread=tokens is None,
+    )
 
 
 def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: str = "") -> None:

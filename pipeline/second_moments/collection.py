@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load
 
 from pipeline.cluster import Task
-from pipeline.data import Corpus, read_corpus
+from pipeline.data import Corpus
 from pipeline.errors import JobError
 from pipeline.models import (
     Checkpoint,
@@ -41,7 +41,7 @@ from pipeline.models import (
 )
 from pipeline.progress import Stage
 from pipeline.run_folder import PARTS, delete_parts, versions
-from pipeline.second_moments.amount import few, refuse_too_few
+from pipeline.second_moments.amount import few, read_enough, refuse_too_few
 from pipeline.second_moments.files import (
     PROVENANCE,
     TENSORS,
@@ -139,7 +139,7 @@ def plan_statistics(
     corpus: Sequence[str],
     hparams: PMETHyperParams,
     *,
-    tokens: int,
+    tokens: int | None,
     max_length: int,
     on_gpu: bool,
 ) -> MomentsJob:
@@ -149,7 +149,7 @@ def plan_statistics(
         model: a folder, a URL or a hub id.
         corpus: Parquet files with a column ``text``.
         hparams: the layers, and names of modules for an unknown family.
-        tokens: the token budget.
+        tokens: the token budget; None: enough for the width of the keys.
         max_length: tokens that each text is truncated to, or the model's context if shorter.
         on_gpu: whether workers compute on GPUs, in the stored dtype; otherwise in float32.
 
@@ -164,7 +164,7 @@ def plan_statistics(
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     limit = longest(skeleton.config, max_length)
     digest = checked_digest(checkpoint)
-    read = read_corpus(corpus, tokenizer, max_length=limit, budget=tokens)
+    read = read_enough(corpus, tokenizer, layout, max_length=limit, tokens=tokens)
     cut = "raise --tokens, or " if read.tokens == tokens else ""
     refuse_too_few(read.tokens, layout, None, more=cut)
     return MomentsJob(

@@ -1,3 +1,8 @@
+from .answering import answering as answering
+from .asking import BLOCK as BLOCK
+from .asking import TEXTS_TOGETHER as TEXTS_TOGETHER
+from .asking import Answers as Answers
+from .asking import parts_of as parts_of
 from .context import Context as Context
 from .context import FoundTargets as FoundTargets
 from .context import channel as channel
@@ -5,14 +10,12 @@ from .context import sampled as sampled
 from .context_templates import write_templates as write_templates
 from .known import find_known as find_known
 from .known import still_known as still_known
-from .measurement import BLOCK as BLOCK
-from .measurement import TEXTS_TOGETHER as TEXTS_TOGETHER
-from .measurement import Answers as Answers
 from .measurement import Measurement as Measurement
 from .measurement import held_out as held_out
+from .measurement import held_out_of as held_out_of
 from .measurement import measure as measure
-from .measurement import parts_of as parts_of
 from .measurement_work import MeasurementMeter as MeasurementMeter
+from .measurement_work import work_of_texts as work_of_texts
 from .publication import publish_model as publish_model
 from .publication import published_model as published_model
 from .results import answered as answered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.events import StageName
 from pipeline.stages.context import Context
+from pmet.model import contexts
 
 
 def write_templates(run: Context) -> list[list[str]]:
@@ -13,9 +14,8 @@ def write_templates(run: Context) -> list[list[str]]:
         if record := run.folder.recorded("context_templates"):
             return list(record["templates"])
         with run.stage(StageName.TEMPLATES, 1) as (bar, _):
-            templates = run.executor.one(
-                "write_templates", "context templates", (run.plan.job.seed,)
-            )
+            written = run.executor.one("write_templates", "context templates", (run.plan.job.seed,))
+            templates = contexts.combined(written, run.plan.chat, run.plan.job.contexts)
             bar.advance()
     run.folder.check()
     run.store.write_json("context_templates.json", templates)

@@ -1,50 +1,36 @@
-"""Measuring a model: requests and held-out texts, in parts that workers share.
-
-Workers share prompts, not requests: many requests have the same neighbors with the same answer,
-which are read only once. What is measured together depends only on the job.
-"""
+"""Measuring a model: requests, unrelated prompts and held-out texts."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from pipeline.cluster import Task
 from pipeline.data import Place, Row
 from pipeline.evaluation import How
 from pipeline.events import StageName
 from pipeline.models import ModelSource
 from pipeline.plan import Plan
+from pipeline.stages.answering import answering
+from pipeline.stages.asking import Asking
 from pipeline.stages.context import Context, sampled
-from pipeline.stages.measurement_store import FORMAT, MeasurementStore, request_key, texts_key
-from pipeline.stages.measurement_work import MeasurementMeter, work_of_part
+from pipeline.stages.measurement_store import FORMAT, MeasurementStore, model_key, request_key
+from pipeline.stages.measurement_work import MeasurementMeter, tokens_read, work_of_texts
 from pipeline.storage import digest_of
-from pipeline.workers import Asked, Measured
 from pmet.evaluation import (
-    Continuation,
-    Score,
+    Said,
     TextScore,
     add_consistency,
-    add_texts,
-    beginnings,
-    continuations_of,
-    figures_of,
+    add_locality,
+    drafts_of,
+    said_text,
+    same,
     total,
 )
 from pmet.request import EditRequest
 
-LARGEST_PART = 512
-"""Prompts sent to a worker together."""
-BLOCK = 8192
-"""Requests in memory at a time."""
-TEXTS_TOGETHER = 32
 _LARGEST_EXPONENT = 700.0
-
-_Item = TypeVar("_Item")
 
 _STAGES = {"before": StageName.MEASURE_BEFORE, "after": StageName.MEASURE_AFTER}
 
@@ -54,12 +40,14 @@ class Measurement:
     """The measurements of a model.
 
     Attributes:
-        rows: figures, greedy answer and generated text by input row, for the measured requests.
+        rows: figures, answers and generated text by input row, for the measured requests.
         texts: scores of held-out texts; empty without a corpus.
+        unrelated: answers to unrelated prompts, by prompt; empty if they were not asked.
     """
 
     rows: dict[Row, dict[str, Any]]
     texts: list[TextScore]
+    unrelated: dict[str, Said | None] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float | None:
@@ -77,193 +65,153 @@ class Measurement:
         agreed = [text.agreed(theirs) for text, theirs in zip(self.texts, other.texts, strict=True)]
         return agreed, [len(text.greedy) for text in self.texts]
 
+    def kept(self, base: Measurement) -> list[bool]:
+        """For each unrelated prompt, whether the answer is the base model's."""
+        return [
+            same(said_text(said), said_text(base.unrelated[prompt]))
+            for prompt, said in self.unrelated.items()
+            if prompt in base.unrelated
+        ]
 
-def measure(run: Context, name: str, source: ModelSource) -> Measurement:
-    """Measure a model on the sampled requests, and on held-out texts if there is a corpus."""
+    def as_json(self) -> dict[str, Any]:
+        """The measurement as JSON values; `from_json` reads it back."""
+        texts = [asdict(text) for text in self.texts]
+        return {"rows": self.rows, "texts": texts, "unrelated": self.unrelated}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Measurement:
+        """Read a measurement."""
+        rows = {Row(int(row)): dict(figures) for row, figures in values["rows"].items()}
+        for figures in rows.values():
+            if "neighbors" in figures:
+                figures["neighbors"] = [said and Said(*said) for said in figures["neighbors"]]
+        return cls(
+            rows,
+            [TextScore(**text) for text in values["texts"]],
+            {text: said and Said(*said) for text, said in values["unrelated"].items()},
+        )
+
+
+def measure(
+    run: Context, name: str, source: ModelSource, base: Measurement | None = None
+) -> Measurement:
+    """Measure a model on the sampled requests, and on held-out texts if there is a corpus.
+
+    Args:
+        run: the run.
+        name: ``before`` or ``after``.
+        source: the model.
+        base: the base model's measurement, to compare an edited model's answers with.
+    """
     plan = run.plan
     how, asked = How.of(plan.job.evaluate, plan.job.seed), _asked(plan)
     record = run.folder.recorded(f"measured-{name}")
     if record is not None and record.get("asked") == asked:
-        texts = [TextScore(**text) for text in record["texts"]]
-        return Measurement({Row(int(r)): v for r, v in record["rows"].items()}, texts)
-    table, chosen = plan.table, sampled(plan)
+        return Measurement.from_json(record)
+    chosen, held = _Chosen.of(plan), held_out_of(plan)
+    answered = chosen.answered(work_of_texts(held))
+    rows_at = plan.table.rows
     # The base model gives the same answers every time.
     kept = MeasurementStore.of(plan) if source == plan.base else None
-    keys = {} if kept is None else {i: request_key(table.requests[i], how) for i in chosen}
-    of_texts = texts_key(plan)
-    said = {} if kept is None else kept.read({*keys.values(), of_texts})
-    rows = {table.rows[i]: said[keys[i]] for i in keys if keys[i] in said}
-    todo = [i for i in chosen if table.rows[i] not in rows]
-    stored = said.get(of_texts)
-    held = _held_out(plan) if stored is None else []
+    keys = {
+        place: request_key(chosen[place], how, answered=place in answered)
+        for place in (chosen.places if kept is not None else ())
+    }
+    of_model = model_key(plan)
+    stored = {} if kept is None else kept.read({*keys.values(), of_model})
+    rows = {rows_at[i]: stored[keys[i]] for i in keys if keys[i] in stored}
+    todo = [i for i in chosen.places if rows_at[i] not in rows]
+    whole = stored.get(of_model)
     with run.stage(_STAGES[name]) as (bar, detail):
         if kept is not None:
             detail["stored"] = len(rows)
-        meter = MeasurementMeter(bar, len(todo), held)
-        for i, figures in _measure_requests(run, name, (source, how), todo, meter):
-            rows[table.rows[i]] = figures
-        if stored is None:
-            texts = _score_texts(run, name, source, held, meter)
-        else:
-            texts = [TextScore(**text) for text in stored]
+        meter = MeasurementMeter(bar, len(todo), held if whole is None else [])
+        ask = Asking(run, name, source, how, _drafts(base, chosen), meter)
+        for place, figures in ask.requests(todo, chosen.__getitem__, answered):
+            rows[rows_at[place]] = figures
+        if whole is None:
+            whole = {
+                "unrelated": ask.unrelated() if answered else {},
+                "texts": [asdict(text) for text in ask.texts(held)],
+            }
     if kept is not None:
-        new = {keys[i]: rows[table.rows[i]] for i in todo}
-        kept.write(new if stored else new | {of_texts: [asdict(text) for text in texts]})
+        kept.write({keys[i]: rows[rows_at[i]] for i in todo} | {of_model: whole})
     if how.writing_seed is not None:
-        places = dict(zip(table.rows, range(len(table.rows)), strict=True))
-        add_consistency((rows[r], table.requests[places[r]].reference_texts) for r in sorted(rows))
-    value = {"rows": rows, "texts": [asdict(text) for text in texts], "asked": asked}
-    run.folder.record(f"measured-{name}", value)
-    return Measurement(rows, texts)
+        references = {rows_at[i]: chosen[i].reference_texts for i in chosen.places}
+        add_consistency((rows[row], references[row]) for row in sorted(rows))
+    measured = Measurement.from_json({"rows": rows, **whole})
+    if base is not None:
+        for row, figures in measured.rows.items():
+            add_locality(figures, base.rows[row])
+    run.folder.record(f"measured-{name}", measured.as_json() | {"asked": asked})
+    return measured
 
 
 def _asked(plan: Plan) -> str:
     """Digest of everything a job wants measured; if it changes, old measurements are stale."""
-    evaluate = plan.job.evaluate.model_dump(include={"sample", "perplexity_texts"})
+    keys = {"sample", "perplexity_texts", "perplexity_tokens", "answers"}
+    evaluate = plan.job.evaluate.model_dump(include=keys)
     how = How.of(plan.job.evaluate, plan.job.seed)
-    return digest_of([FORMAT, evaluate, asdict(how)])
+    return digest_of([FORMAT, evaluate, asdict(how), dict(plan.questions.templates)])
 
 
-def _measure_requests(
-    run: Context,
-    name: str,
-    model: tuple[ModelSource, How],
-    places: Sequence[Place],
-    meter: MeasurementMeter,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the place of each request, with its figures and the model's answers."""
-    for start in range(0, len(places), BLOCK):
-        block = places[start : start + BLOCK]
-        requests = [run.plan.table.requests[i] for i in block]
-        answers = Answers(parts_of(requests, writing=model[1].writing_seed is not None))
-        tasks = [
-            Task(f"measure {name} {start} {number}", (*model, part))
-            for number, part in enumerate(answers.parts)
-        ]
-        numbers = {task.key: i for i, task in enumerate(tasks)}
-        taking = _Taking(answers, numbers, len(block), meter)
-        meter.block(len(block), sum(map(work_of_part, answers.parts)))
-        run.executor.map("measure", tasks, taking)
-        yield from zip(block, answers.rows(requests), strict=True)
-
-
-class _Taking:
-    """Collects the answers to tasks, and reports progress as a share of the requests."""
-
-    def __init__(
-        self,
-        answers: Answers,
-        numbers: Mapping[str, int],
-        requests: int,
-        meter: MeasurementMeter,
-    ) -> None:
-        self._answers, self._numbers, self._requests = answers, numbers, requests
-        self._meter, self._reported = meter, 0
-
-    def __call__(self, task: Task, measured: Measured) -> None:
-        number = self._numbers[task.key]
-        self._answers.take(number, measured)
-        # A request's prompts may be in several parts.
-        done = self._requests * self._answers.taken // len(self._answers.parts)
-        self._meter.asked(done - self._reported, work_of_part(self._answers.parts[number]))
-        self._reported = done
-
-
-class Answers:
-    """A model's answers to the parts of an evaluation, combined.
-
-    Args:
-        parts: the questions of each part.
+@dataclass(frozen=True)
+class _Chosen:
+    """The requests to measure, which are read when they are needed.
 
     Attributes:
-        parts: the same.
-        taken: how many of them have been answered.
+        plan: the plan.
+        places: their places.
     """
 
-    def __init__(self, parts: Sequence[Asked]) -> None:
-        self.parts, self.taken = parts, 0
-        self._scored: dict[Continuation, Score] = {}
-        self._said: dict[str, str] = {}
-        self._written: dict[str, str] = {}
+    plan: Plan
+    places: list[Place]
 
-    def take(self, number: int, measured: Measured) -> None:
-        """Add the answers to a part."""
-        part = self.parts[number]
-        self.taken += 1
-        for pairs, scores in zip(part.prompts, measured.scores, strict=True):
-            self._scored |= zip(pairs, scores, strict=True)
-        self._said |= zip(part.answered, measured.answers, strict=True)
-        self._written |= zip(part.written, measured.texts, strict=True)
+    @classmethod
+    def of(cls, plan: Plan) -> _Chosen:
+        return cls(plan, sampled(plan))
 
-    def figures(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
-        """The figures of each request that are fractions of its prompts."""
-        return [figures_of(request, self._scored) for request in requests]
+    def __len__(self) -> int:
+        return len(self.places)
 
-    def rows(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
-        """The figures, greedy answer and generated text of each request."""
-        rows = self.figures(requests)
-        for row, request in zip(rows, requests, strict=True):
-            row["answer"] = self._said[request.text]
-        if self._written:
-            add_texts(rows, requests, self._written)
-        return rows
+    def __getitem__(self, place: Place) -> EditRequest:
+        table = self.plan.table
+        return self.plan.questions.to_ask(table.requests[place], table.rows[place], table.table)
+
+    def answered(self, texts: int) -> frozenset[Place]:
+        """The places of those to answer in the model's own words, if texts are so much work."""
+        evaluate, seed = self.plan.job.evaluate, self.plan.job.seed
+        numbers = answering(
+            len(self), lambda i: self[self.places[i]], evaluate.answers, texts, seed
+        )
+        return frozenset(self.places[number] for number in numbers)
 
 
-def parts_of(requests: Sequence[EditRequest], *, writing: bool = False) -> list[Asked]:
-    """Split the questions of requests into parts of similar size; shared questions occur once.
-
-    Prompts that begin alike are in one part. The number of parts is a power of two, which divides
-    evenly among most numbers of workers.
-
-    Args:
-        requests: the requests.
-        writing: whether to generate text.
-    """
-    pairs: dict[str, dict[Continuation, None]] = defaultdict(dict)
-    for request in requests:
-        for pair in continuations_of(request):
-            pairs[pair[0]][pair] = None
-    prompts = [list(pairs[prompt]) for prompt in sorted(pairs)]
-    answered = sorted({request.text for request in requests})
-    written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
-    number = 1
-    while number * LARGEST_PART < len(prompts):
-        number *= 2
-    cut = (_cut(list_, number) for list_ in (prompts, answered, written))
-    return [Asked(*part) for part in zip(*cut, strict=True)]
+def _drafts(base: Measurement | None, chosen: _Chosen) -> dict[str, Said]:
+    """The answers of the base model that an edited one should give as well, by prompt."""
+    if base is None:
+        return {}
+    rows = (base.rows[chosen.plan.table.rows[place]] for place in chosen.places)
+    unrelated = {prompt: said for prompt, said in base.unrelated.items() if said is not None}
+    return unrelated | drafts_of(map(chosen.__getitem__, chosen.places), rows)
 
 
-def _cut(items: list[_Item], number: int) -> list[list[_Item]]:
-    """Split items into ``number`` runs of similar length."""
-    edges = [len(items) * i // number for i in range(number + 1)]
-    return [items[start:stop] for start, stop in pairwise(edges)]
-
-
-def _held_out(plan: Plan) -> list[str]:
+def held_out_of(plan: Plan) -> list[str]:
+    """The texts that perplexity and agreement are measured on; none without a corpus."""
     if plan.corpus is None:
         return []
-    return held_out(plan.corpus.texts, plan.job.evaluate.perplexity_texts)
+    evaluate = plan.job.evaluate
+    return held_out(plan.corpus.texts, evaluate.perplexity_texts, evaluate.perplexity_tokens)
 
 
-def _score_texts(
-    run: Context, name: str, source: ModelSource, sample: Sequence[str], meter: MeasurementMeter
-) -> list[TextScore]:
-    parts = {
-        f"texts {name} {i}": sample[i : i + TEXTS_TOGETHER]
-        for i in range(0, len(sample), TEXTS_TOGETHER)
-    }
-    found: dict[str, list[TextScore]] = {}
-
-    def take(task: Task, scores: list[TextScore]) -> None:
-        found[task.key] = scores
-        meter.scored(parts[task.key])
-
-    tasks = [Task(key, (source, texts)) for key, texts in parts.items()]
-    if tasks:
-        run.executor.map("score_texts", tasks, take)
-    return [score for key in parts for score in found[key]]
+def held_out(texts: Sequence[str], count: int, tokens: int) -> list[str]:
+    """``count`` texts spread evenly over a corpus, or as many as have about ``tokens`` tokens."""
+    sample = _spread(texts, count)
+    counted = [tokens_read(text) for text in sample]
+    if sum(counted) > tokens:
+        sample = _spread(texts, max(1, len(counted) * tokens // sum(counted)))
+    return sample
 
 
-def held_out(texts: Sequence[str], count: int) -> list[str]:
-    """``count`` texts spread evenly over a corpus, or all it has."""
+def _spread(texts: Sequence[str], count: int) -> list[str]:
     return list(texts[:: max(1, len(texts) // count)][:count])

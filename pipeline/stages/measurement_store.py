@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 from pipeline.evaluation import How
 from pipeline.plan import Plan
 from pipeline.storage import Segments, Store, digest_of, json_text
+from pmet.evaluation import unrelated_prompts
 from pmet.request import EditRequest
 
-FORMAT = 3
+FORMAT = 4
 _KEY, _VALUE = "key", "value"
 # Consistency is recomputed: it depends on the reference texts of all requests.
 _NOT_ASKED = ("case_id", "reference_texts")
@@ -81,12 +82,22 @@ class MeasurementStore:
             self.segments.write(pa.table(columns))
 
 
-def request_key(request: EditRequest, how: How) -> str:
-    """Digest of everything that is measured on a request, and of the evaluation settings."""
+def request_key(request: EditRequest, how: How, *, answered: bool) -> str:
+    """Digest of everything that is measured on a request, and of the evaluation settings.
+
+    Args:
+        request: the request.
+        how: the settings.
+        answered: whether the model answers it in its own words.
+    """
     asked = {k: v for k, v in asdict(request).items() if k not in _NOT_ASKED}
-    return digest_of([asked, asdict(how)])
+    return digest_of([asked, asdict(how), answered])
 
 
-def texts_key(plan: Plan) -> str:
-    """Digest of the texts that perplexity and agreement are measured on."""
-    return digest_of(["texts", plan.digests["corpus"], plan.job.evaluate.perplexity_texts])
+def model_key(plan: Plan) -> str:
+    """Digest of what is measured on a model besides requests: held-out texts, unrelated prompts."""
+    evaluate = plan.job.evaluate
+    texts = [plan.digests["corpus"], evaluate.perplexity_texts, evaluate.perplexity_tokens]
+    how = How.of(evaluate, plan.job.seed)
+    prompts = unrelated_prompts() if evaluate.answers else ()
+    return digest_of(["model", texts, how.chat_template, prompts])

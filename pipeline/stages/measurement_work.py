@@ -6,20 +6,25 @@ do. They are estimated from the length of the text, because counting them takes 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.progress import Stage
 from pipeline.workers import Asked
 from pmet.evaluation import (
-    ANSWER_TOKENS,
     TEXT_TOKENS,
     WRITTEN_TOKENS,
     Continuation,
+    Questions,
     beginnings,
     continuations_of,
+    questions_of,
 )
 from pmet.request import EditRequest
 
+SENTENCE, CLAUSE, CHAT = 18, 6, 24
+"""Mean tokens of an answer to the end of a sentence, of a clause, and of a chat template, as
+measured with SmolLM2-135M-Instruct and CounterFact's prompts."""
 _BYTES_PER_TOKEN = 4  # of English; a Chinese character takes three
 
 
@@ -28,9 +33,14 @@ def tokens_in(text: str) -> int:
     return 1 + len(text.encode()) // _BYTES_PER_TOKEN
 
 
+def tokens_read(text: str) -> int:
+    """Estimated tokens that are read of a held-out text."""
+    return min(TEXT_TOKENS, tokens_in(text))
+
+
 def work_of_texts(texts: Iterable[str]) -> int:
     """Estimated tokens that are read of held-out texts."""
-    return sum(min(TEXT_TOKENS, tokens_in(text)) for text in texts)
+    return sum(map(tokens_read, texts))
 
 
 def work_of_prompts(prompts: Iterable[Sequence[Continuation]]) -> int:
@@ -40,10 +50,33 @@ def work_of_prompts(prompts: Iterable[Sequence[Continuation]]) -> int:
     )
 
 
+def work_of_questions(questions: Questions) -> int:
+    """Estimated tokens of questions and of a model's answers in its own words."""
+    return (
+        sum(tokens_in(text) + SENTENCE for text in questions.stated)
+        + sum(tokens_in(text) + CHAT + SENTENCE for text in questions.chat)
+        + sum(tokens_in(text) + CLAUSE for text in questions.kept)
+    )
+
+
 def work_of_part(part: Asked) -> int:
     """Estimated tokens that a part of an evaluation reads and generates."""
-    answered = sum(tokens_in(text) + ANSWER_TOKENS for text in part.answered)
-    return work_of_prompts(part.prompts) + answered + WRITTEN_TOKENS * len(part.written)
+    written = WRITTEN_TOKENS * len(part.written)
+    return work_of_prompts(part.prompts) + work_of_questions(part.questions) + written
+
+
+def work_of_scores(requests: Sequence[EditRequest]) -> int:
+    """Estimated tokens of the scored prompts of requests."""
+    pairs = {pair: None for request in requests for pair in continuations_of(request)}
+    by_prompt = defaultdict(list)
+    for pair in pairs:
+        by_prompt[pair[0]].append(pair)
+    return work_of_prompts(by_prompt.values())
+
+
+def work_of_answers(requests: Sequence[EditRequest]) -> int:
+    """Estimated tokens of the answers to the questions of requests."""
+    return work_of_questions(questions_of(requests))
 
 
 class MeasurementMeter:
@@ -75,18 +108,24 @@ class MeasurementMeter:
         self._advance(work)
 
     def continuations(
-        self, requests: Sequence[EditRequest], *, writing: bool
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        writing: bool,
+        answering: Sequence[EditRequest] = (),
     ) -> Callable[[int], None]:
         """Begin all requests at once; return a function that counts scored continuations.
 
         Args:
             requests: the requests.
             writing: whether text is generated for them as well.
+            answering: those to answer in the model's own words.
         """
         pairs = {pair for request in requests for pair in continuations_of(request)}
         work = sum(tokens_in(pair[0]) + tokens_in(pair[1]) for pair in pairs)
         written = {text for r in requests for text in beginnings(r)} if writing else ()
-        self.block(len(requests), work + WRITTEN_TOKENS * len(written))
+        answers = work_of_answers(answering)
+        self.block(len(requests), work + answers + WRITTEN_TOKENS * len(written))
         scored = 0
 
         def count(number: int) -> None:

@@ -13,7 +13,7 @@ from pipeline.evaluation import intervals, of_perplexity, of_shares, rounded
 from pipeline.run_folder import read_columns
 from pipeline.stages.measurement import Measurement
 from pipeline.storage import Store
-from pmet.evaluation import METRICS, OF_TEXT, summarize
+from pmet.evaluation import AMISS, METRICS, OF_TEXT, SAID, neighbors_said, summarize
 
 _COURSE = ("row", "steps", "loss", FIRST_LOSS)
 Measured = Mapping[Row, Mapping[str, Any]]
@@ -53,13 +53,18 @@ def results_table(
     for when, measured in (("before", before), ("after", after)):
         texts = [measured.get(row, {}).get("text") for row in rows]
         written = any(text is not None for text in texts)
-        for metric in (*METRICS, *(OF_TEXT if written else ())):
+        for metric in (*METRICS, *SAID, *AMISS, *(OF_TEXT if written else ())):
             values = [measured.get(row, {}).get(metric) for row in rows]
             columns[f"{when}_{metric}"] = pa.array(values, pa.float64())
-        answers = [measured.get(row, {}).get("answer") for row in rows]
-        columns[f"{when}_answer"] = pa.array(answers, pa.string())
+        for answer in ("answer", "chat_answer"):
+            said = [measured.get(row, {}).get(answer) for row in rows]
+            columns[f"{when}_{answer}"] = pa.array(said, pa.string())
+        neighbors = [neighbors_said(measured.get(row, {})) or None for row in rows]
+        columns[f"{when}_neighborhood_answers"] = pa.array(neighbors, pa.list_(pa.string()))
         if written:
             columns[f"{when}_text"] = pa.array(texts, pa.string())
+    locality = [after.get(row, {}).get("locality") for row in rows]
+    columns["after_locality"] = pa.array(locality, pa.float64())
     if table.left_out:
         left_out = [", ".join(table.left_out.get(row, ())) or None for row in rows]
         columns["left_out"] = pa.array(left_out, pa.string())
@@ -116,6 +121,8 @@ def figures_of(
     if base is not None:
         agreed, counts = measured.agreed(base)
         figures["agreement"] = sum(agreed) / sum(counts) if sum(counts) else None
+        kept = measured.kept(base)
+        figures["locality_unrelated"] = sum(kept) / len(kept) if kept else None
     return figures
 
 
@@ -129,4 +136,8 @@ def intervals_of(
         found["perplexity"] = perplexity
     if base is not None and (agreement := of_shares(*measured.agreed(base))):
         found["agreement"] = agreement
+    if base is not None:
+        kept = measured.kept(base)
+        if unrelated := of_shares(kept, [1] * len(kept)):
+            found["locality_unrelated"] = unrelated
     return rounded(found)

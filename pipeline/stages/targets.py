@@ -177,7 +177,7 @@ class _Search:
         keys: dict[Place, str] = {}
         for work in works:
             places = sorted(work.missing)
-            requests = [table.requests[place] for place in places]
+            requests = self._run.plan.learned(places)
             keys |= zip(places, kept.keys(requests, self._groups(places)), strict=True)
         together = self._run.plan.together
         with kept.lookup(list(keys.values())) as stored:
@@ -236,7 +236,7 @@ class _Search:
         plan = self._run.plan
         return TargetTask(
             source=plan.target_source,
-            requests=[plan.table.requests[place] for place in piece.places],
+            requests=plan.learned(piece.places),
             rows=[plan.table.rows[place] for place in piece.places],
             hparams=plan.hparams,
             templates=self._templates,
@@ -249,7 +249,7 @@ class _Search:
 
     def _take(self, piece: Piece, summary: TargetSummary) -> None:
         if self._kept is not None:
-            requests = [self._run.plan.table.requests[place] for place in piece.places]
+            requests = self._run.plan.learned(piece.places)
             found = read_targets(self._run.store.read_table(summary.file))
             self._kept.write(requests, found, piece.groups)
         self._detail["early"] += summary.early

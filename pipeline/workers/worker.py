@@ -6,8 +6,8 @@ depend on which worker computes it. It runs in a Ray actor or in this process al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -22,11 +22,14 @@ from pipeline.second_moments import StoredFile
 from pipeline.storage import Store
 from pmet.errors import NotFiniteError
 from pmet.evaluation import (
+    Answered,
     Continuation,
     Prompts,
+    Questions,
+    Said,
     Score,
     TextScore,
-    answers,
+    ask_questions,
     metrics,
     score_continuations,
     write_on,
@@ -92,13 +95,15 @@ class Asked:
 
     Attributes:
         prompts: for each prompt, its continuations to score.
-        answered: texts to answer greedily.
         written: texts for the model to continue.
+        questions: prompts for it to answer in its own words.
+        drafts: answers of the base model to some of them that it may give as well.
     """
 
     prompts: list[list[Continuation]]
-    answered: list[str]
-    written: list[str]
+    written: list[str] = field(default_factory=list)
+    questions: Questions = field(default_factory=Questions)
+    drafts: Mapping[str, Said] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,8 @@ class Measured:
     """A model's answers to a part of an evaluation, in the same order."""
 
     scores: list[list[Score]]
-    answers: list[str]
     texts: list[str]
+    answered: Answered
 
 
 def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
@@ -117,8 +122,8 @@ def ask(model: Any, tokenizer: Any, how: How, asked: Asked) -> Measured:
     seed = how.writing_seed
     return Measured(
         [[scored[pair] for pair in own] for own in asked.prompts],
-        answers(model, tokenizer, asked.answered, chat_template=how.chat_template),
         [] if seed is None else write_on(model, prompts, asked.written, seed=seed),
+        ask_questions(model, prompts, asked.questions, asked.drafts),
     )
 
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -52,18 +52,18 @@ UNREADABLE = Scored(math.nan, False, 0.0)
 """Error text for a sequence longer than the model's context."""
 
 
-# A pair, the position of its prompt's last token in its sequence, and its target.
-_Asked = tuple[Continuation, int, Tokens]
+Key = TypeVar("Key", bound=Hashable)
+# A target's key, the position of its prompt's last token in its sequence, and its tokens.
+_Asked = tuple[Key, int, Tokens]
 
 
 class _Read(NamedTuple):
-    """A row's result for a pair, and whether its greediness depends on less than ``NEAR``."""
+    """A row's result for a target, and whether its greediness depends on less than ``NEAR``."""
 
     score: Scored
     near: bool
 
 
-@torch.no_grad()
 def score_continuations(
     model: nn.Module,
     prompts: Prompts,
@@ -85,41 +85,61 @@ def score_continuations(
         RequestError: a target has no tokens.
     """
     pairs = list(dict.fromkeys(pairs))
+    tokens = dict(zip(pairs, prompts.continuations(pairs), strict=True))
+    scored = score_tokens(model, tokens, batch_tokens=batch_tokens, on_progress=on_progress)
+    return scored | _alone(model, tokens, _near_each_other(scored))
+
+
+def score_tokens(
+    model: nn.Module,
+    tokens: Mapping[Key, tuple[Tokens, Tokens]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[Key, Scored]:
+    """Score targets by their tokens.
+
+    Args:
+        model: a causal language model; left unchanged.
+        tokens: under any key, the tokens of a prompt and of its target, at least one each.
+        batch_tokens: padded tokens of one forward pass; affects only speed.
+        on_progress: called with the number of targets just scored.
+    """
     limit = context_length(model.config) or math.inf
-    tokens: dict[Continuation, tuple[Tokens, Tokens]] = {}
-    scored: dict[Continuation, Scored] = {}
-    for pair, (prompt, target) in zip(pairs, prompts.continuations(pairs), strict=True):
-        if len(prompt) + len(target) - 1 > limit:
-            scored[pair] = UNREADABLE
-        else:
-            tokens[pair] = (prompt, target)
-    asked = _by_sequence(tokens)
+    readable = {key: own for key, own in tokens.items() if sum(map(len, own)) - 1 <= limit}
+    scored = dict.fromkeys(tokens, UNREADABLE)
+    asked = _by_sequence(readable)
     longest = max(map(len, asked), default=0)
     trees = reads_trees(model, longest)
     packs = packed(asked, MOST if trees else 0)
-    near: set[Continuation] = set()
-    with frozen(model):
-        with tuned_if_short(model, max(longest, MOST)):
-            for batch in batches_by_tokens(packs, batch_tokens, lambda pack: len(pack.ids)):
-                read = _read(model, batch, asked, trees=trees)
-                scored |= {pair: found.score for pair, found in read.items()}
-                near |= {pair for pair, found in read.items() if found.near}
-                if on_progress:
-                    on_progress(len(read))
-        for pair in near.union(_near_each_other(scored)):
-            scored[pair] = Scored(*plain_score(model, *tokens[pair]))
-    return scored
+    near: set[Key] = set()
+    with torch.no_grad(), frozen(model), tuned_if_short(model, max(longest, MOST)):
+        for batch in batches_by_tokens(packs, batch_tokens, lambda pack: len(pack.ids)):
+            read = _read(model, batch, asked, trees=trees)
+            scored |= {key: found.score for key, found in read.items()}
+            near |= {key for key, found in read.items() if found.near}
+            if on_progress:
+                on_progress(len(read))
+    return scored | _alone(model, readable, near)
+
+
+def _alone(
+    model: nn.Module, tokens: Mapping[Key, tuple[Tokens, Tokens]], keys: Iterable[Key]
+) -> dict[Key, Scored]:
+    """The plain scores of some targets."""
+    with torch.no_grad(), frozen(model):
+        return {key: Scored(*plain_score(model, *tokens[key])) for key in keys}
 
 
 def _by_sequence(
-    tokens: Mapping[Continuation, tuple[Tokens, Tokens]],
-) -> dict[Tokens, list[_Asked]]:
-    """The pairs to read from each sequence; a prefix of others is read from the longest of them."""
-    own: dict[Tokens, list[_Asked]] = defaultdict(list)
-    for pair, (prompt, target) in tokens.items():
+    tokens: Mapping[Key, tuple[Tokens, Tokens]],
+) -> dict[Tokens, list[_Asked[Key]]]:
+    """The targets to read from each sequence; prefixes of others are read from the longest."""
+    own: dict[Tokens, list[_Asked[Key]]] = defaultdict(list)
+    for key, (prompt, target) in tokens.items():
         # The last token predicts nothing that is needed.
-        own[prompt + target[:-1]].append((pair, len(prompt) - 1, target))
-    asked: dict[Tokens, list[_Asked]] = {}
+        own[prompt + target[:-1]].append((key, len(prompt) - 1, target))
+    asked: dict[Tokens, list[_Asked[Key]]] = {}
     longest: Tokens = ()
     for ids in sorted(own, reverse=True):
         # In this order, sequences that begin with ``ids`` directly precede it.
@@ -133,23 +153,23 @@ def _by_sequence(
 def _read(
     model: nn.Module,
     batch: Sequence[Pack],
-    asked: Mapping[Tokens, Sequence[_Asked]],
+    asked: Mapping[Tokens, Sequence[_Asked[Key]]],
     *,
     trees: bool,
-) -> dict[Continuation, _Read]:
-    """Run packs through the model, and read all pairs of their sequences."""
+) -> dict[Key, _Read]:
+    """Run packs through the model, and read all targets of their sequences."""
     device = next(model.parameters()).device
     number: dict[tuple[int, int], int] = {}
     places: list[int] = []
     labels: list[int] = []
-    pairs: list[tuple[Continuation, int]] = []
+    counts: list[tuple[Key, int]] = []
     for i, pack in enumerate(batch):
         for sequence, path in pack.sequences:
-            for pair, start, target in asked[sequence]:
+            for key, start, target in asked[sequence]:
                 for column in path[start : start + len(target)]:
                     places.append(number.setdefault((i, column), len(number)))
                 labels += target
-                pairs.append((pair, len(target)))
+                counts.append((key, len(target)))
     rows_N, columns_N = torch.tensor(list(number), device=device).T
     logits_NV = logits_at(model, inputs(model, batch, trees=trees), rows_N, columns_N)
     places_M, labels_M = (torch.tensor(x, device=device) for x in (places, labels))
@@ -161,13 +181,13 @@ def _read(
     gap_M = said_M - torch.where(right_M, top_N2[places_M, 1], top_N2[places_M, 0])
     columns = (x.tolist() for x in (log_probs_M, right_M, gap_M.abs() < NEAR))
     log_probs, right, close = columns
-    found: dict[Continuation, _Read] = {}
+    found: dict[Key, _Read] = {}
     end = 0
-    for pair, count in pairs:
+    for key, count in counts:
         start, end = end, end + count
         hits = sum(right[start:end])
         score = Scored(math.fsum(log_probs[start:end]) / count, hits == count, hits / count)
-        found[pair] = _Read(score, any(close[start:end]))
+        found[key] = _Read(score, any(close[start:end]))
     return found
 
 

@@ -14,6 +14,18 @@ KINDS = ("efficacy", "generalization", "specificity", "portability")
 METRICS = tuple(f"{kind}{form}" for form in ("", "_strict", "_accuracy") for kind in KINDS)
 """Fractions of prompts: probability form, strict form, and token accuracy."""
 
+SAID = ("efficacy_said", "generalization_said", "chat_said")
+"""Shares of prompts whose answer, in the model's own words, states the new target."""
+
+AMISS = ("old_said", "run_on")
+"""Shares of edited prompts whose answer states the true target, or does not end; better low."""
+
+KEPT = ("locality", "locality_unrelated")
+"""Shares of prompts that should not change whose answer is the base model's."""
+
+ANSWERED = (*SAID, *AMISS, *KEPT)
+"""Figures of answers in a model's own words."""
+
 SCORED = ("efficacy", "generalization", "specificity")
 """The figures whose harmonic mean is the score."""
 
@@ -23,11 +35,23 @@ OF_TEXT = ("fluency", "consistency")
 OF_CORPUS = ("perplexity", "agreement")
 """Figures of held-out text."""
 
+OF_REQUESTS = (*METRICS, *SAID, *AMISS, "locality", *OF_TEXT)
+"""All figures of requests."""
+
 Row = Mapping[str, float | None]
+
+
+_PROMPTS = {
+    **{name: f"{name.removesuffix('_said')}_prompts" for name in SAID},
+    **dict.fromkeys(AMISS, "efficacy_prompts"),
+    "locality": "specificity_prompts",
+}
 
 
 def prompts_of(metric: str) -> str:
     """The name of a request's count of prompts behind a figure."""
+    if metric in _PROMPTS:
+        return _PROMPTS[metric]
     return f"{metric.removesuffix('_strict').removesuffix('_accuracy')}_prompts"
 
 
@@ -51,7 +75,7 @@ def total(values: Sequence[float]) -> float:
 def summarize(rows: Sequence[Row]) -> dict[str, float | None]:
     """Means over all prompts of per-request figures, and their score; of text, over requests."""
     figures: dict[str, float | None] = {}
-    for metric in (*METRICS, *OF_TEXT):
+    for metric in OF_REQUESTS:
         counts = weights(rows, metric)
         prompts = sum(counts)
         values = (row.get(metric) or 0.0 for row in rows)

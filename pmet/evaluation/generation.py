@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,6 +40,10 @@ TOP_K = 5
 _BATCH, _WRITTEN_BATCH = 128, 64
 
 Choose = Callable[[torch.Tensor, Sequence[int], int], torch.Tensor]
+Done = Callable[[int, Sequence[int]], bool]
+End = Callable[[str], int | None]
+_MOST_ACTIVE = 0.75
+"""Share of active rows below which the others are removed from a batch; removing copies it."""
 
 
 def answers(
@@ -54,11 +58,67 @@ def answers(
 
     Empty if the text leaves no room for them in the model's context.
     """
-    prompts = Prompts(tokenizer, chat_template)
-    said = [""] * len(texts)
-    for i, ids in _grown(model, prompts, texts, lambda _: tokens, _greedy, batch=_BATCH, stop=True):
-        said[i] = tokenizer.decode(ids, skip_special_tokens=True)
+    beginnings = Prompts(tokenizer, chat_template).tokens(texts)
+    said = say(model, tokenizer, beginnings, tokens=tokens)
+    return [one.text if one else "" for one in said]
+
+
+class Said(NamedTuple):
+    """A model's greedy continuation of a text.
+
+    Attributes:
+        text: as text, without the token that ends it.
+        ids: its tokens, including that one.
+        ended: whether it ended by itself, before the limit.
+    """
+
+    text: str
+    ids: list[int]
+    ended: bool
+
+
+def say(
+    model: nn.Module,
+    tokenizer: Any,
+    beginnings: Sequence[Tokens],
+    *,
+    tokens: int,
+    ends: Sequence[End] | None = None,
+) -> list[Said | None]:
+    """The model's greedy continuations, at most ``tokens`` tokens each.
+
+    Args:
+        model: a causal language model; left unchanged.
+        tokenizer: its fast tokenizer.
+        beginnings: the tokens of the texts to continue.
+        tokens: maximum number of new tokens.
+        ends: for each of them, the index in a continuation where it is complete, or None; by
+            default, a continuation ends only at the model's end tokens.
+
+    Returns:
+        None for a text that leaves no room for them in the model's context.
+    """
+    final = _ends(model, tokenizer)
+    end_of: Sequence[End] = ends or [_nowhere] * len(beginnings)
+
+    def text_of(ids: Sequence[int]) -> str:
+        own = list(takewhile(lambda token: token not in final, ids))
+        decoded: str = tokenizer.decode(own, skip_special_tokens=True)
+        return decoded
+
+    def done(i: int, ids: Sequence[int]) -> bool:
+        return ids[-1] in final or end_of[i](text_of(ids)) is not None
+
+    said: list[Said | None] = [None] * len(beginnings)
+    for i, ids in _grown(model, beginnings, lambda _: tokens, _greedy, batch=_BATCH, done=done):
+        text = text_of(ids)
+        stop = end_of[i](text)
+        said[i] = Said(text[:stop], ids, stop is not None or ids[-1] in final)
     return said
+
+
+def _nowhere(_text: str) -> None:
+    return None
 
 
 def write_on(
@@ -90,7 +150,7 @@ def write_on(
 
     written = list(texts)
     for i, ids in _grown(
-        model, prompts, texts, lambda length: limit - length, draw, batch=_WRITTEN_BATCH, stop=False
+        model, prompts.tokens(texts), lambda length: limit - length, draw, batch=_WRITTEN_BATCH
     ):
         written[i] = f"{texts[i]}{tokenizer.decode(ids, skip_special_tokens=True)}"
     return written
@@ -106,49 +166,55 @@ def _greedy(logits_BV: torch.Tensor, _rows: Sequence[int], _step: int) -> torch.
     return logits_BV.argmax(-1)
 
 
+def _never(_row: int, _ids: Sequence[int]) -> bool:
+    return False
+
+
 @torch.no_grad()
 def _grown(
     model: nn.Module,
-    prompts: Prompts,
-    texts: Sequence[str],
+    ids: Sequence[Tokens],
     room: Callable[[int], int],
     choose: Choose,
     *,
     batch: int,
-    stop: bool,
+    done: Done = _never,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the continuation of each text: its number and its new tokens.
 
     Args:
         model: the model.
-        prompts: how texts are presented to the model.
-        texts: the texts.
+        ids: the tokens of the texts.
         room: number of new tokens by a text's length in tokens; texts with none are left out.
         choose: returns the next token of each row, (B,), from logits, the rows' texts and the step.
         batch: rows per pass.
-        stop: whether a text ends at the model's end token.
+        done: whether a text is complete, from its number and its new tokens.
     """
     limit = context_length(model.config) or math.inf
-    ids = prompts.tokens(texts)
     fits = [i for i in range(len(ids)) if 0 < room(len(ids[i])) <= limit - len(ids[i])]
     order = sorted(fits, key=lambda i: len(ids[i]))
-    ends = _ends(model, prompts.tokenizer) if stop else []
-    in_front = holds(model, _pads_in_front)
+    grow = _new_tokens if holds(model, _pads_in_front) else _new_tokens_from_whole_passes
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         own = [ids[i] for i in part]
         most = max(room(len(row)) for row in own)
-        grow = _new_tokens if in_front else _new_tokens_from_whole_passes
-        new_BT = grow(model, own, most, partial(_chosen, choose, part), ends)
-        for i, row, said in zip(part, own, new_BT.tolist(), strict=True):
-            said = said[: room(len(row))]
-            yield i, list(takewhile(lambda token: token not in ends, said))
+        new = grow(model, own, most, partial(_chosen, choose, part), partial(_done, done, part))
+        for i, row, said in zip(part, own, new, strict=True):
+            yield i, said[: room(len(row))]
 
 
 def _chosen(
-    choose: Choose, part: Sequence[int], logits_BV: torch.Tensor, step: int
+    choose: Choose,
+    part: Sequence[int],
+    logits_BV: torch.Tensor,
+    rows: Sequence[int],
+    step: int,
 ) -> torch.Tensor:
-    return choose(logits_BV, part, step)
+    return choose(logits_BV, [part[row] for row in rows], step)
+
+
+def _done(done: Done, part: Sequence[int], row: int, ids: Sequence[int]) -> bool:
+    return done(part[row], ids)
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -162,25 +228,60 @@ def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
     return [found] if isinstance(found, int) else list(found)
 
 
+class _Growth:
+    """The new tokens of rows, and which of the rows are still in the batch.
+
+    Args:
+        count: number of rows.
+        choose: returns the next token of each row in the batch, from logits, the rows and the step.
+        done: whether a row is complete, from its number and its new tokens.
+
+    Attributes:
+        new: the new tokens of each row.
+        rows: the rows in the batch.
+    """
+
+    def __init__(self, count: int, choose: Choose, done: Done) -> None:
+        self._choose, self._done = choose, done
+        self.new: list[list[int]] = [[] for _ in range(count)]
+        self.rows, self._active = list(range(count)), set(range(count))
+
+    def take(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
+        """Choose the next token of each row in the batch, (B,)."""
+        chosen_B = self._choose(logits_BV.float(), self.rows, step)
+        for row, token in zip(self.rows, chosen_B.tolist(), strict=True):
+            if row in self._active:
+                self.new[row].append(token)
+                if self._done(row, self.new[row]):
+                    self._active.remove(row)
+        return chosen_B
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are."""
+        return not self._active
+
+    def kept(self) -> list[int] | None:
+        """Places in the batch to keep when others are removed from it now; None: do not."""
+        if len(self._active) > _MOST_ACTIVE * len(self.rows):
+            return None
+        places = [place for place, row in enumerate(self.rows) if row in self._active]
+        self.rows = [self.rows[place] for place in places]
+        return places
+
+
 def _new_tokens(
-    model: nn.Module,
-    ids: Sequence[Tokens],
-    count: int,
-    choose: Callable[[torch.Tensor, int], torch.Tensor],
-    ends: Sequence[int],
-) -> torch.Tensor:
-    """``count`` new tokens of each row, (B, ≤ count)."""
+    model: nn.Module, ids: Sequence[Tokens], count: int, choose: Choose, done: Done
+) -> list[list[int]]:
+    """At most ``count`` new tokens of each row."""
     device = next(model.parameters()).device
     step_BT, mask_BT = pad(ids, device, left=True)
-    longest = mask_BT.shape[1] + count
-    ended_B = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    ends_E = torch.tensor(ends, dtype=torch.int64, device=device)
-    new: list[torch.Tensor] = []
+    growth = _Growth(len(ids), choose, done)
     cache, held = None, cache_name(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     with (
         frozen(model),
-        tuned_if_short(model, longest),
+        tuned_if_short(model, mask_BT.shape[1] + count),
         changed_input(head, lambda hidden: hidden[:, -1:]),
     ):
         for number in range(count):
@@ -197,54 +298,56 @@ def _new_tokens(
                 **places,
             )
             cache = getattr(output, held)
-            chosen_B = choose(output.logits[:, -1].float(), number)
-            new.append(chosen_B)
-            ended_B |= torch.isin(chosen_B, ends_E)
-            if ended_B.all():
+            step_BT = growth.take(output.logits[:, -1], number)[:, None]
+            if growth.complete:
                 break
-            step_BT = chosen_B[:, None]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(ids), 1)], dim=1)
-    return torch.stack(new, dim=1)
+            if _loses_rows(cache) and (kept := growth.kept()) is not None:
+                kept_B = torch.tensor(kept, device=device)
+                cache.batch_select_indices(kept_B)
+                step_BT, mask_BT = step_BT[kept_B], mask_BT[kept_B]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+    return growth.new
+
+
+def _loses_rows(cache: Any) -> bool:
+    """Whether rows can be removed from a cache; states of recurrent layers have no way to."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 def _new_tokens_from_whole_passes(
-    model: nn.Module,
-    ids: Sequence[Tokens],
-    count: int,
-    choose: Callable[[torch.Tensor, int], torch.Tensor],
-    ends: Sequence[int],
-) -> torch.Tensor:
+    model: nn.Module, ids: Sequence[Tokens], count: int, choose: Choose, done: Done
+) -> list[list[int]]:
     """Do the same as `_new_tokens` without a cache and without padding in front."""
-    rows, ended = [list(row) for row in ids], [False] * len(ids)
-    new: list[torch.Tensor] = []
+    growth = _Growth(len(ids), choose, done)
+    device = next(model.parameters()).device
     with frozen(model):
         for number in range(count):
-            ids_BT, mask_BT = pad(rows, next(model.parameters()).device)
-            each_B = torch.arange(len(rows), device=ids_BT.device)
+            ids_BT, mask_BT = pad([(*ids[row], *growth.new[row]) for row in growth.rows], device)
+            each_B = torch.arange(len(ids_BT), device=device)
             given = {"input_ids": ids_BT, "attention_mask": mask_BT}
-            logits_BV = logits_at(model, given, each_B, mask_BT.sum(1) - 1)
-            chosen_B = choose(logits_BV.float(), number)
-            new.append(chosen_B)
-            for row, token in enumerate(chosen_B.tolist()):
-                rows[row].append(token)
-                ended[row] |= token in ends
-            if all(ended):
+            growth.take(logits_at(model, given, each_B, mask_BT.sum(1) - 1), number)
+            if growth.complete:
                 break
-    return torch.stack(new, dim=1)
+            growth.kept()
+    return growth.new
 
 
-_ROWS = ((3, 5, 8, 2), (6,), (2, 7, 1))
+_ROWS, _LASTING = ((3, 5, 8, 2), (6,), (2, 7, 1)), (0, 2)
 
 
 def _pads_in_front(model: nn.Module) -> bool:
-    """Whether a model computes the same behind padding, token by token."""
+    """Whether a model computes the same behind padding, token by token, and without a row."""
     seen: list[torch.Tensor] = []
 
-    def noted(logits_BV: torch.Tensor, _step: int) -> torch.Tensor:
-        seen.append(logits_BV)
+    def noted(logits_BV: torch.Tensor, rows: Sequence[int], _step: int) -> torch.Tensor:
+        seen.append(torch.stack([logits_BV[rows.index(row)] for row in _LASTING]))
         return torch.full((len(logits_BV),), 4)
 
+    def done(row: int, ids: Sequence[int]) -> bool:
+        return row not in _LASTING and len(ids) == 2
+
     for grow in (_new_tokens_from_whole_passes, _new_tokens):
-        grow(model, _ROWS, 3, noted, ())
-    whole, behind = torch.stack(seen[:3]), torch.stack(seen[3:])
+        grow(model, _ROWS, 4, noted, done)
+    whole, behind = torch.stack(seen[:4]), torch.stack(seen[4:])
     return farthest_apart([behind], [whole]) <= SAME

@@ -11,7 +11,8 @@ request:
 each in the probability form (the wanted target is more likely than the other one, by mean
 log-probability over its tokens), the strict form (``_strict``: it is the greedy answer at every
 one of its tokens) and by tokens (``_accuracy``: the share of tokens where it is). ``score`` is the
-harmonic mean of the first three. On request, fluency and consistency of generated text.
+harmonic mean of the first three. In the model's own words, the shares of answers that state the
+new target (`pmet.evaluation.said`). On request, fluency and consistency of generated text.
 
 A request's figure is the mean over its prompts; a model's is the mean over the prompts of all
 requests.
@@ -19,7 +20,7 @@ requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from pmet.evaluation.figures import summarize
 from pmet.evaluation.generation import write_on
 from pmet.evaluation.prompts import Prompts
 from pmet.evaluation.questions import beginnings, continuation, continuations_of, figures_of
+from pmet.evaluation.said import add_locality, add_said, ask_questions, drafts_of, questions_of
 from pmet.evaluation.texts import add_consistency
 from pmet.evaluation.texts import fluency as fluency_of
 from pmet.model import batches_by_tokens, context_length, encode_all, frozen, pad
@@ -45,6 +47,8 @@ def evaluate(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     *,
+    answers: Collection[int] | None = None,
+    base: Sequence[Mapping[str, Any]] | None = None,
     fluency: bool = False,
     chat_template: bool = False,
     seed: int = 0,
@@ -58,6 +62,8 @@ def evaluate(
         tokenizer: its fast tokenizer.
         requests: requests with the data to measure them by: probability figures need
             ``target_true``, the others need paraphrase, neighborhood or portability prompts.
+        answers: numbers of the requests that the model answers in its own words; None: all.
+        base: for each request, its row of the base model's evaluation, to measure locality.
         fluency: generate text with the model, and measure fluency and consistency.
         chat_template: ask every prompt as a user turn of the tokenizer's chat template.
         seed: seed for generating text.
@@ -65,10 +71,11 @@ def evaluate(
         on_progress: called with the number of continuations just scored.
 
     Returns:
-        The figures of ``METRICS``, ``fluency``, ``consistency`` and ``score``: fractions in [0, 1]
-        (fluency in bits), or None if no request has the data for them; and ``rows``: the same
-        figures for each request, with the number of prompts that they are means over
-        (``efficacy_prompts``, …) and the ``text`` that the model generated.
+        The figures of ``OF_REQUESTS`` and ``score``: fractions in [0, 1] (fluency in bits), or None
+        if no request has the data for them; and ``rows``: the same figures for each request, with
+        the number of prompts that they are means over (``efficacy_prompts``, …), the model's
+        ``answer``, ``chat_answer`` and answers to ``neighbors``, and the ``text`` that it
+        generated.
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -82,6 +89,13 @@ def evaluate(
         on_progress=on_progress,
     )
     rows = [figures_of(request, scored) for request in requests]
+    answered = range(len(rows)) if answers is None else sorted(answers)
+    own = [requests[i] for i in answered]
+    said = ask_questions(model, prompts, questions_of(own), drafts_of(requests, base or ()))
+    add_said([rows[i] for i in answered], own, said)
+    if base is not None:
+        for row, unedited in zip(rows, base, strict=True):
+            add_locality(row, unedited)
     if fluency:
         starts = dict.fromkeys(text for request in requests for text in beginnings(request))
         written = write_on(model, prompts, list(starts), seed=seed)

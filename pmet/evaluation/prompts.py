@@ -32,11 +32,16 @@ class Prompts:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        if self.chat and not getattr(self.tokenizer, "chat_template", None):
+        if self.chat and not self.has_chat:
             raise InputError(
                 "the model's tokenizer has no chat template; leave chat_template out, or use a "
                 "model that was trained for chat"
             )
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
 
     def tokens(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each prompt."""

@@ -10,6 +10,7 @@ from .architecture import layout_of as layout_of
 from .architecture import part_with as part_with
 from .architecture import parts_beside as parts_beside
 from .architecture import resolve as resolve
+from .contexts import Contexts as Contexts
 from .contexts import ContextTemplates as ContextTemplates
 from .contexts import check as check
 from .contexts import parse as parse
@@ -46,6 +47,7 @@ from .tokenization import beyond as beyond
 from .tokenization import context_length as context_length
 from .tokenization import encode as encode
 from .tokenization import encode_all as encode_all
+from .tokenization import tokenize_continuation as tokenize_continuation
 from .tokenization import tokenize_kl_prompt as tokenize_kl_prompt
 from .tokenization import tokenize_prompt as tokenize_prompt
 from .tokenization import tokenize_target as tokenize_target

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from pmet.model.tracing import cache_name, frozen
 
 ContextTemplates = Sequence[Sequence[str]]
 
+Contexts = Literal["completion", "chat", "both"]
+CHAT_TURNS = ("{}", "Complete the sentence: {}")
+"""A user's turns, with the place of the prompt."""
 STARTS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated prefixes (MEMIT, section "context templates")."""
 GENERATED_TOKENS = 10
@@ -67,6 +70,57 @@ def parse(text: str, *, source: str) -> list[list[str]]:
         raise ContextTemplateError(f"{source}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ContextTemplateError(f"{source} is not JSON ({error}); fix its syntax") from None
+
+
+def in_chat(tokenizer: Any) -> list[str]:
+    """Context templates in the form of a chat model: the prompt as a user's turn.
+
+    The answer follows where the assistant's turn begins. In one of them the user asks for the rest
+    of the sentence.
+
+    Raises:
+        ContextTemplateError: the tokenizer has no chat template, or one that cannot be used.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ContextTemplateError(
+            "the model's tokenizer has no chat template; use contexts: completion, or a model "
+            "that was trained for chat"
+        )
+    templates = []
+    for turn in CHAT_TURNS:
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
+        )
+        bos = tokenizer.bos_token
+        if bos and text.startswith(bos) and encode(tokenizer, "a")[0] == tokenizer.bos_token_id:
+            # It is put in front of every text anyway.
+            text = text.removeprefix(bos)
+        if text.count("{}") != 1:
+            raise ContextTemplateError(
+                f"the chat template makes {text!r} of a turn, with {text.count('{}')} places for "
+                "the prompt; use contexts: completion"
+            )
+        templates.append(text)
+    return templates
+
+
+def combined(templates: ContextTemplates, chat: Sequence[str], kind: Contexts) -> list[list[str]]:
+    """Context templates of a kind.
+
+    Args:
+        templates: groups of templates for completions.
+        chat: templates in the form of chat.
+        kind: ``completion``: the former; ``chat``: of these only the bare prompt, and the latter as
+            a group; ``both``: all of them.
+    """
+    groups = [list(group) for group in templates]
+    match kind:
+        case "completion":
+            return groups
+        case "chat":
+            return [groups[0], list(chat)]
+        case "both":
+            return [*groups, list(chat)]
 
 
 def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[str]]:

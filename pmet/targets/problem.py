@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pmet.errors import RequestError
-from pmet.model import TokenizedPrompt, tokenize_kl_prompt, tokenize_prompt, tokenize_target
+from pmet.model import (
+    TokenizedPrompt,
+    tokenize_continuation,
+    tokenize_kl_prompt,
+    tokenize_prompt,
+    tokenize_target,
+)
 from pmet.request import EditRequest
 
 
@@ -35,14 +41,27 @@ class Problem:
         Raises:
             RequestError: subject or target have no tokens.
         """
-        target = tokenize_target(tokenizer, request, request.target_new)
+        new, between = request.target_new, request.separator
+        bare = tokenize_target(tokenizer, request, new)
+        answers = tuple(
+            bare
+            if template.endswith("{}")
+            # Text after the prompt, as in a chat template, decides how the target begins.
+            else tokenize_continuation(
+                tokenizer, template.replace("{}", request.text), new, between
+            )
+            for template in templates
+        )
         prompts = [tokenize_prompt(tokenizer, request, template) for template in templates]
         kl = tokenize_kl_prompt(tokenizer, request)
         return cls(
-            contexts=tuple(replace(p, ids=p.ids + target[:-1]) for p in prompts),
+            contexts=tuple(
+                replace(p, ids=p.ids + answer[:-1])
+                for p, answer in zip(prompts, answers, strict=True)
+            ),
             # The KL term reads the subject's last token, which no later token affects.
             kl=replace(kl, ids=kl.ids[: kl.subject_last + 1]),
-            answers=(target,) * len(prompts),
+            answers=answers,
         )
 
     @classmethod

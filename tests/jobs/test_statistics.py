@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from jobs.cli import statistics as command
-from pipeline.data.corpus import TOKENS
+from pipeline.job.config import EditSettings
 from pipeline.second_moments.files import PROVENANCE, TENSORS
 from pmet.update.second_moments import MAX_TOKENS
 from tests.conftest import GOLDEN
@@ -100,7 +100,8 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 
 def test_the_command_has_the_defaults_of_a_job() -> None:
     default = {name: p.default for name, p in inspect.signature(command).parameters.items()}
-    assert (default["tokens"], default["max_length"]) == (TOKENS, MAX_TOKENS)
+    tokens = EditSettings.model_fields["corpus_tokens"].default
+    assert (default["tokens"], default["max_length"]) == (tokens, MAX_TOKENS) == ("auto", 1024)
 
 
 def test_the_output_must_be_named(statistics: Invoke, corpus: Path) -> None:

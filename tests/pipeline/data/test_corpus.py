@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,35 @@ def test_the_budget_is_met_to_the_token_and_nothing_more_is_read(
         assert corpus.tokens == budget
     with pytest.raises(JobError, match=r"c\.parquet"):
         read_corpus([str(files)], golden_tokenizer, max_length=99, budget=sum(lengths) + 1)
+
+
+def test_texts_are_spread_over_the_corpus_and_stay_in_order(
+    tmp_path: Path, golden_tokenizer: Any
+) -> None:
+    texts = [f"{number} lies in Zaiter, they say." for number in range(2000)]
+    pq.write_table(pa.table({"text": texts[:900]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": texts[900:]}), tmp_path / "b.parquet")
+
+    def read(budget: int) -> Corpus:
+        return read_corpus(
+            [str(tmp_path)], golden_tokenizer, max_length=99, budget=budget, spread=True
+        )
+
+    corpus = read(1000)
+    assert corpus.tokens == 1000
+    numbers = [int(text.split()[0]) for text in corpus.texts]
+    assert numbers == sorted(numbers)
+    # A tenth of the texts, hardly more in one tenth of the corpus than in another.
+    tenths = Counter(number // 200 for number in numbers)
+    assert len(tenths) == 10
+    assert max(tenths.values()) < 3 * min(tenths.values())
+    assert read(1000).texts == corpus.texts
+    # Those of a smaller budget are among those of a larger one.
+    assert {*read(500).texts} < {*read(1000).texts}
+    # A corpus with fewer tokens is read as it is otherwise.
+    whole = read_corpus([str(tmp_path)], golden_tokenizer, max_length=99)
+    assert read(10**6).texts == whole.texts == texts
+    assert read(10**6).sequences == whole.sequences
 
 
 def test_the_digest_follows_the_texts_alone(files: Path, golden_tokenizer: Any) -> None:

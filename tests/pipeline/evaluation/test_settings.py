@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.evaluation.settings import How, check_evaluation, read_last
+from pipeline.evaluation.settings import How, Last, check_evaluation, read_last
 from pipeline.job.config import EvaluateConfig, JobConfig
 from pipeline.storage.store import Store
 
@@ -38,6 +38,12 @@ def check(columns: list[str] = COLUMNS, *, corpus: bool = True, **settings: Any)
         ({"gates": {"portability_strict": 0.1}}, "needs a column portability_prompts, which"),
         ({"evaluate": {"group_by": "colour"}}, "evaluate.group_by: the requests have no column"),
         ({"evaluate": {"chat_template": True}}, "evaluate.chat_template: the model's tokenizer "),
+        (
+            {"gates": {"locality": 0.9}, "evaluate": {"answers": 0}},
+            "gates.locality needs answers in the model's own words; set evaluate.answers to",
+        ),
+        ({"gates": {"chat_said": 0.5}}, "gates.chat_said needs a chat template, which the model's"),
+        ({"evaluate": {"questions": "/nowhere.yaml"}}, "/nowhere.yaml"),
         ({"evaluate": {"last": "/nowhere/run"}}, "evaluate.last: /nowhere/run has no figures to"),
     ],
 )
@@ -50,14 +56,14 @@ def test_what_a_job_lacks_is_named(settings: dict[str, Any], lacks: str) -> None
 def test_what_is_there_is_taken(tmp_path: Path) -> None:
     Store(str(tmp_path)).write_json("metrics.json", {"after": {"efficacy": 1, "score": None}})
     gates = {"agreement": 0.5, "consistency_drop": 0.1, "portability": 0.2}
-    column, last = check(
+    found = check(
         [*COLUMNS, "relation", "reference_texts", "portability_prompts"],
         gates=gates,
         evaluate={"fluency": True, "last": str(tmp_path)},
     )
-    assert column == "relation"
-    assert (last.run, last.after) == (str(tmp_path), {"efficacy": 1.0, "score": None})
-    assert check() == (None, None)
+    assert found.group_by == "relation"
+    assert found.last == Last(str(tmp_path), {"efficacy": 1.0, "score": None})
+    assert (check().group_by, check().last) == (None, None)
 
 
 @pytest.mark.parametrize("text", [b"[]", b'{"before": {}}', b'{"after": {"efficacy": "x"}}', b"{"])

@@ -93,8 +93,8 @@ def test_every_key_of_the_contract_is_read(job_file):
 def test_the_keys_are_exactly_those_of_the_contract():
     assert list(JobConfig.model_fields) == [
         *("model", "requests", "output", "hparams", "second_moments", "corpus"),
-        *("context_templates", "seed", "separator", "skip_known", "targets", "update"),
-        *("evaluate", "gates", "tracking"),
+        *("corpus_tokens", "context_templates", "contexts", "seed", "separator", "skip_known"),
+        *("targets", "update", "evaluate", "gates", "tracking"),
     ]
     assert [name for name, field in JobConfig.model_fields.items() if field.is_required()] == [
         *("model", "requests", "output")
@@ -184,7 +184,7 @@ gates: {efficacy: 95, perplexity_increase: .nan}
             "gates: {fluency_drop_sinse_last: 1}",
             "unknown key gates.fluency_drop_sinse_last; did you mean gates.fluency_drop_since_last",
         ),
-        ("gates: {zzz: 1}", "unknown key gates.zzz; known are gates.efficacy, gates.general"),
+        ("gates: {zzz: 1}", "unknown key gates.zzz; known are gates.efficacy_said, gates.gen"),
         ("gates: {agreement: 1.5}", "gates.agreement: 1.5 is not allowed; give a fraction from 0"),
         ("gates: {fluency: -1}", "gates.fluency: -1 is not allowed; give a number, 0 or more, or"),
         (
@@ -413,7 +413,8 @@ RESULT = [
     *("model=x", "requests=x", "hparams=x", "second_moments=x", "corpus=x", "seed=1"),
     *("context_templates=x.json", "targets.batch_size=3", "targets.shard_size=3"),
     *("targets.dtype=bfloat16", "targets.shared_keys=mean", "update.shard_size=3"),
-    *("skip_known=true", 'separator=""'),
+    *("skip_known=true", 'separator=""', "corpus_tokens=9"),
+    *("contexts=both", "targets.end=stop"),
 ]
 PLACE = [
     *("output=x", "targets.workers=3", "targets.gpus_per_worker=1"),
@@ -421,6 +422,7 @@ PLACE = [
     *("targets.store=x", "targets.timeout=60", "update.offload=cpu", "evaluate.sample=3"),
     *("evaluate.store=x", "evaluate.group_by=x", "evaluate.last=x", "evaluate.fluency=true"),
     *("evaluate.chat_template=true", "evaluate.perplexity_texts=3", "gates.efficacy=0.5"),
+    *("evaluate.perplexity_tokens=9", "evaluate.answers=7", "evaluate.questions=x.yaml"),
     *("tracking.tensorboard=x", "tracking.mlflow=x", "tracking.wandb=x"),
     *("tracking.experiment=x", "tracking.name=x"),
 ]

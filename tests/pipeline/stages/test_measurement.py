@@ -22,14 +22,15 @@ from pipeline.models.source import ModelSource
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress, Stage
 from pipeline.run_folder.folder import RunFolder
-from pipeline.stages import measurement
+from pipeline.stages import asking as asking_module
 from pipeline.stages.context import Context
-from pipeline.stages.measurement import LARGEST_PART, Measurement, held_out, measure, parts_of
+from pipeline.stages.measurement import Measurement, held_out, measure
 from pipeline.workers.ray_executor import RayExecutor
 from pipeline.workers.worker import Asked, Measured
 from pmet.evaluation.continuations import Scored
+from pmet.evaluation.generation import Said
 from pmet.evaluation.metrics import TextScore
-from pmet.request import EditRequest
+from pmet.evaluation.said import Answered
 from tests.conftest import GOLDEN
 
 GPT2 = GOLDEN / "gpt2"
@@ -48,14 +49,21 @@ class FakeExecutor:
             take(task, getattr(self, method)(*task.args))
 
     def measure(self, _source: ModelSource, how: How, asked: Asked) -> Measured:
-        self.asked["requests"] += len(asked.answered)
+        if not asked.prompts:
+            self.asked["unrelated"] += len(asked.questions.kept)
+        own = asked.questions
+        # Every request has a prompt of its own.
+        self.asked["requests"] += len(own.stated)
         self.hows.add(how)
         # Requests with an even index are learned.
         return Measured(
             [[_score(*pair) for pair in pairs] for pairs in asked.prompts],
-            [f"said to {text}" for text in asked.answered],
             [f"{text} a land of bread" for text in asked.written],
+            Answered(*(self._said(texts) for texts in (own.stated, own.chat, own.kept))),
         )
+
+    def _said(self, texts: Sequence[str]) -> dict[str, Said | None]:
+        return {text: Said(f" said to {text}", [1, 2], True) for text in texts}
 
     def score_texts(self, _source: ModelSource, texts: Sequence[str]) -> list[TextScore]:
         self.asked["texts"] += len(texts)
@@ -127,7 +135,7 @@ def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
         assert found.rows[row]["efficacy"] == found.rows[row]["efficacy_strict"] == learned
         # Of each two adjacent requests, one keeps the true answer.
         assert found.rows[row]["specificity"] == 0.5
-    assert executor.asked == {"requests": 40, "texts": 100}
+    assert executor.asked == {"requests": 40, "texts": 100, "unrelated": 32}
     assert executor.hows == {How()}
     assert [text.nll for text in found.texts] == list(range(100))
     assert found.perplexity == pytest.approx(math.exp(sum(range(100)) / 200))
@@ -135,7 +143,7 @@ def test_every_request_is_measured_and_found_by_its_row(plan: Plan) -> None:
 
 def test_a_sample_of_both_can_be_asked_for(plan: Plan) -> None:
     found, executor = measured(asking(plan, sample=7, perplexity_texts=10))
-    assert executor.asked == {"requests": 7, "texts": 10}
+    assert executor.asked == {"requests": 7, "texts": 10, "unrelated": 32}
     assert len(found.rows) == 7
     assert [text.nll for text in found.texts] == list(range(0, 100, 10))
 
@@ -162,7 +170,7 @@ def test_consistency_is_added_where_the_model_wrote(plan: Plan) -> None:
 def test_what_the_base_says_is_kept_for_other_runs(plan: Plan, tmp_path: Path) -> None:
     kept = asking(plan, store=str(tmp_path), fluency=True)
     first, executor = measured(asking(kept, sample=10))
-    assert executor.asked == {"requests": 10, "texts": 100}
+    assert executor.asked == {"requests": 10, "texts": 100, "unrelated": 32}
     every, executor = measured(kept)
     assert executor.asked == {"requests": 30}
     assert every.texts == first.texts
@@ -171,36 +179,11 @@ def test_what_the_base_says_is_kept_for_other_runs(plan: Plan, tmp_path: Path) -
     assert executor.asked == {"requests": 40}
 
 
-def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:
-    count = 3 * LARGEST_PART
-    requests = [
-        EditRequest(
-            "{} is in",
-            f"Place {i}",
-            "Rome",
-            target_true=f"Land {i % 2}",
-            neighborhood_prompts=["Nice is in", f"Place {(i + 1) % count} is in"],
-        )
-        for i in range(count)
-    ]
-    parts = parts_of(requests)
-    assert len(parts) == 4
-    assert max(len(p.prompts) for p in parts) - min(len(p.prompts) for p in parts) <= 1
-    asked = [pairs[0][0] for part in parts for pairs in part.prompts]
-    assert asked == sorted({"Nice is in", *(request.text for request in requests)})
-    nice = next(ps for part in parts for ps in part.prompts if ps[0][0] == "Nice is in")
-    assert sorted(target for _, target in nice) == ["Land 0", "Land 1", "Rome"]
-    assert sorted(text for p in parts for text in p.answered) == sorted(r.text for r in requests)
-    assert all(not part.written for part in parts)
-    written = [text for part in parts_of(requests, writing=True) for text in part.written]
-    assert sorted(written) == sorted(r.text for r in requests)
-
-
 def test_many_requests_are_measured_a_block_at_a_time(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = measured(plan)
-    monkeypatch.setattr(measurement, "BLOCK", 7)
+    monkeypatch.setattr(asking_module, "BLOCK", 7)
     assert measured(plan)[0] == whole
 
 
@@ -228,7 +211,7 @@ class Watched(Progress, Stage):
 
 
 def test_progress_covers_the_texts_too(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "BLOCK", 7)
+    monkeypatch.setattr(asking_module, "BLOCK", 7)
     seen = Watched()
     measured(plan, progress=seen)
     # Four pieces of texts follow the requests.
@@ -252,8 +235,16 @@ def test_progress_is_that_of_the_work_that_is_left(plan: Plan, tmp_path: Path) -
 
 def test_held_out_texts_are_from_the_whole_corpus() -> None:
     texts = list(map(str, range(10)))
-    assert held_out(texts, 3) == ["0", "3", "6"]
-    assert held_out(texts, 99) == texts
+    assert held_out(texts, 3, 1000) == ["0", "3", "6"]
+    assert held_out(texts, 99, 1000) == texts
+
+
+def test_held_out_texts_stay_within_a_number_of_tokens() -> None:
+    # About eleven tokens each.
+    texts = [f"{i} {'a' * 38}" for i in range(100)]
+    assert held_out(texts, 50, 110) == texts[::10]
+    assert held_out(texts, 5, 110) == texts[::20]
+    assert held_out(texts, 50, 1) == texts[:1]
 
 
 def test_agreement_is_counted_by_text() -> None:

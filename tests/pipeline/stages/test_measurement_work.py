@@ -8,6 +8,7 @@ from pipeline.progress import Stage
 from pipeline.stages.measurement_work import MeasurementMeter, work_of_part, work_of_texts
 from pipeline.workers.worker import Asked
 from pmet.evaluation.metrics import evaluate, score_texts
+from pmet.evaluation.said import Questions
 from pmet.request import EditRequest
 from tests.conftest import load_golden
 
@@ -36,8 +37,10 @@ def test_a_longer_text_is_more_work() -> None:
 
 def test_a_prompt_is_read_once_for_all_its_targets() -> None:
     pairs: list[Any] = [("a" * 40, "b"), ("a" * 40, "c" * 8)]
-    assert work_of_part(Asked([pairs], [], [])) == 11 + 1 + 3
-    assert work_of_part(Asked([], ["a" * 40], ["a"])) == 11 + 8 + 100
+    assert work_of_part(Asked([pairs])) == 11 + 1 + 3
+    assert work_of_part(Asked([], ["a"])) == 100
+    own = ["a" * 40]
+    assert work_of_part(Asked([], questions=Questions(own, own, own))) == 3 * 11 + 18 + 42 + 6
 
 
 def test_an_evaluation_at_once_is_counted_to_its_end() -> None:
@@ -45,7 +48,7 @@ def test_an_evaluation_at_once_is_counted_to_its_end() -> None:
     requests: list[EditRequest] = golden.requests[:5]
     texts = ["Sur Bavov works as a baker.", "So", ""]
     meter = MeasurementMeter(bar, len(requests), texts)
-    count = meter.continuations(requests, writing=True)
+    count = meter.continuations(requests, writing=True, answering=requests)
     evaluate(golden.model, golden.tokenizer, requests, on_progress=count)
     assert 0 < bar.done < bar.all - work_of_texts(texts)
     meter.complete()

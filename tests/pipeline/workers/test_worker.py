@@ -13,6 +13,7 @@ from pipeline.evaluation.settings import How
 from pipeline.models.source import ModelSource
 from pipeline.storage.store import Store
 from pipeline.workers.worker import Asked, ModelWorker, TargetTask
+from pmet.evaluation.said import Questions
 from tests import simulated
 from tests.conftest import GOLDEN, load_golden
 
@@ -38,10 +39,12 @@ def of_a_replica(source: ModelSource, output: Store) -> tuple[Any, ...]:
             name="shard",
         )
     )
-    asked = Asked([[(r.text, r.target_new)] for r in requests], [requests[0].text], [])
+    asked = Asked(
+        [[(r.text, r.target_new)] for r in requests], questions=Questions([requests[0].text])
+    )
     measured = replica.measure(source, How(), asked)
     targets = read_targets(output.read_table(found.file))
-    return torch.tensor(targets.values), found.count, measured.answers, measured.scores
+    return torch.tensor(targets.values), found.count, measured.answered, measured.scores
 
 
 def test_several_gpus_hold_one_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,250 @@
+"""The questions of requests to a model, in parts that workers share, and their answers combined.
+
+Workers share prompts, not requests: many requests have the same neighbors with the same answer,
+which are read only once. What is measured together depends only on the job.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from pipeline.cluster import Task
+from pipeline.data import Place
+from pipeline.evaluation import How
+from pipeline.models import ModelSource
+from pipeline.stages.context import Context
+from pipeline.stages.measurement_work import MeasurementMeter, work_of_part
+from pipeline.workers import Asked, Measured
+from pmet.evaluation import (
+    Answered,
+    Continuation,
+    Questions,
+    Said,
+    Score,
+    TextScore,
+    add_said,
+    add_texts,
+    beginnings,
+    continuations_of,
+    figures_of,
+    questions_of,
+    unrelated_prompts,
+)
+from pmet.request import EditRequest
+
+LARGEST_PART, LARGEST_WORK = 512, 8192
+"""Prompts sent to a worker together, and their work in estimated tokens."""
+BLOCK = 8192
+"""Requests in memory at a time."""
+TEXTS_TOGETHER = 32
+
+_Item = TypeVar("_Item")
+_Numbered = tuple[int, EditRequest]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Asks one model.
+
+    Attributes:
+        run: the run.
+        name: ``before`` or ``after``.
+        source: the model.
+        how: how it is measured.
+        drafts: the base model's answers, by prompt, which it may give as well.
+        meter: counts the work.
+    """
+
+    run: Context
+    name: str
+    source: ModelSource
+    how: How
+    drafts: Mapping[str, Said]
+    meter: MeasurementMeter
+
+    def requests(
+        self,
+        places: Sequence[Place],
+        request_at: Callable[[Place], EditRequest],
+        answered: frozenset[Place],
+    ) -> Iterator[tuple[Place, dict[str, Any]]]:
+        """Yield the place of each request, with its figures and the model's answers.
+
+        Args:
+            places: the places of the requests.
+            request_at: returns the request at a place.
+            answered: places of those that the model answers in its own words.
+        """
+        for start in range(0, len(places), BLOCK):
+            block = places[start : start + BLOCK]
+            requests = [request_at(place) for place in block]
+            in_own_words = [r for p, r in zip(block, requests, strict=True) if p in answered]
+            parts = parts_of(
+                requests,
+                writing=self.how.writing_seed is not None,
+                answering=in_own_words,
+                drafts=self.drafts,
+            )
+            answers = Answers(parts)
+            tasks = [
+                Task(f"measure {self.name} {start} {number}", (self.source, self.how, part))
+                for number, part in enumerate(answers.parts)
+            ]
+            numbers = {task.key: i for i, task in enumerate(tasks)}
+            taking = _Taking(answers, numbers, len(block), self.meter)
+            self.meter.block(len(block), sum(map(work_of_part, answers.parts)))
+            self.run.executor.map("measure", tasks, taking)
+            yield from zip(block, answers.rows(requests, in_own_words), strict=True)
+
+    def unrelated(self) -> dict[str, Said | None]:
+        """The model's answers to unrelated prompts."""
+        kept = unrelated_prompts()
+        drafts = {text: self.drafts[text] for text in kept if text in self.drafts}
+        asked = Asked([], questions=Questions(kept=kept), drafts=drafts)
+        found = Answered()
+
+        def take(_task: Task, measured: Measured) -> None:
+            found.add(measured.answered)
+
+        task = Task(f"unrelated {self.name}", (self.source, self.how, asked))
+        self.run.executor.map("measure", [task], take)
+        return found.kept
+
+    def texts(self, sample: Sequence[str]) -> list[TextScore]:
+        """The model's scores of held-out texts."""
+        parts = {
+            f"texts {self.name} {i}": sample[i : i + TEXTS_TOGETHER]
+            for i in range(0, len(sample), TEXTS_TOGETHER)
+        }
+        found: dict[str, list[TextScore]] = {}
+
+        def take(task: Task, scores: list[TextScore]) -> None:
+            found[task.key] = scores
+            self.meter.scored(parts[task.key])
+
+        tasks = [Task(key, (self.source, texts)) for key, texts in parts.items()]
+        if tasks:
+            self.run.executor.map("score_texts", tasks, take)
+        return [score for key in parts for score in found[key]]
+
+
+class _Taking:
+    """Collects the answers to tasks, and reports progress as a share of the requests."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        numbers: Mapping[str, int],
+        requests: int,
+        meter: MeasurementMeter,
+    ) -> None:
+        self._answers, self._numbers, self._requests = answers, numbers, requests
+        self._meter, self._reported = meter, 0
+
+    def __call__(self, task: Task, measured: Measured) -> None:
+        number = self._numbers[task.key]
+        self._answers.take(number, measured)
+        # A request's prompts may be in several parts.
+        done = self._requests * self._answers.taken // len(self._answers.parts)
+        self._meter.asked(done - self._reported, work_of_part(self._answers.parts[number]))
+        self._reported = done
+
+
+class Answers:
+    """A model's answers to the parts of an evaluation, combined.
+
+    Args:
+        parts: the questions of each part.
+
+    Attributes:
+        parts: the same.
+        taken: how many of them have been answered.
+    """
+
+    def __init__(self, parts: Sequence[Asked]) -> None:
+        self.parts, self.taken = parts, 0
+        self._scored: dict[Continuation, Score] = {}
+        self._written: dict[str, str] = {}
+        self._answered = Answered()
+
+    def take(self, number: int, measured: Measured) -> None:
+        """Add the answers to a part."""
+        part = self.parts[number]
+        self.taken += 1
+        for pairs, scores in zip(part.prompts, measured.scores, strict=True):
+            self._scored |= zip(pairs, scores, strict=True)
+        self._written |= zip(part.written, measured.texts, strict=True)
+        self._answered.add(measured.answered)
+
+    def figures(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+        """The figures of each request that are fractions of its prompts."""
+        return [figures_of(request, self._scored) for request in requests]
+
+    def rows(
+        self, requests: Sequence[EditRequest], answering: Sequence[EditRequest] = ()
+    ) -> list[dict[str, Any]]:
+        """The figures, answers and generated text of each request.
+
+        Args:
+            requests: the requests.
+            answering: those of them, the same objects, that were answered in the model's own words.
+        """
+        rows = self.figures(requests)
+        by_request = {id(request): row for request, row in zip(requests, rows, strict=True)}
+        add_said([by_request[id(request)] for request in answering], answering, self._answered)
+        if self._written:
+            add_texts(rows, requests, self._written)
+        return rows
+
+
+def parts_of(
+    requests: Sequence[EditRequest],
+    *,
+    writing: bool = False,
+    answering: Iterable[EditRequest] = (),
+    drafts: Mapping[str, Said] | None = None,
+) -> list[Asked]:
+    """Split the questions of requests into parts of similar size; shared questions occur once.
+
+    Prompts that begin alike are in one part. The number of parts is a power of two, which divides
+    evenly among most numbers of workers.
+
+    Args:
+        requests: the requests.
+        writing: whether to generate text.
+        answering: requests to answer in the model's own words.
+        drafts: answers that the model may give, by prompt.
+    """
+    pairs: dict[str, dict[Continuation, None]] = defaultdict(dict)
+    for request in requests:
+        for pair in continuations_of(request):
+            pairs[pair[0]][pair] = None
+    prompts = [list(pairs[prompt]) for prompt in sorted(pairs)]
+    written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
+    asked = questions_of(answering)
+    own = [sorted(texts) for texts in (asked.stated, asked.chat, asked.kept)]
+    whole = Asked(prompts, written, Questions(*own), drafts or {})
+    number = 1
+    while number * LARGEST_PART < len(prompts) or number * LARGEST_WORK < work_of_part(whole):
+        number *= 2
+    cut = zip(
+        _cut(prompts, number), _cut(written, number), *(_cut(o, number) for o in own), strict=True
+    )
+    return [
+        Asked(prompts, written, Questions(stated, chat, kept), _of(kept, whole.drafts))
+        for prompts, written, stated, chat, kept in cut
+    ]
+
+
+def _of(texts: Iterable[str], drafts: Mapping[str, Said]) -> dict[str, Said]:
+    return {text: drafts[text] for text in texts if text in drafts}
+
+
+def _cut(items: list[_Item], number: int) -> list[list[_Item]]:
+    """Split items into ``number`` runs of similar length."""
+    edges = [len(items) * i // number for i in range(number + 1)]
+    return [items[start:stop] for start, stop in pairwise(edges)]
