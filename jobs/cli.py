@@ -153,7 +153,7 @@ def _show_what_would_run(config: JobConfig, address: str | None, *, estimate: bo
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a GGUF file, a URL or a hub id.")],
     requests: Annotated[list[str], typer.Argument(help="Parquet files of edit requests.")],
     sample: Annotated[
         int | None,
@@ -219,7 +219,7 @@ def evaluate(
 
 @app.command()
 def statistics(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a GGUF file, a URL or a hub id.")],
     corpus: Annotated[
         list[str], typer.Argument(help="Parquet files with ordinary text in a column named text.")
     ],
