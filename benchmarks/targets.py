@@ -5,7 +5,8 @@ python -m benchmarks.targets --count 40
 With ``--processes 2`` each form is split over two processes, in the shards that a job would have;
 the baseline remains the plain form in one process, with as many threads. With ``--dtype bfloat16``
 the batched form computes in 16 bits. With ``--whole`` it also runs prompts whole, as for models
-that allow no shortcut.
+that allow no shortcut. With ``--plain 2`` the plain form computes two targets only, of requests
+spread over all lengths: on a model of a hundred million parameters each takes a minute.
 """
 
 from __future__ import annotations
@@ -46,24 +47,27 @@ def main() -> None:
     barrier = spawn.Barrier(options.processes)
     pool = ProcessPoolExecutor(options.processes, spawn, _open, (options, barrier))
     with pool:
-        runs = _Runs(pool, shards, options.processes)
-        plain = runs.in_this_process(_plain, options)
-        shared = runs.measured(_plain) if options.processes > 1 else None
-        limit = _operations(given, order, plain.steps)
+        runs = _Runs(pool, options.processes)
+        chosen = _Sample(order, options.plain)
+        plain = runs.in_this_process(_plain, options, chosen.of(shards))
+        several = options.processes > 1
+        shared = runs.measured(_plain, chosen.of(shards)) if several else None
         forms = [_Batched(size, options.dtype) for size in BATCH_SIZES]
         if options.whole:
             forms.append(_Batched(None, options.dtype, whole=True))
-        done = [[runs.measured(form) for form in forms] for _ in range(options.repeat)]
-    rows = [_row("plain", [plain], plain, given, order)]
+        done = [[runs.measured(form, shards) for form in forms] for _ in range(options.repeat)]
+    table = _Table(given, order, chosen, plain)
+    rows = [table.row("plain", [plain], chosen.requests)]
     if shared:
-        rows.append(_row("plain, split", [shared], plain, given, order))
-    for form, several in zip(forms, zip(*done, strict=True), strict=True):
+        rows.append(table.row("plain, split", [shared], chosen.requests))
+    for form, several_runs in zip(forms, zip(*done, strict=True), strict=True):
         name = f"batched, {form.size or 'auto'}{', whole prompts' if form.whole else ''}"
-        rows.append(_row(name, several, plain, given, order))
+        rows.append(table.row(name, several_runs, order))
     count = len(order)
+    limit = table.operations(order, done[-1][-1].steps)
     show(
-        f"{count} targets, {options.processes} process(es) of {options.threads} thread(s), "
-        f"{options.dtype}",
+        f"{count} targets, {len(chosen.requests)} of them in the plain form, "
+        f"{options.processes} process(es) of {options.threads} thread(s), {options.dtype}",
         rows,
         options,
         f"arithmetic limit {plain.rate * count / limit:.3g} targets/s: "
@@ -80,6 +84,7 @@ def _options() -> argparse.Namespace:
         "--processes", type=int, default=1, help="number of processes that share the requests"
     )
     parser.add_argument("--whole", action="store_true", help="also run prompts whole")
+    parser.add_argument("--plain", type=int, help="targets of the plain form; default: all")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each batched form")
     return parser.parse_args()
 
@@ -94,10 +99,18 @@ def _shards(given: Problem, options: argparse.Namespace) -> list[list[int]]:
     return [order[shard.start : shard.stop] for shard in plan_shards(count, size)]
 
 
-def _operations(given: Problem, order: Sequence[int], steps: torch.Tensor) -> float:
-    requests = [given.requests[e] for e in order]
-    what = (given.model, given.tokenizer, requests, given.hparams, given.templates)
-    return needed(*what, steps.tolist())
+class _Sample:
+    """The requests that the plain form computes, spread over the order of lengths."""
+
+    def __init__(self, order: Sequence[int], count: int | None) -> None:
+        count = len(order) if count is None else max(1, min(count, len(order)))
+        self.places = [round((i + 0.5) * len(order) / count - 0.5) for i in range(count)]
+        self.requests = [order[place] for place in self.places]
+
+    def of(self, shards: list[list[int]]) -> list[list[int]]:
+        """The shards, cut to the sample."""
+        kept = set(self.requests)
+        return [[e for e in shard if e in kept] for shard in shards if kept.intersection(shard)]
 
 
 class _Measured:
@@ -110,25 +123,28 @@ class _Measured:
 
 
 class _Runs:
-    """Runs forms over all shards in the pool's processes."""
+    """Runs forms over shards in the pool's processes."""
 
-    def __init__(self, pool: ProcessPoolExecutor, shards: list[list[int]], count: int) -> None:
-        self._pool, self._shards, self._count = pool, shards, count
+    def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
+        self._pool, self._count = pool, count
         self._rate()
 
-    def measured(self, form: Callable[[list[int]], Any]) -> _Measured:
+    def measured(self, form: Callable[[list[int]], Any], shards: list[list[int]]) -> _Measured:
         before = self._rate()
-        seconds, results = timed(lambda: list(self._pool.map(form, self._shards)))
+        seconds, results = timed(lambda: list(self._pool.map(form, shards)))
         return _Measured(seconds, (before + self._rate()) / 2, results)
 
     def in_this_process(
-        self, form: Callable[[list[int]], Any], options: argparse.Namespace
+        self,
+        form: Callable[[list[int]], Any],
+        options: argparse.Namespace,
+        shards: list[list[int]],
     ) -> _Measured:
         """Run the form in this process, with the threads of all processes."""
         _open(options, None)
         torch.set_num_threads(options.threads * self._count)
         before = self._rate()
-        seconds, results = timed(lambda: [form(shard) for shard in self._shards])
+        seconds, results = timed(lambda: [form(shard) for shard in shards])
         torch.set_num_threads(options.threads)
         return _Measured(seconds, (before + self._rate()) / 2, results)
 
@@ -175,22 +191,36 @@ class _Batched:
         return found.values, found.steps
 
 
-def _row(
-    name: str, runs: Sequence[_Measured], plain: _Measured, given: Problem, order: Sequence[int]
-) -> dict[str, Any]:
-    count, last = len(order), runs[-1]
-    relative = (last.values - plain.values).norm(dim=1) / plain.values.norm(dim=1)
-    operations = _operations(given, order, last.steps)
-    seconds = statistics.median(run.seconds for run in runs)
-    share = statistics.median(operations / run.rate / run.seconds for run in runs)
-    return {
-        "form": name,
-        "targets/s": count / seconds,
-        "times plain": plain.seconds / seconds,
-        "of the limit": f"{share:.0%}",
-        "equal steps": int((last.steps == plain.steps).sum()),
-        "median difference": statistics.median(relative.tolist()),
-    }
+class _Table:
+    """Makes the rows of the table; differences are those of the requests in the plain form."""
+
+    def __init__(
+        self, given: Problem, order: Sequence[int], chosen: _Sample, plain: _Measured
+    ) -> None:
+        self._given, self._order, self._chosen, self._plain = given, order, chosen, plain
+
+    def operations(self, order: Sequence[int], steps: torch.Tensor) -> float:
+        """Return the number of operations that the targets of requests need."""
+        given = self._given
+        requests = [given.requests[e] for e in order]
+        what = (given.model, given.tokenizer, requests, given.hparams, given.templates)
+        return needed(*what, steps.tolist())
+
+    def row(self, name: str, runs: Sequence[_Measured], order: Sequence[int]) -> dict[str, Any]:
+        last, plain = runs[-1], self._plain
+        same = slice(None) if order is self._chosen.requests else self._chosen.places
+        relative = (last.values[same] - plain.values).norm(dim=1) / plain.values.norm(dim=1)
+        operations = self.operations(order, last.steps)
+        rate = len(order) / statistics.median(run.seconds for run in runs)
+        share = statistics.median(operations / run.rate / run.seconds for run in runs)
+        return {
+            "form": name,
+            "targets/s": rate,
+            "times plain": rate * plain.seconds / len(plain.steps),
+            "of the limit": f"{share:.0%}",
+            "equal steps": int((last.steps[same] == plain.steps).sum()),
+            "median difference": statistics.median(relative.tolist()),
+        }
 
 
 if __name__ == "__main__":

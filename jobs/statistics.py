@@ -13,9 +13,9 @@ from rich.table import Table
 from pipeline.cluster import Ask, Pool, SerialPool, Task, check_gpus, run_all
 from pipeline.errors import JobError
 from pipeline.events import EventKind, StageName
+from pipeline.hyper_parameters import load_hparams
 from pipeline.job import is_part_or_whole
 from pipeline.places import model_places, pattern_places
-from pipeline.plan import load_hparams
 from pipeline.progress import Progress
 from pipeline.second_moments import (
     MomentsJob,

@@ -141,6 +141,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "update shards": _sizes(list(map(len, plan.update_shards))),
         "batch size": str(plan.batch_size or "auto"),
         "layers": ", ".join(map(str, plan.hparams.layers)),
+        **plan.origins,
         "edited weights": _weights(plan.layout),
         **_model_facts(plan),
         "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",

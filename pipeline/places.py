@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from pipeline.errors import RequestTableError
 from pipeline.job import JobConfig
-from pipeline.models import is_hub_id
+from pipeline.models import is_gguf, is_hub_id
 from pipeline.second_moments import is_file_name
 from pipeline.storage import (
     Location,
@@ -52,6 +52,7 @@ def places_read(job: JobConfig) -> dict[str, list[Location]]:
     places["hparams"] = hparams_places(job.hparams)
     single = {
         "context_templates": job.context_templates,
+        "evaluate.questions": job.evaluate.questions,
         "second_moments": job.second_moments,
         "targets.store": job.targets.store,
         "evaluate.store": job.evaluate.store,
@@ -61,10 +62,15 @@ def places_read(job: JobConfig) -> dict[str, list[Location]]:
 
 
 def model_places(model: str) -> list[Location]:
-    """A model's folder and the files that links in it point to; empty for a hub model."""
+    """A model's folder and the files that links in it point to, or its GGUF file.
+
+    Empty for a hub model.
+    """
     if is_hub_id(model):
         return []
     places = locate(model)
+    if is_gguf(model):
+        return places
     store = Store(model) if "::" not in model else None
     if store is not None and store.is_local:
         links = [name for name in store.entries() if store.is_link(name)]
@@ -72,9 +78,11 @@ def model_places(model: str) -> list[Location]:
     return places
 
 
-def hparams_places(hparams: str) -> list[Location]:
+def hparams_places(hparams: str | None) -> list[Location]:
     """The location of a hyper-parameter file; empty for a preset."""
-    return [] if hparams in PMETHyperParams.presets() else locate(hparams)
+    if hparams is None or hparams in PMETHyperParams.presets():
+        return []
+    return locate(hparams)
 
 
 def pattern_places(patterns: Sequence[str]) -> list[Location]:

@@ -29,6 +29,7 @@ from pipeline.data import (
 )
 from pipeline.errors import JobError, NothingToEditError, StorageError
 from pipeline.evaluation import ChatQuestions, Last, check_evaluation
+from pipeline.hyper_parameters import chosen_hparams
 from pipeline.job import JobConfig
 from pipeline.models import (
     Checkpoint,
@@ -42,6 +43,7 @@ from pipeline.models import (
     open_fast_tokenizer,
     open_model_folder,
     open_skeleton,
+    quantisation_of,
     stored_weights,
 )
 from pipeline.places import refuse_overlaps
@@ -98,6 +100,7 @@ class Plan:
         digests: the inputs that the result depends on, by name.
         parts: what is known about the edited modules and the attention output, by their names.
         whole: why prompts must be run from their first token; None if their beginnings need not.
+        origins: where the hyper-parameters are from, and the model, if it was dequantised.
         beside: names in the run folder that the run's caller wrote.
         warnings: what may make the result worse than the user wants.
     """
@@ -122,6 +125,7 @@ class Plan:
     digests: dict[str, str]
     parts: dict[str, str]
     whole: str | None
+    origins: dict[str, str]
     beside: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -174,8 +178,9 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     folder = open_model_folder(job.model, cache_dir or default_cache())
     checkpoint = Checkpoint.open(folder)
     check_configuration(checkpoint)
-    hparams = load_hparams(job.hparams)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
+    hparams, hparams_from = chosen_hparams(job.hparams, skeleton.config)
+    quantisation = quantisation_of(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     names = [layout.weight_name(layer) for layer in hparams.layers]
     tensors = stored_weights(checkpoint, skeleton, names)
@@ -236,6 +241,10 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         },
         parts=evidence(skeleton, layout, hparams.target_layer),
         whole=why_whole(skeleton, layout) or why_read_whole(skeleton, layout),
+        origins={
+            **({"model": quantisation.sentence} if quantisation else {}),
+            "hyper-parameters": hparams_from,
+        },
         beside=tuple(beside),
         warnings=_warnings(corpus, layout, missing=missing),
     )
@@ -256,33 +265,14 @@ def shard_size(count: int, wanted: int | str) -> int:
     return min(_LARGEST_SHARD, math.ceil(count / number))
 
 
-def load_hparams(name: str) -> PMETHyperParams:
-    """Load a preset, or the file at a path or URL.
-
-    Raises:
-        HyperParameterError: the hyper-parameters are invalid.
-        JobError: no such preset or file exists.
-    """
-    if name in PMETHyperParams.presets():
-        return PMETHyperParams.preset(name)
-    return PMETHyperParams.from_text(_text(name, "hparams"), source=name)
-
-
-def _text(url: str, key: str) -> str:
-    try:
-        return read_file(url).decode()
-    except (StorageError, UnicodeDecodeError) as error:
-        presets = f" or a preset ({', '.join(PMETHyperParams.presets())})"
-        remedy = f"name a file{presets if key == 'hparams' else ''}"
-        raise JobError(f"{key}: {url} cannot be read ({error}); {remedy}") from None
-
-
 def _templates(job: JobConfig, chat: Sequence[str]) -> list[list[str]] | None:
-    if job.context_templates is None:
+    if (url := job.context_templates) is None:
         return None
-    text = _text(job.context_templates, "context_templates")
-    named = contexts.parse(text, source=job.context_templates)
-    return contexts.combined(named, chat, job.contexts)
+    try:
+        text = read_file(url).decode()
+    except (StorageError, UnicodeDecodeError) as error:
+        raise JobError(f"context_templates: {url} cannot be read ({error}); name a file") from None
+    return contexts.combined(contexts.parse(text, source=url), chat, job.contexts)
 
 
 def _fitting(

@@ -184,7 +184,7 @@ def run_plan(
 
 def _begin(folder: RunFolder, plan: Plan, *, fresh: bool) -> None:
     try:
-        folder.begin(plan.digests, seed=plan.job.seed, fresh=fresh)
+        folder.begin(plan.digests, seed=plan.job.seed, fresh=fresh, origins=plan.origins)
     except OtherJobError as error:
         details = {"job": _changed_settings(folder.store, plan.job)}
         changed = {name: details.get(name, "") for name in error.changed}

@@ -12,7 +12,6 @@ import difflib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +32,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pmet.errors import HyperParameterError
+from pmet.presets import all_presets
 from pmet.strict_json import RepeatedKeyError, parse_json
 from pmet.yaml12 import YAMLTextError, parse_yaml
 
@@ -306,10 +306,7 @@ class PMETHyperParams(BaseModel):
     @classmethod
     def presets(cls) -> list[str]:
         """The names of the presets."""
-        folder = resources.files("pmet") / "presets"
-        return sorted(
-            f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")
-        )
+        return sorted(all_presets())
 
     @classmethod
     def preset(cls, name: str) -> PMETHyperParams:
@@ -318,13 +315,12 @@ class PMETHyperParams(BaseModel):
         Raises:
             HyperParameterError: there is no such preset.
         """
-        if name not in cls.presets():
+        if name not in all_presets():
             raise HyperParameterError(
                 f"there is no preset {name!r}; there are {', '.join(cls.presets())}, "
                 "or give a hyper-parameter file"
             )
-        text = (resources.files("pmet") / "presets" / f"{name}.json").read_text(encoding="utf-8")
-        return cls.from_text(text, source=f"preset {name}")
+        return cls.from_dict(dict(all_presets()[name].hparams), source=f"preset {name}")
 
 
 def ignored_sentence(hparams: PMETHyperParams) -> str | None:

@@ -35,7 +35,7 @@ def demo_job(output: Path) -> JobConfig:
         FolderBusyError: another run is writing to it.
     """
     inputs = output / INPUTS
-    with _claimed(Store(output)):
+    with claimed(Store(output)):
         inputs.mkdir(parents=True, exist_ok=True)
         write_requests(inputs / "requests.parquet")
         write_corpus(inputs / "corpus.parquet")
@@ -52,7 +52,7 @@ def demo_job(output: Path) -> JobConfig:
 
 
 @contextmanager
-def _claimed(store: Store) -> Iterator[None]:
+def claimed(store: Store) -> Iterator[None]:
     """Hold the lease of an empty folder or an earlier run's while inputs are written."""
     refuse_foreign_folder(store, (INPUTS,) if has_lease(store) else ())
     with Lease.acquire(store):

@@ -74,11 +74,12 @@ def _paths(job: JobConfig) -> Iterator[tuple[str, str]]:
     yield "model", job.model
     yield from (("requests", path) for path in job.requests)
     yield "output", job.output
-    yield "hparams", job.hparams
     yield from (("corpus", path) for path in job.corpus or ())
     others = {
+        "hparams": job.hparams,
         "second_moments": job.second_moments,
         "context_templates": job.context_templates,
+        "evaluate.questions": job.evaluate.questions,
         "targets.store": job.targets.store,
         "evaluate.store": job.evaluate.store,
     }

@@ -326,7 +326,11 @@ class EditSettings(Section):
     Paths may be local or any URL that fsspec reads, and are kept as written.
     """
 
-    hparams: Text = Field(description="Hyper-parameters: the name of a preset, or a file.")
+    hparams: TextOrNull = Field(
+        default=None,
+        description="Hyper-parameters: the name of a preset, or a file; null: the preset that fits "
+        "the model.",
+    )
     second_moments: TextOrNull = Field(
         default=None,
         description="Folder of second moments, read if it exists, else computed and kept there; "
@@ -401,7 +405,9 @@ class EditSettings(Section):
 
 
 class _Places(Section):
-    model: Text = Field(description="The model to edit: a path, a URL or a hub id.")
+    model: Text = Field(
+        description="The model to edit: a folder or GGUF file, a URL of either, or a hub id."
+    )
     requests: Paths = Field(description="Parquet files of edit requests: paths, globs or folders.")
     output: Text = Field(description="The run folder: where all files are kept and published.")
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.errors import ModelError, StorageError
-from pipeline.models.fetching import is_hub_id, localized
+from pipeline.models.fetching import is_gguf
 from pipeline.models.weight_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -28,7 +27,7 @@ from pipeline.models.weight_files import (
     WeightFiles,
     weight_files,
 )
-from pipeline.storage import CHUNK_BYTES, Store, hub_cache, make_cache
+from pipeline.storage import CHUNK_BYTES, Store
 from pmet.errors import NotFiniteError
 from pmet.safetensors_header import DTYPES, Entry, read_header
 
@@ -37,7 +36,6 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # the base.
 _OTHER_WEIGHTS = (*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "adapter_config.json")
 _DIGESTED = (".json", ".safetensors", ".model", ".txt")
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -191,20 +189,6 @@ def digest_of_files(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def open_model_folder(model: str, cache_dir: Path) -> Path:
-    """Return a local folder with the model: a path, a copy of a remote folder, or a hub snapshot.
-
-    Raises:
-        ModelError: the model does not exist.
-    """
-    path = Path(localized(model, cache_dir)).expanduser()
-    if path.is_dir():
-        return path
-    if is_hub_id(model):
-        return _hub_snapshot(model)
-    raise ModelError(f"model {model} is not a folder; give a model folder, a URL or a hub id")
-
-
 def publish(
     checkpoint: Checkpoint,
     names: Collection[str],
@@ -335,6 +319,8 @@ def _instead(folder: Path) -> str:
             "or the files that model.safetensors.index.json names; write the model with "
             "save_pretrained"
         )
+    if found := sorted(f.name for f in folder.iterdir() if is_gguf(f.name)):
+        return f", only GGUF; to edit the weights of {found[0]}, name the file: {folder / found[0]}"
     return "; give a complete checkpoint"
 
 
@@ -395,24 +381,3 @@ def _stored_tensor(file: str, name: str, entry: Entry) -> StoredTensor | None:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hub_snapshot(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    files = list(_HUB_FILES)
-    try:
-        if (cache := hub_cache()) is None:
-            return Path(snapshot_download(model, allow_patterns=files))
-        # An image may contain the model, in a read-only folder.
-        with suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(model, allow_patterns=files, local_files_only=True))
-        make_cache(cache)
-        return Path(snapshot_download(model, allow_patterns=files, cache_dir=cache))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"model {model} is neither a local folder nor available from the hub ({reason}); check "
-            "the path or the id"
-        ) from None

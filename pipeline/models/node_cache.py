@@ -20,8 +20,9 @@ from uuid import uuid4
 from filelock import FileLock
 
 from pipeline.errors import ModelError, StorageError
-from pipeline.models.checkpoint import Checkpoint, open_model_folder
-from pipeline.models.fetching import is_hub_id
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.fetching import is_gguf, is_hub_id
+from pipeline.models.opening import open_model_folder
 from pipeline.storage import (
     TEMPORARY_SUFFIX,
     Store,
@@ -53,11 +54,13 @@ def name_for_nodes(model: str, folder: Path) -> str:
         folder: the local folder it was opened from.
 
     Returns:
-        A URL or hub id unchanged; for a model on a local disk or in this process's memory, the
-        folder.
+        A URL or hub id unchanged; the path of a GGUF file, which each machine dequantises itself;
+        for any other model on a local disk or in this process's memory, the folder.
     """
-    if model.startswith("memory://") or _local_folder(model) is not None:
+    if model.startswith("memory://"):
         return str(folder)
+    if (path := _local_path(model)) is not None:
+        return str(path.absolute() if is_gguf(model) else folder)
     return model
 
 
@@ -68,7 +71,7 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
     process that is reading one of them can go on.
 
     Args:
-        model: a folder, a URL or a hub id.
+        model: a folder, a GGUF file, a URL of either, or a hub id.
         digest: required digest of a copy (`Checkpoint.digest`); folders are used unchecked.
         cache_dir: where copies are kept; by default a folder shared by all processes here.
 
@@ -76,9 +79,10 @@ def model_on_node(model: str, digest: str | None, cache_dir: Path | None = None)
         ModelError: it is not here, or has changed since the run began.
         StorageError: it cannot be copied.
     """
-    if (folder := _local_folder(model)) is not None:
-        if folder.is_dir():
-            return folder
+    path = _local_path(model)
+    if path is not None and path.is_dir():
+        return path
+    if path is not None and not (is_gguf(model) and path.is_file()):
         raise ModelError(
             f"model {model} is not on {platform.node()}: put it on a disk that all nodes of the "
             "cluster share, or give a URL"
@@ -154,8 +158,8 @@ def _check(model: str, folder: Path, digest: str, cache: Path) -> None:
         mark.touch()
 
 
-def _local_folder(model: str) -> Path | None:
-    """The local folder that a model's name refers to; None for one that has to be fetched."""
+def _local_path(model: str) -> Path | None:
+    """The local path that a model's name refers to; None for one that has to be fetched."""
     if "://" not in model:
         return None if is_hub_id(model) else Path(model).expanduser()
     try:

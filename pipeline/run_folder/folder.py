@@ -61,13 +61,21 @@ class RunFolder:
         self._digest = ""
         self._written = 0.0
 
-    def begin(self, digests: Mapping[str, str], *, seed: int, fresh: bool = False) -> bool:
+    def begin(
+        self,
+        digests: Mapping[str, str],
+        *,
+        seed: int,
+        fresh: bool = False,
+        origins: Mapping[str, str] | None = None,
+    ) -> bool:
         """Take the folder for a job; return whether it holds earlier work of the same job.
 
         Args:
             digests: the inputs that the job's result depends on, by name.
             seed: recorded.
             fresh: delete the files of earlier runs; all other files stay.
+            origins: where inputs are from that the job does not name in full; recorded.
 
         Raises:
             RunFolderError: the folder holds the work of another job, no run, or files in ``model/``
@@ -92,6 +100,7 @@ class RunFolder:
             "seed": seed,
             "digests": dict(digests),
             "digest": self._digest,
+            "origins": dict(origins or {}),
             "counts": {},
             "stages": [],
             "layers": [],

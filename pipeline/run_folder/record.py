@@ -37,6 +37,7 @@ _RUN: dict[str, Any] = {
     "earlier": [],
     "versions": {},
     "digests": {},
+    "origins": {},
 }
 Row = Mapping[str, Any]
 

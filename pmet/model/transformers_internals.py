@@ -19,6 +19,7 @@ _TANH = "to replace the tanh form of GELU, which some of them compute in eight o
 take it from a table of activations that names these classes alone"
 _RENAMED = "to know under which names stored tensors are loaded without loading them; only \
 from_pretrained tells, and it loads all"
+_GGUF = "to refuse an architecture before a GGUF file is read, and name those that can be"
 NAMES = {
     "transformers.PreTrainedModel._supports_attention_backend": (
         "to replace the attention only where a model takes another; set_attn_implementation "
@@ -48,6 +49,8 @@ NAMES = {
         "to overwrite an expert's own tensor where experts are stacked when they are loaded; only "
         "from_pretrained and save_pretrained know, and both take the whole model"
     ),
+    "transformers.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES": _GGUF,
+    "transformers.integrations.gguf.gguf_config_mapping.GGUF_CONFIG_ARCHS": _GGUF,
     "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": (
         "to know which models open together with their vision model, without importing them all"
     ),
@@ -168,6 +171,19 @@ def reads_images(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def gguf_architectures() -> set[str]:
+    """The architectures that transformers reads from GGUF files, as it spells them."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    # The list also names two sections of metadata.
+    names = set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"}
+    try:
+        from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+    except ImportError:  # releases of transformers with one list
+        return names
+    return names | set(GGUF_CONFIG_ARCHS)
 
 
 def text_types() -> set[str]:

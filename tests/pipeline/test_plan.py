@@ -25,9 +25,11 @@ from pipeline.models.node_cache import model_on_node
 from pipeline.models.source import open_causal_lm
 from pipeline.plan import make_plan, shard_size
 from pipeline.second_moments.collection import plan_statistics
+from pmet.presets import Preset, all_presets
 from pmet.request import EditRequest
 from pmet.targets.problem import Problem
 from tests.conftest import GOLDEN, load_golden
+from tests.gguf_models import write_gguf
 
 GPT2 = GOLDEN / "gpt2"
 ROWS = [
@@ -329,3 +331,49 @@ def test_a_corpus_of_few_tokens_is_warned_about(job: Any, tmp_path: Path) -> Non
         show_plan(plan, console)
         said = f"warning: corpus: it has only {plan.corpus.tokens} tokens for keys that are 256"
         assert (said in console.file.getvalue()) is warned  # type: ignore[attr-defined]
+
+
+def shown(plan: Any) -> str:
+    console = Console(file=StringIO(), width=400)
+    show_plan(plan, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_hparams_that_are_left_out_come_from_the_preset_that_fits(
+    job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(JobError, match=r"^hparams is missing, .*gpt2, .* the nearest are gpt2-xl"):
+        make_plan(job(hparams=None))
+    values = json.loads((GPT2 / "hparams.json").read_text())
+    config = json.loads((GPT2 / "model" / "config.json").read_text())
+    shape = {"num_hidden_layers": config["n_layer"], "hidden_size": config["n_embd"]}
+    preset = Preset(
+        name="small",
+        model="Small",
+        method="PMET",
+        source="a test",
+        config={"model_type": "gpt2", **shape},
+        hparams=values,
+    )
+    monkeypatch.setitem(all_presets(), "small", preset)  # type: ignore[arg-type]
+    plan = make_plan(job(hparams=None))
+    assert plan.digests["hparams"] == make_plan(job()).digests["hparams"]
+    origin = "preset small, which fits the model's configuration: a test"
+    assert plan.origins == {"hyper-parameters": origin}
+    assert origin in shown(plan)
+
+
+def test_the_plan_says_what_a_gguf_model_was_made_from(job: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "small.gguf")
+    model = str(tmp_path / "small.gguf")
+    hparams = str(GOLDEN / "llama" / "hparams.json")
+    plan = make_plan(job(model=model, hparams=hparams), tmp_path / "cache")
+    assert plan.base.folder == model
+    assert plan.origins["model"].startswith("dequantised from GGUF (mostly Q8_0, ")
+    assert plan.origins["model"] in shown(plan)
+
+
+def test_a_damaged_gguf_model_stops_the_plan(job: Any, tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_text("text")
+    with pytest.raises(ModelError, match=r"small\.gguf is not a whole GGUF file"):
+        make_plan(job(model=str(tmp_path / "small.gguf")), tmp_path / "cache")

@@ -317,7 +317,7 @@ def test_aliases_of_aliases_are_not_multiplied(tmp_path: Path) -> None:
 def test_a_missing_key_a_missing_file_and_a_broken_file(tmp_path: Path) -> None:
     with pytest.raises(HyperParameterError, match="layers is missing"):
         PMETHyperParams.from_file(written(tmp_path / "a.json", {"v_lr": 0.1}))
-    with pytest.raises(HyperParameterError, match="one of the presets gpt-j-6b"):
+    with pytest.raises(HyperParameterError, match=r"one of the presets .*gpt-j-6b"):
         PMETHyperParams.from_file(tmp_path / "none.json")
     (tmp_path / "b.json").write_text('{"layers": [1,')
     with pytest.raises(HyperParameterError, match=r"b\.json is not JSON .*fix its syntax"):

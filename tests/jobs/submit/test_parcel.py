@@ -36,6 +36,7 @@ def test_a_job_of_urls_travels_as_it_is(tmp_path: Path) -> None:
     [
         ("model", "./models/base"),
         ("model", "models/gpt-j/base"),
+        ("model", "models/base.gguf"),
         ("requests", ("facts/*.parquet",)),
         ("output", "runs/tonight"),
         ("output", "~/tonight"),

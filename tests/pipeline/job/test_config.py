@@ -66,6 +66,12 @@ def test_four_keys_are_enough(job_file):
     )
 
 
+def test_hparams_may_be_left_out_and_named_later(job_file):
+    without = job_file(SMALL.replace("hparams: gpt-j-6b\n", ""))
+    assert load_job(without).hparams is None
+    assert load_job(without, ["hparams=gpt-j-6b"]) == load_job(job_file(SMALL))
+
+
 def test_every_key_of_the_contract_is_read(job_file):
     job = load_job(str(job_file(FULL)))
     assert job.requests == ("facts/*.parquet", "more.parquet")
@@ -91,7 +97,7 @@ def test_the_keys_are_exactly_those_of_the_contract():
         *("targets", "update", "evaluate", "gates", "tracking"),
     ]
     assert [name for name, field in JobConfig.model_fields.items() if field.is_required()] == [
-        *("model", "requests", "output", "hparams")
+        *("model", "requests", "output")
     ]
 
 
@@ -145,7 +151,7 @@ gates: {efficacy: 95, perplexity_increase: .nan}
         "FILE: model: 5 is not allowed; give text that is not empty",
         "FILE: requests is missing; Parquet files of edit requests: paths, globs or folders.",
         'FILE: output: "" is not allowed; give text that is not empty',
-        'FILE: hparams: ["x"] is not allowed; give text that is not empty',
+        'FILE: hparams: ["x"] is not allowed; give text, or null',
         'FILE: second_moments: ["a"] is not allowed; give text, or null',
         "FILE: corpus: [] is not allowed; give a path, a list of paths, or null",
         "FILE: seed: -1 is not allowed; give a whole number from 0 to 4294967295",

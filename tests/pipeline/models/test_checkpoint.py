@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import ModelError, StorageError
-from pipeline.models.checkpoint import Checkpoint, open_model_folder, publish
+from pipeline.models.checkpoint import Checkpoint, publish
+from pipeline.models.opening import open_model_folder
 from pipeline.storage.store import Store
 from pmet import NotFiniteError
 from tests.conftest import GOLDEN

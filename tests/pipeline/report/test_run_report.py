@@ -320,6 +320,12 @@ def test_what_a_run_warned_of_stands_below_the_verdict(store):
     assert "the edit outweighs <the model>" not in html
 
 
+def test_the_header_says_where_model_and_hyper_parameters_are_from(store):
+    change(store, "run.json", origins={"model": "dequantised from <Q4_1>"})
+    text = Page(report(store)).text
+    assert text.index("model: dequantised from <Q4_1>") < text.index("requested")
+
+
 def test_known_requests_are_listed_apart_and_lost_ones_named(store):
     counts = {"requested": 30, "rejected": 0, "edited": 27, "known": 3}
     change(store, "metrics.json", counts=counts, known={"still_answered": 2 / 3})

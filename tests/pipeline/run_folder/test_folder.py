@@ -36,6 +36,13 @@ def test_records_outlive_the_process(url: str) -> None:
     assert again.status["attempt"] == 2
 
 
+def test_run_json_says_where_inputs_are_from(url: str) -> None:
+    folder = RunFolder(url)
+    folder.begin(DIGESTS, seed=0, origins={"hyper-parameters": "preset gpt-j-6b: its source"})
+    said = folder.store.read_json("run.json")["origins"]
+    assert said == {"hyper-parameters": "preset gpt-j-6b: its source"}
+
+
 def test_what_earlier_attempts_took_is_kept(url: str) -> None:
     first = begun(url)
     with first.stage("targets"):
