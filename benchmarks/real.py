@@ -28,6 +28,8 @@ from pipeline.run import run_job
 from pmet.model import parse
 from pmet.reference import plain_targets
 
+_SCORES = ("efficacy", "generalization", "specificity")
+
 
 def main() -> None:
     """Run the job and the plain form; print a row a stage."""
@@ -42,7 +44,8 @@ def main() -> None:
         if options.plain:
             rows.append(_row(*_plain(job, options, result.folder.url), seconds))
     after = result.metrics["after"]
-    scores = ", ".join(f"{name} {after[name]:.1%}" for name in ("efficacy", "generalization"))
+    kinds = [f"{name}{form}" for form in ("", "_strict") for name in _SCORES]
+    scores = ", ".join(f"{kind} {after[kind]:.1%}" for kind in kinds if after[kind] is not None)
     origins = "; ".join(f"{name}: {text}" for name, text in status["origins"].items())
     show(
         f"{options.count} facts, {options.threads} thread(s)", rows, options, f"{scores}; {origins}"
@@ -81,7 +84,7 @@ def _job(options: argparse.Namespace, folder: Path) -> JobConfig:
 
 def _plain(job: JobConfig, options: argparse.Namespace, run: str) -> tuple[str, float]:
     """A name and the seconds that the plain form would take for all targets."""
-    plan = make_plan(job, beside=())
+    plan = make_plan(job)
     model, tokenizer = ModelSource(str(plan.checkpoint.folder), on_gpu=False).open()
     requests = read_requests(job.requests).requests[: options.plain]
     file = Path(run, "context_templates.json")
