@@ -48,11 +48,13 @@ class StageName(StrEnum):
     KNOWN_AFTER = "known after"
 
 
-CHECK, MEASURE = "check moments", "measure"
-"""Work shown like a stage: the check of existing second moments, and `pmet evaluate`."""
+CHECK, MEASURE, ASK = "check moments", "measure", "ask"
+"""Work shown like a stage: the check of existing second moments, `pmet evaluate`, and asking a model
+what it knows."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     MEASURE: "tokens",
+    ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",
     StageName.KNOWN_BEFORE: "requests",
     StageName.TARGETS: "requests",

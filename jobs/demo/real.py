@@ -23,7 +23,7 @@ from jobs.demo.spoken import (
 )
 from jobs.demo.world import Fact
 from jobs.views import show_result
-from pipeline.events import MEASURE
+from pipeline.events import ASK
 from pipeline.job import EditSettings, JobConfig
 from pipeline.models import ModelSource, default_cache, open_model_folder
 from pipeline.progress import RichProgress, Stage
@@ -53,7 +53,7 @@ def run_real_demo(output: Path, console: Console) -> RunResult:
     output = output.absolute()
     progress = RichProgress()
     model = pretrained_model()
-    with progress.stage(MEASURE) as bar:
+    with progress.stage(ASK) as bar:
         known = _known(open_model_folder(str(model), default_cache()), bar)
     job = real_job(output, model, known)
     result = run_job(job, progress=progress, fresh=True, beside=(INPUTS,))
@@ -124,7 +124,6 @@ def _known(folder: Path, bar: Stage) -> list[Fact]:
     model, tokenizer = ModelSource(str(folder), on_gpu=False).open()
     asked = {question_of(fact): fact for fact in candidates()}
     bar.total(len(asked))
-    bar.note(f"{len(asked)} facts")
     scored = score_continuations(
         model, Prompts(tokenizer), list(asked), on_progress=lambda count: bar.advance(count)
     )
