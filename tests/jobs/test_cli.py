@@ -195,7 +195,7 @@ NO_MODEL = "/no/such/model"
         ({"targets": {"shards": 3}}, "unknown key targets.shards"),
         ({"requests": "/no/such/file.parquet"}, "/no/such/file.parquet matches no file"),
         ({"requests": str(GPT2 / "hparams.json")}, "hparams.json"),
-        ({"hparams": "gpt-5"}, "a preset (gpt-j-6b, gpt-neox-20b)"),
+        ({"hparams": "gpt-5"}, "name a file or a preset ("),
         ({"hparams": str(GPT2 / "requests.json")}, "expected a mapping"),
         ({"model": NO_MODEL}, f"model {NO_MODEL} is not a folder"),
         ({"model": str(GPT2)}, "has no config.json"),

@@ -66,7 +66,9 @@ def planned(folder: Path, rows: Sequence[dict[str, Any]]) -> Plan:
         read_requests(str(folder / "requests.parquet")),
         load_golden("gpt2").tokenizer,
         load_golden("gpt2").model.config,
-        base.templates,
+        base.templates or [["{}"]],
+        room=0,
+        ending=base.ending,
         joint=True,
     )
     assume(len(table.requests) > 0)
