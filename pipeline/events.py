@@ -49,8 +49,7 @@ class StageName(StrEnum):
 
 
 CHECK, MEASURE, ASK = "check moments", "measure", "ask"
-"""Work shown like a stage: the check of existing second moments, `pmet evaluate`, and asking a model
-what it knows."""
+"""Work shown like a stage: the check of second moments, `pmet evaluate`, asking for known facts."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     MEASURE: "tokens",

@@ -33,7 +33,11 @@ from pmet.evaluation import Prompts, score_continuations
 
 FACTS = 40
 SHOWN_FACTS = 10
-SETTINGS: dict[str, Any] = {"hparams": "smollm2-135m"}
+SETTINGS: dict[str, Any] = {
+    "hparams": str(Path(__file__).parent / "real_hparams.json"),
+    "contexts": "both",
+    "targets": {"end": "stop"},
+}
 _SHORTEST = 200
 """Characters of a paragraph that counts as prose."""
 _PROSE = 0.75
