@@ -177,11 +177,26 @@ def evaluate(
         typer.Option(help="Parquet files of ordinary text to measure perplexity on."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model to measure agreement with on the corpus.")
+        str | None,
+        typer.Option(help="Base model to measure locality and, on the corpus, agreement with."),
     ] = None,
     perplexity_texts: Annotated[
-        int, typer.Option(min=1, help="Number of corpus texts to read.")
+        int, typer.Option(min=1, help="Number of corpus texts to read, at most.")
     ] = 256,
+    perplexity_tokens: Annotated[
+        int, typer.Option(min=1, help="Number of tokens of these texts, about.")
+    ] = 8192,
+    answers: Annotated[
+        str,
+        typer.Option(
+            help="Number of requests that the model answers in its own words. auto: 200, or as "
+            "many as take no longer than the other figures; 0: none."
+        ),
+    ] = "auto",
+    questions: Annotated[
+        str | None,
+        typer.Option(help="YAML file of questions by relation, to put to a chat model."),
+    ] = None,
     group_by: Annotated[
         str | None, typer.Option(help="Column to break the figures down by.")
     ] = None,
@@ -194,12 +209,15 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Measure how well a model answers edit requests, without editing it."""
-    from jobs.measure import evaluate_model
+    from jobs.measure import evaluate_model, number_or_auto
     from pipeline.job import EvaluateConfig
 
     config = EvaluateConfig(
         sample=sample,
         perplexity_texts=perplexity_texts,
+        perplexity_tokens=perplexity_tokens,
+        answers=number_or_auto(answers),
+        questions=questions,
         group_by=group_by,
         fluency=fluency,
         chat_template=chat_template,

@@ -397,6 +397,26 @@ def test_evaluate_measures_a_model(
     assert (status, "is not a folder" in err) == (2, True)
 
 
+def test_evaluate_compares_with_what_the_base_says(pmet: Invoke, tmp_path: Path) -> None:
+    facts = json.loads((GOLDEN / "facts.json").read_text())[:6]
+    rows = [{k: f[k] for k in ("prompt", "subject", "target_new", "target_true")} for f in facts]
+    texts = [f["prompt"].replace("{}", f["subject"]) for f in facts]
+    rows = [row | {"neighborhood_prompts": texts[i : i + 2]} for i, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "facts.parquet")
+    command = ("evaluate", GPT2 / "model", tmp_path / "facts.parquet", "--output")
+    status, out, _ = pmet(*command, tmp_path / "same.json", "--base", GPT2 / "model")
+    assert status == 0
+    same = json.loads((tmp_path / "same.json").read_text())
+    assert (same["locality"], same["locality_unrelated"]) == (1.0, 1.0)
+    assert "in its own words" in out
+    assert same["intervals"]["locality"][1] == 1.0
+    assert pmet(*command, tmp_path / "none.json", "--answers", 0)[0] == 0
+    none = json.loads((tmp_path / "none.json").read_text())
+    assert (none["efficacy_said"], none["locality"]) == (None, None)
+    status, _, err = pmet(*command, tmp_path / "bad.json", "--answers", "many")
+    assert (status, "--answers: 'many' is neither auto nor" in err) == (2, True)
+
+
 def test_a_report_needs_a_run(pmet: Invoke, tmp_path: Path) -> None:
     status, _, err = pmet("report", tmp_path)
     assert (status, "holds no finished run" in err) == (2, True)

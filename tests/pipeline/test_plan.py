@@ -25,6 +25,7 @@ from pipeline.models.node_cache import model_on_node
 from pipeline.models.source import open_causal_lm
 from pipeline.plan import make_plan, shard_size
 from pipeline.second_moments.collection import plan_statistics
+from pmet.errors import InputError
 from pmet.presets import Preset, all_presets
 from pmet.request import EditRequest
 from pmet.targets.problem import Problem
@@ -377,3 +378,49 @@ def test_a_damaged_gguf_model_stops_the_plan(job: Any, tmp_path: Path) -> None:
     (tmp_path / "small.gguf").write_text("text")
     with pytest.raises(ModelError, match=r"small\.gguf is not a whole GGUF file"):
         make_plan(job(model=str(tmp_path / "small.gguf")), tmp_path / "cache")
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> str:
+    """The golden model with a chat template."""
+    shutil.copytree(GPT2 / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(CHAT)
+    return str(tmp_path / "model")
+
+
+def test_facts_are_learned_in_the_form_that_a_job_names(job: Any, chat_model: str) -> None:
+    templates = str(GPT2 / "context_templates.json")
+    named = {"model": chat_model, "context_templates": templates}
+    alone, both, chat = (
+        make_plan(job(**named, contexts=kind)) for kind in ("completion", "both", "chat")
+    )
+    assert alone.templates is not None
+    turns = ["[user] {}\n[assistant] ", "[user] Complete the sentence: {}\n[assistant] "]
+    assert both.templates == [*alone.templates, turns]
+    assert chat.templates == [["{}"], turns]
+    digests = {plan.digests["context_templates"] for plan in (alone, both, chat)}
+    assert len(digests) == 3
+
+
+def test_targets_end_as_a_job_says(job: Any, chat_model: str) -> None:
+    places = range(2)
+    plain, stopped, turned = (
+        make_plan(job(model=chat_model, targets={"end": end})).learned(places)
+        for end in ("none", "stop", "turn")
+    )
+    assert {r.target_new for r in plain} == {"a glass blower", "a baker"}
+    assert {r.target_new for r in stopped} == {"a glass blower.", "a baker."}
+    # The chat template puts only a line break after an answer, which is no end: EOS is.
+    eos = load_golden("gpt2").tokenizer.eos_token
+    assert {r.target_new for r in turned} == {f"a glass blower{eos}", f"a baker{eos}"}
+
+
+def test_chat_needs_a_chat_template(job: Any) -> None:
+    with pytest.raises(InputError, match="has no chat template; use contexts: completion"):
+        make_plan(job(contexts="chat"))
