@@ -54,7 +54,7 @@ def main() -> None:
             write_corpus(source)
         every = read_corpus([source], given.tokenizer, max_length=limit, budget=10**9)
         texts = held_out(every.texts, 256, 8192)
-        base = evaluate(given.model, given.tokenizer, requests)
+        base = evaluate(given.model, given.tokenizer, requests, answers="all")
         perplexity = _perplexity(score_texts(given.model, given.tokenizer, texts))
         rows = [_row("unedited", 0, None, base, 0.0)]
         for multiple in (*MULTIPLES, None):
@@ -89,7 +89,9 @@ def main() -> None:
                 continue
             edit.apply(given.model)
             try:
-                found = evaluate(given.model, given.tokenizer, requests, base=base["rows"])
+                found = evaluate(
+                    given.model, given.tokenizer, requests, answers="all", base=base["rows"]
+                )
                 after = _perplexity(score_texts(given.model, given.tokenizer, texts))
             finally:
                 edit.revert(given.model)

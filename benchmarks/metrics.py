@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ def _on_workers(
     pool: WorkerPool, source: ModelSource, given: Problem
 ) -> Sequence[Mapping[str, Any]]:
     """Measure as a run does, without the greedy answers, which are not figures."""
-    answers = Answers([replace(part, answered=[]) for part in parts_of(given.requests)])
+    answers = Answers(parts_of(given.requests))
     tasks = [Task(str(i), (source, How(), part)) for i, part in enumerate(answers.parts)]
     failed = pool.run("measure", tasks, lambda task, said: answers.take(int(task.key), said))
     assert not failed, failed

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def evaluate(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     *,
-    answers: Collection[int] | None = None,
+    answers: Collection[int] | Literal["all"] = (),
     base: Sequence[Mapping[str, Any]] | None = None,
     fluency: bool = False,
     chat_template: bool = False,
@@ -62,7 +62,8 @@ def evaluate(
         tokenizer: its fast tokenizer.
         requests: requests with the data to measure them by: probability figures need
             ``target_true``, the others need paraphrase, neighborhood or portability prompts.
-        answers: numbers of the requests that the model answers in its own words; None: all.
+        answers: numbers of the requests that the model answers in its own words, which takes
+            several times as long as the other figures; ``"all"``: all of them.
         base: for each request, its row of the base model's evaluation, to measure locality.
         fluency: generate text with the model, and measure fluency and consistency.
         chat_template: ask every prompt as a user turn of the tokenizer's chat template.
@@ -89,7 +90,7 @@ def evaluate(
         on_progress=on_progress,
     )
     rows = [figures_of(request, scored) for request in requests]
-    answered = range(len(rows)) if answers is None else sorted(answers)
+    answered = range(len(rows)) if answers == "all" else sorted(map(int, answers))
     own = [requests[i] for i in answered]
     said = ask_questions(model, prompts, questions_of(own), drafts_of(requests, base or ()))
     add_said([rows[i] for i in answered], own, said)

@@ -165,8 +165,8 @@ def test_locality_compares_with_the_base(golden: Golden) -> None:
 
 def test_an_unedited_model_keeps_all_its_answers(golden: Golden) -> None:
     requests = with_neighbors(golden)
-    base = evaluate(golden.model, golden.tokenizer, requests)
-    again = evaluate(golden.model, golden.tokenizer, requests, base=base["rows"])
+    base = evaluate(golden.model, golden.tokenizer, requests, answers="all")
+    again = evaluate(golden.model, golden.tokenizer, requests, answers="all", base=base["rows"])
     assert base["locality"] is None
     assert again["locality"] == 1.0
     assert again["efficacy_said"] == base["efficacy_said"]
@@ -175,15 +175,12 @@ def test_an_unedited_model_keeps_all_its_answers(golden: Golden) -> None:
 def test_only_the_requests_wanted_are_answered(golden: Golden) -> None:
     found = evaluate(golden.model, golden.tokenizer, golden.requests[:3], answers=[1])
     assert ["answer" in row for row in found["rows"]] == [False, True, False]
-    assert (
-        evaluate(golden.model, golden.tokenizer, golden.requests[:1], answers=[])["efficacy_said"]
-        is None
-    )
+    assert evaluate(golden.model, golden.tokenizer, golden.requests[:1])["efficacy_said"] is None
 
 
 def test_too_long_a_prompt_is_answered_with_nothing(golden: Golden) -> None:
     request = EditRequest("and so on " * 100 + "{} is in", "Nice", "Rome")
-    found = evaluate(golden.model, golden.tokenizer, [request])
+    found = evaluate(golden.model, golden.tokenizer, [request], answers="all")
     assert found["efficacy_said"] == 0.0
     assert found["rows"][0]["answer"] == ""
 
