@@ -120,7 +120,8 @@ def combined(templates: ContextTemplates, chat: Sequence[str], kind: Contexts) -
         case "chat":
             return [groups[0], list(chat)]
         case "both":
-            return [*groups, list(chat)]
+            # A refresh keeps the templates of its first run, which have the group already.
+            return groups if list(chat) in groups else [*groups, list(chat)]
 
 
 def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[str]]:

@@ -64,7 +64,11 @@ def test_contexts_are_combined() -> None:
     groups, chat = [["{}"], ["So. {}"]], ["[{}]", "<{}>"]
     assert contexts.combined(groups, chat, "completion") == groups
     assert contexts.combined(groups, chat, "chat") == [["{}"], chat]
-    assert contexts.combined(groups, chat, "both") == [["{}"], ["So. {}"], chat]
+    both = contexts.combined(groups, chat, "both")
+    assert both == [["{}"], ["So. {}"], chat]
+    for kind in ("chat", "both"):
+        once = contexts.combined(groups, chat, kind)
+        assert contexts.combined(once, chat, kind) == once
 
 
 def test_facts_learned_in_chat_agree_with_the_plain_form(golden: Golden) -> None:
