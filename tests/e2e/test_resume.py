@@ -17,7 +17,6 @@ from rich.console import Console
 
 from jobs.statistics import compute_statistics
 from pipeline.cluster.rank_group import Rendezvous
-from pipeline.data.corpus import TOKENS
 from pipeline.errors import RunFolderError, StorageError
 from pipeline.progress import Progress
 from pipeline.run import RunResult, run_job
@@ -40,7 +39,7 @@ def test_a_job_keeps_what_pmet_statistics_computes(
         output=str(tmp_path),
         hparams=str(GOLDEN / "gpt2" / "hparams.json"),
         layers=None,
-        tokens=TOKENS,
+        tokens="auto",
         max_length=MAX_TOKENS,
         workers="0",
         gpus_per_worker=0,
