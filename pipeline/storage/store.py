@@ -479,7 +479,25 @@ def opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and the path in it that a URL names; local paths become absolute."""
     with failures("open", url):
         fs, path = fsspec.core.url_to_fs(url)
+    if is_local(fs) and ".." in path.split("/"):
+        path = _without_dots(path)
     return fs, path
+
+
+def _without_dots(path: str) -> str:
+    """An absolute path without ``..``, as the system reads it, whether or not it exists.
+
+    Otherwise ``nowhere/../out`` does not exist, but the first write creates ``nowhere``, and from
+    then on it is ``out``.
+    """
+    found = ""
+    for part in path.split("/"):
+        if part == "..":
+            # Links before it are followed.
+            found = os.path.dirname(os.path.realpath(found or "/")).rstrip("/")
+        elif part not in ("", "."):
+            found = f"{found}/{part}"
+    return found or "/"
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -464,3 +464,20 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
     monkeypatch.setattr(os, "listdir", refused)
     with pytest.raises(StorageError, match=r"Permission denied.*; check the credentials and the"):
         looks[look]()
+
+
+def test_a_path_through_a_folder_that_does_not_exist_is_the_same_before_and_after(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    store = Store(f"{tmp_path}/./nowhere/../out")
+    assert store.entries() == ["mine.txt"]
+    assert store.url == str(tmp_path / "out")
+    store.write_bytes("new", b"")
+    assert not (tmp_path / "nowhere").exists()
+    # What stands before the dots may be a link, which the system follows.
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    assert Store(f"{tmp_path}/link/../out").url == str(tmp_path / "far" / "out")
+    assert Store("/../..").url == "/"
