@@ -10,20 +10,23 @@ row is the whole corpus. Perplexity is measured on texts of the corpus.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.harness import arguments, console, problem, show
+import torch
+
+from benchmarks.harness import Problem, arguments, console, problem, show
 from jobs.demo.world import write_corpus
-from pipeline.data import read_corpus
-from pipeline.stages import held_out
+from pipeline.data import Corpus, read_corpus
+from pipeline.stages import Measurement, held_out
 from pmet import compute_edit, compute_targets
 from pmet.errors import NotPositiveDefiniteError
-from pmet.evaluation import TextScore, evaluate, score_texts
+from pmet.evaluation import evaluate, score_texts
 from pmet.model import resolve
 from pmet.update import convergence, longest, measure_tokens
 
+_EVERY = 10**9
 MULTIPLES = (1, 2, 5, 10, 20, 50)
 FIGURES = (
     *("efficacy", "generalization", "specificity", "score"),
@@ -39,49 +42,43 @@ def main() -> None:
     options = parser.parse_args()
     count, options.count = options.count, options.skip + options.count
     given = problem(options)
-    requests = given.requests[options.skip :][:count]
-    targets = compute_targets(
-        given.model,
-        given.tokenizer,
-        requests,
-        given.hparams,
-        context_templates=given.templates,
-    )
-    width, limit = resolve(given.model, given.hparams).key_width, longest(given.model.config)
+    given = replace(given, requests=given.requests[options.skip :][:count])
     with TemporaryDirectory() as folder:
         source = options.corpus or f"{folder}/corpus.parquet"
         if not options.corpus:
             write_corpus(source)
-        every = read_corpus([source], given.tokenizer, max_length=limit, budget=10**9)
-        texts = held_out(every.texts, 256, 8192)
-        base = evaluate(given.model, given.tokenizer, requests, answers="all")
-        perplexity = _perplexity(score_texts(given.model, given.tokenizer, texts))
-        rows = [_row("unedited", 0, None, base, 0.0)]
-        for multiple in (*MULTIPLES, None):
-            budget = 10**9 if multiple is None else multiple * width
-            if multiple is not None and budget > every.tokens:
-                continue
-            corpus = read_corpus(
-                [source], given.tokenizer, max_length=limit, budget=budget, spread=True
-            )
-            halves = [
-                measure_tokens(given.model, corpus.sequences[i::2], given.hparams) for i in (0, 1)
-            ]
-            counts = (halves[0].tokens, halves[1].tokens)
-            moved = max(
-                convergence(halves[0].sums[layer], halves[1].sums[layer], counts)
-                for layer in given.hparams.layers
-            )
-            halves[0].merge(halves[1])
-            name = "all" if multiple is None else f"{multiple} × {width:,}"
+        rows = _Study(given, source).rows()
+    width = resolve(given.model, given.hparams).key_width
+    show(f"{len(given.requests)} facts, keys {width:,} wide", rows, options)
+
+
+class _Study:
+    """The same targets, written with second moments of more and more tokens."""
+
+    def __init__(self, given: Problem, source: str) -> None:
+        self._given, self._source = given, source
+        self._width = resolve(given.model, given.hparams).key_width
+        self._all = self._read(_EVERY, spread=False)
+        self._texts = held_out(self._all.texts, 256, 8192)
+        self._what = (given.model, given.tokenizer, given.requests)
+        self._base = evaluate(*self._what, answers="all")
+        self._perplexity = self._measured()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for the unedited model, for each multiple, and for the whole corpus."""
+        given, rows = self._given, [_row("unedited", 0, None, self._base, 0.0)]
+        targets = compute_targets(*self._what, given.hparams, context_templates=given.templates)
+        multiples = {f"{m} × {self._width:,}": m * self._width for m in MULTIPLES}
+        within = {name: tokens for name, tokens in multiples.items() if tokens <= self._all.tokens}
+        for name, budget in (within | {"all": _EVERY}).items():
+            corpus = self._read(budget, spread=True)
+            moments, moved = self._moments(corpus)
             try:
                 edit = compute_edit(
-                    given.model,
-                    given.tokenizer,
-                    requests,
+                    *self._what,
                     given.hparams,
                     context_templates=given.templates,
-                    second_moments=halves[0].means(),
+                    second_moments=moments,
                     targets=targets,
                 )
             except NotPositiveDefiniteError:
@@ -89,15 +86,36 @@ def main() -> None:
                 continue
             edit.apply(given.model)
             try:
-                found = evaluate(
-                    given.model, given.tokenizer, requests, answers="all", base=base["rows"]
-                )
-                after = _perplexity(score_texts(given.model, given.tokenizer, texts))
+                found = evaluate(*self._what, answers="all", base=self._base["rows"])
+                change = self._measured() / self._perplexity - 1
             finally:
                 edit.revert(given.model)
-            rows.append(_row(name, corpus.tokens, moved, found, after / perplexity - 1))
+            rows.append(_row(name, corpus.tokens, moved, found, change))
             console.print(rows[-1])
-    show(f"{len(requests)} facts, keys {width:,} wide", rows, options)
+        return rows
+
+    def _read(self, budget: int, *, spread: bool) -> Corpus:
+        limit = longest(self._given.model.config)
+        return read_corpus(
+            [self._source], self._given.tokenizer, max_length=limit, budget=budget, spread=spread
+        )
+
+    def _moments(self, corpus: Corpus) -> tuple[dict[int, torch.Tensor], float]:
+        """The second moments, and how much the least certain layer's still changes."""
+        given = self._given
+        one, other = (
+            measure_tokens(given.model, corpus.sequences[i::2], given.hparams) for i in (0, 1)
+        )
+        counts = (one.tokens, other.tokens)
+        moved = max(convergence(one.sums[i], other.sums[i], counts) for i in given.hparams.layers)
+        one.merge(other)
+        return one.means(), moved
+
+    def _measured(self) -> float:
+        scores = score_texts(self._given.model, self._given.tokenizer, self._texts)
+        perplexity = Measurement({}, scores).perplexity
+        assert perplexity is not None
+        return perplexity
 
 
 def _row(
@@ -116,10 +134,6 @@ def _row(
 
 def _per_cent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
-
-
-def _perplexity(scores: list[TextScore]) -> float:
-    return math.exp(sum(s.nll for s in scores) / sum(len(s.greedy) for s in scores))
 
 
 if __name__ == "__main__":

@@ -209,14 +209,16 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Measure how well a model answers edit requests, without editing it."""
-    from jobs.measure import evaluate_model, number_or_auto
+    from jobs.arguments import AUTO, whole_or_auto
+    from jobs.measure import evaluate_model
     from pipeline.job import EvaluateConfig
 
+    number = whole_or_auto("--answers", answers, digits=9)
     config = EvaluateConfig(
         sample=sample,
         perplexity_texts=perplexity_texts,
         perplexity_tokens=perplexity_tokens,
-        answers=number_or_auto(answers),
+        answers=AUTO if number is None else number,
         questions=questions,
         group_by=group_by,
         fluency=fluency,

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +15,6 @@ from rich.text import Text
 
 from jobs.views import percent, plain
 from pipeline.data import Row, read_corpus, read_requests
-from pipeline.errors import JobError
 from pipeline.evaluation import ChatQuestions, figure_of, group_column, grouped
 from pipeline.events import MEASURE
 from pipeline.job import EvaluateConfig
@@ -58,20 +57,6 @@ from pmet.request import EditRequest
 from pmet.update import longest
 
 SHOWN_GROUPS = 20
-_DIGITS = 9
-
-
-def number_or_auto(answers: str) -> int | Literal["auto"]:
-    """Read the value of ``--answers``.
-
-    Raises:
-        JobError: it is neither a number nor ``auto``.
-    """
-    if answers == "auto":
-        return "auto"
-    if not (answers.isdecimal() and len(answers) <= _DIGITS):
-        raise JobError(f"--answers: {answers!r} is neither auto nor a whole number")
-    return int(answers)
 
 
 def evaluate_model(

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import whole_or_auto
 from pipeline.cluster import Ask, Pool, SerialPool, Task, check_gpus, run_all
 from pipeline.errors import JobError
 from pipeline.events import EventKind, StageName
@@ -28,7 +29,6 @@ from pipeline.storage import Store, refuse_overlap
 from pipeline.workers import ModelWorker
 from pmet.hparams import PMETHyperParams
 
-AUTO = "auto"
 THREADS = 1
 """Threads per worker: the number decides how sums are split, and so the last bits."""
 _DIGITS = 9
@@ -55,7 +55,7 @@ def compute_statistics(
         InputError: an argument cannot be used; no worker was started.
         WorkerError: a part of the corpus failed; finished parts are kept.
     """
-    count = _count(workers)
+    count = whole_or_auto("--workers", workers)
     if count == 0 and (gpus_per_worker or address is not None):
         raise JobError(
             "--workers 0 computes in this process, on the CPU; leave out --gpus-per-worker and "
@@ -75,7 +75,7 @@ def compute_statistics(
             model,
             corpus,
             _layers(hparams, layers),
-            tokens=_tokens(tokens),
+            tokens=whole_or_auto("--tokens", tokens, least=1, digits=_DIGITS + 3),
             max_length=max_length,
             on_gpu=gpus_per_worker > 0,
         )
@@ -141,24 +141,6 @@ def _ray_pool(
             **options,
         ) as pool:
             yield pool
-
-
-def _count(workers: str) -> int | None:
-    """Return the number of workers; 0: this process only; None: what the cluster has room for."""
-    if workers == AUTO:
-        return None
-    if not workers.isdecimal():
-        raise JobError(f"--workers: {workers!r} is neither {AUTO} nor a whole number")
-    return int(workers)
-
-
-def _tokens(tokens: str) -> int | None:
-    """Return the token budget; None: enough for the width of the model's keys."""
-    if tokens == AUTO:
-        return None
-    if not (tokens.isdecimal() and len(tokens) <= _DIGITS + 3 and int(tokens)):
-        raise JobError(f"--tokens: {tokens!r} is neither {AUTO} nor a whole number above 0")
-    return int(tokens)
 
 
 def _layers(hparams: str | None, layers: str | None) -> PMETHyperParams:

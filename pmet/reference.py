@@ -311,78 +311,61 @@ def plain_deltas(
         For each edited layer's parameter, its delta: float64, on the CPU, in the parameter's shape.
     """
     layers, template = hparams.layers, hparams.down_projection_template
-    if _stack(_module(model, template, layers[0])):
-        return _plain_expert_deltas(
-            model, tokenizer, requests, hparams, context_templates, second_moments, targets
-        )
     modules = [_module(model, template, layer) for layer in layers]
-    weights = [module.get_parameter("weight") for module in modules]
-    deltas: dict[str, Tensor] = {}
-    with _unchanged(model, weights), torch.no_grad():
-        for i, (layer, module, weight) in enumerate(zip(layers, modules, weights, strict=True)):
-            read = [
-                _key_and_value(model, tokenizer, request, module, modules[-1], context_templates)
-                for request in requests
-            ]
-            keys_EK = torch.stack([key_K for key_K, _ in read])
-            values_EV = torch.stack([value_V for _, value_V in read])
-            shares_EV = (targets.double().cpu() - values_EV) / math.sqrt(len(layers) - i)
-            moment_KK = second_moments[layer].double().cpu()
-            system_KK = keys_EK.T @ keys_EK + hparams.mom2_update_weight * moment_KK
-            delta_KV = torch.linalg.solve(system_KK, keys_EK.T @ shares_EV)
-            delta = delta_KV if isinstance(module, Conv1D) else delta_KV.T
-            weight.copy_(weight.double() + delta.to(weight.device))
-            deltas[f"{str(template).format(layer)}.weight"] = delta.contiguous()
-    return deltas
-
-
-def _plain_expert_deltas(
-    model: nn.Module,
-    tokenizer: Any,
-    requests: Sequence[EditRequest],
-    hparams: PMETHyperParams,
-    context_templates: Sequence[Sequence[str]],
-    second_moments: Mapping[int, Tensor],
-    targets: Tensor,
-) -> dict[str, Tensor]:
-    """Do the same for layers whose FFN is a stack of experts.
-
-    Keys are the experts' own, times their gates: (E, X, K), zero where a request is not routed.
-    """
-    layers, template = hparams.layers, hparams.down_projection_template
-    modules = [_module(model, template, layer) for layer in layers]
-    names = [_stack(module) for module in modules]
+    names = [_stack(module) or "weight" for module in modules]
     weights = [module.get_parameter(name) for module, name in zip(modules, names, strict=True)]
     deltas: dict[str, Tensor] = {}
-    with _unchanged(model, weights):
+    with _unchanged(model, weights), torch.no_grad():
         for i, (layer, module, name) in enumerate(zip(layers, modules, names, strict=True)):
+            of_experts = name != "weight"
             read = [
                 _expert_keys_and_value(
                     model, tokenizer, request, module, name, modules[-1], context_templates
                 )
+                if of_experts
+                else _key_and_value(
+                    model, tokenizer, request, module, modules[-1], context_templates
+                )
                 for request in requests
             ]
-            keys_EXK = torch.stack([keys_XK for keys_XK, _ in read])
+            keys = torch.stack([key for key, _ in read])
             values_EV = torch.stack([value_V for _, value_V in read])
             residuals_EV = (targets.double().cpu() - values_EV) / math.sqrt(len(layers) - i)
-            moments_XKK = second_moments[layer].double().cpu()
-            shares_EX = keys_EXK.square().sum(2)
-            shares_EX /= shares_EX.sum(1, keepdim=True)
-            delta_XVK = torch.zeros(
-                len(moments_XKK), values_EV.shape[1], keys_EXK.shape[2], dtype=torch.float64
-            )
-            for x, moment_KK in enumerate(moments_XKK):
-                there = shares_EX[:, x] > 0
-                keys_EK, share_E1 = keys_EXK[there, x], shares_EX[there, x, None]
-                system_KK = keys_EK.T @ (keys_EK / share_E1)
-                system_KK += hparams.mom2_update_weight * moment_KK
-                delta_KV = torch.linalg.solve(system_KK, keys_EK.T @ residuals_EV[there])
-                delta_XVK[x] = delta_KV.T
-            weight = module.get_parameter(name)
-            delta = delta_XVK.mT if weight.shape[2] == values_EV.shape[1] else delta_XVK
-            weight.data.copy_(weight.double() + delta.to(weight.device))
+            moment = second_moments[layer].double().cpu()
+            solved = _plain_expert_delta if of_experts else _plain_delta
+            delta = solved(keys, residuals_EV, hparams.mom2_update_weight * moment)
+            weight = weights[i]
+            if _is_transposed(module, weight, values_EV.shape[1]):
+                delta = delta.mT
+            weight.copy_(weight.double() + delta.to(weight.device))
             deltas[f"{str(template).format(layer)}.{name}"] = delta.contiguous()
     return deltas
+
+
+def _plain_delta(keys_EK: Tensor, residuals_EV: Tensor, weighted_KK: Tensor) -> Tensor:
+    """Δ (V, K), from λC."""
+    return torch.linalg.solve(keys_EK.T @ keys_EK + weighted_KK, keys_EK.T @ residuals_EV).T
+
+
+def _plain_expert_delta(keys_EXK: Tensor, residuals_EV: Tensor, weighted_XKK: Tensor) -> Tensor:
+    """Δ (X, V, K) of a stack of experts, from λC of each.
+
+    Keys are the experts' own, times their gates: zero where a request is not routed.
+    """
+    shares_EX = keys_EXK.square().sum(2)
+    shares_EX /= shares_EX.sum(1, keepdim=True)
+    deltas = []
+    for x, weighted_KK in enumerate(weighted_XKK):
+        there = shares_EX[:, x] > 0
+        keys_EK, share_E1 = keys_EXK[there, x], shares_EX[there, x, None]
+        system_KK = keys_EK.T @ (keys_EK / share_E1) + weighted_KK
+        deltas.append(torch.linalg.solve(system_KK, keys_EK.T @ residuals_EV[there]).T)
+    return torch.stack(deltas)
+
+
+def _is_transposed(module: nn.Module, weight: Tensor, value_width: int) -> bool:
+    """Whether a weight is stored K×V."""
+    return isinstance(module, Conv1D) or (weight.dim() == 3 and weight.shape[2] == value_width)
 
 
 def _stack(module: nn.Module) -> str:

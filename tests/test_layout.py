@@ -57,7 +57,7 @@ ORDER = {
         ["run"],
     ],
     "jobs": [
-        ["streams", "views", "facts", "schedule", "submit"],
+        ["arguments", "streams", "views", "facts", "schedule", "submit"],
         ["demo", "refresh"],
         ["failure"],
         ["measure", "reports", "statistics"],

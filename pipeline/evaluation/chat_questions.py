@@ -1,8 +1,8 @@
 """Questions for facts, to put to a chat model: a template for each relation.
 
-A request may bring its own ``question_prompts``. Otherwise its relation, in the first of the
-columns `RELATION_COLUMNS`, names a template; the bundled ones are for Wikidata's properties in
-CounterFact. Without either, `pmet.evaluation.chat_questions` has a plain default.
+A request may bring its own ``question_prompts``. Otherwise its relation, in the column that figures
+are grouped by unless the job names one, selects a template; the bundled ones are for Wikidata's
+properties in CounterFact. Without either, `pmet.evaluation.chat_questions` has a plain default.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from pipeline.data import Row
 from pipeline.errors import JobError
+from pipeline.evaluation.by_column import group_column
 from pipeline.job import parse_yaml, read_yaml
 from pmet.request import EditRequest
 
-RELATION_COLUMNS = ("relation_id", "relation")
 SIZE_LIMIT = 2**20
 _KEY = "evaluate.questions"
 
@@ -53,7 +53,7 @@ class ChatQuestions:
             row: its row in the input.
             table: the input.
         """
-        column = next((name for name in RELATION_COLUMNS if name in table.column_names), None)
+        column = group_column(None, table.column_names)
         if request.question_prompts or column is None:
             return request
         template = self.templates.get(str(table.column(column)[row].as_py()))

@@ -76,34 +76,41 @@ def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: s
     Raises:
         JobError: the corpus is too small, however it continues.
     """
-    width = layout.key_width
-    if layout.experts:
-        _refuse_too_few_for_experts(tokens, layout, more)
-        return
-    alone = requests is None or factors_second_moments(layout, requests)
-    if tokens + (0 if alone else requests or 0) < width:
+    width, each = layout.key_width, _seen(tokens, layout)
+    alone = requests is None or layout.experts or factors_second_moments(layout, requests)
+    if each + (0 if alone else requests or 0) < width:
+        keys = "the keys are"
+        if layout.experts:
+            keys = f"each of {layout.experts} experts sees about {each:,} of them, and its keys are"
         raise JobError(
-            f"corpus: it has {tokens:,} tokens, too few for second moments: the keys are "
-            f"{width:,} wide, so at least {width:,} tokens are needed, and {WARNED * width:,} to "
-            f"{ENOUGH * width:,} are enough; {more}give more text"
+            f"corpus: it has {tokens:,} tokens, too few for second moments: {keys} {width:,} wide, "
+            f"so at least {_tokens_for(width, layout):,} tokens are needed, and "
+            f"{_enough(layout)} are enough; {more}give more text"
         )
 
 
-def _refuse_too_few_for_experts(tokens: int, layout: Layout, more: str) -> None:
-    width, each = layout.key_width, _tokens_per_expert(tokens, layout)
-    if each < width:
-        raise JobError(
-            f"corpus: it has {tokens:,} tokens, too few for second moments: each of "
-            f"{layout.experts} experts sees about {each:,} of them, and its keys are {width:,} "
-            f"wide, so at least {_tokens_for(width, layout):,} tokens are needed, and "
-            f"{_tokens_for(WARNED * width, layout):,} to {_tokens_for(ENOUGH * width, layout):,} "
-            f"are enough; {more}give more text"
-        )
+def few(tokens: int, layout: Layout) -> str | None:
+    """A warning about a corpus that is small for the model's keys, or None."""
+    width, each = layout.key_width, _seen(tokens, layout)
+    if each >= WARNED * width:
+        return None
+    shared = (
+        f", of which each of {layout.experts} experts sees about {each:,},"
+        if layout.experts
+        else ""
+    )
+    return (
+        f"corpus: it has only {tokens:,} tokens{shared} for keys that are {width:,} wide, so the "
+        "second moments are imprecise, and the edit may damage what the model knows; "
+        f"{_enough(layout)} tokens are enough"
+    )
 
 
-def _tokens_per_expert(tokens: int, layout: Layout) -> int:
-    assert layout.family.stacked is not None
-    return tokens * layout.family.stacked.per_token // layout.experts
+def _seen(tokens: int, layout: Layout) -> int:
+    """How many of the tokens have a key: with experts, those that each of them sees, on average."""
+    if (stacked := layout.family.stacked) is None:
+        return tokens
+    return tokens * stacked.per_token // layout.experts
 
 
 def _tokens_for(each: int, layout: Layout) -> int:
@@ -113,27 +120,9 @@ def _tokens_for(each: int, layout: Layout) -> int:
     return -(-each * layout.experts // stacked.per_token)
 
 
-def few(tokens: int, layout: Layout) -> str | None:
-    """A warning about a corpus that is small for the model's keys, or None."""
-    width = layout.key_width
-    if layout.experts:
-        each = _tokens_per_expert(tokens, layout)
-        if each >= WARNED * width:
-            return None
-        return (
-            f"corpus: it has only {tokens:,} tokens, of which each of {layout.experts} experts "
-            f"sees about {each:,}, for keys that are {width:,} wide, so the second moments are "
-            "imprecise, and the edit may damage what the model knows; "
-            f"{_tokens_for(WARNED * width, layout):,} to {_tokens_for(ENOUGH * width, layout):,} "
-            "tokens are enough"
-        )
-    if tokens >= WARNED * width:
-        return None
-    return (
-        f"corpus: it has only {tokens:,} tokens for keys that are {width:,} wide, so the second "
-        "moments are imprecise, and the edit may damage what the model knows; "
-        f"{WARNED * width:,} to {ENOUGH * width:,} tokens are enough"
-    )
+def _enough(layout: Layout) -> str:
+    low, high = (_tokens_for(share * layout.key_width, layout) for share in (WARNED, ENOUGH))
+    return f"{low:,} to {high:,}"
 
 
 def checked_factor(where: str, module: str, moment_KK: torch.Tensor) -> Factor:

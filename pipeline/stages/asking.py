@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from pipeline.cluster import Task
-from pipeline.data import Place
+from pipeline.data import Place, Row
 from pipeline.evaluation import How
 from pipeline.models import ModelSource
 from pipeline.stages.context import Context
@@ -30,6 +30,7 @@ from pmet.evaluation import (
     add_texts,
     beginnings,
     continuations_of,
+    drafts_of,
     figures_of,
     questions_of,
     unrelated_prompts,
@@ -55,16 +56,16 @@ class Asking:
         name: ``before`` or ``after``.
         source: the model.
         how: how it is measured.
-        drafts: the base model's answers, by prompt, which it may give as well.
         meter: counts the work.
+        base: the base model's rows, whose answers the model may give as well; none without one.
     """
 
     run: Context
     name: str
     source: ModelSource
     how: How
-    drafts: Mapping[str, Said]
     meter: MeasurementMeter
+    base: Mapping[Row, Mapping[str, Any]] = field(default_factory=dict)
 
     def requests(
         self,
@@ -83,11 +84,12 @@ class Asking:
             block = places[start : start + BLOCK]
             requests = [request_at(place) for place in block]
             in_own_words = [r for p, r in zip(block, requests, strict=True) if p in answered]
+            rows = [self.base.get(self.run.plan.table.rows[place], {}) for place in block]
             parts = parts_of(
                 requests,
                 writing=self.how.writing_seed is not None,
                 answering=in_own_words,
-                drafts=self.drafts,
+                drafts=drafts_of(requests, rows),
             )
             answers = Answers(parts)
             tasks = [
@@ -100,11 +102,10 @@ class Asking:
             self.run.executor.map("measure", tasks, taking)
             yield from zip(block, answers.rows(requests, in_own_words), strict=True)
 
-    def unrelated(self) -> dict[str, Said | None]:
-        """The model's answers to unrelated prompts."""
-        kept = unrelated_prompts()
-        drafts = {text: self.drafts[text] for text in kept if text in self.drafts}
-        asked = Asked([], questions=Questions(kept=kept), drafts=drafts)
+    def unrelated(self, base: Mapping[str, Said | None]) -> dict[str, Said | None]:
+        """The model's answers to unrelated prompts, of which ``base`` has the base model's."""
+        drafts = {text: said for text, said in base.items() if said is not None}
+        asked = Asked([], questions=Questions(kept=unrelated_prompts()), drafts=drafts)
         found = Answered()
 
         def take(_task: Task, measured: Measured) -> None:
@@ -227,7 +228,7 @@ def parts_of(
     written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
     asked = questions_of(answering)
     own = [sorted(texts) for texts in (asked.stated, asked.chat, asked.kept)]
-    whole = Asked(prompts, written, Questions(*own), drafts or {})
+    whole = Asked(prompts, written, Questions(*own))
     number = 1
     while number * LARGEST_PART < len(prompts) or number * LARGEST_WORK < work_of_part(whole):
         number *= 2
@@ -235,7 +236,7 @@ def parts_of(
         _cut(prompts, number), _cut(written, number), *(_cut(o, number) for o in own), strict=True
     )
     return [
-        Asked(prompts, written, Questions(stated, chat, kept), _of(kept, whole.drafts))
+        Asked(prompts, written, Questions(stated, chat, kept), _of(kept, drafts or {}))
         for prompts, written, stated, chat, kept in cut
     ]
 

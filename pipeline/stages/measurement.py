@@ -23,7 +23,6 @@ from pmet.evaluation import (
     TextScore,
     add_consistency,
     add_locality,
-    drafts_of,
     said_text,
     same,
     total,
@@ -126,12 +125,12 @@ def measure(
         if kept is not None:
             detail["stored"] = len(rows)
         meter = MeasurementMeter(bar, len(todo), held if whole is None else [])
-        ask = Asking(run, name, source, how, _drafts(base, chosen), meter)
+        ask = Asking(run, name, source, how, meter, {} if base is None else base.rows)
         for place, figures in ask.requests(todo, chosen.__getitem__, answered):
             rows[rows_at[place]] = figures
         if whole is None:
             whole = {
-                "unrelated": ask.unrelated() if answered else {},
+                "unrelated": ask.unrelated(base.unrelated if base else {}) if answered else {},
                 "texts": [asdict(text) for text in ask.texts(held)],
             }
     if kept is not None:
@@ -185,15 +184,6 @@ class _Chosen:
             len(self), lambda i: self[self.places[i]], evaluate.answers, texts, seed
         )
         return frozenset(self.places[number] for number in numbers)
-
-
-def _drafts(base: Measurement | None, chosen: _Chosen) -> dict[str, Said]:
-    """The answers of the base model that an edited one should give as well, by prompt."""
-    if base is None:
-        return {}
-    rows = (base.rows[chosen.plan.table.rows[place]] for place in chosen.places)
-    unrelated = {prompt: said for prompt, said in base.unrelated.items() if said is not None}
-    return unrelated | drafts_of(map(chosen.__getitem__, chosen.places), rows)
 
 
 def held_out_of(plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmet.errors import InputError
-from pmet.model import beyond, encode_all
+from pmet.model import beyond, contexts, encode_all
 from pmet.separator import separator
 
 Tokens = tuple[int, ...]
@@ -41,7 +41,7 @@ class Prompts:
     @property
     def has_chat(self) -> bool:
         """Whether the tokenizer has a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return contexts.has_chat_template(self.tokenizer)
 
     def tokens(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each prompt."""
@@ -74,9 +74,4 @@ class Prompts:
     def _put(self, texts: Sequence[str]) -> list[str]:
         if not self.chat:
             return list(texts)
-        return [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            for text in texts
-        ]
+        return [contexts.as_turn(self.tokenizer, text) for text in texts]

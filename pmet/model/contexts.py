@@ -72,6 +72,18 @@ def parse(text: str, *, source: str) -> list[list[str]]:
         raise ContextTemplateError(f"{source} is not JSON ({error}); fix its syntax") from None
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def as_turn(tokenizer: Any, text: str) -> str:
+    """A text as a user's turn of the chat template, up to where the answer begins."""
+    turns = [{"role": "user", "content": text}]
+    put: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return put
+
+
 def in_chat(tokenizer: Any) -> list[str]:
     """Context templates in the form of a chat model: the prompt as a user's turn.
 
@@ -81,16 +93,14 @@ def in_chat(tokenizer: Any) -> list[str]:
     Raises:
         ContextTemplateError: the tokenizer has no chat template, or one that cannot be used.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         raise ContextTemplateError(
             "the model's tokenizer has no chat template; use contexts: completion, or a model "
             "that was trained for chat"
         )
     templates = []
     for turn in CHAT_TURNS:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
-        )
+        text = as_turn(tokenizer, turn)
         bos = tokenizer.bos_token
         if bos and text.startswith(bos) and encode(tokenizer, "a")[0] == tokenizer.bos_token_id:
             # It is put in front of every text anyway.

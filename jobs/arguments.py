@@ -1,0 +1,33 @@
+"""Values of options that several commands take."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pipeline.errors import JobError
+
+AUTO: Final = "auto"
+_MOST_DIGITS = 4000
+"""Python reads no longer numbers."""
+
+
+def whole_or_auto(
+    option: str, text: str, *, least: int = 0, digits: int = _MOST_DIGITS
+) -> int | None:
+    """Read a whole number, or ``auto``, which is None.
+
+    Args:
+        option: the option's name, for messages.
+        text: its value.
+        least: the smallest number allowed, 0 or 1.
+        digits: how many digits are read.
+
+    Raises:
+        JobError: it is neither.
+    """
+    if text == AUTO:
+        return None
+    if not (text.isdecimal() and len(text) <= digits and int(text) >= least):
+        above = " above 0" if least else ""
+        raise JobError(f"{option}: {text!r} is neither {AUTO} nor a whole number{above}")
+    return int(text)
