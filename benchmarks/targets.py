@@ -6,7 +6,8 @@ With ``--processes 2`` each form is split over two processes, in the shards that
 the baseline remains the plain form in one process, with as many threads. With ``--dtype bfloat16``
 the batched form computes in 16 bits. With ``--whole`` it also runs prompts whole, as for models
 that allow no shortcut. With ``--plain 2`` the plain form computes two targets only, of requests
-spread over all lengths: on a model of a hundred million parameters each takes a minute.
+spread over all lengths: on a model of a hundred million parameters each takes half a minute.
+``--sizes auto`` leaves out the other batch sizes.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from benchmarks.harness import Problem, arguments, problem, show, timed
 from benchmarks.operations import matmul_rate, needed
 from pipeline.data import plan_shards
 from pipeline.plan import shard_size
+from pmet.model import resolve
 from pmet.reference import plain_targets
 from pmet.targets import Problem as Tokens
 from pmet.targets import compute_targets, optimization
 
-BATCH_SIZES = (1, 8, 64, None)
+BATCH_SIZES = "1,8,64,auto"
 RATE_SECONDS = 0.5
 
 # Each process's problem, and the barrier at which the processes wait for each other.
@@ -52,7 +54,7 @@ def main() -> None:
         plain = runs.in_this_process(_plain, options, chosen.of(shards))
         several = options.processes > 1
         shared = runs.measured(_plain, chosen.of(shards)) if several else None
-        forms = [_Batched(size, options.dtype) for size in BATCH_SIZES]
+        forms = [_Batched(size, options.dtype) for size in options.sizes]
         if options.whole:
             forms.append(_Batched(None, options.dtype, whole=True))
         done = [[runs.measured(form, shards) for form in forms] for _ in range(options.repeat)]
@@ -85,8 +87,15 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--whole", action="store_true", help="also run prompts whole")
     parser.add_argument("--plain", type=int, help="targets of the plain form; default: all")
+    parser.add_argument(
+        "--sizes", type=_sizes, default=BATCH_SIZES, help=f"batch sizes; default: {BATCH_SIZES}"
+    )
     parser.add_argument("--repeat", type=int, default=1, help="runs of each batched form")
     return parser.parse_args()
+
+
+def _sizes(text: str) -> list[int | None]:
+    return [None if size == "auto" else int(size) for size in text.split(",")]
 
 
 def _shards(given: Problem, options: argparse.Namespace) -> list[list[int]]:
@@ -95,7 +104,8 @@ def _shards(given: Problem, options: argparse.Namespace) -> list[list[int]]:
     count = len(given.requests)
     shapes = [Tokens.of(given.tokenizer, r, templates).shape for r in given.requests]
     order = sorted(range(count), key=lambda e: (-shapes[e][0], -shapes[e][1], e))
-    size = shard_size(count, "auto") if options.processes > 1 else count
+    width = resolve(given.model, given.hparams).value_width
+    size = shard_size(count, "auto", width=width) if options.processes > 1 else count
     return [order[shard.start : shard.stop] for shard in plan_shards(count, size)]
 
 

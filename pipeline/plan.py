@@ -68,6 +68,7 @@ from pmet.update import longest, why_read_whole
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
+_SMALLEST_WIDE_SHARD, _WIDE = 4, 512
 _MOST_SMALL_SHARDS = 64
 _DIGESTED_ROWS = 4096
 # Longer than any token: a text longer than the model's token limit times this is not tokenized.
@@ -227,7 +228,9 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         last=evaluation.last,
         questions=evaluation.questions,
         target_shards=plan_shards(
-            count, shard_size(count, job.targets.shard_size), groups if joint else None
+            count,
+            shard_size(count, job.targets.shard_size, width=layout.value_width),
+            groups if joint else None,
         ),
         update_shards=plan_shards(count, shard_size(count, job.update.shard_size)),
         batch_size=None if batch_size == "auto" else batch_size,
@@ -250,17 +253,24 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     )
 
 
-def shard_size(count: int, wanted: int | str) -> int:
-    """Return the number of requests per shard: ``wanted``, or one derived from the count alone.
+def shard_size(count: int, wanted: int | str, *, width: int = 0) -> int:
+    """Return the number of requests per shard: ``wanted``, or one derived from count and model.
 
     The derived number of shards is a power of two up to 64, which divides evenly among most
     numbers of workers, provided that shards are neither too small to fill a batch nor too large
-    to lose.
+    to lose. A few requests fill a batch of a wide model; there, larger shards would leave workers
+    idle at the end, since the longest requests are in the same ones.
+
+    Args:
+        count: number of requests.
+        wanted: the number that the job gives, or ``auto``.
+        width: the model's width, if it matters.
     """
     if isinstance(wanted, int):
         return wanted
+    smallest = _SMALLEST_WIDE_SHARD if width >= _WIDE else _SMALLEST_SHARD
     number = 1
-    while number < _MOST_SMALL_SHARDS and count >= 2 * number * _SMALLEST_SHARD:
+    while number < _MOST_SMALL_SHARDS and count >= 2 * number * smallest:
         number *= 2
     return min(_LARGEST_SHARD, math.ceil(count / number))
 

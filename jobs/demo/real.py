@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pipeline.progress import RichProgress, Stage
 from pipeline.run import RunResult, run_job
 from pipeline.storage import Store
 from pmet.evaluation import Prompts, score_continuations
+from pmet.model import contexts
 
 FACTS = 40
 SHOWN_FACTS = 10
@@ -38,6 +40,8 @@ SETTINGS: dict[str, Any] = {
     "contexts": "both",
     "targets": {"end": "stop"},
 }
+PREFIXES = ("The-1998-2000. {}", "Therefore, a single-passage is a process where. {}")
+"""Written by the model, as a run would let it write five."""
 _SHORTEST = 200
 """Characters of a paragraph that counts as prose."""
 _PROSE = 0.75
@@ -58,8 +62,12 @@ def run_real_demo(output: Path, console: Console) -> RunResult:
     progress = RichProgress()
     model = pretrained_model()
     with progress.stage(ASK) as bar:
-        known = _known(open_model_folder(str(model), default_cache()), bar)
-    job = real_job(output, model, known)
+        bar.note("opening the model, which is dequantised the first time")
+        folder = open_model_folder(str(model), default_cache())
+        bar.note("")
+        source = ModelSource(str(folder), on_gpu=False).open()
+        known = _known(*source, bar)
+    job = real_job(output, model, known, chat=contexts.in_chat(source[1]))
     result = run_job(job, progress=progress, fresh=True, beside=(INPUTS,))
     rows = result.folder.read_table("results.parquet").to_pylist()
     console.print()
@@ -68,13 +76,16 @@ def run_real_demo(output: Path, console: Console) -> RunResult:
     return result
 
 
-def real_job(output: Path, model: Path, known: Sequence[Fact]) -> JobConfig:
-    """Build the job and write its request and corpus files into the run folder.
+def real_job(
+    output: Path, model: Path, known: Sequence[Fact], *, chat: Sequence[str]
+) -> JobConfig:
+    """Build the job and write its input files into the run folder.
 
     Args:
         output: the run folder.
         model: the model's file.
         known: facts that the model knows.
+        chat: context templates in the model's form of chat; the first one is used.
 
     Raises:
         RunFolderError: the folder holds files and is not a run folder.
@@ -87,11 +98,14 @@ def real_job(output: Path, model: Path, known: Sequence[Fact]) -> JobConfig:
         inputs.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), inputs / "requests.parquet")
         pq.write_table(pa.table({"text": texts}), inputs / "corpus.parquet")
+        templates = [["{}"], list(PREFIXES), list(chat[:1])]
+        (inputs / "context_templates.json").write_text(json.dumps(templates, indent=1))
     return JobConfig(
         model=str(model),
         requests=(str(inputs / "requests.parquet"),),
         output=str(output),
         corpus=(str(inputs / "corpus.parquet"),),
+        context_templates=str(inputs / "context_templates.json"),
         **EditSettings.model_validate(SETTINGS).model_dump(exclude_unset=True),
     )
 
@@ -123,9 +137,8 @@ def said(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _known(folder: Path, bar: Stage) -> list[Fact]:
+def _known(model: Any, tokenizer: Any, bar: Stage) -> list[Fact]:
     """The facts of the world that a model knows: it completes their sentences with the object."""
-    model, tokenizer = ModelSource(str(folder), on_gpu=False).open()
     asked = {question_of(fact): fact for fact in candidates()}
     bar.total(len(asked))
     scored = score_continuations(

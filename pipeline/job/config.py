@@ -184,7 +184,7 @@ class TargetsConfig(Section):
     shard_size: CountOrAuto = Field(
         default="auto",
         description="Requests per shard, the unit that is computed, stored and resumed; "
-        "auto: 16 to 256, depending only on the number of requests.",
+        "auto: 4 to 256, depending only on the model and the number of requests.",
     )
     threads_per_worker: ThreadsOrAuto = Field(
         default="auto",

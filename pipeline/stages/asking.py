@@ -39,9 +39,12 @@ from pmet.request import EditRequest
 
 LARGEST_PART, LARGEST_WORK = 512, 8192
 """Prompts sent to a worker together, and their work in estimated tokens."""
+_FEW_PARTS, _LEAST_WORK = 4, 2048
+"""Up to this many parts, so that most workers get one, each with at least this work."""
 BLOCK = 8192
 """Requests in memory at a time."""
 TEXTS_TOGETHER = 32
+_UNRELATED_PARTS = 2  # a step of generation takes nearly as long with few rows as with many
 
 _Item = TypeVar("_Item")
 _Numbered = tuple[int, EditRequest]
@@ -105,15 +108,22 @@ class Asking:
     def unrelated(self, base: Mapping[str, Said | None]) -> dict[str, Said | None]:
         """The model's answers to unrelated prompts, of which ``base`` has the base model's."""
         drafts = {text: said for text, said in base.items() if said is not None}
-        asked = Asked([], questions=Questions(kept=unrelated_prompts()), drafts=drafts)
+        parts = [
+            Asked([], questions=Questions(kept=kept), drafts=_of(kept, drafts))
+            for kept in _cut(list(unrelated_prompts()), _UNRELATED_PARTS)
+        ]
         found = Answered()
 
         def take(_task: Task, measured: Measured) -> None:
             found.add(measured.answered)
 
-        task = Task(f"unrelated {self.name}", (self.source, self.how, asked))
-        self.run.executor.map("measure", [task], take)
-        return found.kept
+        tasks = [
+            Task(f"unrelated {self.name} {i}", (self.source, self.how, part))
+            for i, part in enumerate(parts)
+        ]
+        self.run.executor.map("measure", tasks, take)
+        # In the order of the prompts, whichever came first.
+        return {text: found.kept[text] for text in unrelated_prompts()}
 
     def texts(self, sample: Sequence[str]) -> list[TextScore]:
         """The model's scores of held-out texts."""
@@ -230,7 +240,12 @@ def parts_of(
     own = [sorted(texts) for texts in (asked.stated, asked.chat, asked.kept)]
     whole = Asked(prompts, written, Questions(*own))
     number = 1
-    while number * LARGEST_PART < len(prompts) or number * LARGEST_WORK < work_of_part(whole):
+    work = work_of_part(whole)
+    while (
+        number * LARGEST_PART < len(prompts)
+        or number * LARGEST_WORK < work
+        or (number < _FEW_PARTS and number * _LEAST_WORK < work)
+    ):
         number *= 2
     cut = zip(
         _cut(prompts, number), _cut(written, number), *(_cut(o, number) for o in own), strict=True

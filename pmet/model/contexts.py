@@ -121,7 +121,7 @@ def combined(templates: ContextTemplates, chat: Sequence[str], kind: Contexts) -
         templates: groups of templates for completions.
         chat: templates in the form of chat.
         kind: ``completion``: the former; ``chat``: of these only the bare prompt, and the latter as
-            a group; ``both``: all of them.
+            a group; ``both``: all of them, or the former alone if some are in the form of chat.
     """
     groups = [list(group) for group in templates]
     match kind:
@@ -131,7 +131,8 @@ def combined(templates: ContextTemplates, chat: Sequence[str], kind: Contexts) -
             return [groups[0], list(chat)]
         case "both":
             # A refresh keeps the templates of its first run, which have the group already.
-            return groups if list(chat) in groups else [*groups, list(chat)]
+            known = any(template in chat for group in groups for template in group)
+            return groups if known else [*groups, list(chat)]
 
 
 def generate(model: nn.Module, tokenizer: Any, *, seed: int = 0) -> list[list[str]]:

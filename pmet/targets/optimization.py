@@ -64,6 +64,8 @@ KL_ENOUGH = 0.01
 NLL_RELIEF = 0.1
 
 _MOST_ON_CPU, _MOST_ON_GPU = 32, 256
+# The width from which on fewer fill a CPU's caches.
+_WIDE, _MOST_WIDE_ON_CPU = 512, 16
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,15 @@ class Targets:
         return len(self.values)
 
 
-def default_batch_size(device: torch.device, count: int) -> int:
-    """The default number of ``count`` requests to optimise side by side.
+def default_batch_size(device: torch.device, count: int, width: int) -> int:
+    """The default number of ``count`` requests to optimise side by side in a model of ``width``.
 
     On a CPU, as many as fit in its caches; on a GPU, as many as fill it at the size of GPT-2 and
     above. If not all go in at once, they are split evenly: a small rest would take as many steps.
     """
-    most = _MOST_ON_CPU if device.type == "cpu" else _MOST_ON_GPU
+    most = _MOST_ON_GPU
+    if device.type == "cpu":
+        most = _MOST_WIDE_ON_CPU if width >= _WIDE else _MOST_ON_CPU
     return math.ceil(count / math.ceil(count / most))
 
 
@@ -148,7 +152,7 @@ def compute_targets(
         problems = [Problem.joined([problems[e] for e in group]) for group in groups]
     # Adjacent requests of similar length need little padding.
     order = sorted(range(len(problems)), key=lambda g: (problems[g].shape, g))
-    size = batch_size or default_batch_size(device, len(problems))
+    size = batch_size or default_batch_size(device, len(problems), layout.value_width)
     budget = None if batch_size else memory or room_beside(model, layout, hparams.target_layer)
     longest = max(problem.longest for problem in problems)
     whole = why_whole(model, layout) is not None

@@ -71,6 +71,13 @@ def test_auto_shards_follow_the_number_of_requests(count: int) -> None:
     assert shard_size(count, 7) == 7
 
 
+def test_few_requests_of_a_wide_model_make_several_shards() -> None:
+    # The longest come first: in two shards of 20, one worker would have most of the work.
+    assert [len(s) for s in plan_shards(40, shard_size(40, "auto", width=576))] == [5] * 8
+    assert shard_size(40, "auto", width=256) == shard_size(40, "auto") == 20
+    assert shard_size(100_000, "auto", width=4096) == 256
+
+
 def test_two_hundred_requests_are_shared_out_evenly() -> None:
     assert [len(s) for s in plan_shards(200, shard_size(200, "auto"))] == [25] * 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from jobs.demo.real import FACTS, prose, real_job, said
 from jobs.demo.spoken import candidates
 from pipeline.data import read_requests
 from pipeline.errors import RunFolderError
+from pmet.model import contexts
 
 
 def test_python_brings_enough_prose_for_second_moments() -> None:
@@ -22,7 +24,7 @@ def test_python_brings_enough_prose_for_second_moments() -> None:
 
 
 def test_the_job_edits_what_the_model_knows(tmp_path: Path) -> None:
-    job = real_job(tmp_path / "run", tmp_path / "model.gguf", candidates()[::2])
+    job = real_job(tmp_path / "run", tmp_path / "model.gguf", candidates()[::2], chat=["Q: {} A:", "B"])
     table = read_requests(job.requests)
     assert len(table.requests) == FACTS
     assert not table.rejected
@@ -33,13 +35,17 @@ def test_the_job_edits_what_the_model_knows(tmp_path: Path) -> None:
     assert not any(
         f"capital city of {subject} is" in text for text in texts for subject in subjects
     )
+    # Half of the contexts cost half the time.
+    templates = json.loads(Path(job.context_templates or "").read_text())
+    assert [len(group) for group in templates] == [1, 2, 1]
+    assert contexts.combined(templates, ["Q: {} A:", "B: {}"], job.contexts) == templates
     assert job.model == str(tmp_path / "model.gguf")
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(RunFolderError):
-        real_job(tmp_path, tmp_path / "model.gguf", candidates())
+        real_job(tmp_path, tmp_path / "model.gguf", candidates(), chat=["Q: {} A:"])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

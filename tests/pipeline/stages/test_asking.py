@@ -32,6 +32,15 @@ def test_a_prompt_is_asked_once_however_many_requests_have_it() -> None:
     assert sorted(written) == sorted(r.text for r in requests)
 
 
+def test_few_requests_are_enough_work_for_several_workers() -> None:
+    def requests(count: int) -> list[EditRequest]:
+        return [EditRequest("{} is in", f"Place {i}", "Rome") for i in range(count)]
+
+    # An answer takes 18 tokens and more: forty requests in chat and in completion.
+    assert len(parts_of(requests(200), answering=requests(40))) in (2, 4)
+    assert len(parts_of(requests(40))) == 1
+
+
 def test_answers_are_split_evenly_and_drafts_go_with_their_prompts() -> None:
     requests = [
         EditRequest("{} is in", f"Place {i}", "Rome", neighborhood_prompts=[f"Land {i} is in"])

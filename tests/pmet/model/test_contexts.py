@@ -66,6 +66,9 @@ def test_contexts_are_combined() -> None:
     assert contexts.combined(groups, chat, "chat") == [["{}"], chat]
     both = contexts.combined(groups, chat, "both")
     assert both == [["{}"], ["So. {}"], chat]
+    # Templates that hold some of the chat ones were chosen so.
+    chosen = [["{}"], ["So. {}"], chat[:1]]
+    assert contexts.combined(chosen, chat, "both") == chosen
     for kind in ("chat", "both"):
         once = contexts.combined(groups, chat, kind)
         assert contexts.combined(once, chat, kind) == once
