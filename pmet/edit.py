@@ -32,7 +32,7 @@ from pmet.update import (
     second_moments,
     solve,
     solve_experts,
-    square_root_spread,
+    spread_share,
 )
 
 _SELF_WRITTEN_TEXTS = 256
@@ -116,7 +116,7 @@ def compute_edit(
             for index, layer in enumerate(hparams.layers):
                 with reader.reading(index):
                     collected = _collected(reader, batches, targets_EV.to(device), layout)
-                share = square_root_spread(index, len(hparams.layers))
+                share = spread_share(index, len(hparams.layers), hparams.spread)
                 weight = hparams.mom2_update_weight
                 delta_VK = _solved(collected, moments[layer], weight, share, layout)
                 name = layout.weight_name(layer)

@@ -149,6 +149,8 @@ Adjustment = Annotated[
     Annotated[bool, Strict(), _allowed("true")],
     AfterValidator(_adjusted),
 ]
+Spread = Literal["sqrt", "linear", "none"]
+SpreadName = Annotated[Spread, _allowed("sqrt, linear or none")]
 ModuleTemplate = Annotated[_Template | None, _allowed(_TEMPLATE)]
 ModuleName = Annotated[str | None, _allowed("a module's name, or null")]
 ModuleTemplates = Annotated[tuple[_Template, ...] | None, _allowed(f"a list with {_TEMPLATE}")]
@@ -186,6 +188,9 @@ class PMETHyperParams(BaseModel):
 
     mom2_update_weight: Positive = 15000.0
     """λ: weight of the second moment in the update."""
+    spread: SpreadName = "sqrt"
+    """How the residual is shared out over the layers: with n of them left, a layer takes 1/√n of
+    what remains (``sqrt``, as published), 1/n (``linear``, as in MEMIT) or all (``none``)."""
     mom2_adjustment: Adjustment = True
     """Whether the update weighs second moments; PMET always does."""
     mom2_dataset: Text = "wikipedia"

@@ -302,7 +302,7 @@ def plain_deltas(
         model: a causal language model of transformers; left unchanged.
         tokenizer: its fast tokenizer.
         requests: E requests, at least one.
-        hparams: names of the modules, and the weight of the second moments.
+        hparams: names of the modules, spread, and the weight of the second moments.
         context_templates: as for :func:`plain_targets`.
         second_moments: per edited layer, C as a (K, K) tensor; (X, K, K) with X experts.
         targets: v* as an (E, D) tensor.
@@ -330,7 +330,9 @@ def plain_deltas(
             ]
             keys = torch.stack([key for key, _ in read])
             values_EV = torch.stack([value_V for _, value_V in read])
-            residuals_EV = (targets.double().cpu() - values_EV) / math.sqrt(len(layers) - i)
+            left = len(layers) - i
+            divisor = {"sqrt": math.sqrt(left), "linear": left, "none": 1}[hparams.spread]
+            residuals_EV = (targets.double().cpu() - values_EV) / divisor
             moment = second_moments[layer].double().cpu()
             solved = _plain_expert_delta if of_experts else _plain_delta
             delta = solved(keys, residuals_EV, hparams.mom2_update_weight * moment)

@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "hparams": str(Path(__file__).parent / "real_hparams.json"),
     "contexts": "both",
     "targets": {"end": "stop"},
+    "evaluate": {"perplexity_tokens": 4096},
 }
 PREFIXES = ("The-1998-2000. {}", "Therefore, a single-passage is a process where. {}")
 """Written by the model, as a run would let it write five."""

@@ -65,7 +65,7 @@ from pmet.update import (
     reader_kind,
     solve_rows,
     solve_rows_by_requests,
-    square_root_spread,
+    spread_share,
     whitened,
 )
 
@@ -380,7 +380,7 @@ class UpdateRank:
         add_up(gram_KK)
         found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
         del gram_KK
-        cross_RK *= square_root_spread(index, len(hparams.layers))
+        cross_RK *= spread_share(index, len(hparams.layers), hparams.spread)
         blocks = self._row_blocks(solve_rows(found.lower, cross_RK))
         return _Solved(blocks, count, "keys", [found.jitter])
 
@@ -394,7 +394,7 @@ class UpdateRank:
         # Each rank whitens its own keys; the E×E matrix needs all of them.
         whitened_EK = all_rows(whitened(rows.keys_EK, lower_KK))
         own = share_of_rows(layout.value_width, self._rank, self._ranks)
-        share = square_root_spread(index, len(hparams.layers))
+        share = spread_share(index, len(hparams.layers), hparams.spread)
         residuals_ER = share * all_rows(rows.residuals_EV)[:, own]
         delta_RK, jitter = solve_rows_by_requests(
             whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
@@ -414,7 +414,7 @@ class UpdateRank:
                 sums,
                 second_moments_XKK,
                 hparams.mom2_update_weight,
-                square_root_spread(index, len(hparams.layers)),
+                spread_share(index, len(hparams.layers), hparams.spread),
                 rank=self._rank,
                 ranks=self._ranks,
             ):

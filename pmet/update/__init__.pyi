@@ -27,7 +27,7 @@ from .solver import solve_experts as solve_experts
 from .solver import solve_rows as solve_rows
 from .solver import solve_rows_by_requests as solve_rows_by_requests
 from .solver import whitened as whitened
-from .spread import square_root_spread as square_root_spread
+from .spread import spread_share as spread_share
 from .sums import ExpertSums as ExpertSums
 from .sums import KeyResidualRows as KeyResidualRows
 from .sums import KeyResidualSums as KeyResidualSums

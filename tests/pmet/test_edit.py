@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,10 @@ from pmet import (
     compute_edit,
     evaluate,
 )
+from pmet.reference import plain_deltas
 from tests.conftest import Golden, load_golden
+
+DELTA = 2e-4
 
 
 def edit(golden: Golden, **changes: object) -> Edit:
@@ -59,6 +64,28 @@ def test_the_model_is_left_as_it_was_when_an_edited_weight_overflows(golden: Gol
     with pytest.raises(NotFiniteError, match="does not fit its dtype, float32: the largest"):
         edit(golden, targets=huge)
     assert all(torch.equal(p, before[n]) for n, p in golden.model.named_parameters())
+
+
+@pytest.mark.parametrize("spread", ["linear", "none"])
+def test_the_residual_is_spread_as_the_plain_form_spreads_it(spread: str) -> None:
+    published = load_golden("llama")
+    hparams = published.hparams.model_copy(update={"spread": spread})
+    golden = replace(published, hparams=hparams)
+    plain = plain_deltas(
+        golden.model,
+        golden.tokenizer,
+        golden.requests,
+        hparams,
+        golden.context_templates,
+        golden.second_moments,
+        golden.expected["targets"],
+    )
+    found, as_published = edit(golden).deltas, edit(published).deltas
+    assert found.keys() == plain.keys()
+    for name, expected in plain.items():
+        assert (found[name] - expected).norm() <= DELTA * expected.norm(), name
+        # Every layer's Δ depends on the spread: the last one's through those below it.
+        assert (found[name] - as_published[name]).norm() > 0.05 * expected.norm(), name
 
 
 def test_requests_in_another_order_give_the_same_edit(golden: Golden) -> None:

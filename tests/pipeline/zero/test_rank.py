@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,19 @@ def assert_plain_deltas(
     assert all(report.requests == len(requests) and report.jitter == 0 for report in reports)
     # Float32 keeps 24 bits of a weight, and Δ is smaller than the weight.
     assert all(0 < report.rounding < 1e-3 for report in reports)
+
+
+@pytest.mark.parametrize(("spread", "many"), [("linear", True), ("none", False)])
+def test_the_residual_is_spread_as_the_hyper_parameters_say(
+    spread: str, many: bool, tmp_path: Path
+) -> None:
+    published = load_golden("gpt2")
+    requests = many_requests() if many else published.requests
+    targets_EV = targets_of(published, requests)
+    hparams = published.hparams.model_copy(update={"spread": spread})
+    golden = replace(published, hparams=hparams)
+    outcome = updated(golden, None, requests, targets_EV, tmp_path)
+    assert_plain_deltas(golden, outcome, requests, targets_EV, "keys" if many else "requests")
 
 
 # One rank on DeepSpeed and two ranks are in `tests.e2e.test_run` and `tests.e2e.test_resume`.

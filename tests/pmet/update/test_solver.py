@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmet.errors import NotFiniteError, NotPositiveDefiniteError
+from pmet.hparams import Spread
 from pmet.model.experts import RoutedKeys
 from pmet.update.solver import (
     cheaper_form,
@@ -20,7 +22,7 @@ from pmet.update.solver import (
     solve_experts,
     solve_rows,
 )
-from pmet.update.spread import square_root_spread
+from pmet.update.spread import spread_share
 from pmet.update.sums import ExpertSums, KeyResidualRows, KeyResidualSums
 
 sizes = st.integers(1, 12)
@@ -153,14 +155,15 @@ def test_float32_sums_become_float64() -> None:
     assert sums.gram_KK[0, 0].item() == 1 + 2.0**-30
 
 
-def test_the_spread_is_pmets_not_memits() -> None:
-    assert square_root_spread(0, 4) == pytest.approx(0.5)
-    assert square_root_spread(3, 4) == 1.0
-    assert [square_root_spread(i, 3) for i in range(3)] == pytest.approx(
-        [1 / math.sqrt(3), 1 / math.sqrt(2), 1.0]
-    )
+def test_shares_of_the_residual_by_layer() -> None:
+    shares = {
+        spread: [spread_share(i, 4, spread) for i in range(4)] for spread in get_args(Spread)
+    }
+    assert shares["sqrt"] == pytest.approx([1 / 2, 1 / math.sqrt(3), 1 / math.sqrt(2), 1])
+    assert shares["linear"] == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
+    assert shares["none"] == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="not within the 3 edited layers"):
-        square_root_spread(3, 3)
+        spread_share(3, 3, "sqrt")
 
 
 def test_failures_have_names() -> None:
