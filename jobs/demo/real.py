@@ -77,9 +77,7 @@ def run_real_demo(output: Path, console: Console) -> RunResult:
     return result
 
 
-def real_job(
-    output: Path, model: Path, known: Sequence[Fact], *, chat: Sequence[str]
-) -> JobConfig:
+def real_job(output: Path, model: Path, known: Sequence[Fact], *, chat: Sequence[str]) -> JobConfig:
     """Build the job and write its input files into the run folder.
 
     Args:

@@ -202,6 +202,8 @@ LAYERS = r"is not allowed; give a list of layer numbers from 0, as \[3, 4, 5\]"
         ({"clamp_norm_factor": 0}, f"clamp_norm_factor: 0 {NUMBER}"),
         ({"clamp_norm_factor": None}, f"clamp_norm_factor: null {NUMBER}"),
         ({"nll_loss_factor": 1e-300}, f"nll_loss_factor: 1e-300 {NUMBER}"),
+        ({"spread": "even"}, 'spread: "even" is not allowed; give sqrt, linear or none'),
+        ({"spread": None}, "spread: null is not allowed; give sqrt, linear or none"),
         ({"mom2_update_weight": [15000]}, rf"mom2_update_weight: \[15000\] {NUMBER}"),
         ({"kl_factor": -0.1}, "kl_factor: -0.1 is not allowed; give a number from 0 to"),
         ({"v_weight_decay": float("nan")}, "v_weight_decay: NaN is not allowed"),

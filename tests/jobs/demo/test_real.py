@@ -24,7 +24,9 @@ def test_python_brings_enough_prose_for_second_moments() -> None:
 
 
 def test_the_job_edits_what_the_model_knows(tmp_path: Path) -> None:
-    job = real_job(tmp_path / "run", tmp_path / "model.gguf", candidates()[::2], chat=["Q: {} A:", "B"])
+    job = real_job(
+        tmp_path / "run", tmp_path / "model.gguf", candidates()[::2], chat=["Q: {} A:", "B"]
+    )
     table = read_requests(job.requests)
     assert len(table.requests) == FACTS
     assert not table.rejected

@@ -156,9 +156,7 @@ def test_float32_sums_become_float64() -> None:
 
 
 def test_shares_of_the_residual_by_layer() -> None:
-    shares = {
-        spread: [spread_share(i, 4, spread) for i in range(4)] for spread in get_args(Spread)
-    }
+    shares = {spread: [spread_share(i, 4, spread) for i in range(4)] for spread in get_args(Spread)}
     assert shares["sqrt"] == pytest.approx([1 / 2, 1 / math.sqrt(3), 1 / math.sqrt(2), 1])
     assert shares["linear"] == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
     assert shares["none"] == [1, 1, 1, 1]
