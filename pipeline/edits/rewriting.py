@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -257,12 +257,8 @@ class _Work:
             replace(self.carried, edits=edits).copy_kept(lambda n: n not in planned, store)
 
             def edited(name: str, value: torch.Tensor) -> torch.Tensor:
-                result = outcome(name, value)
-                if result.digest != planned[name].digest or result.value is None:
-                    raise StorageError(
-                        f"{name} of model {self.model} changed while it was read; run the same "
-                        "command again"
-                    )
+                result = self._again(outcome, planned, name, value)
+                assert result.value is not None, "it has just been computed"
                 for step in result.steps:
                     if step.id in ids and step.kept is not None:
                         store.write_bytes(kept_name(step.id, name), step.kept)
@@ -286,6 +282,18 @@ class _Work:
             tuple(edit.source for edit in edits),
             is_base=None if base is None or edits else digest_of_files(digests) == base,
             without_card=bool(without),
+        )
+
+    def _again(
+        self, outcome: _Outcomes, planned: Mapping[str, Outcome], name: str, value: torch.Tensor
+    ) -> Outcome:
+        """The outcome for a tensor, which must be the one that was planned."""
+        with suppress(EditFileError):
+            result = outcome(name, value)
+            if result.digest == planned[name].digest:
+                return result
+        raise StorageError(
+            f"{name} of model {self.model} changed while it was read; run the same command again"
         )
 
 

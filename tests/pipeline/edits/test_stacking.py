@@ -46,9 +46,7 @@ def take(
     def again(other: Step) -> Part | None:
         return parts[int(other.id.removeprefix("id"))]
 
-    return without_edit(
-        "w", outcome.value, own, outcome.steps, step(number), again, force=force
-    )
+    return without_edit("w", outcome.value, own, outcome.steps, step(number), again, force=force)
 
 
 def start(value: torch.Tensor) -> Outcome:
