@@ -123,8 +123,8 @@ def _edit_of_run(store: Store, stack: ExitStack) -> SavedEdit:
         path = stack.enter_context(store.local_copy(name))
         if _file_digest(path) != layer["sha256"]:
             raise EditFileError(
-                f"{where} is damaged: its SHA-256 is not the one in {STATUS}; copy it again, or run "
-                "the job again"
+                f"{where} is damaged: its SHA-256 is not the one in {STATUS}; copy it again, or "
+                "run the job again"
             )
         files.append((path, where))
     return replace(

@@ -59,6 +59,7 @@ A dash: not measured.
 
 The base model was not changed: use it again, and the edit is gone. If only this checkpoint is
 left, the run folder's `delta/` holds the changes to the weights and the original values:
+`pmet revert RUN MODEL --output DIR` writes the base's files again, and
 `pmet.Edit.load("delta").revert(model)` restores every bit of a loaded model.
 
 ## The job
