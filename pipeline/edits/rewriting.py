@@ -200,7 +200,7 @@ class _Work:
             for name in self.parts:
                 value = self.checkpoint.read(self.checkpoint.tensors[name])
                 try:
-                    found[name] = outcome(name, value).dropped()
+                    found[name] = outcome(name, value).digested()
                 except EditFileError as error:
                     raise EditFileError(f"model {self.model} {error}") from None
                 bar.advance()
@@ -290,7 +290,7 @@ class _Work:
         """The outcome for a tensor, which must be the one that was planned."""
         with suppress(EditFileError):
             result = outcome(name, value)
-            if result.digest == planned[name].digest:
+            if result.digested() == planned[name]:
                 return result
         raise StorageError(
             f"{name} of model {self.model} changed while it was read; run the same command again"

@@ -7,6 +7,7 @@ only if it is.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -50,13 +51,18 @@ class Step:
     kept: bytes | None
     known: bool = True
 
+    def digested(self) -> Step:
+        """The step with the SHA-256 of what it keeps instead of that itself."""
+        kept = None if self.kept is None else hashlib.sha256(self.kept).digest()
+        return replace(self, kept=kept)
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What becomes of a tensor.
 
     Attributes:
-        value: the tensor; None once it has been dropped.
+        value: the tensor; None if only its digest is needed.
         digest: SHA-256 of its bytes.
         steps: the stack of edits that it then is.
         how: what holds for it.
@@ -71,9 +77,9 @@ class Outcome:
     elements: int = 0
     by: float = 0.0
 
-    def dropped(self) -> Outcome:
-        """The outcome without its tensor."""
-        return replace(self, value=None)
+    def digested(self) -> Outcome:
+        """The outcome without its tensor, and with a digest of what each step keeps."""
+        return replace(self, value=None, steps=tuple(step.digested() for step in self.steps))
 
 
 def with_edit(

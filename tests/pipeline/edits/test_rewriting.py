@@ -172,7 +172,12 @@ def test_a_forced_edit_comes_off_to_the_byte(tmp_path: Path) -> None:
     assert on.count("forced") == 2
     assert list((tmp_path / "on" / ".pmet_edits").glob("*.zst"))
     assert_equal_bytes(weights_of(tmp_path / "on"), applied(edit, model))
-    off = revert_edit(str(edit), str(tmp_path / "on"), str(tmp_path / "off"))
+    # What is kept travels with a model that another edit changes in one of the weights only.
+    above = save_edit(tmp_path / "on", names_of("gpt2")[:1], tmp_path / "2.safetensors")
+    apply_edit(str(above), str(tmp_path / "on"), str(tmp_path / "above"))
+    revert_edit(str(above), str(tmp_path / "above"), str(tmp_path / "on-again"))
+    assert content(tmp_path / "on-again") == content(tmp_path / "on")
+    off = revert_edit(str(edit), str(tmp_path / "on-again"), str(tmp_path / "off"))
     assert off.count("exact") == 2
     assert content(tmp_path / "off") == content(model)
 
@@ -256,7 +261,10 @@ def test_a_killed_command_leaves_no_model_and_can_be_run_again(after: int, tmp_p
     with pytest.raises(OutputError, match=r"holds notes\.txt beside an unfinished model"):
         apply_edit(*command)
     (tmp_path / "on" / "notes.txt").unlink()
-    apply_edit(*command)
+    # Another model, in one file: nothing of the first one may stay beside it.
+    whole = copy_as(base("llama"), tmp_path / "whole")
+    apply_edit(str(edit), str(whole), str(tmp_path / "on"))
+    assert content(tmp_path / "on").keys() == content(whole).keys()
     assert_equal_bytes(weights_of(tmp_path / "on"), applied(edit, model))
     assert {f.name for f in (tmp_path / "on" / ".pmet_edits").iterdir()} == {"edits.json"}
     with pytest.raises(OutputError, match="name a folder that is empty or does not exist"):
@@ -281,8 +289,9 @@ def test_a_second_command_in_the_folder_stops_the_first(
         apply_edit(*command)
 
 
+@pytest.mark.parametrize("force", [False, True])
 def test_a_base_that_changes_while_it_is_read_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = copy_as(base("gpt2"), tmp_path / "base")
     edit = save_edit(model, names_of("gpt2"), tmp_path / "edit.safetensors")
@@ -297,7 +306,7 @@ def test_a_base_that_changes_while_it_is_read_is_noticed(
 
     monkeypatch.setattr(rewriting, "claim", changed)
     with pytest.raises(StorageError, match=r"weight of model .* changed while it was read; run"):
-        apply_edit(str(edit), str(model), str(tmp_path / "on"))
+        apply_edit(str(edit), str(model), str(tmp_path / "on"), force=force)
     assert not (tmp_path / "on" / "config.json").exists()
 
 
