@@ -50,7 +50,7 @@ class StageName(StrEnum):
 
 CHECK, MEASURE, ASK = "check moments", "measure", "ask"
 """Work shown like a stage: the check of second moments, `pmet evaluate`, asking for known facts."""
-CHECK_WEIGHTS = "check weights"
+CHECK_WEIGHTS, CHECK_MODEL = "check weights", "check model"
 """Work shown like a stage: what `pmet apply` and `pmet revert` check before they write."""
 UNITS: dict[str, str] = {
     CHECK: "layers",

@@ -13,9 +13,9 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from pipeline.edits.stacking import Outcome, Step
 from pipeline.errors import ModelError
@@ -45,7 +45,7 @@ class CarriedEdit:
     """One edit that a model carries.
 
     Attributes:
-        id: identifies this application of the edit.
+        id: identifies this application of the edit; part of file names.
         digest: the edit's digest.
         source: where the edit was read from.
         applied_at: when.
@@ -54,13 +54,23 @@ class CarriedEdit:
         tensors: by name in the checkpoint's files.
     """
 
-    id: str
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     digest: str
     source: str
     applied_at: str
     on: str
     forced: bool
     tensors: dict[str, Trace]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The contents of ``edits.json``."""
+
+    format: str
+    model: str
+    edits: list[CarriedEdit]
+    now: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -173,12 +183,11 @@ def read_carried(folder: Path) -> Carried:
     if not file.is_file():
         return Carried(folder=folder)
     try:
-        record = _File.validate_json(file.read_bytes())
-        if record["format"] != _FORMAT:
-            raise ValueError(f"its format is {record['format']!r}, not {_FORMAT}")
-        edits = tuple(_Edits.validate_python(record["edits"]))
-        return Carried(edits, record["now"], record["model"], folder)
-    except (ValueError, ValidationError, KeyError) as error:
+        record = _RECORDS.validate_json(file.read_bytes())
+        if record.format != _FORMAT:
+            raise ValueError(f"its format is {record.format!r}, not {_FORMAT}")
+        return Carried(tuple(record.edits), record.now, record.model, folder)
+    except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{file} is not a record of edits ({reason}); copy the model again, or delete the "
@@ -186,5 +195,4 @@ def read_carried(folder: Path) -> Carried:
         ) from None
 
 
-_File: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-_Edits = TypeAdapter(list[CarriedEdit])
+_RECORDS = TypeAdapter(_Record)

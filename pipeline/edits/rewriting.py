@@ -21,7 +21,7 @@ from pipeline.edits.output import check_claim, claim, refuse_used, release
 from pipeline.edits.saved import SavedEdit, opened_edit
 from pipeline.edits.stacking import How, Outcome, Step, with_edit, without_edit
 from pipeline.errors import ModelError, StorageError
-from pipeline.events import CHECK_WEIGHTS, EventKind, StageName
+from pipeline.events import CHECK_MODEL, CHECK_WEIGHTS, EventKind, StageName
 from pipeline.models import (
     Checkpoint,
     check_configuration,
@@ -114,7 +114,8 @@ def apply_edit(
             return with_edit(name, value, work.parts[name], steps, step, force=force)
 
         planned = work.planned(outcome)
-        digest = work.checkpoint.digest()
+        with work.progress.stage(CHECK_MODEL):
+            digest = work.checkpoint.digest()
         other = edit.base not in (None, digest) and not carried.built_on(edit.base or "", digest)
         if other and not force:
             raise ModelError(_other_rest(model, edit, digest))

@@ -151,8 +151,13 @@ def _status(store: Store) -> dict[str, Any]:
 
 def _layers(store: Store, status: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers: list[dict[str, Any]] = status.get("layers") or []
-    if layers:
+    if layers and all({"file", "sha256"} <= set(layer) for layer in layers):
         return layers
+    if layers:
+        raise RunFolderError(
+            f"{store.join(STATUS)} does not say which files hold the edit; name the delta folder "
+            "of the run instead"
+        )
     if status.get("status") in _ENDED:
         raise RunFolderError(
             f"the run in {store.url} edited nothing, because the model knew all facts; there is no "

@@ -214,11 +214,11 @@ def test_the_record_is_no_part_of_the_model(tmp_path: Path) -> None:
     assert record["model"] == digest
     assert [e["on"] for e in record["edits"]] == [Checkpoint.open(model).digest()]
     assert ".pmet_edits" not in {*Checkpoint.open(tmp_path / "on").files()}
-    (tmp_path / "on" / RECORD).write_text("{")
-    with pytest.raises(
-        ModelError, match=r"edits\.json is not a record of edits .* delete the file"
-    ):
-        revert_edit(str(edit), str(tmp_path / "on"), str(tmp_path / "off"))
+    outside = {**record, "edits": [{**record["edits"][0], "id": "../../secret"}]}
+    for damaged in ("{", "[]", json.dumps({**record, "now": 1}), json.dumps(outside)):
+        (tmp_path / "on" / RECORD).write_text(damaged)
+        with pytest.raises(ModelError, match=r"edits\.json is not a record of edits .* delete the"):
+            revert_edit(str(edit), str(tmp_path / "on"), str(tmp_path / "off"))
     # Without the record the weights show that the edit is there.
     (tmp_path / "on" / RECORD).unlink()
     off = revert_edit(str(edit), str(tmp_path / "on"), str(tmp_path / "off"))

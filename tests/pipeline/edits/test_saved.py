@@ -130,6 +130,8 @@ def test_runs_without_an_edit_are_refused(tmp_path: Path) -> None:
     assert "edited nothing, because the model knew all facts" in refused(run)
     run_with(run, status="failed")
     assert "has no finished update (it is failed); run its job again" in refused(run)
+    run_with(run, layers=[{"parameter": "a"}])
+    assert "run.json does not say which files hold the edit" in refused(run)
     (run / "run.json").write_text('{"status": "complete"}')
     assert "run.json was not written by a run of pmet" in refused(run)
     (run / "run.json").write_text("{")
