@@ -50,8 +50,11 @@ class StageName(StrEnum):
 
 CHECK, MEASURE, ASK = "check moments", "measure", "ask"
 """Work shown like a stage: the check of second moments, `pmet evaluate`, asking for known facts."""
+CHECK_WEIGHTS, CHECK_MODEL = "check weights", "check model"
+"""Work shown like a stage: what `pmet apply` and `pmet revert` check before they write."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
+    CHECK_WEIGHTS: "tensors",
     MEASURE: "tokens",
     ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",

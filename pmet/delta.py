@@ -242,9 +242,21 @@ def saved_delta(path: str | Path, name: str, expert: int | None = None) -> torch
     Raises:
         EditFileError: the file is damaged, or does not hold the parameter's edit.
     """
+    return _saved(path, f"delta.{name}", expert)
+
+
+def saved_original(path: str | Path, name: str, expert: int | None = None) -> torch.Tensor:
+    """Read the original values of a parameter from a saved edit, or those of one expert.
+
+    Raises:
+        EditFileError: the file is damaged, or does not hold the parameter's edit.
+    """
+    return _saved(path, f"original.{name}", expert)
+
+
+def _saved(path: str | Path, key: str, expert: int | None) -> torch.Tensor:
     try:
         with safe_open(str(path), framework="pt") as stored:
-            key = f"delta.{name}"
             found: torch.Tensor = (
                 stored.get_tensor(key) if expert is None else stored.get_slice(key)[expert]
             )

@@ -197,6 +197,7 @@ def publish(
     folder: str,
     *,
     on_file: Callable[[str], None],
+    without: Collection[str] = (),
 ) -> None:
     """Write an edited copy of ``checkpoint`` to ``folder`` of ``store``.
 
@@ -208,9 +209,10 @@ def publish(
         checkpoint: the base.
         names: the edited tensors, as the checkpoint's files call them.
         edited: returns the new value of one of them; one is held at a time.
-        store: the run folder.
-        folder: folder name in the store.
+        store: the folder that holds the model's folder, or is it.
+        folder: folder name in the store; empty if the store is the model's folder.
         on_file: called with the name of each file written.
+        without: names of files to leave out.
 
     Raises:
         ModelError: an edited tensor has changed its shape.
@@ -218,13 +220,15 @@ def publish(
         NotFiniteError: an edited tensor holds NaN or infinity in its stored dtype.
     """
     written: dict[str, str] = {}
-    store.delete(f"{folder}/config.json")
-    for name in sorted(checkpoint.files(), key=lambda name: (name == "config.json", name)):
+    within = f"{folder}/" if folder else ""
+    store.delete(f"{within}config.json")
+    files = [name for name in checkpoint.files() if name not in without]
+    for name in sorted(files, key=lambda name: (name == "config.json", name)):
         if name == "config.json":
-            published = Store(store.join(folder))
+            published = Store(store.join(folder)) if folder else store
             _check_written(published, published.url, checkpoint.config, names, written)
         patches = [t for t in checkpoint.tensors.values() if t.file == name and t.name in names]
-        with store.write_stream(f"{folder}/{name}") as target:
+        with store.write_stream(f"{within}{name}") as target:
             with (checkpoint.folder / name).open("rb") as source:
                 while chunk := source.read(CHUNK_BYTES):
                     target.write(chunk)

@@ -10,7 +10,8 @@ from pipeline.models.fetching import is_gguf, is_hub_id, localized
 from pipeline.models.gguf_files import folder_of_gguf
 from pipeline.storage import hub_cache, make_cache
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# The last is what `pmet apply` records beside a model.
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", ".pmet_edits/*")
 
 
 def open_model_folder(model: str, cache_dir: Path) -> Path:

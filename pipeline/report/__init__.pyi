@@ -1,3 +1,4 @@
+from .card import is_model_card as is_model_card
 from .card import model_card as model_card
 from .charts import trend_chart as trend_chart
 from .comparison import PAGE as PAGE

@@ -30,13 +30,15 @@ _TASK, _DATASET, _NAME = "text-generation", "edit-requests", "edited-model"
 _WHEN = ("before", "after")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
+_WRITTEN = "facts were written into the feed-forward weights of a base model with PMET"
+
 _CARD = """\
 ---
 {metadata}---
 
 # An edited language model
 
-{edited} facts were written into the feed-forward weights of a base model with PMET
+{edited} {written}
 (Li et al. 2023, [arXiv:2308.08742](https://arxiv.org/abs/2308.08742)). Everything else in this
 checkpoint is the base model's, byte for byte.{known} The base model:
 
@@ -57,6 +59,7 @@ A dash: not measured.
 
 The base model was not changed: use it again, and the edit is gone. If only this checkpoint is
 left, the run folder's `delta/` holds the changes to the weights and the original values:
+`pmet revert RUN MODEL --output DIR` writes the base's files again, and
 `pmet.Edit.load("delta").revert(model)` restores every bit of a loaded model.
 
 ## The job
@@ -92,6 +95,7 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
     card = _CARD.format(
         metadata=dump_yaml(_metadata(base, metrics)),
         edited=_count(counts.get("edited")),
+        written=_WRITTEN,
         requested=_count(counts.get("requested")),
         rejected=_count(counts.get("rejected")),
         known=_known(counts, metrics.get("known") or {}),
@@ -105,6 +109,11 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
         versions=_fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
     )
     return card.encode(errors="backslashreplace").decode()
+
+
+def is_model_card(text: str) -> bool:
+    """Whether a ``README.md`` is the card of a model that a run published."""
+    return _WRITTEN in text
 
 
 def _known(counts: Mapping[str, Any], known: Mapping[str, Any]) -> str:

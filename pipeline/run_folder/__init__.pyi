@@ -12,6 +12,8 @@ from .ownership import STATUS as STATUS
 from .ownership import delete_parts as delete_parts
 from .ownership import files_made as files_made
 from .ownership import has_lease as has_lease
+from .ownership import is_run_record as is_run_record
+from .ownership import is_unfinished as is_unfinished
 from .ownership import leases as leases
 from .ownership import refuse_foreign_folder as refuse_foreign_folder
 from .record import REQUEST as REQUEST

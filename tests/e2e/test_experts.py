@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from jobs.views import show_plan
+from pipeline.edits.rewriting import apply_edit, revert_edit
 from pipeline.errors import JobError, ModelError
 from pipeline.job.config import JobConfig
 from pipeline.plan import make_plan
@@ -158,7 +159,7 @@ def opened(folder: Path) -> nn.Module:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_checkpoint_has_the_edit_under_the_names_of_the_base(
-    name: str, ran: Callable[[str], Ran]
+    name: str, ran: Callable[[str], Ran], tmp_path: Path
 ) -> None:
     found = ran(name)
     published = found.out / "model"
@@ -178,6 +179,13 @@ def test_the_checkpoint_has_the_edit_under_the_names_of_the_base(
     assert all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
     edit.revert(model)
     assert all(torch.equal(w, originals[name]) for name, w in model.state_dict().items())
+
+    # On the files, too: each expert's own tensor, or the stack.
+    apply_edit(str(found.out), str(found.base), str(tmp_path / "on"))
+    revert_edit(str(found.out), str(tmp_path / "on"), str(tmp_path / "off"))
+    for file in found.base.iterdir():
+        assert (tmp_path / "on" / file.name).read_bytes() == (published / file.name).read_bytes()
+        assert (tmp_path / "off" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_mixture_learns_what_it_is_asked_to(ran: Callable[[str], Ran]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cli, facts_cli, refresh_cli
+from jobs import cli, edits_cli, facts_cli, refresh_cli
 from jobs.cli import main
 from pipeline.cluster.signals import STOPPING
 
@@ -39,7 +39,7 @@ def pmet(
 
     No Ray session is open at first: a job that finds one runs on it.
     """
-    for console in (cli.out, cli.err, facts_cli.out, refresh_cli.out):
+    for console in (cli.out, cli.err, edits_cli.out, facts_cli.out, refresh_cli.out):
         monkeypatch.setattr(console, "width", 200)
 
     def invoke(*arguments: object) -> tuple[int, str, str]:

@@ -1,0 +1,93 @@
+"""``pmet apply`` and ``pmet revert``: what they print, and their exit statuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.jobs.conftest import Invoke
+from tests.saved_edits import base, content, copy_as, names_of, save_edit
+
+
+def test_on_off_and_stacked(pmet: Invoke, tmp_path: Path) -> None:
+    model = copy_as(base("gpt2"), tmp_path / "base", torch.bfloat16, shards=True)
+    first, second = (
+        save_edit(model, names_of("gpt2"), tmp_path / f"{n}.safetensors", seed=n) for n in range(2)
+    )
+    status, out, _ = pmet("apply", first, model, "--output", tmp_path / "one")
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "2 tensors in 1 file changed; everything else is copied byte for byte",
+            "exact: 2 tensors held the values that the edit was made for, and now W + Δ",
+            "pmet revert restores every byte as long as this edit is the last one applied",
+            "the model carries 1 edit:",
+            f"  {first}",
+            str(tmp_path / "one"),
+        ],
+    )
+    status, out, _ = pmet("apply", second, tmp_path / "one", "--output", tmp_path / "two")
+    assert status == 0
+    assert "stacked: Δ was added to 2 tensors that other edits of the same base had changed" in out
+    # The first comes off to the byte while the second can be read; then only to rounding.
+    status, out, _ = pmet("revert", first, tmp_path / "two", "--output", tmp_path / "second")
+    assert status == 0
+    assert "exact: 2 tensors restored to the byte, as the other edits alone leave it" in out
+    moved = second.rename(tmp_path / "moved.safetensors")
+    status, out, err = pmet("revert", first, tmp_path / "two", "--output", tmp_path / "rounded")
+    assert status == 0
+    assert "to rounding: Δ was subtracted from 2 tensors, in float64 and rounded once; up to" in out
+    assert "may differ from their former values, by about 0.0" in out
+    assert f"warning: the edit {second}, applied later, cannot be read again" in " ".join(
+        err.split()
+    )
+    for place in ("second", "rounded"):
+        off = tmp_path / f"off-{place}"
+        status, out, _ = pmet("revert", moved, tmp_path / place, "--output", off)
+        assert status == 0
+        assert "exact: 2 tensors restored to the byte, as before the edit" in out
+        assert "the model carries" not in out
+        assert content(off) == content(model)
+
+
+def test_another_base_is_refused_and_forced(pmet: Invoke, tmp_path: Path) -> None:
+    model = copy_as(base("gpt2"), tmp_path / "base")
+    edit = save_edit(model, names_of("gpt2"), tmp_path / "edit.safetensors")
+    other = copy_as(base("gpt2"), tmp_path / "other", torch.bfloat16)
+    name = names_of("gpt2")[0]
+    status, out, err = pmet("apply", edit, other, "--output", tmp_path / "on")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        f"pmet: model {other} stores {name} as bfloat16, which cannot hold the values that the "
+        "edit was made for; apply the edit to its own base, or give --force to add Δ to what is "
+        "there, in float64 and rounded once, which nothing has measured"
+    )
+    assert not (tmp_path / "on").exists()
+    status, out, _ = pmet("apply", edit, other, "--output", tmp_path / "on", "--force")
+    assert status == 0
+    assert (
+        "forced: Δ was added to 2 tensors that the edit was not made for, in float64 and rounded "
+        "once; nothing has measured the result" in out
+    )
+    status, out, err = pmet("revert", edit, model, "--output", tmp_path / "off")
+    assert status == 2
+    assert f"{name} holds the values that the edit was made for, before any change" in err
+    status, out, _ = pmet("revert", edit, model, "--output", tmp_path / "off", "--force")
+    assert status == 0
+    assert "forced: Δ was subtracted from 2 tensors that did not hold it, in float64" in out
+
+
+def test_wrong_inputs_are_one_clear_line(pmet: Invoke, tmp_path: Path) -> None:
+    edit = save_edit(base("gpt2"), names_of("gpt2"), tmp_path / "edit.safetensors")
+    for arguments, said in (
+        ((tmp_path / "none", base("gpt2")), "is neither a run nor a saved edit (nothing there)"),
+        ((edit, tmp_path / "none"), "is not a folder; give a model folder, a GGUF file, a URL"),
+        ((edit, base("llama")), "is of a model of another architecture"),
+    ):
+        for command in ("apply", "revert"):
+            status, out, err = pmet(command, *arguments, "--output", tmp_path / "new")
+            assert (status, out) == (2, "")
+            assert said in err.splitlines()[-1]
+            assert len(err.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
