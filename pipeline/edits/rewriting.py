@@ -7,6 +7,7 @@ is written, and once to write it. One tensor is in memory at a time.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from pipeline.run_folder import CARD
 from pipeline.storage import Store, locate, now_text, refuse_overlap
 from pmet.errors import EditFileError, PMETError
 
+_ON_THIS_MACHINE = ("file:", "local:", "memory:")
 _Outcomes = Callable[[str, torch.Tensor], Outcome]
 
 
@@ -215,6 +217,9 @@ class _Work:
 
     def _parts_of(self, step: Step) -> Mapping[str, Part]:
         try:
+            # The record may be a stranger's: it must not decide which servers are contacted.
+            if _server(step.source) not in {None, _server(self.edit.source), _server(self.model)}:
+                raise EditFileError("it is on another server than edit and model")
             edit = self.stack.enter_context(opened_edit(step.source))
             found = _parts(self.checkpoint, self.model, edit)
         except PMETError as error:
@@ -352,6 +357,12 @@ def _parts(checkpoint: Checkpoint, model: str, edit: SavedEdit) -> dict[str, Par
         for expert, part in enumerate(stored.parts):
             found[part.name] = edit.weights[name].part(expert)
     return found
+
+
+def _server(place: str) -> str | None:
+    """The protocol and host of a URL; None for a place on this machine."""
+    found = re.match(r"[^/]*:/?/?[^/]*", place)
+    return found[0] if found and not place.startswith(_ON_THIS_MACHINE) else None
 
 
 def _other_rest(model: str, edit: SavedEdit, digest: str) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from pipeline.edits import output as output_folder
 from pipeline.edits import rewriting
 from pipeline.edits.rewriting import apply_edit, revert_edit
+from pipeline.edits.saved import opened_edit
 from pipeline.errors import (
     FolderBusyError,
     JobError,
@@ -133,6 +135,27 @@ def test_three_edits_come_off_in_all_orders(tmp_path: Path) -> None:
             assert content(name) == wanted[rest]
             assert off.carried == tuple(str(edits[n]) for n in rest)
             here = name
+
+
+def test_a_record_does_not_decide_which_servers_are_contacted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, names = base("llama"), names_of("llama")
+    low, high = (save_edit(model, names, tmp_path / f"{i}.safetensors", seed=i) for i in (0, 1))
+    apply_edit(str(low), str(model), str(tmp_path / "one"))
+    apply_edit(str(high), str(tmp_path / "one"), str(tmp_path / "both"))
+    record = tmp_path / "both" / RECORD
+    record.write_text(record.read_text().replace(str(high), "https://elsewhere.test/1.safetensors"))
+    opened: list[str] = []
+
+    def noted(source: str) -> Any:
+        opened.append(source)
+        return opened_edit(source)
+
+    monkeypatch.setattr(rewriting, "opened_edit", noted)
+    reverted = revert_edit(str(low), str(tmp_path / "both"), str(tmp_path / "out"))
+    assert opened == [str(low)]
+    assert reverted.count("rounded") == len(names)
 
 
 def test_edits_that_are_gone_leave_rounding_until_the_last_one(tmp_path: Path) -> None:
