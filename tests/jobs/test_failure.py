@@ -32,6 +32,7 @@ from jobs.cli import app
 from jobs.schedule.book import Book
 from jobs.submit.server import JobServer
 from jobs.submit.submission import OUTPUT, stem_of
+from pipeline.edits import apply_edit
 from pipeline.errors import StorageError
 from pipeline.run import RunResult
 from pipeline.stages.context import Context
@@ -42,6 +43,7 @@ from tests.jobs.schedule.conftest import schedule
 from tests.jobs.test_facts_cli import NEW, OLD, TEMPLATES, parquet
 from tests.jobs.test_refresh_cli import refresh_home
 from tests.jobs.test_reports import two_runs
+from tests.saved_edits import names_of, save_edit
 
 MODEL = GOLDEN / "gpt2" / "model"
 HPARAMS = GOLDEN / "gpt2" / "hparams.json"
@@ -49,6 +51,8 @@ SUBMITTED = f"{stem_of('s3://runs/tonight')}-1"
 
 # They run in a folder with the files written by `world`.
 ARGUMENTS = {
+    "apply": f"edit.safetensors {MODEL} --output applied",
+    "revert": "edit.safetensors edited --output reverted",
     "demo": "--output out",
     "run": "job.yaml",
     "evaluate": f"{MODEL} requests.parquet --corpus corpus.parquet --output figures.json",
@@ -136,6 +140,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "t.yaml").write_text(TEMPLATES)
     refresh_home(folder / "home")
     two_runs(folder)
+    edit = save_edit(MODEL, names_of("gpt2"), folder / "edit.safetensors")
+    apply_edit(str(edit), str(MODEL), str(folder / "edited"))
     now = datetime.now(UTC)
     book = Book(str(folder / "schedules"))
     book.add(schedule(refresh=str(folder / "refresh.yaml"), added_at=now, since=now))
