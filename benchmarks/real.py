@@ -79,7 +79,8 @@ def _job(options: argparse.Namespace, folder: Path) -> JobConfig:
         lines["hparams"] = options.hparams
     file = folder / "job.yaml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
-    return load_job(file, ["targets.workers=0", "update.ranks=0"])
+    here = ["targets.workers=0", "update.ranks=0"]
+    return load_job(file, [*here, f"targets.threads_per_worker={options.threads}"])
 
 
 def _plain(job: JobConfig, options: argparse.Namespace, run: str) -> tuple[str, float]:
