@@ -10,14 +10,11 @@ row is the whole corpus. Perplexity is measured on texts of the corpus.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Problem, arguments, console, problem, show
-from jobs.demo.world import write_corpus
+from benchmarks.harness import Problem, applied, console, show, study, study_arguments
 from pipeline.data import Corpus, read_corpus
 from pipeline.stages import Measurement, held_out
 from pmet import compute_edit, compute_targets
@@ -36,17 +33,8 @@ FIGURES = (
 
 def main() -> None:
     """Print the table."""
-    parser = arguments(__doc__ or "", count=60)
-    parser.add_argument("--corpus", help="Parquet files of text; default: the demo's statements")
-    parser.add_argument("--skip", type=int, default=0, help="requests to leave out, the first ones")
-    options = parser.parse_args()
-    count, options.count = options.count, options.skip + options.count
-    given = problem(options)
-    given = replace(given, requests=given.requests[options.skip :][:count])
-    with TemporaryDirectory() as folder:
-        source = options.corpus or f"{folder}/corpus.parquet"
-        if not options.corpus:
-            write_corpus(source)
+    options = study_arguments(__doc__ or "", count=60).parse_args()
+    with study(options) as (given, source):
         rows = _Study(given, source).rows()
     width = resolve(given.model, given.hparams).key_width
     show(f"{len(given.requests)} facts, keys {width:,} wide", rows, options)
@@ -84,12 +72,9 @@ class _Study:
             except NotPositiveDefiniteError:
                 rows.append(_row(f"{name}: singular", corpus.tokens, moved, {}, 0.0))
                 continue
-            edit.apply(given.model)
-            try:
+            with applied(edit, given.model):
                 found = evaluate(*self._what, answers="all", base=self._base["rows"])
                 change = self._measured() / self._perplexity - 1
-            finally:
-                edit.revert(given.model)
             rows.append(_row(name, corpus.tokens, moved, found, change))
             console.print(rows[-1])
         return rows

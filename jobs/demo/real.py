@@ -66,9 +66,8 @@ def run_real_demo(output: Path, console: Console) -> RunResult:
         bar.note("opening the model, which is dequantised the first time")
         folder = open_model_folder(str(model), default_cache())
         bar.note("")
-        source = ModelSource(str(folder), on_gpu=False).open()
-        known = _known(*source, bar)
-    job = real_job(output, model, known, chat=contexts.in_chat(source[1]))
+        known, chat = _known(folder, bar)
+    job = real_job(output, model, known, chat=chat)
     result = run_job(job, progress=progress, fresh=True, beside=(INPUTS,))
     rows = result.folder.read_table("results.parquet").to_pylist()
     console.print()
@@ -136,14 +135,19 @@ def said(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _known(model: Any, tokenizer: Any, bar: Stage) -> list[Fact]:
-    """The facts of the world that a model knows: it completes their sentences with the object."""
+def _known(folder: Path, bar: Stage) -> tuple[list[Fact], list[str]]:
+    """The facts of the world that a model knows, and its context templates in chat.
+
+    It knows a fact if it completes the sentence with the object.
+    """
+    model, tokenizer = ModelSource(str(folder), on_gpu=False).open()
     asked = {question_of(fact): fact for fact in candidates()}
     bar.total(len(asked))
     scored = score_continuations(
         model, Prompts(tokenizer), list(asked), on_progress=lambda count: bar.advance(count)
     )
-    return [fact for pair, fact in asked.items() if scored[pair].greedy]
+    known = [fact for pair, fact in asked.items() if scored[pair].greedy]
+    return known, contexts.in_chat(tokenizer)
 
 
 def _is_prose(text: str) -> bool:

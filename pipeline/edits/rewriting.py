@@ -6,7 +6,6 @@ is written, and once to write it. One tensor is in memory at a time.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,7 +36,7 @@ from pipeline.places import model_places
 from pipeline.progress import Progress
 from pipeline.report import is_model_card
 from pipeline.run_folder import CARD
-from pipeline.storage import Store, locate, now_text, refuse_overlap
+from pipeline.storage import Store, file_digest, locate, now_text, refuse_overlap
 from pmet.errors import EditFileError, PMETError
 
 _ON_THIS_MACHINE = ("file:", "local:", "memory:")
@@ -252,7 +251,7 @@ class _Work:
         carried, store = after(self.carried, edits, planned), self.store
         without = [CARD] if _has_run_card(self.checkpoint.folder) else []
         sizes = {
-            name: -(-(self.checkpoint.folder / name).stat().st_size // 10**6)
+            name: self.checkpoint.megabytes(name)
             for name in self.checkpoint.files()
             if name not in without
         }
@@ -275,7 +274,7 @@ class _Work:
                 digests[name] = store.sha256(name)
                 if len(digests) == len(sizes) - 1 and edits:
                     # All that is missing is config.json, which makes it a model.
-                    config = {"config.json": _file_digest(self.checkpoint.folder / "config.json")}
+                    config = {"config.json": file_digest(self.checkpoint.folder / "config.json")}
                     replace(carried, model=digest_of_files(digests | config)).write(store)
                 bar.advance(sizes[name])
 
@@ -378,11 +377,6 @@ def _has_run_card(folder: Path) -> bool:
     """Whether a model has the card of a run, which describes no other model."""
     card = folder / CARD
     return card.is_file() and is_model_card(card.read_text(encoding="utf-8", errors="replace"))
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _times(shape: tuple[int, ...]) -> str:

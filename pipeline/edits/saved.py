@@ -17,7 +17,16 @@ import torch
 from pipeline.edits.arithmetic import Part
 from pipeline.errors import RunFolderError
 from pipeline.run_folder import STATUS, is_run_record
-from pipeline.storage import CHUNK_BYTES, Store, attempt, digest_of, fetch, is_local, opened
+from pipeline.storage import (
+    CHUNK_BYTES,
+    Store,
+    attempt,
+    digest_of,
+    fetch,
+    file_digest,
+    is_local,
+    opened,
+)
 from pmet.delta import FORMAT, saved_delta, saved_original
 from pmet.errors import EditFileError
 from pmet.safetensors_header import DTYPES, Entry, Header, read_header
@@ -121,7 +130,7 @@ def _edit_of_run(store: Store, stack: ExitStack) -> SavedEdit:
                 "folder, or run its job again"
             )
         path = stack.enter_context(store.local_copy(name))
-        if _file_digest(path) != layer["sha256"]:
+        if file_digest(path) != layer["sha256"]:
             raise EditFileError(
                 f"{where} is damaged: its SHA-256 is not the one in {STATUS}; copy it again, or "
                 "run the job again"
@@ -241,11 +250,6 @@ def _local_file(url: str, stack: ExitStack) -> Path:
     copy = Path(folder) / PurePosixPath(path).name
     attempt("read", url, fetch, fs, path, copy)
     return copy
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _content_digest(path: Path, entries: Iterable[Entry]) -> str:

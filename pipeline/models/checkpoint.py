@@ -27,7 +27,7 @@ from pipeline.models.weight_files import (
     WeightFiles,
     weight_files,
 )
-from pipeline.storage import CHUNK_BYTES, Store
+from pipeline.storage import CHUNK_BYTES, Store, file_digest
 from pmet.errors import NotFiniteError
 from pmet.safetensors_header import DTYPES, Entry, read_header
 
@@ -170,11 +170,15 @@ class Checkpoint:
             and (f.name in self.weights or not f.name.endswith((SUFFIX, INDEX_SUFFIX)))
         )
 
+    def megabytes(self, name: str) -> int:
+        """The size of a file, rounded up."""
+        return -(-(self.folder / name).stat().st_size // 10**6)
+
     def digest(self) -> str:
         """SHA-256 over the names and contents of configuration, tokenizer and weights."""
         names = list(filter(is_digested, self.files()))
         with ThreadPoolExecutor() as threads:
-            contents = threads.map(lambda name: _file_digest(self.folder / name), names)
+            contents = threads.map(lambda name: file_digest(self.folder / name), names)
             return digest_of_files(dict(zip(names, contents, strict=True)))
 
 
@@ -380,8 +384,3 @@ def _stored_tensor(file: str, name: str, entry: Entry) -> StoredTensor | None:
     if dtype is None:
         return None
     return StoredTensor(file, name, dtype, entry.shape, entry.start, entry.stop - entry.start)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

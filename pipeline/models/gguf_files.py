@@ -30,7 +30,13 @@ from pipeline.models.fetching import localized_file, rename_unless_there
 from pipeline.models.gguf_header import DamagedError, Header, Tensor, read_gguf_header
 from pipeline.models.gguf_rope import restore_rope
 from pipeline.models.skeleton import NO_CODE, UNREADABLE, model_class
-from pipeline.storage import TEMPORARY_SUFFIX, cache_failures, failures, make_cache
+from pipeline.storage import (
+    TEMPORARY_SUFFIX,
+    cache_failures,
+    failures,
+    file_digest,
+    make_cache,
+)
 from pmet.model import transformers_internals
 
 # Increased when the same file would become another checkpoint.
@@ -145,9 +151,7 @@ def _header(model: str, file: Path) -> Header:
 
 
 def _key(file: Path) -> str:
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashlib.sha256(f"gguf {_FORMAT} {content}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"gguf {_FORMAT} {file_digest(file)}".encode()).hexdigest()[:32]
 
 
 def _check(model: str, header: Header) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from pipeline.events import StageName
@@ -44,7 +42,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         base = Checkpoint.open(model_on_node(plan.base.folder, plan.base.digest))
     run.folder.clear_model(base.files())
     # A few files hold nearly all bytes.
-    sizes = {name: _megabytes(base.folder / name) for name in base.files()}
+    sizes = {name: base.megabytes(name) for name in base.files()}
     with run.stage(StageName.PUBLISH, sum(sizes.values())) as (bar, _):
 
         def on_file(name: str) -> None:
@@ -56,11 +54,6 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
 
         publish(base, by_tensor, edited, run.store, MODEL, on_file=on_file)
     run.folder.record(PUBLISHED, {"files": digests})
-
-
-def _megabytes(file: Path) -> int:
-    """The size of a file, rounded up."""
-    return -(-file.stat().st_size // 10**6)
 
 
 def published_model(run: Context) -> ModelSource:

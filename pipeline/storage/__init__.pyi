@@ -1,5 +1,6 @@
 from . import json_text as json_text
 from .digest import digest_of as digest_of
+from .digest import file_digest as file_digest
 from .hive import Columns as Columns
 from .hive import expand_with_columns as expand_with_columns
 from .numbered_files import last_number as last_number

@@ -64,8 +64,8 @@ KL_ENOUGH = 0.01
 NLL_RELIEF = 0.1
 
 _MOST_ON_CPU, _MOST_ON_GPU = 32, 256
-# The width from which on fewer fill a CPU's caches.
-_WIDE, _MOST_WIDE_ON_CPU = 512, 16
+WIDE, _MOST_WIDE_ON_CPU = 512, 16
+"""The model width from which on few requests fill a batch, and fewer fit into a CPU's caches."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def default_batch_size(device: torch.device, count: int, width: int) -> int:
     """
     most = _MOST_ON_GPU
     if device.type == "cpu":
-        most = _MOST_WIDE_ON_CPU if width >= _WIDE else _MOST_ON_CPU
+        most = _MOST_WIDE_ON_CPU if width >= WIDE else _MOST_ON_CPU
     return math.ceil(count / math.ceil(count / most))
 
 
