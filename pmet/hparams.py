@@ -80,6 +80,7 @@ _NUMBERS = (
 )
 # Targets are optimised in float32, which holds 1e-38 to 3e38.
 _SMALLEST, _LARGEST = 1e-30, 1e30
+_MOST_SOLVES = 20
 _SHOWN = 60
 
 
@@ -150,6 +151,9 @@ Adjustment = Annotated[
     AfterValidator(_adjusted),
 ]
 Spread = Literal["sqrt", "linear", "none"]
+Solves = Annotated[
+    _Integer, Field(ge=1, le=_MOST_SOLVES), _allowed(f"a whole number from 1 to {_MOST_SOLVES}")
+]
 SpreadName = Annotated[Spread, _allowed("sqrt, linear or none")]
 ModuleTemplate = Annotated[_Template | None, _allowed(_TEMPLATE)]
 ModuleName = Annotated[str | None, _allowed("a module's name, or null")]
@@ -191,6 +195,9 @@ class PMETHyperParams(BaseModel):
     spread: SpreadName = "sqrt"
     """How the residual is shared out over the layers: with n of them left, a layer takes 1/√n of
     what remains (``sqrt``, as published), 1/n (``linear``, as in MEMIT) or all (``none``)."""
+    solves: Solves = 1
+    """How often the layers are solved for, lowest first, one time after the other. The published
+    method does it once; each further time takes up what the times before have left."""
     mom2_adjustment: Adjustment = True
     """Whether the update weighs second moments; PMET always does."""
     mom2_dataset: Text = "wikipedia"

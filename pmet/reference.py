@@ -302,7 +302,7 @@ def plain_deltas(
         model: a causal language model of transformers; left unchanged.
         tokenizer: its fast tokenizer.
         requests: E requests, at least one.
-        hparams: names of the modules, spread, and the weight of the second moments.
+        hparams: names of the modules, spread, solves, and the weight of the second moments.
         context_templates: as for :func:`plain_targets`.
         second_moments: per edited layer, C as a (K, K) tensor; (X, K, K) with X experts.
         targets: v* as an (E, D) tensor.
@@ -316,7 +316,11 @@ def plain_deltas(
     weights = [module.get_parameter(name) for module, name in zip(modules, names, strict=True)]
     deltas: dict[str, Tensor] = {}
     with _unchanged(model, weights), torch.no_grad():
-        for i, (layer, module, name) in enumerate(zip(layers, modules, names, strict=True)):
+        originals = [weight.detach().to("cpu", torch.float64, copy=True) for weight in weights]
+        # All layers in turn, then all layers again, as often as they are to be solved for.
+        for i, layer, module, name in hparams.solves * list(
+            zip(range(len(layers)), layers, modules, names, strict=True)
+        ):
             of_experts = name != "weight"
             read = [
                 _expert_keys_and_value(
@@ -339,8 +343,9 @@ def plain_deltas(
             weight = weights[i]
             if _is_transposed(module, weight, values_EV.shape[1]):
                 delta = delta.mT
-            weight.copy_(weight.double() + delta.to(weight.device))
-            deltas[f"{str(template).format(layer)}.{name}"] = delta.contiguous()
+            parameter = f"{str(template).format(layer)}.{name}"
+            deltas[parameter] = (delta + deltas.get(parameter, 0.0)).contiguous()
+            weight.copy_((originals[i] + deltas[parameter]).to(weight.device))
     return deltas
 
 

@@ -36,6 +36,7 @@ _KEY, _FILE = "key", "__filename"
 # Used only by the update; no target depends on them.
 _UPDATE_ONLY = {
     "layers",
+    "solves",
     "spread",
     "mom2_update_weight",
     "mom2_adjustment",
