@@ -33,6 +33,7 @@ from pmet.update import (
     solve,
     solve_experts,
     spread_share,
+    update_weight,
 )
 
 _SELF_WRITTEN_TEXTS = 256
@@ -117,7 +118,7 @@ def compute_edit(
                     with reader.reading(index):
                         collected = _collected(reader, batches, targets_EV.to(device), layout)
                     share = spread_share(index, len(hparams.layers), hparams.spread)
-                    weight = hparams.mom2_update_weight
+                    weight = update_weight(hparams, collected.power, moments[layer])
                     delta_VK = _solved(collected, moments[layer], weight, share, layout)
                     name, delta = layout.weight_name(layer), layout.orient(delta_VK)
                     deltas[name] = deltas[name] + delta if solve_number else delta

@@ -339,14 +339,26 @@ def plain_deltas(
             residuals_EV = (targets.double().cpu() - values_EV) / divisor
             moment = second_moments[layer].double().cpu()
             solved = _plain_expert_delta if of_experts else _plain_delta
-            delta = solved(keys, residuals_EV, hparams.mom2_update_weight * moment)
-            weight = weights[i]
-            if _is_transposed(module, weight, values_EV.shape[1]):
+            weight = hparams.mom2_update_weight
+            if hparams.mom2_update_share is not None:
+                weight = hparams.mom2_update_share * _plain_scale(keys, moment)
+            delta = solved(keys, residuals_EV, weight * moment)
+            if _is_transposed(module, weights[i], values_EV.shape[1]):
                 delta = delta.mT
             parameter = f"{str(template).format(layer)}.{name}"
             deltas[parameter] = (delta + deltas.get(parameter, 0.0)).contiguous()
-            weight.copy_((originals[i] + deltas[parameter]).to(weight.device))
+            weights[i].copy_((originals[i] + deltas[parameter]).to(weights[i].device))
     return deltas
+
+
+def _plain_scale(keys: Tensor, moment: Tensor) -> float:
+    """The mean squared norm of a request's key, by the mean eigenvalue of C.
+
+    With experts (``keys_EXK``, ``moment_XKK``), of the keys and the C of all experts side by side.
+    """
+    norms_E = keys.flatten(1).square().sum(1)
+    eigenvalues = torch.linalg.eigvalsh(moment)
+    return (norms_E.mean() / eigenvalues.mean()).item()
 
 
 def _plain_delta(keys_EK: Tensor, residuals_EV: Tensor, weighted_KK: Tensor) -> Tensor:

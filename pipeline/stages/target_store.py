@@ -39,6 +39,7 @@ _UPDATE_ONLY = {
     "solves",
     "spread",
     "mom2_update_weight",
+    "mom2_update_share",
     "mom2_adjustment",
     "mom2_dataset",
     "mom2_n_samples",

@@ -26,6 +26,7 @@ class LayerReport:
         requests: number of requests that the edit holds.
         solves: number of solves whose sum Δ is.
         form: the form of the solve: ``keys`` or ``requests`` (see `pmet.update.solver`).
+        weight: λ, of the last solve.
         jitter: added to the factored matrix, relative to its mean diagonal element; usually 0. Of
             several solves the largest.
         rounding: ‖what the checkpoint's dtype rounds off‖ / ‖Δ‖.
@@ -41,6 +42,7 @@ class LayerReport:
     requests: int
     solves: int
     form: Form
+    weight: float
     jitter: float
     rounding: float
     largest: float
@@ -62,6 +64,7 @@ class Solved(NamedTuple):
         blocks: the parts; all ranks must take them together.
         requests: number of requests that Δ holds.
         form: the form of the solve.
+        weight: λ.
         jitters: one per solve, once its part has been taken.
         partial: whether some of the weight is in no part: experts without requests.
     """
@@ -69,6 +72,7 @@ class Solved(NamedTuple):
     blocks: Iterator[Block]
     requests: int
     form: Form
+    weight: float
     jitters: list[float]
     partial: bool = False
 

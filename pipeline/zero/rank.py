@@ -54,6 +54,7 @@ from pmet.request import EditRequest
 from pmet.update import (
     ExpertSums,
     Factor,
+    KeyPower,
     KeyResidualRows,
     KeyResidualSums,
     LookupFile,
@@ -67,6 +68,7 @@ from pmet.update import (
     solve_rows,
     solve_rows_by_requests,
     spread_share,
+    update_weight,
     whitened,
 )
 
@@ -250,6 +252,7 @@ class UpdateRank:
             requests=solved.requests,
             solves=1 + (held.solves if held else 0),
             form=solved.form,
+            weight=solved.weight,
             jitter=max([held.jitter if held else 0.0, *solved.jitters]),
             rounding=math.sqrt(squares.lost) / norm if norm else 0.0,
             largest=squares.largest,
@@ -341,51 +344,59 @@ class UpdateRank:
         moment = kept.read() if factored else moment_factor(second_moment_KK.to(self._device))
         if self._rank == 0 and not factored:
             kept.keep(moment)
-        return self._solved_by_requests(index, moment, count)
+        return self._solved_by_requests(index, moment, second_moment_KK, count)
 
     def _solved_by_keys(self, index: int, second_moment_KK: torch.Tensor, count: int) -> Solved:
         layout, hparams = self._layout, self._job.hparams
         sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
         self._collect(index, sums)
+        weight = self._weight(sums.power, second_moment_KK)
         gram_KK, cross_RK = sums.gram_KK, reduced_to_rows(sums.cross_VK)
         del sums
         add_up(gram_KK)
-        found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
+        found = factor(normal_matrix(gram_KK, second_moment_KK, weight))
         del gram_KK
         cross_RK *= spread_share(index, len(hparams.layers), hparams.spread)
         blocks = self._row_blocks(solve_rows(found.lower, cross_RK))
-        return Solved(blocks, count, "keys", [found.jitter])
+        return Solved(blocks, count, "keys", weight, [found.jitter])
 
-    def _solved_by_requests(self, index: int, moment: Factor, count: int) -> Solved:
+    def _weight(self, power: KeyPower, moment: torch.Tensor) -> float:
+        """λ of a layer, from this rank's keys and the others'."""
+        everywhere = KeyPower(added(power.total), int(added(power.keys)))
+        return update_weight(self._job.hparams, everywhere, moment)
+
+    def _solved_by_requests(
+        self, index: int, moment: Factor, second_moment_KK: torch.Tensor, count: int
+    ) -> Solved:
         layout, hparams = self._layout, self._job.hparams
         rows = KeyResidualRows.room(
             sum(self._batches.counts), layout.key_width, layout.value_width, self._device
         )
         self._collect(index, rows)
+        weight = self._weight(rows.power, second_moment_KK)
         lower_KK = moment.lower.to(self._device)
         # Each rank whitens its own keys; the E×E matrix needs all of them.
         whitened_EK = all_rows(whitened(rows.keys_EK, lower_KK))
         own = share_of_rows(layout.value_width, self._rank, self._ranks)
         share = spread_share(index, len(hparams.layers), hparams.spread)
         residuals_ER = share * all_rows(rows.residuals_EV)[:, own]
-        delta_RK, jitter = solve_rows_by_requests(
-            whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
-        )
+        delta_RK, jitter = solve_rows_by_requests(whitened_EK, residuals_ER, lower_KK, weight)
         jitters = [jitter, moment.jitter]
-        return Solved(self._row_blocks(delta_RK), count, "requests", jitters)
+        return Solved(self._row_blocks(delta_RK), count, "requests", weight, jitters)
 
     def _solved_experts(self, index: int, second_moments_XKK: torch.Tensor) -> Solved:
         """Δ of each expert that a request is routed to."""
         layout, hparams = self._layout, self._job.hparams
         sums = ExpertSums((layout.key_width, layout.value_width), self._device)
         self._collect(index, sums)
+        weight = self._weight(sums.power, second_moments_XKK)
         jitters: list[float] = []
 
         def blocks() -> Iterator[Block]:
             for solved in solved_experts(
                 sums,
                 second_moments_XKK,
-                hparams.mom2_update_weight,
+                weight,
                 spread_share(index, len(hparams.layers), hparams.spread),
                 rank=self._rank,
                 ranks=self._ranks,
@@ -394,7 +405,7 @@ class UpdateRank:
                 yield Block(block, solved.expert * len(block), 0)
                 jitters.append(solved.jitter)
 
-        return Solved(blocks(), int(added(sums.count)), "keys", jitters, partial=True)
+        return Solved(blocks(), int(added(sums.count)), "keys", weight, jitters, partial=True)
 
     def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows | ExpertSums) -> None:
         """Read keys and residuals of this rank's requests, together with the other ranks."""

@@ -89,10 +89,13 @@ def test_the_residual_is_spread_as_the_plain_form_spreads_it(spread: str) -> Non
         assert (found[name] - as_published[name]).norm() > 0.05 * expected.norm(), name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_further_solves_take_up_what_is_left_as_in_the_plain_form(family: str) -> None:
+@pytest.mark.parametrize(("family", "share"), [("gpt2", None), ("llama", 0.05)])
+def test_further_solves_take_up_what_is_left_as_in_the_plain_form(
+    family: str, share: float | None
+) -> None:
     published = load_golden(family)
-    hparams = published.hparams.model_copy(update={"solves": 2, "spread": "linear"})
+    update = {"solves": 2, "spread": "linear", "mom2_update_share": share}
+    hparams = published.hparams.model_copy(update=update)
     golden = replace(published, hparams=hparams)
     plain = plain_deltas(
         golden.model,

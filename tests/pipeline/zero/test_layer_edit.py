@@ -25,6 +25,7 @@ def saved(delta: torch.Tensor, folder: Path) -> tuple[Path, LayerReport]:
         requests=1,
         solves=1,
         form="keys",
+        weight=1.0,
         jitter=0.0,
         rounding=0.0,
         largest=1.0,
@@ -48,7 +49,7 @@ def test_each_part_is_added_to_its_place_of_the_saved_edit(by: str, tmp_path: Pa
         blocks = [Block(delta[:2], 0, 0), Block(delta[2:], 2, 0)]
     else:
         blocks = [Block(delta[:, :5], 0, 0), Block(delta[:, 5:], 0, 5)]
-    total = on_top(Solved(iter(blocks), 1, "keys", [0.0]), path, delta.shape, held)
+    total = on_top(Solved(iter(blocks), 1, "keys", 1.0, [0.0]), path, delta.shape, held)
     assert torch.equal(put_together(delta.shape, total.blocks), earlier + delta)
 
 
@@ -57,7 +58,7 @@ def test_experts_that_requests_are_no_longer_routed_to_keep_their_edit(tmp_path:
     earlier[3] = 0
     path, held = saved(earlier, tmp_path)
     delta = torch.randn(6, 8, dtype=torch.float64)
-    solved = Solved(iter([Block(delta, 6, 0)]), 1, "keys", [0.0], partial=True)
+    solved = Solved(iter([Block(delta, 6, 0)]), 1, "keys", 1.0, [0.0], partial=True)
     total = list(on_top(solved, path, earlier.shape, held).blocks)
     # The untouched one takes no part.
     assert [block.top for block in total] == [6, 0, 12]

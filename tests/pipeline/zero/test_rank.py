@@ -190,12 +190,16 @@ def test_the_residual_is_spread_as_the_hyper_parameters_say(
     assert_plain_deltas(golden, outcome, requests, targets_EV, "keys" if many else "requests")
 
 
+@pytest.mark.parametrize("share", [None, 0.1])
 @pytest.mark.parametrize("many", [True, False])
-def test_further_solves_are_those_of_the_plain_form(many: bool, tmp_path: Path) -> None:
+def test_further_solves_are_those_of_the_plain_form(
+    many: bool, share: float | None, tmp_path: Path
+) -> None:
     published = load_golden("gpt2")
     requests = many_requests() if many else published.requests
     targets_EV = targets_of(published, requests)
-    hparams = published.hparams.model_copy(update={"solves": 3})
+    update = {"solves": 3 if share is None else 2, "mom2_update_share": share}
+    hparams = published.hparams.model_copy(update=update)
     # In float64, where rounding does not grow from solve to solve.
     golden = replace(published, hparams=hparams, model=deepcopy(published.model).double())
     outcome = updated(golden, None, requests, targets_EV, tmp_path)
@@ -216,12 +220,15 @@ def check_originals(golden: Golden, reports: list[LayerReport], run: Path) -> No
 
 # One rank on DeepSpeed and two ranks are in `tests.e2e.test_run` and `tests.e2e.test_resume`.
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "solves"), [("gpt2", 1), ("gpt2", 2), ("gptj", 2)])
+@pytest.mark.parametrize(
+    ("family", "solves", "share"), [("gpt2", 1, None), ("gpt2", 2, 0.1), ("gptj", 2, None)]
+)
 def test_ranks_find_the_deltas_of_the_plain_form(
-    family: str, solves: int, group: RankGroup, tmp_path: Path
+    family: str, solves: int, share: float | None, group: RankGroup, tmp_path: Path
 ) -> None:
     published, requests = load_golden(family), many_requests()
-    golden = replace(published, hparams=published.hparams.model_copy(update={"solves": solves}))
+    update = {"solves": solves, "mom2_update_share": share}
+    golden = replace(published, hparams=published.hparams.model_copy(update=update))
     targets_EV = targets_of(golden, requests)
     outcome = updated(golden, group, requests, targets_EV, tmp_path)
     # Rounding in one solve changes the keys of the next.
