@@ -9,7 +9,8 @@ The first row is the setting of the hyper-parameter file. The next ones change t
 ``--others`` is a row of its own. The scores in one number are harmonic means over efficacy,
 generalization and specificity (probability and strict form) and over what the model says
 (efficacy, generalization, locality). Behind each is the 95 % interval of its distance to the first
-row, from 2,000 resamples of the facts. The seconds are those of the targets and of the update.
+row, from 2,000 resamples of the facts. Evaluations are those of the loss, the mean over targets;
+the seconds are those of the targets and of the update.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class _Trial:
         self._targets: dict[PMETHyperParams, tuple[float, Targets]] = {}
 
     def of(self, hparams: PMETHyperParams) -> tuple[dict[str, Any], dict[str, str]]:
-        """The edited model's figures, and the seconds that targets and update take."""
+        """The edited model's figures, and what targets and update cost."""
         what = (self._given.model, self._given.tokenizer, self._given.requests)
         templates = self._given.templates
         # The options of the update change no target.
@@ -130,7 +131,12 @@ class _Trial:
         )
         with applied(edit, self._given.model):
             figures = evaluate(*what, answers=self._answers, base=self._base["rows"])
-        return figures, {"targets, s": f"{seconds:.0f}", "update, s": f"{updating:.1f}"}
+        cost = {
+            "evaluations": f"{targets.steps.double().mean():.1f}",
+            "targets, s": f"{seconds:.0f}",
+            "update, s": f"{updating:.1f}",
+        }
+        return figures, cost
 
 
 def _row(
