@@ -46,9 +46,7 @@ class LowRank:
 
     def to(self, dtype: torch.dtype) -> LowRank:
         """The same factors, rounded."""
-        return LowRank(
-            self.left_VR.to(dtype), self.right_RK.to(dtype), self.full_rank, self.energy
-        )
+        return LowRank(self.left_VR.to(dtype), self.right_RK.to(dtype), self.full_rank, self.energy)
 
     def product(self) -> torch.Tensor:
         """B·A, (V, K), float64."""

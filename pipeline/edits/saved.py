@@ -1,4 +1,4 @@
-"""A saved edit, wherever it is: a run, an export of one, an edit file, or a folder of edit files."""
+"""A saved edit, wherever it is: a run, its export, an edit file, or a folder of edit files."""
 
 from __future__ import annotations
 
@@ -116,15 +116,18 @@ def _edit_of_export(store: Store, stack: ExitStack) -> SavedEdit:
     try:
         export = json.loads(store.read_bytes(EXPORT))
         kind, base = export["format"], str(export["base"]["digest"])
-        files = [] if kind == "adapter" else [(str(f["name"]), f["sha256"]) for f in export["files"]]
+        files = (
+            [] if kind == "adapter" else [(str(f["name"]), f["sha256"]) for f in export["files"]]
+        )
     except (ValueError, KeyError, TypeError):
         raise EditFileError(
-            f"{store.join(EXPORT)} is damaged or was not written by pmet export; export the run again"
+            f"{store.join(EXPORT)} is damaged or was not written by pmet export; export the run "
+            "again"
         ) from None
     if kind == "adapter":
         raise EditFileError(
-            f"{store.url} holds an adapter, whose rounded factors pmet cannot check or undo exactly; "
-            "open it with peft, or export the run with --format delta"
+            f"{store.url} holds an adapter, whose factors are rounded: pmet cannot apply or revert "
+            "them exactly; open it with peft, or export the run with --format delta"
         )
     return replace(_edit(store.url, _checked(store, files, EXPORT, stack)), base=base)
 

@@ -62,9 +62,7 @@ def test_the_distance_is_that_of_the_values_left_out(
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
 def test_a_product_of_twelve_facts_has_rank_twelve(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
-    left, right = (
-        torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in shape
-    )
+    left, right = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in shape)
     found = low_rank(left @ right.T)
     assert (found.rank, found.full_rank) == (12, 12)
     assert max(found.distance(left @ right.T)) < 1e-12
