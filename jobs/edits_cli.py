@@ -133,7 +133,7 @@ def _show_export(exported: Exported) -> None:
         out.print(_ranks(record["weights"]))
         lines = [_holds(record)]
     size = sum(file["bytes"] for file in record["files"])
-    lines.append(f"{size / 1e6:,.1f} MB in {_number(len(record['files']), 'file')}")
+    lines.insert(0, f"{size / 1e6:,.1f} MB in {_number(len(record['files']), 'file')}")
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
     if record["scores"].get("adapter"):

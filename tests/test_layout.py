@@ -106,7 +106,7 @@ TESTED_IN = {
     "pipeline.export.adapter": "pipeline/export/test_exporting.py",
     "pipeline.export.card": "pipeline/export/test_exporting.py",
     "pipeline.export.factors": "pipeline/export/test_exporting.py",
-    "pipeline.export.scores": "pipeline/export/test_exporting.py",
+    "pipeline.export.scores": "e2e/test_export.py",
     "pipeline.events": "pipeline/test_progress.py",
     "pipeline.job.yaml_files": "pipeline/job/test_config.py",
     "pipeline.models.opening": "pipeline/models/test_checkpoint.py",
