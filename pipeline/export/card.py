@@ -82,7 +82,7 @@ def adapter_card(record: Mapping[str, Any]) -> str:
     use = (
         f"{fenced(_ADAPTER.format(base=base), 'python')}\n\n"
         f"Servers read the same folder; the rank is {record['rank']}. The factors are float32: "
-        "rounded to bfloat16,\nas some servers do, they lose about 0.3 % of Δ."
+        "rounded to bfloat16,\nas some servers do, they lose 0.2 % of Δ."
     )
     rows = [
         f"| `{weight['parameter']}` | {weight['rank']} | {weight['full_rank']} | "
@@ -116,7 +116,7 @@ def delta_card(record: Mapping[str, Any]) -> str:
         "Each file holds the change of a weight, `delta.NAME` in float64, and the values that it "
         f"was made for,\n`original.NAME`; NAME is that of the loaded model.\n\n{listed}"
     )
-    metadata = hub_metadata(base, run, library="safetensors", relation="adapter", name="edit-delta")
+    metadata = hub_metadata(base, run, library="safetensors", name="edit-delta")
     scores = f"Of the run's model, which applying the deltas gives again:\n\n{_table(record)}"
     return _card(record, metadata, "as deltas of its weights", use, weights, scores)
 

@@ -66,9 +66,9 @@ def measure_again(run: RunRecord, weights: Sequence[FactoredWeight], progress: P
     """
     try:
         job = load_job(run.store.join("job.yaml"))
+        asked = _Asked.of(run, job)
         model, tokenizer = _opened(run, weights)
         texts = _texts(run, job, tokenizer, model.config, weights[0].shape[1])
-        asked = _Asked.of(run, job)
     except (InputError, StorageError) as error:
         raise RunFolderError(
             f"the scores of the truncated edit cannot be measured: {error}; bring back what is "

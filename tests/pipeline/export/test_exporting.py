@@ -15,12 +15,15 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.edits.rewriting import apply_edit, revert_edit
+from pipeline.edits.saved import SavedEdit, SavedWeight
 from pipeline.errors import FolderBusyError, JobError, ModelError, OutputError, RunFolderError
 from pipeline.export import exporting
 from pipeline.export.exporting import Exported, export_run
+from pipeline.export.factors import targets_of
 from pipeline.storage.store import Store
 from pmet import EditFileError
 from pmet.delta import Edit
@@ -284,8 +287,35 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").touch()
     with pytest.raises(OutputError, match=r"used holds notes\.txt; name a folder that is empty"):
-        adapter(runs["gpt2"], tmp_path / "used")
+        # Before anything of the run is read.
+        adapter(tmp_path / "none", tmp_path / "used")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_no_adapter_changes_are_refused() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.down_proj = nn.Parameter(torch.zeros(4, 2, 3))
+            self.norm = nn.LayerNorm(3)
+            self.norm.weight = nn.Parameter(torch.zeros(2, 3))
+
+    def refused(name: str, *shape: int) -> str:
+        weight = SavedWeight(Path("a"), name, shape, "")
+        with pytest.raises(RunFolderError) as caught:
+            targets_of(Experts(), SavedEdit("runs/a", {name: weight}, ""))
+        return str(caught.value)
+
+    assert refused("experts.down_proj", 4, 2, 3) == (
+        "experts.down_proj in runs/a stacks the weights of experts, for which the releases of peft "
+        "do not agree on one layout of an adapter; export with --format delta, or use the run's "
+        "model"
+    )
+    assert refused("norm.weight", 2, 3) == (
+        "norm.weight in runs/a is not the weight of a linear layer, and a LoRA adapter changes no "
+        "other; export with --format delta, or use the run's model"
+    )
 
 
 def test_an_adapter_is_no_delta_and_damaged_exports_are_refused(
