@@ -1,26 +1,28 @@
-"""How an edit's scores move with the options of the update, on the same facts and targets.
+"""How an edit's scores move with the options of the method, on the same facts.
 
 python -m benchmarks.quality --model MODEL --hparams FILE --templates FILE \\
     --requests facts.parquet --skip 40 --count 60 --corpus corpus.parquet --threads 2 \\
-    --spreads sqrt,linear --weights 600,6000
+    --spreads sqrt,linear --weights 600,6000 --solves 1,2 --others tuned.json
 
-The first row is the setting of the hyper-parameter file. Each other row changes the spread and λ
-(``mom2_update_weight``) alone, so targets and second moments are computed once. The scores in one
-number are harmonic means over efficacy, generalization and specificity (probability and strict
-form) and over what the model says (efficacy, generalization, locality). Behind each is the 95 %
-interval of its distance to the first row, from 2,000 resamples of the facts.
+The first row is the setting of the hyper-parameter file. The next ones change the spread, λ
+(``mom2_update_weight``) and the number of solves alone, so they share its targets. Each file of
+``--others`` is a row of its own. The scores in one number are harmonic means over efficacy,
+generalization and specificity (probability and strict form) and over what the model says
+(efficacy, generalization, locality). Behind each is the 95 % interval of its distance to the first
+row, from 2,000 resamples of the facts. Evaluations are those of the loss, the mean over targets;
+the seconds are those of the targets and of the update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Problem, applied, console, show, study, study_arguments
+from benchmarks.harness import Problem, applied, console, show, study, study_arguments, timed
 from pipeline.second_moments import read_enough
 from pmet import PMETHyperParams, Targets, compute_edit, compute_targets
 from pmet.evaluation import evaluate, harmonic_mean, weights
@@ -40,30 +42,42 @@ def main() -> None:
     options = _options()
     with study(options) as (given, source):
         moments = _moments(given, source)
-    what = (given.model, given.tokenizer, given.requests)
-    base = evaluate(*what, answers="all")
-    targets = compute_targets(*what, given.hparams, context_templates=given.templates)
+    answers: Literal["all"] | tuple[int, ...] = () if options.silent else "all"
+    base = evaluate(given.model, given.tokenizer, given.requests, answers=answers)
     first = given.hparams
-    settings = [first]
-    for spread, weight in product(
-        options.spreads.split(","), map(float, options.weights.split(","))
-    ):
-        changed = first.model_copy(update={"spread": spread, "mom2_update_weight": weight})
-        settings += [changed] if changed not in settings else []
+    settings = [first, *_varied(first, options)]
+    settings += [PMETHyperParams.from_file(path) for path in options.others]
+    trial = _Trial(given, moments, base, answers)
     rows, published = [], None
     for hparams in settings:
-        found = _edited(given, hparams, moments, targets, base)
+        found, seconds = trial.of(hparams)
         published = published or found
-        rows.append(_row(hparams, found, published))
+        rows.append(_row(hparams, found, published) | seconds)
         console.print(rows[-1])
-    show(f"{len(given.requests)} facts, the same targets", rows, options)
+    show(f"{len(given.requests)} facts", rows, options)
+
+
+def _varied(first: PMETHyperParams, options: Any) -> Iterator[PMETHyperParams]:
+    """The hyper-parameters with other options of the update."""
+    values = product(options.spreads, map(float, options.weights), map(int, options.solves))
+    for spread, weight, solves in values:
+        update = {"spread": spread, "mom2_update_weight": weight, "solves": solves}
+        if (changed := first.model_copy(update=update)) != first:
+            yield changed
 
 
 def _options() -> Any:
     parser = study_arguments(__doc__ or "", count=60)
-    parser.add_argument("--spreads", default="sqrt,linear,none", help="spreads to try")
-    parser.add_argument("--weights", default="10,100,1000", help="values of λ to try")
+    parser.add_argument("--spreads", type=_listed, default="sqrt,linear,none")
+    parser.add_argument("--weights", type=_listed, default="10,100,1000", help="values of λ")
+    parser.add_argument("--solves", type=_listed, default="1", help="numbers of solves")
+    parser.add_argument("--others", type=_listed, default="", help="hyper-parameter files")
+    parser.add_argument("--silent", action="store_true", help="leave out what the model says")
     return parser.parse_args()
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def _moments(given: Problem, source: str) -> dict[int, torch.Tensor]:
@@ -73,34 +87,71 @@ def _moments(given: Problem, source: str) -> dict[int, torch.Tensor]:
     return measure_tokens(given.model, corpus.sequences, given.hparams).means()
 
 
-def _edited(
-    given: Problem,
-    hparams: PMETHyperParams,
-    moments: Mapping[int, torch.Tensor],
-    targets: Targets,
-    base: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The edited model's figures."""
-    edit = compute_edit(
-        given.model,
-        given.tokenizer,
-        given.requests,
-        hparams,
-        context_templates=given.templates,
-        second_moments=moments,
-        targets=targets,
-    )
-    with applied(edit, given.model):
-        return evaluate(
-            given.model, given.tokenizer, given.requests, answers="all", base=base["rows"]
+class _Trial:
+    """Edits of the same facts with different hyper-parameters.
+
+    Args:
+        given: the model and the facts.
+        moments: the second moments of all layers that are edited.
+        base: the base model's figures.
+        answers: as for `evaluate`.
+    """
+
+    def __init__(
+        self,
+        given: Problem,
+        moments: Mapping[int, torch.Tensor],
+        base: Mapping[str, Any],
+        answers: Literal["all"] | tuple[int, ...],
+    ) -> None:
+        self._given, self._moments, self._base, self._answers = given, moments, base, answers
+        self._targets: dict[PMETHyperParams, tuple[float, Targets]] = {}
+
+    def of(self, hparams: PMETHyperParams) -> tuple[dict[str, Any], dict[str, str]]:
+        """The edited model's figures, and what targets and update cost."""
+        what = (self._given.model, self._given.tokenizer, self._given.requests)
+        templates = self._given.templates
+        # The options of the update change no target.
+        alike = hparams.model_copy(
+            update={"spread": "sqrt", "mom2_update_weight": 1.0, "solves": 1}
         )
+        if alike not in self._targets:
+            self._targets[alike] = timed(
+                lambda: compute_targets(*what, hparams, context_templates=templates)
+            )
+        seconds, targets = self._targets[alike]
+        updating, edit = timed(
+            lambda: compute_edit(
+                *what,
+                hparams,
+                context_templates=templates,
+                second_moments=self._moments,
+                targets=targets,
+            )
+        )
+        with applied(edit, self._given.model):
+            figures = evaluate(*what, answers=self._answers, base=self._base["rows"])
+        cost = {
+            "evaluations": f"{targets.steps.double().mean():.1f}",
+            "targets, s": f"{seconds:.0f}",
+            "update, s": f"{updating:.1f}",
+        }
+        return figures, cost
 
 
 def _row(
     hparams: PMETHyperParams, found: Mapping[str, Any], first: Mapping[str, Any]
 ) -> dict[str, Any]:
-    row = {"spread": hparams.spread, "λ": f"{hparams.mom2_update_weight:g}"}
+    row = {
+        "clamp": f"{hparams.clamp_norm_factor:g}",
+        "rate": f"{hparams.v_lr:g}",
+        "spread": hparams.spread,
+        "λ": f"{hparams.mom2_update_weight:g}",
+        "solves": str(hparams.solves),
+    }
     for name, figures in SCORES.items():
+        if found[figures[0]] is None:
+            continue
         own, others = (_Scored(f["rows"], figures) for f in (found, first))
         row[name] = " / ".join(f"{100 * found[figure]:.1f}" for figure in figures)
         row[f"{name}, mean"] = f"{own.of():.1f}"

@@ -291,6 +291,36 @@ def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterat
         raise _unreadable(path, error) from None
 
 
+def delta_block(
+    path: str | Path, name: str, shape: tuple[int, int], top: int = 0, left: int = 0
+) -> torch.Tensor:
+    """Read a block of a saved Δ; the rows of stacked matrices count on from one to the next.
+
+    Args:
+        path: the file.
+        name: name of the parameter.
+        shape: rows and columns of the block, which lies within one matrix.
+        top: its first row.
+        left: its first column.
+
+    Raises:
+        EditFileError: the file is damaged, or does not hold the parameter's edit.
+    """
+    columns = slice(left, left + shape[1])
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            delta = stored.get_slice(f"delta.{name}")
+            dimensions = delta.get_shape()
+            matrix, first = divmod(top, dimensions[-2])
+            rows = slice(first, first + shape[0])
+            block: torch.Tensor = (
+                delta[matrix, rows, columns] if len(dimensions) == 3 else delta[rows, columns]
+            )
+            return block
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 

@@ -33,6 +33,7 @@ from pmet.update import (
     solve,
     solve_experts,
     spread_share,
+    update_weight,
 )
 
 _SELF_WRITTEN_TEXTS = 256
@@ -110,18 +111,18 @@ def compute_edit(
             tokenizing = LookupTokenizer(tokenizer, templates)
             batches = list(tokenizing.batches(requests))
             device = home(model)
-            reader = reader_kind(model, layout)(
-                model, layout, hparams.layers, tokenizing.shared, batches, device
-            )
-            for index, layer in enumerate(hparams.layers):
-                with reader.reading(index):
-                    collected = _collected(reader, batches, targets_EV.to(device), layout)
-                share = spread_share(index, len(hparams.layers), hparams.spread)
-                weight = hparams.mom2_update_weight
-                delta_VK = _solved(collected, moments[layer], weight, share, layout)
-                name = layout.weight_name(layer)
-                deltas[name] = layout.orient(delta_VK)
-                layout.weight(model, layer).copy_(checked(name, originals[name], deltas[name]))
+            kind = reader_kind(model, layout)
+            for solve_number in range(hparams.solves):
+                reader = kind(model, layout, hparams.layers, tokenizing.shared, batches, device)
+                for index, layer in enumerate(hparams.layers):
+                    with reader.reading(index):
+                        collected = _collected(reader, batches, targets_EV.to(device), layout)
+                    share = spread_share(index, len(hparams.layers), hparams.spread)
+                    weight = update_weight(hparams, collected.power, moments[layer])
+                    delta_VK = _solved(collected, moments[layer], weight, share, layout)
+                    name, delta = layout.weight_name(layer), layout.orient(delta_VK)
+                    deltas[name] = deltas[name] + delta if solve_number else delta
+                    layout.weight(model, layer).copy_(checked(name, originals[name], deltas[name]))
     finally:
         with torch.no_grad():
             for layer in hparams.layers:

@@ -80,6 +80,7 @@ _NUMBERS = (
 )
 # Targets are optimised in float32, which holds 1e-38 to 3e38.
 _SMALLEST, _LARGEST = 1e-30, 1e30
+_MOST_SOLVES = 20
 _SHOWN = 60
 
 
@@ -137,6 +138,10 @@ Positive = Annotated[
     Field(ge=_SMALLEST, le=_LARGEST),
     _allowed(f"a number above 0, from {_SMALLEST:g} to {_LARGEST:g}"),
 ]
+ShareOrNull = Annotated[
+    Annotated[float, Strict(), Field(ge=_SMALLEST, le=_LARGEST)] | None,
+    _allowed(f"a number above 0, from {_SMALLEST:g} to {_LARGEST:g}, or null"),
+]
 FromZero = Annotated[
     float, Strict(), Field(ge=0, le=_LARGEST), _allowed(f"a number from 0 to {_LARGEST:g}")
 ]
@@ -150,6 +155,9 @@ Adjustment = Annotated[
     AfterValidator(_adjusted),
 ]
 Spread = Literal["sqrt", "linear", "none"]
+Solves = Annotated[
+    _Integer, Field(ge=1, le=_MOST_SOLVES), _allowed(f"a whole number from 1 to {_MOST_SOLVES}")
+]
 SpreadName = Annotated[Spread, _allowed("sqrt, linear or none")]
 ModuleTemplate = Annotated[_Template | None, _allowed(_TEMPLATE)]
 ModuleName = Annotated[str | None, _allowed("a module's name, or null")]
@@ -188,9 +196,14 @@ class PMETHyperParams(BaseModel):
 
     mom2_update_weight: Positive = 15000.0
     """λ: weight of the second moment in the update."""
+    mom2_update_share: ShareOrNull = None
+    """λ as a share of the scale of the keys (`pmet.update.weight`), instead of a number."""
     spread: SpreadName = "sqrt"
     """How the residual is shared out over the layers: with n of them left, a layer takes 1/√n of
     what remains (``sqrt``, as published), 1/n (``linear``, as in MEMIT) or all (``none``)."""
+    solves: Solves = 1
+    """How often the layers are solved for, lowest first, one time after the other. The published
+    method does it once; each further time takes up what the times before have left."""
     mom2_adjustment: Adjustment = True
     """Whether the update weighs second moments; PMET always does."""
     mom2_dataset: Text = "wikipedia"
@@ -225,6 +238,15 @@ class PMETHyperParams(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_weight(self) -> PMETHyperParams:
+        given = {"mom2_update_weight", "mom2_update_share"} <= self.model_fields_set
+        if given and self.mom2_update_share is not None:
+            raise ValueError(
+                "mom2_update_weight and mom2_update_share both say what λ is: give one of them"
+            )
+        return self
+
     @property
     def ignored(self) -> tuple[str, ...]:
         """Keys in the file that belong to other methods and tools, and have no effect here."""
@@ -233,7 +255,10 @@ class PMETHyperParams(BaseModel):
     @property
     def defaulted(self) -> dict[str, float]:
         """The numbers of the method that the file omits, with the values used for them."""
-        return {key: getattr(self, key) for key in _NUMBERS if key not in self.model_fields_set}
+        given = set(self.model_fields_set)
+        if self.mom2_update_share is not None:
+            given.add("mom2_update_weight")
+        return {key: getattr(self, key) for key in _NUMBERS if key not in given}
 
     @property
     def target_layer(self) -> int:

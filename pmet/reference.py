@@ -302,7 +302,7 @@ def plain_deltas(
         model: a causal language model of transformers; left unchanged.
         tokenizer: its fast tokenizer.
         requests: E requests, at least one.
-        hparams: names of the modules, spread, and the weight of the second moments.
+        hparams: names of the modules, spread, solves, and the weight of the second moments.
         context_templates: as for :func:`plain_targets`.
         second_moments: per edited layer, C as a (K, K) tensor; (X, K, K) with X experts.
         targets: v* as an (E, D) tensor.
@@ -316,7 +316,11 @@ def plain_deltas(
     weights = [module.get_parameter(name) for module, name in zip(modules, names, strict=True)]
     deltas: dict[str, Tensor] = {}
     with _unchanged(model, weights), torch.no_grad():
-        for i, (layer, module, name) in enumerate(zip(layers, modules, names, strict=True)):
+        originals = [weight.detach().to("cpu", torch.float64, copy=True) for weight in weights]
+        # All layers in turn, then all layers again, as often as they are to be solved for.
+        for i, layer, module, name in hparams.solves * list(
+            zip(range(len(layers)), layers, modules, names, strict=True)
+        ):
             of_experts = name != "weight"
             read = [
                 _expert_keys_and_value(
@@ -335,13 +339,26 @@ def plain_deltas(
             residuals_EV = (targets.double().cpu() - values_EV) / divisor
             moment = second_moments[layer].double().cpu()
             solved = _plain_expert_delta if of_experts else _plain_delta
-            delta = solved(keys, residuals_EV, hparams.mom2_update_weight * moment)
-            weight = weights[i]
-            if _is_transposed(module, weight, values_EV.shape[1]):
+            weight = hparams.mom2_update_weight
+            if hparams.mom2_update_share is not None:
+                weight = hparams.mom2_update_share * _plain_scale(keys, moment)
+            delta = solved(keys, residuals_EV, weight * moment)
+            if _is_transposed(module, weights[i], values_EV.shape[1]):
                 delta = delta.mT
-            weight.copy_(weight.double() + delta.to(weight.device))
-            deltas[f"{str(template).format(layer)}.{name}"] = delta.contiguous()
+            parameter = f"{str(template).format(layer)}.{name}"
+            deltas[parameter] = (delta + deltas.get(parameter, 0.0)).contiguous()
+            weights[i].copy_((originals[i] + deltas[parameter]).to(weights[i].device))
     return deltas
+
+
+def _plain_scale(keys: Tensor, moment: Tensor) -> float:
+    """The mean squared norm of a request's key, by the mean eigenvalue of C.
+
+    With experts (``keys_EXK``, ``moment_XKK``), of the keys and the C of all experts side by side.
+    """
+    norms_E = keys.flatten(1).square().sum(1)
+    eigenvalues = torch.linalg.eigvalsh(moment)
+    return (norms_E.mean() / eigenvalues.mean()).item()
 
 
 def _plain_delta(keys_EK: Tensor, residuals_EV: Tensor, weighted_KK: Tensor) -> Tensor:

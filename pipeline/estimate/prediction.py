@@ -260,7 +260,8 @@ def _stages(
     shards = [len(shard) for shard in plan.target_shards]
     stages[StageName.TARGETS] = _in_turn(shards, workers) * rates.target * crowd
     stages[StageName.MEASURE_BEFORE] = measure
-    keys = count * len(plan.hparams.layers) * rates.key / ranks * rank_crowd
+    passes = plan.hparams.solves * len(plan.hparams.layers)
+    keys = count * passes * rates.key / ranks * rank_crowd
     ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
     if plan.job.in_this_process:
         ready = rates.ready
@@ -283,7 +284,7 @@ def _in_turn(sizes: Sequence[int], workers: int) -> int:
 
 def _operations(plan: Plan, ranks: int) -> float:
     """Multiplications and additions of all solves, on one rank."""
-    count, layers = len(plan.table.requests), len(plan.hparams.layers)
+    count, layers = len(plan.table.requests), plan.hparams.solves * len(plan.hparams.layers)
     keys, values = plan.layout.key_width, plan.layout.value_width
     if stacked := plan.layout.family.stacked:
         # Ranks share the experts; each needs the factor of its K×K matrix.

@@ -36,8 +36,10 @@ _KEY, _FILE = "key", "__filename"
 # Used only by the update; no target depends on them.
 _UPDATE_ONLY = {
     "layers",
+    "solves",
     "spread",
     "mom2_update_weight",
+    "mom2_update_share",
     "mom2_adjustment",
     "mom2_dataset",
     "mom2_n_samples",

@@ -27,7 +27,7 @@ def check_ranks(run: Context) -> None:
     Raises:
         NoRoomError: the cluster did not grow large enough in time; nothing has been computed.
     """
-    if not all(run.folder.recorded(f"layer-{layer}") for layer in run.plan.hparams.layers):
+    if sum(report.solves for report in _finished(run)) < _steps(run.plan):
         run.executor.check_ranks()
 
 
@@ -41,25 +41,46 @@ def update_layers(
     """
     if not found.edited(run.plan.table.rows):
         return []
-    layers = run.plan.hparams.layers
-    done: list[LayerReport] = []
-    while len(done) < len(layers):
-        record = run.folder.recorded(f"layer-{layers[len(done)]}")
-        names = [field.name for field in dataclasses.fields(LayerReport)]
-        # Layers recorded before finiteness was checked are computed again.
-        if record is None or not record.keys() >= set(names):
-            break
-        done.append(LayerReport(**{name: record[name] for name in names}))
-    if len(done) < len(layers):
-        later = [f"layer-{layer}" for layer in layers[len(done) :]]
-        run.folder.forget(*later, PUBLISHED, "measured-after", "known-after")
-        with run.stage(StageName.UPDATE, len(layers)) as (bar, detail):
-            bar.skip(len(done))
-            detail |= {"ranks": run.executor.ranks, "reused": len(done)}
+    layers, done = run.plan.hparams.layers, _finished(run)
+    steps, wanted = sum(report.solves for report in done), _steps(run.plan)
+    if steps < wanted:
+        run.folder.forget(*(f"layer-{layer}" for layer in layers[len(done) :]))
+        run.folder.forget(PUBLISHED, "measured-after", "known-after")
+        with run.stage(StageName.UPDATE, wanted) as (bar, detail):
+            bar.skip(steps)
+            detail |= {"ranks": run.executor.ranks, "reused": steps}
             _edit_layers_with_retries(run, templates, found, done, bar)
     run.folder.status["layers"] = [dataclasses.asdict(report) for report in done]
     run.folder.write()
     return done
+
+
+def _steps(plan: Plan) -> int:
+    return plan.hparams.solves * len(plan.hparams.layers)
+
+
+def _finished(run: Context) -> list[LayerReport]:
+    """What is recorded of the first layers; the layers after them begin anew.
+
+    Nothing, if the records cannot be of layers that were solved for in turn: some are lost.
+    """
+    done: list[LayerReport] = []
+    names = {field.name for field in dataclasses.fields(LayerReport)}
+    for layer in run.plan.hparams.layers:
+        record = run.folder.recorded(f"layer-{layer}")
+        # Records of earlier versions lack fields; their layers are computed again.
+        if record is None or not record.keys() >= names:
+            break
+        done.append(LayerReport(**{name: record[name] for name in names}))
+    solves = [report.solves for report in done]
+    expected = _in_turn(sum(solves), len(run.plan.hparams.layers))
+    return done if solves == expected[: len(done)] else []
+
+
+def _in_turn(steps: int, layers: int) -> list[int]:
+    """How often each layer has been solved for after so many steps."""
+    turns, index = divmod(steps, layers)
+    return [turns + (number < index) for number in range(layers)]
 
 
 def expect_update(run: Context, templates: list[list[str]]) -> None:
@@ -115,11 +136,14 @@ def _edit_layers(
             group.call_each("take_shards", [(shards[rank::ranks],) for rank in range(ranks)])
         for index, report in enumerate(done):
             group.call_all("redo_layer", index, report.file)
-        for index, layer in enumerate(plan.hparams.layers[len(done) :], start=len(done)):
-            bar.note(f"layer {layer}")
-            report = group.call_all("edit_layer", index)[0]
-            run.folder.record(f"layer-{layer}", dataclasses.asdict(report))
-            done.append(report)
+        layers, solves = plan.hparams.layers, plan.hparams.solves
+        for step in range(sum(report.solves for report in done), _steps(plan)):
+            turn, index = divmod(step, len(layers))
+            bar.note(f"layer {layers[index]}" + (f", solve {turn + 1} of {solves}" if turn else ""))
+            held = done[index] if turn else None
+            report = group.call_all("edit_layer", index, held)[0]
+            run.folder.record(f"layer-{layers[index]}", dataclasses.asdict(report))
+            done[index : index + 1] = [report]
             bar.advance()
 
 

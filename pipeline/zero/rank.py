@@ -44,6 +44,7 @@ from pipeline.zero.collectives import (
     share_of_rows,
 )
 from pipeline.zero.experts import solved_experts
+from pipeline.zero.layer_edit import Block, LayerReport, Solved, on_top
 from pipeline.zero.loading import Offload, load_partitioned
 from pmet.delta import EditWriter, check_fits, delta_rows
 from pmet.errors import NotFiniteError
@@ -53,10 +54,11 @@ from pmet.request import EditRequest
 from pmet.update import (
     ExpertSums,
     Factor,
-    Form,
+    KeyPower,
     KeyResidualRows,
     KeyResidualSums,
     LookupFile,
+    LookupReader,
     LookupTokenizer,
     cheaper_form,
     factor,
@@ -66,6 +68,7 @@ from pmet.update import (
     solve_rows,
     solve_rows_by_requests,
     spread_share,
+    update_weight,
     whitened,
 )
 
@@ -133,63 +136,6 @@ def _opened(folder: str, job: UpdateJob, *, partitioned: bool) -> tuple[nn.Modul
     return model, None
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """The effect of the update on one weight.
-
-    Attributes:
-        parameter: its name.
-        file: saved edit of this layer, in the run folder.
-        sha256: of that file.
-        delta_norm: Frobenius norm of Δ.
-        weight_norm: Frobenius norm of the original weight.
-        requests: number of requests that the edit holds.
-        form: the form of the solve: ``keys`` or ``requests`` (see `pmet.update.solver`).
-        jitter: added to the factored matrix, relative to its mean diagonal element; usually 0.
-        rounding: ‖what the checkpoint's dtype rounds off‖ / ‖Δ‖.
-        largest: the largest |W + Δ|.
-        dtype: dtype of the weight in the checkpoint.
-    """
-
-    parameter: str
-    file: str
-    sha256: str
-    delta_norm: float
-    weight_norm: float
-    requests: int
-    form: Form
-    jitter: float
-    rounding: float
-    largest: float
-    dtype: str
-
-
-class _Block(NamedTuple):
-    """A part of Δ, the same on every rank, and where in the weight it starts."""
-
-    block: torch.Tensor
-    top: int
-    left: int
-
-
-class _Solved(NamedTuple):
-    """The parts of Δ in turn, and how they were found.
-
-    Attributes:
-        blocks: the parts; all ranks must take them together.
-        requests: number of requests that Δ holds.
-        form: the form of the solve.
-        jitters: one per solve, once its part has been taken.
-        partial: whether some of the weight is in no part: experts without requests.
-    """
-
-    blocks: Iterator[_Block]
-    requests: int
-    form: Form
-    jitters: list[float]
-    partial: bool = False
-
-
 class _TakenShard(NamedTuple):
     """A rank's record of a shard besides its tokens: where its targets are."""
 
@@ -220,16 +166,9 @@ class UpdateRank:
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []
-        kind = reader_kind(self._model, self._layout, whole_passes=True)
-        self._reader = kind(
-            self._model,
-            self._layout,
-            job.hparams.layers,
-            self._tokenizing.shared,
-            self._batches,
-            self._device,
-            whole_passes=True,
-        )
+        self._reader = self._new_reader()
+        # This rank's slices of the edited weights as they were, for solves after the first.
+        self._originals: dict[int, torch.Tensor] = {}
 
     def take_shards(self, shards: Sequence[UpdateShard]) -> int:
         """Take in the requests of this rank's shards; return the number of requests.
@@ -247,8 +186,26 @@ class UpdateRank:
         ]
         return len(requests)
 
-    def edit_layer(self, index: int) -> LayerReport | None:
+    def _new_reader(self) -> LookupReader:
+        kind = reader_kind(self._model, self._layout, whole_passes=True)
+        return kind(
+            self._model,
+            self._layout,
+            self._job.hparams.layers,
+            self._tokenizing.shared,
+            self._batches,
+            self._device,
+            whole_passes=True,
+        )
+
+    def edit_layer(self, index: int, held: LayerReport | None = None) -> LayerReport | None:
         """Update the ``index``-th edited layer; rank 0 saves it and reports.
+
+        Args:
+            index: counts the edited layers. They must be edited in order, the first one after the
+                last one.
+            held: what earlier solves have made of the layer, which its weight holds; the saved
+                edit is the sum.
 
         Raises:
             NumericalError: the solve failed, or the checkpoint's dtype cannot hold the edited
@@ -256,6 +213,9 @@ class UpdateRank:
         """
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
+        if index == 0:
+            # The next solve changes what the passes before have stored.
+            self._reader = self._new_reader()
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
         if layout.experts:
             solved = self._solved_experts(index, second_moment_KK)
@@ -265,7 +225,12 @@ class UpdateRank:
         name, parameter = layout.weight_name(layer), layout.weight(self._model, layer)
         # No other attempt uses the name: only the file named in the layer's record counts.
         file = f"delta/{name}-{uuid4().hex}.safetensors"
+        self._keep_original(layer)
         with ExitStack() as stack:
+            if held:
+                path = stack.enter_context(self._job.run.local_copy(held.file))
+                solved = on_top(solved, path, slices.full_shape(parameter), held)
+                slices.put_own_values(self._engine, parameter, self._originals[layer])
             writer = stack.enter_context(self._writer(file, name, parameter))
             for values in rows_in_turn(slices.own_values(self._engine, parameter)):
                 if writer:
@@ -285,8 +250,10 @@ class UpdateRank:
             delta_norm=norm,
             weight_norm=before,
             requests=solved.requests,
+            solves=1 + (held.solves if held else 0),
             form=solved.form,
-            jitter=max(solved.jitters, default=0.0),
+            weight=solved.weight,
+            jitter=max([held.jitter if held else 0.0, *solved.jitters]),
             rounding=math.sqrt(squares.lost) / norm if norm else 0.0,
             largest=squares.largest,
             dtype=str(self._stored(layer)).removeprefix("torch."),
@@ -295,6 +262,7 @@ class UpdateRank:
     def redo_layer(self, index: int, file: str) -> None:
         """Apply a layer that an earlier group finished and saved."""
         layer = self._job.hparams.layers[index]
+        self._keep_original(layer)
         name, parameter = self._layout.weight_name(layer), self._layout.weight(self._model, layer)
         width = slices.full_shape(parameter)[-1]
         start, stop = slices.owned_slice(parameter)
@@ -305,6 +273,13 @@ class UpdateRank:
                 slices.add_block(self._engine, parameter, delta, top)
                 top += len(delta)
 
+    def _keep_original(self, layer: int) -> None:
+        """Keep this rank's slice of an unedited weight if a later solve will start from it."""
+        if self._job.hparams.solves > 1 and layer not in self._originals:
+            parameter = self._layout.weight(self._model, layer)
+            values = slices.own_values(self._engine, parameter)
+            self._originals[layer] = values.detach().to("cpu", copy=True)
+
     def _stored(self, layer: int) -> torch.dtype:
         """The dtype that the layer's weight is published in."""
         return self._job.stored[layer]
@@ -312,7 +287,7 @@ class UpdateRank:
     def _change(
         self,
         parameter: nn.Parameter,
-        solved: _Solved,
+        solved: Solved,
         writer: EditWriter | None,
         stored: torch.dtype,
     ) -> slices.Squares:
@@ -334,12 +309,12 @@ class UpdateRank:
         delta, before, lost = map(added, sums)
         return slices.Squares(delta, before, lost, largest(most))
 
-    def _row_blocks(self, own_RK: torch.Tensor) -> Iterator[_Block]:
+    def _row_blocks(self, own_RK: torch.Tensor) -> Iterator[Block]:
         """Δ of which each rank has some rows, in the weight's orientation."""
         first = 0
         for delta_RK in rows_in_turn(own_RK):
             top, left = (0, first) if self._layout.transposed else (first, 0)
-            yield _Block(self._layout.orient(delta_RK), top, left)
+            yield Block(self._layout.orient(delta_RK), top, left)
             first += len(delta_RK)
 
     @contextmanager
@@ -353,7 +328,7 @@ class UpdateRank:
             with EditWriter(path, name, shape, parameter.dtype) as writer:
                 yield writer
 
-    def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> _Solved:
+    def _solved(self, index: int, layer: int, second_moment_KK: torch.Tensor) -> Solved:
         """Δ, in the form that needs fewer operations."""
         layout = self._layout
         widths = (layout.key_width, layout.value_width)
@@ -369,60 +344,68 @@ class UpdateRank:
         moment = kept.read() if factored else moment_factor(second_moment_KK.to(self._device))
         if self._rank == 0 and not factored:
             kept.keep(moment)
-        return self._solved_by_requests(index, moment, count)
+        return self._solved_by_requests(index, moment, second_moment_KK, count)
 
-    def _solved_by_keys(self, index: int, second_moment_KK: torch.Tensor, count: int) -> _Solved:
+    def _solved_by_keys(self, index: int, second_moment_KK: torch.Tensor, count: int) -> Solved:
         layout, hparams = self._layout, self._job.hparams
         sums = KeyResidualSums.zeros(layout.key_width, layout.value_width, self._device)
         self._collect(index, sums)
+        weight = self._weight(sums.power, second_moment_KK)
         gram_KK, cross_RK = sums.gram_KK, reduced_to_rows(sums.cross_VK)
         del sums
         add_up(gram_KK)
-        found = factor(normal_matrix(gram_KK, second_moment_KK, hparams.mom2_update_weight))
+        found = factor(normal_matrix(gram_KK, second_moment_KK, weight))
         del gram_KK
         cross_RK *= spread_share(index, len(hparams.layers), hparams.spread)
         blocks = self._row_blocks(solve_rows(found.lower, cross_RK))
-        return _Solved(blocks, count, "keys", [found.jitter])
+        return Solved(blocks, count, "keys", weight, [found.jitter])
 
-    def _solved_by_requests(self, index: int, moment: Factor, count: int) -> _Solved:
+    def _weight(self, power: KeyPower, moment: torch.Tensor) -> float:
+        """λ of a layer, from this rank's keys and the others'."""
+        everywhere = KeyPower(added(power.total), int(added(power.keys)))
+        return update_weight(self._job.hparams, everywhere, moment)
+
+    def _solved_by_requests(
+        self, index: int, moment: Factor, second_moment_KK: torch.Tensor, count: int
+    ) -> Solved:
         layout, hparams = self._layout, self._job.hparams
         rows = KeyResidualRows.room(
             sum(self._batches.counts), layout.key_width, layout.value_width, self._device
         )
         self._collect(index, rows)
+        weight = self._weight(rows.power, second_moment_KK)
         lower_KK = moment.lower.to(self._device)
         # Each rank whitens its own keys; the E×E matrix needs all of them.
         whitened_EK = all_rows(whitened(rows.keys_EK, lower_KK))
         own = share_of_rows(layout.value_width, self._rank, self._ranks)
         share = spread_share(index, len(hparams.layers), hparams.spread)
         residuals_ER = share * all_rows(rows.residuals_EV)[:, own]
-        delta_RK, jitter = solve_rows_by_requests(
-            whitened_EK, residuals_ER, lower_KK, hparams.mom2_update_weight
-        )
+        delta_RK, jitter = solve_rows_by_requests(whitened_EK, residuals_ER, lower_KK, weight)
         jitters = [jitter, moment.jitter]
-        return _Solved(self._row_blocks(delta_RK), count, "requests", jitters)
+        return Solved(self._row_blocks(delta_RK), count, "requests", weight, jitters)
 
-    def _solved_experts(self, index: int, second_moments_XKK: torch.Tensor) -> _Solved:
+    def _solved_experts(self, index: int, second_moments_XKK: torch.Tensor) -> Solved:
         """Δ of each expert that a request is routed to."""
         layout, hparams = self._layout, self._job.hparams
         sums = ExpertSums((layout.key_width, layout.value_width), self._device)
         self._collect(index, sums)
+        weight = self._weight(sums.power, second_moments_XKK)
         jitters: list[float] = []
 
-        def blocks() -> Iterator[_Block]:
+        def blocks() -> Iterator[Block]:
             for solved in solved_experts(
                 sums,
                 second_moments_XKK,
-                hparams.mom2_update_weight,
+                weight,
                 spread_share(index, len(hparams.layers), hparams.spread),
                 rank=self._rank,
                 ranks=self._ranks,
             ):
                 block = layout.orient(solved.delta_VK)
-                yield _Block(block, solved.expert * len(block), 0)
+                yield Block(block, solved.expert * len(block), 0)
                 jitters.append(solved.jitter)
 
-        return _Solved(blocks(), int(added(sums.count)), "keys", jitters, partial=True)
+        return Solved(blocks(), int(added(sums.count)), "keys", weight, jitters, partial=True)
 
     def _collect(self, index: int, into: KeyResidualSums | KeyResidualRows | ExpertSums) -> None:
         """Read keys and residuals of this rank's requests, together with the other ranks."""

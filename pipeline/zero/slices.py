@@ -211,16 +211,27 @@ def own_values(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
     return _writable_slice(engine, parameter)[: stop - start]
 
 
+def put_own_values(engine: Any, parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Write the elements in `owned_slice`, as `own_values` gave them.
+
+    Raises:
+        WorkerError: the weight is gathered.
+    """
+    with torch.no_grad():
+        _writable_slice(engine, parameter)[: len(values)].copy_(values)
+
+
 def _add(
     weight: torch.Tensor, change: torch.Tensor, stored: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add to a part of a weight; return the sums of `Squares`, and the largest |W + Δ|."""
     before = weight.double()
     after = before + change
+    # In float64 nothing here is a copy, so nothing changes in place before all is known.
+    lost = (after.to(stored).double() - before).sub_(change)
+    sums = torch.stack([tensor.square().sum() for tensor in (change, before, lost)])
     with torch.no_grad():
         weight.copy_(after)
-    lost = after.to(stored).double().sub_(before).sub_(change)
-    sums = torch.stack([tensor.square().sum() for tensor in (change, before, lost)])
     return sums, after.abs_().max()
 
 

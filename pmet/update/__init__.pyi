@@ -31,3 +31,5 @@ from .spread import spread_share as spread_share
 from .sums import ExpertSums as ExpertSums
 from .sums import KeyResidualRows as KeyResidualRows
 from .sums import KeyResidualSums as KeyResidualSums
+from .weight import KeyPower as KeyPower
+from .weight import update_weight as update_weight

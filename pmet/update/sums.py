@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pmet.model import RoutedKeys
+from pmet.update.weight import KeyPower
 
 
 @dataclass
@@ -39,6 +40,11 @@ class KeyResidualSums:
         self.gram_KK.addmm_(keys.T, keys)
         self.cross_VK.addmm_(residuals.T, keys)
         self.count += len(keys)
+
+    @property
+    def power(self) -> KeyPower:
+        """The size of the keys."""
+        return KeyPower(self.gram_KK.trace().item(), self.count)
 
 
 @dataclass
@@ -66,6 +72,11 @@ class KeyResidualRows:
         self.residuals_EV[place] = residuals_EV
         self.count += len(keys_EK)
 
+    @property
+    def power(self) -> KeyPower:
+        """The size of the keys."""
+        return KeyPower(self.keys_EK.square().sum().item(), self.count)
+
 
 @dataclass
 class ExpertSums:
@@ -85,16 +96,19 @@ class ExpertSums:
         device: where the sums are.
         by_expert: the sums by expert.
         count: E.
+        squares: sum of the squared norms of the requests' keys, Σ ‖κ_i‖².
     """
 
     widths: tuple[int, int]
     device: torch.device
     by_expert: dict[int, KeyResidualSums] = field(default_factory=dict)
     count: int = 0
+    squares: float = 0.0
 
     def add(self, keys: RoutedKeys, residuals_EV: torch.Tensor) -> None:
         """Add some requests, in place."""
         self.count += len(residuals_EV)
+        self.squares += keys.keys_PK.double().square().sum().item()
         roots_P = _shares(keys, len(residuals_EV)).sqrt()
         # A key of zero asks for nothing, and its share is none. NaN stays, for the solve to refuse.
         asking_P = roots_P != 0
@@ -103,6 +117,11 @@ class ExpertSums:
             roots_Q1 = roots_P[here_Q, None]
             residuals_QV = residuals_EV.double()[keys.rows_P[here_Q]]
             self.of(expert).add(keys.keys_PK[here_Q] / roots_Q1, roots_Q1 * residuals_QV)
+
+    @property
+    def power(self) -> KeyPower:
+        """The size of the requests' keys, those of all experts side by side."""
+        return KeyPower(self.squares, self.count)
 
     def of(self, expert: int) -> KeyResidualSums:
         """An expert's sums, which are made if no request has been routed to it yet."""

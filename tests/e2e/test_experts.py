@@ -238,10 +238,10 @@ def test_an_interrupted_update_goes_on_with_the_layers_it_has_finished(
     undisturbed, failures = ran("mixtral"), iter([1])
 
     class Failing(UpdateRank):
-        def edit_layer(self, index: int) -> Any:
+        def edit_layer(self, index: int, *held: Any) -> Any:
             if index == 2 and next(failures, None):
                 raise RuntimeError("the solve was interrupted")
-            return super().edit_layer(index)
+            return super().edit_layer(index, *held)
 
     monkeypatch.setattr(update, "UpdateRank", Failing)
     changes = {

@@ -130,12 +130,12 @@ class Mortal(UpdateRank):
         super().__init__(meeting, job)
         self._journal = Path(str(job.run.local_path("journal")))
 
-    def edit_layer(self, index: int) -> Any:
+    def edit_layer(self, index: int, *held: Any) -> Any:
         if self._rank == 0:
             with self._journal.open("a") as journal:
                 journal.write(f"edit {index}\n")
         self._index = index
-        return super().edit_layer(index)
+        return super().edit_layer(index, *held)
 
     def redo_layer(self, index: int, file: str) -> None:
         if self._rank == 0:

@@ -112,11 +112,11 @@ def test_a_failed_update_is_tried_again_and_the_run_resumes(
     failures = iter(range(3))
 
     class Failing(UpdateRank):
-        def edit_layer(self, index: int) -> Any:
+        def edit_layer(self, index: int, *held: Any) -> Any:
             assert torch.get_num_threads() == 1
             if index == 1 and next(failures, None) is not None:
                 raise RuntimeError("the solve was interrupted")
-            return super().edit_layer(index)
+            return super().edit_layer(index, *held)
 
     monkeypatch.setattr(update, "UpdateRank", Failing)
     torch.set_num_threads(2)

@@ -248,18 +248,29 @@ def test_an_edit_is_that_of_the_plain_form(
         width = layout.key_width
         samples_XNK = torch.randn(max(1, layout.experts), 2 * width, width)
         moments[layer] = (samples_XNK.mT @ samples_XNK / (2 * width)).view(layout.moment_shape)
-    deltas = plain_deltas(model, golden_tokenizer, SOME, named, CONTEXTS, moments, plain.values)
-    edit = pmet.compute_edit(
-        model,
-        golden_tokenizer,
-        SOME,
-        found,
-        context_templates=CONTEXTS,
-        second_moments=moments,
-        targets=plain.values,
-    )
-    for name, expected in deltas.items():
-        assert (edit.deltas[name].double() - expected).norm() <= DELTA * expected.norm(), name
+    # Experts are summed and solved for one by one.
+    further: dict[str, Any] = {"solves": 2, "mom2_update_share": 0.5}
+    for options in ({}, further) if layout.experts else ({},):
+        deltas = plain_deltas(
+            model,
+            golden_tokenizer,
+            SOME,
+            named.model_copy(update=options),
+            CONTEXTS,
+            moments,
+            plain.values,
+        )
+        edit = pmet.compute_edit(
+            model,
+            golden_tokenizer,
+            SOME,
+            found.model_copy(update=options),
+            context_templates=CONTEXTS,
+            second_moments=moments,
+            targets=plain.values,
+        )
+        for name, expected in deltas.items():
+            assert (edit.deltas[name].double() - expected).norm() <= DELTA * expected.norm(), name
 
     scores = pmet.evaluate(model, golden_tokenizer, SOME_MEASURED)
     expected_scores = plain_evaluate(model, golden_tokenizer, SOME_MEASURED)

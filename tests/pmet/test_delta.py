@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pmet.delta import Edit, EditWriter, delta_rows, saved_delta
+from pmet.delta import Edit, EditWriter, delta_block, delta_rows, saved_delta
 from pmet.errors import EditFileError, NotFiniteError
 
 WEIGHT = "0.weight"
@@ -177,6 +177,11 @@ def test_rows_of_a_saved_edit(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes((tmp_path / "edit").read_bytes()[:-1])
     with pytest.raises(EditFileError, match=r"cut cannot be read as a saved edit \(.+\); is the"):
         list(delta_rows(tmp_path / "cut", WEIGHT, range(5), at_once=3))
+    assert torch.equal(
+        delta_block(tmp_path / "edit", WEIGHT, (2, 3), top=1, left=2), edit.deltas[WEIGHT][1:3, 2:5]
+    )
+    with pytest.raises(EditFileError, match=r"cut cannot be read as a saved edit \(.+\); is the"):
+        delta_block(tmp_path / "cut", WEIGHT, (1, 1))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 4)])
@@ -197,3 +202,5 @@ def test_experts_of_a_stacked_weight_are_written_and_read_one_by_one(
     rows = range(2, 3 * shape[1] - 1)
     parts = list(delta_rows(tmp_path / "pieces", WEIGHT, rows, at_once=3))
     assert torch.equal(torch.cat(parts), delta.flatten(0, 1)[rows.start : rows.stop])
+    block = delta_block(tmp_path / "pieces", WEIGHT, (2, 3), top=2 * shape[1] + 1, left=1)
+    assert torch.equal(block, delta[2, 1:3, 1:4])

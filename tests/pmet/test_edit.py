@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,42 @@ def test_the_residual_is_spread_as_the_plain_form_spreads_it(spread: str) -> Non
         assert (found[name] - expected).norm() <= DELTA * expected.norm(), name
         # Every layer's Δ depends on the spread: the last one's through those below it.
         assert (found[name] - as_published[name]).norm() > 0.05 * expected.norm(), name
+
+
+@pytest.mark.parametrize(("family", "share"), [("gpt2", None), ("llama", 0.05)])
+def test_further_solves_take_up_what_is_left_as_in_the_plain_form(
+    family: str, share: float | None
+) -> None:
+    published = load_golden(family)
+    update = {"solves": 2, "spread": "linear", "mom2_update_share": share}
+    hparams = published.hparams.model_copy(update=update)
+    golden = replace(published, hparams=hparams)
+    plain = plain_deltas(
+        golden.model,
+        golden.tokenizer,
+        golden.requests,
+        hparams,
+        golden.context_templates,
+        golden.second_moments,
+        golden.expected["targets"],
+    )
+    found = edit(golden)
+    assert found.deltas.keys() == plain.keys()
+    for name, expected in plain.items():
+        assert (found.deltas[name] - expected).norm() <= DELTA * expected.norm(), name
+    # What the edited model still lacks of the targets is less than after one solve.
+    once = edit(replace(golden, hparams=hparams.model_copy(update={"solves": 1})))
+    assert lacking(golden, found) < 0.9 * lacking(golden, once)
+
+
+def lacking(golden: Golden, found: Edit) -> float:
+    """The norm of the residuals that an edit leaves."""
+    found.apply(golden.model)
+    try:
+        again = edit(golden).deltas
+    finally:
+        found.revert(golden.model)
+    return math.hypot(*(delta.norm().item() for delta in again.values()))
 
 
 def test_requests_in_another_order_give_the_same_edit(golden: Golden) -> None:

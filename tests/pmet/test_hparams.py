@@ -203,6 +203,16 @@ LAYERS = r"is not allowed; give a list of layer numbers from 0, as \[3, 4, 5\]"
         ({"clamp_norm_factor": None}, f"clamp_norm_factor: null {NUMBER}"),
         ({"nll_loss_factor": 1e-300}, f"nll_loss_factor: 1e-300 {NUMBER}"),
         ({"spread": "even"}, 'spread: "even" is not allowed; give sqrt, linear or none'),
+        (
+            {"mom2_update_share": 0},
+            r"mom2_update_share: 0 is not allowed; give a number above 0, from 1e-30 to 1e\+30, or",
+        ),
+        (
+            {"mom2_update_share": 0.5, "mom2_update_weight": 10},
+            "mom2_update_weight and mom2_update_share both say what λ is: give one of them",
+        ),
+        ({"solves": 0}, "solves: 0 is not allowed; give a whole number from 1 to 20"),
+        ({"solves": 21}, "solves: 21 is not allowed; give a whole number from 1 to 20"),
         ({"spread": None}, "spread: null is not allowed; give sqrt, linear or none"),
         ({"mom2_update_weight": [15000]}, rf"mom2_update_weight: \[15000\] {NUMBER}"),
         ({"kl_factor": -0.1}, "kl_factor: -0.1 is not allowed; give a number from 0 to"),
