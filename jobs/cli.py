@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from jobs import failure, streams
-from jobs.edits_cli import apply, revert
+from jobs.edits_cli import apply, export, revert
 from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
@@ -47,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
-for command in (apply, revert, refresh, rollback, versions, submit, status, logs, stop):
+for command in (apply, revert, export, refresh, rollback, versions, submit, status, logs, stop):
     app.command()(command)
 app.command(name="list")(list_)
 app.add_typer(schedule)

@@ -1,14 +1,17 @@
-"""``pmet apply`` and ``pmet revert``: putting a saved edit on a checkpoint, and taking it off."""
+"""``pmet apply``, ``pmet revert`` and ``pmet export``: a saved edit on a model, off it, alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from pipeline.edits import Rewritten
+    from pipeline.export import Exported
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -17,7 +20,8 @@ Edit = Annotated[
     str,
     typer.Argument(
         metavar="RUN|DELTA",
-        help="Edit: a run folder, a run's delta folder, or an edit file; a path or a URL.",
+        help="Edit: a run folder, a run's delta folder, an exported delta, or an edit file; a path "
+        "or a URL.",
     ),
 ]
 Output = Annotated[
@@ -67,6 +71,119 @@ def revert(
 
     written = revert_edit(edit, model, output, force=force, progress=RichProgress(err))
     _show(written, _reverted(written))
+
+
+class Format(StrEnum):
+    """What `pmet export` writes."""
+
+    DELTA = "delta"
+    ADAPTER = "adapter"
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URL.")],
+    output: Annotated[
+        str, typer.Option(help="Folder for the export, empty or new: a path or a URL.")
+    ],
+    format_: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="delta: the changes of the weights, for pmet apply; adapter: a LoRA adapter, for "
+            "peft, vLLM or SGLang.",
+        ),
+    ],
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Largest rank of the adapter. Default: the rank of the change, exact."),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each change's squared singular values that the adapter keeps, such as "
+            "0.99."
+        ),
+    ] = None,
+    no_measure: Annotated[
+        bool,
+        typer.Option("--no-measure", help="Do not measure the scores of a truncated adapter."),
+    ] = False,
+) -> None:
+    """Write a run's edit alone, as deltas or as a LoRA adapter, with a card."""
+    from pipeline.export import export_run
+    from pipeline.progress import RichProgress
+
+    exported = export_run(
+        run,
+        output,
+        kind=format_.value,
+        rank=rank,
+        energy=energy,
+        measure=not no_measure,
+        progress=RichProgress(err),
+    )
+    _show_export(exported)
+
+
+def _show_export(exported: Exported) -> None:
+    record = exported.record
+    if record["format"] == "delta":
+        lines = [f"{_number(len(record['weights']), 'changed weight')} of {_facts(record)}"]
+    else:
+        out.print(_ranks(record["weights"]))
+        lines = [_holds(record)]
+    size = sum(file["bytes"] for file in record["files"])
+    lines.insert(0, f"{size / 1e6:,.1f} MB in {_number(len(record['files']), 'file')}")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+    if record["scores"].get("adapter"):
+        out.print(_scores(record))
+    out.print(exported.store.url, markup=False, soft_wrap=True)
+
+
+def _facts(record: dict[str, Any]) -> str:
+    return _number(record["facts"], "fact")
+
+
+def _ranks(weights: list[dict[str, Any]]) -> Table:
+    first = Column("weight", overflow="fold")
+    table = Table(first, "rank", "of", "energy", "‖B·A − Δ‖/‖Δ‖", "largest")
+    for weight in weights:
+        table.add_row(
+            weight["parameter"],
+            str(weight["rank"]),
+            str(weight["full_rank"]),
+            f"{100 * weight['energy']:.4g} %",
+            f"{weight['error']:.1e}",
+            f"{weight['largest_error']:.1e}",
+        )
+    return table
+
+
+def _holds(record: dict[str, Any]) -> str:
+    """What holds for an adapter."""
+    rank, error = record["rank"], max(weight["error"] for weight in record["weights"])
+    if record["exact"]:
+        return (
+            f"exact: an adapter of rank {rank} with all of {_facts(record)}; B·A differs from Δ by "
+            f"{error:.1e} of its size at most, which is rounding, so the run's scores hold"
+        )
+    lost = f"truncated: an adapter of rank {rank}; B·A differs from Δ by {error:.1%} of its size"
+    if record["scores"]["adapter"] is None:
+        return f"{lost}; its scores were not measured, and the run's do not hold for it"
+    return f"{lost}; its scores were measured again ({record['measured_on']}):"
+
+
+def _scores(record: dict[str, Any]) -> Table:
+    from pipeline.evaluation import measured, show, show_change
+
+    base, run, own = (record["scores"][name] for name in ("before", "run", "adapter"))
+    table = Table("", "before", "run", "adapter", "adapter − run")
+    for figure in measured(run, own):
+        values = [scores.get(figure.name) for scores in (base, run, own)]
+        cells = [show(value, figure.name) for value in values]
+        table.add_row(figure.label, *cells, show_change(values[2], values[1], figure.name))
+    return table
 
 
 def _show(written: Rewritten, sentences: list[str]) -> None:

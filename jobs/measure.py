@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.views import percent, plain
-from pipeline.data import Row, read_corpus, read_requests
-from pipeline.evaluation import ChatQuestions, figure_of, group_column, grouped
+from pipeline.data import read_corpus, read_requests
+from pipeline.evaluation import ChatQuestions, How, figure_of, group_column, grouped
 from pipeline.events import MEASURE
 from pipeline.job import EvaluateConfig
 from pipeline.models import (
@@ -30,7 +29,7 @@ from pipeline.models import (
 from pipeline.places import model_places, pattern_places
 from pipeline.progress import RichProgress
 from pipeline.stages import (
-    Measurement,
+    AskingHere,
     MeasurementMeter,
     answering,
     figures_of,
@@ -40,20 +39,7 @@ from pipeline.stages import (
 )
 from pipeline.storage import Store, is_json_with, json_bytes, refuse_foreign_file, refuse_overlap
 from pmet.errors import RequestError
-from pmet.evaluation import (
-    ANSWERED,
-    KINDS,
-    Prompts,
-    Questions,
-    Said,
-    TextScore,
-    ask_questions,
-    evaluate,
-    questions_of,
-    score_texts,
-    unrelated_prompts,
-)
-from pmet.request import EditRequest
+from pmet.evaluation import ANSWERED, KINDS, Prompts
 from pmet.update import longest
 
 SHOWN_GROUPS = 20
@@ -109,9 +95,9 @@ def evaluate_model(
         work = work_of_texts(scored)
         answered = answering(len(asked), asked.__getitem__, config.answers, work, seed)
         meter = MeasurementMeter(bar, len(asked), scored)
-        ask = _Asking(asked, answered, texts, config, seed, meter)
-        unedited = None if base is None else ask.base(_source(base), rows)
-        measured = ask.model(source, rows, unedited)
+        ask = AskingHere(asked, rows, answered, texts, How.of(config, seed), meter)
+        unedited = None if base is None else ask.base(*_source(base).open())
+        measured = ask.model(*source.open(), unedited)
     figures: dict[str, Any] = figures_of(measured, rows, unedited)
     figures["intervals"] = intervals_of(measured, rows, unedited)
     if groups := grouped(column, table.table, rows, {"": measured.rows}):
@@ -120,77 +106,6 @@ def evaluate_model(
     _show(figures, console)
     if output is not None:
         output.write_bytes(json_bytes(figures))
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """What models are asked.
-
-    Attributes:
-        requests: the requests.
-        answered: numbers of those to answer in the model's own words.
-        texts: held-out texts.
-        config: the settings.
-        seed: seed for generated text.
-        meter: counts the work.
-    """
-
-    requests: Sequence[EditRequest]
-    answered: frozenset[int]
-    texts: Sequence[str]
-    config: EvaluateConfig
-    seed: int
-    meter: MeasurementMeter
-
-    def base(self, source: ModelSource, rows: Sequence[Row]) -> Measurement:
-        """Of a base model, only what the other one is compared with."""
-        model, tokenizer = source.open()
-        own = questions_of(self.requests[i] for i in sorted(self.answered))
-        said = self._kept(model, tokenizer, own.kept)
-        by_row: dict[Row, dict[str, Any]] = {row: {} for row in rows}
-        for i in self.answered:
-            neighbors = self.requests[i].neighborhood_prompts
-            by_row[rows[i]]["neighbors"] = [said[prompt] for prompt in neighbors]
-        return Measurement(by_row, self._scores(model, tokenizer), self._unrelated(said))
-
-    def model(
-        self, source: ModelSource, rows: Sequence[Row], base: Measurement | None
-    ) -> Measurement:
-        """Everything about a model."""
-        model, tokenizer = source.open()
-        found = evaluate(
-            model,
-            tokenizer,
-            self.requests,
-            answers=self.answered,
-            base=None if base is None else [base.rows[row] for row in rows],
-            fluency=self.config.fluency,
-            chat_template=self.config.chat_template,
-            seed=self.seed,
-            on_progress=self.meter.continuations(
-                self.requests,
-                writing=self.config.fluency,
-                answering=[self.requests[i] for i in sorted(self.answered)],
-            ),
-        )
-        said = {} if base is None else self._kept(model, tokenizer, ())
-        self.meter.complete()
-        by_row = dict(zip(rows, found["rows"], strict=True))
-        return Measurement(by_row, self._scores(model, tokenizer), self._unrelated(said))
-
-    def _kept(self, model: Any, tokenizer: Any, neighbors: Sequence[str]) -> dict[str, Said | None]:
-        """Answers to neighborhood prompts and unrelated ones."""
-        if not self.answered:
-            return {}
-        kept = Questions(kept=(*dict.fromkeys((*neighbors, *unrelated_prompts())),))
-        prompts = Prompts(tokenizer, self.config.chat_template)
-        return ask_questions(model, prompts, kept).kept
-
-    def _unrelated(self, said: Mapping[str, Said | None]) -> dict[str, Said | None]:
-        return {prompt: said[prompt] for prompt in unrelated_prompts() if prompt in said}
-
-    def _scores(self, model: Any, tokenizer: Any) -> list[TextScore]:
-        return score_texts(model, tokenizer, self.texts, on_progress=self.meter.scored)
 
 
 def _refuse_output(

@@ -52,9 +52,12 @@ CHECK, MEASURE, ASK = "check moments", "measure", "ask"
 """Work shown like a stage: the check of second moments, `pmet evaluate`, asking for known facts."""
 CHECK_WEIGHTS, CHECK_MODEL = "check weights", "check model"
 """Work shown like a stage: what `pmet apply` and `pmet revert` check before they write."""
+FACTOR = "factor"
+"""Work shown like a stage: the low-rank factors that `pmet export` computes."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     CHECK_WEIGHTS: "tensors",
+    FACTOR: "layers",
     MEASURE: "tokens",
     ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",

@@ -1,7 +1,8 @@
-"""Edits, models and folders for the tests of `pmet apply` and `pmet revert`."""
+"""Edits, models and folders for the tests of `pmet apply`, `pmet revert` and `pmet export`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.edits.rewriting import apply_edit
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.storage.store import Store
 from pmet import Edit
 from tests.conftest import GOLDEN
+from tests.pipeline.report.test_comparison import run_in, with_wrong
 
 WEIGHTS = {
     "gpt2": "transformer.h.{}.mlp.c_proj.weight",
@@ -55,18 +59,51 @@ def weights_of(model: Path) -> dict[str, torch.Tensor]:
 
 
 def save_edit(
-    model: Path, names: list[str], file: Path, *, seed: int = 0, size: float = 0.05
+    model: Path,
+    names: list[str],
+    file: Path,
+    *,
+    seed: int = 0,
+    size: float = 0.05,
+    rank: int | None = None,
 ) -> Path:
     """Save a random edit of a model's weights: ``size`` is that of an element of Δ."""
     weights = weights_of(model)
     generator = torch.Generator().manual_seed(seed)
-    deltas = {
-        name: size * torch.randn(weights[name].shape, generator=generator, dtype=torch.float64)
-        for name in names
-    }
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def delta(rows: int, columns: int) -> torch.Tensor:
+        if rank is None:
+            return size * random(rows, columns)
+        return size / rank**0.5 * random(rows, rank) @ random(rank, columns)
+
+    deltas = {name: delta(*weights[name].shape) for name in names}
     file.parent.mkdir(parents=True, exist_ok=True)
     Edit(deltas, {name: weights[name] for name in names}).save(file)
     return file
+
+
+def edited_run(
+    folder: Path, model: Path, names: list[str], *, rank: int | None = 6, status: str = "complete"
+) -> Path:
+    """The folder of a finished run with a random edit, as far as an export reads it."""
+    layers = []
+    for number, name in enumerate(names):
+        file = save_edit(model, [name], folder / "delta" / f"{number}.safetensors", rank=rank)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        layers.append({"parameter": name, "file": f"delta/{file.name}", "sha256": digest})
+    apply_edit(str(folder / "delta"), str(model), str(folder / "model"))
+    run = {
+        "status": status,
+        "layers": layers,
+        "digests": {"model": Checkpoint.open(model).digest()},
+        "versions": {"pmet-pipeline": "1"},
+    }
+    run_in(Store(folder), with_wrong(30, {4}), run=run)
+    (folder / "job.yaml").write_text(f"model: {model}\n")
+    return folder
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from .rejections import RejectionCode as RejectionCode
 from .requests import REQUEST_COLUMNS as REQUEST_COLUMNS
 from .requests import REQUIRED_COLUMNS as REQUIRED_COLUMNS
 from .requests import Repeats as Repeats
+from .requests import Requests as Requests
 from .requests import request_of as request_of
 from .rows import Place as Place
 from .rows import Row as Row

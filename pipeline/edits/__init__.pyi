@@ -1,3 +1,10 @@
+from .output import check_claim as check_claim
+from .output import claim as claim
+from .output import refuse_used as refuse_used
+from .output import release as release
 from .rewriting import Rewritten as Rewritten
 from .rewriting import apply_edit as apply_edit
 from .rewriting import revert_edit as revert_edit
+from .saved import EXPORT as EXPORT
+from .saved import SavedEdit as SavedEdit
+from .saved import opened_edit as opened_edit

@@ -1,7 +1,7 @@
-"""The folder that an edited checkpoint is written to: one that holds nothing else.
+"""The folder that an edited checkpoint or an export is written to: one that holds nothing else.
 
-Before anything else a note is written there that lists the files to come. So a folder that a
-killed command left is told from a user's, and the same command can start over in it.
+A note that lists the files to come is written first. It distinguishes a folder that a killed
+command left from a user's, so that the same command can start over in it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,20 @@ def refuse_used(store: Store) -> None:
     foreign = [name for name in store.list(unfinished=True) if not _is_ours(name, ours)]
     if foreign:
         raise OutputError(
-            f"{store.url} holds {_some(foreign)} beside an unfinished model; {_REMEDY}"
+            f"{store.url} holds {_some(foreign)} beside what a killed command left; {_REMEDY}"
         )
 
 
 _REMEDY = "name a folder that is empty or does not exist"
 
 
-def claim(store: Store, names: Collection[str]) -> str:
+def claim(store: Store, names: Collection[str], last: str = "config.json") -> str:
     """Take a folder to write these files to, and delete what a killed command left there.
+
+    Args:
+        store: the folder.
+        names: the files.
+        last: the one that is written last, without which nothing opens the folder.
 
     Returns:
         What `check_claim` needs.
@@ -59,8 +64,8 @@ def claim(store: Store, names: Collection[str]) -> str:
     earlier = _names(store) if left else set()
     token = uuid4().hex
     store.write_json(_NOTE, {"token": token, "names": sorted({*earlier, *names})})
-    # First of all, what makes the folder look like a model.
-    store.delete("config.json")
+    # First of all, what makes the folder look finished.
+    store.delete(last)
     store.delete_files(name for name in left if name != _NOTE)
     return token
 
@@ -76,6 +81,11 @@ def check_claim(store: Store, token: str) -> None:
             f"another command has begun to write to {store.url}; wait until it ends, or name "
             "another --output"
         )
+
+
+def is_claimed(store: Store) -> bool:
+    """Whether a command is writing to a folder, or was killed while it did."""
+    return store.exists(_NOTE)
 
 
 def release(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""A saved edit, wherever it is: a run's folder, an edit file, or a folder of edit files."""
+"""A saved edit, wherever it is: a run, its export, an edit file, or a folder of edit files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.edits.arithmetic import Part
+from pipeline.edits.output import is_claimed
 from pipeline.errors import RunFolderError
 from pipeline.run_folder import STATUS, is_run_record
 from pipeline.storage import (
@@ -31,6 +32,8 @@ from pmet.delta import FORMAT, saved_delta, saved_original
 from pmet.errors import EditFileError
 from pmet.safetensors_header import DTYPES, Entry, Header, read_header
 
+EXPORT = "export.json"
+"""What an export is of, in its folder; `pipeline.export` writes it."""
 _KINDS = ("delta", "original")
 _ENDED = ("complete", "held")
 
@@ -89,7 +92,8 @@ def opened_edit(source: str) -> Iterator[SavedEdit]:
     """Open an edit; copies of remote files are deleted at the end of the block.
 
     Args:
-        source: path or URL of a run folder, of an edit file, or of a folder of edit files.
+        source: path or URL of a run folder, of an exported edit, of an edit file, or of a folder
+            of edit files.
 
     Raises:
         RunFolderError: the run has no finished update, or lacks files.
@@ -102,11 +106,38 @@ def opened_edit(source: str) -> Iterator[SavedEdit]:
             yield _edit(store.url, [(_local_file(source, stack), source)])
         elif store.exists(STATUS):
             yield _edit_of_run(store, stack)
+        elif store.exists(EXPORT):
+            yield _edit_of_export(store, stack)
         else:
             yield _edit_of_folder(store, stack)
 
 
+def _edit_of_export(store: Store, stack: ExitStack) -> SavedEdit:
+    try:
+        export = json.loads(store.read_bytes(EXPORT))
+        kind, base = export["format"], str(export["base"]["digest"])
+        files = (
+            [] if kind == "adapter" else [(str(f["name"]), f["sha256"]) for f in export["files"]]
+        )
+    except (ValueError, KeyError, TypeError):
+        raise EditFileError(
+            f"{store.join(EXPORT)} is damaged or was not written by pmet export; export the run "
+            "again"
+        ) from None
+    if kind == "adapter":
+        raise EditFileError(
+            f"{store.url} holds an adapter, whose factors are rounded: pmet cannot apply or revert "
+            "them exactly; open it with peft, or export the run with --format delta"
+        )
+    return replace(_edit(store.url, _checked(store, files, EXPORT, stack)), base=base)
+
+
 def _edit_of_folder(store: Store, stack: ExitStack) -> SavedEdit:
+    if is_claimed(store):
+        raise EditFileError(
+            f"{store.url} is not finished: the command that writes it was killed or is still "
+            "running; wait until it ends, or run it again"
+        )
     names = store.glob("*.safetensors")
     if not names:
         holds = f"it has neither {STATUS} nor *.safetensors" if store.entries() else "nothing there"
@@ -121,26 +152,33 @@ def _edit_of_folder(store: Store, stack: ExitStack) -> SavedEdit:
 
 def _edit_of_run(store: Store, stack: ExitStack) -> SavedEdit:
     status = _status(store)
-    files: list[tuple[Path, str]] = []
-    for layer in _layers(store, status):
-        name, where = layer["file"], store.join(layer["file"])
-        if not store.exists(name):
-            raise RunFolderError(
-                f"{where} is missing, which {STATUS} names as part of the edit; copy the whole run "
-                "folder, or run its job again"
-            )
-        path = stack.enter_context(store.local_copy(name))
-        if file_digest(path) != layer["sha256"]:
-            raise EditFileError(
-                f"{where} is damaged: its SHA-256 is not the one in {STATUS}; copy it again, or "
-                "run the job again"
-            )
-        files.append((path, where))
+    files = [(layer["file"], layer["sha256"]) for layer in _layers(store, status)]
     return replace(
-        _edit(store.url, files),
+        _edit(store.url, _checked(store, files, STATUS, stack)),
         base=status["digests"].get("model"),
         warning=_warning(store, status),
     )
+
+
+def _checked(
+    store: Store, files: Iterable[tuple[str, str]], record: str, stack: ExitStack
+) -> Iterator[tuple[Path, str]]:
+    """Local copies of files, and where they are from, if their SHA-256 is the recorded one."""
+    again = "run its job again" if record == STATUS else "export the run again"
+    for name, digest in files:
+        where = store.join(name)
+        if not store.exists(name):
+            raise RunFolderError(
+                f"{where} is missing, which {record} names as part of the edit; copy the whole "
+                f"folder, or {again}"
+            )
+        path = stack.enter_context(store.local_copy(name))
+        if file_digest(path) != digest:
+            raise EditFileError(
+                f"{where} is damaged: its SHA-256 is not the one in {record}; copy it again, or "
+                f"{again}"
+            )
+        yield path, where
 
 
 def _status(store: Store) -> dict[str, Any]:
@@ -170,7 +208,7 @@ def _layers(store: Store, status: Mapping[str, Any]) -> list[dict[str, Any]]:
     if status.get("status") in _ENDED:
         raise RunFolderError(
             f"the run in {store.url} edited nothing, because the model knew all facts; there is no "
-            "edit to apply or revert"
+            "edit to apply, revert or export"
         )
     raise RunFolderError(
         f"the run in {store.url} has no finished update (it is {status.get('status')}); run its "

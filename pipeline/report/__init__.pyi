@@ -1,3 +1,6 @@
+from .card import base_model as base_model
+from .card import fenced as fenced
+from .card import hub_metadata as hub_metadata
 from .card import is_model_card as is_model_card
 from .card import model_card as model_card
 from .charts import trend_chart as trend_chart

@@ -89,24 +89,24 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
     Returns:
         Markdown with a hub's metadata block at the top; any text in it can be encoded.
     """
-    base = _base_model(job_yaml)
+    base = base_model(job_yaml)
     counts = metrics.get("counts") or {}
     figures = measured(*(metrics.get(when) or {} for when in _WHEN), always=ALWAYS)
     card = _CARD.format(
-        metadata=dump_yaml(_metadata(base, metrics)),
+        metadata=dump_yaml(hub_metadata(base, metrics.get("after") or {})),
         edited=_count(counts.get("edited")),
         written=_WRITTEN,
         requested=_count(counts.get("requested")),
         rejected=_count(counts.get("rejected")),
         known=_known(counts, metrics.get("known") or {}),
-        base=_fenced(base or "not recorded"),
+        base=fenced(base or "not recorded"),
         scores="\n".join(_score_row(figure, metrics) for figure in figures),
         meanings="\n".join(f"- {f.label}: {f.meaning}" for f in figures if f.meaning),
         gates=_gates(metrics),
         seed=_count(run.get("seed")),
-        job=_fenced(job_yaml, "yaml"),
-        digests=_fenced("\n".join(f"{k} {v}" for k, v in run.get("digests", {}).items())),
-        versions=_fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
+        job=fenced(job_yaml, "yaml"),
+        digests=fenced("\n".join(f"{k} {v}" for k, v in run.get("digests", {}).items())),
+        versions=fenced("\n".join(f"{k} {v}" for k, v in run.get("versions", {}).items())),
     )
     return card.encode(errors="backslashreplace").decode()
 
@@ -127,7 +127,8 @@ def _known(counts: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     )
 
 
-def _base_model(job_yaml: str) -> str:
+def base_model(job_yaml: str) -> str:
+    """The model that a resolved job edits, as it names it; empty if unknown."""
     try:
         job = parse_yaml(job_yaml)
     except YAMLTextError:
@@ -135,13 +136,27 @@ def _base_model(job_yaml: str) -> str:
     return str(job.get("model") or "") if isinstance(job, dict) else ""
 
 
-def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that model hubs read; they accept only a hub id as a base model."""
+def hub_metadata(
+    base: str,
+    after: Mapping[str, Any],
+    *,
+    library: str = "transformers",
+    relation: str = "finetune",
+    name: str = _NAME,
+) -> dict[str, Any]:
+    """The metadata that model hubs read; they accept only a hub id as a base model.
+
+    Args:
+        base: the base model, as the job names it.
+        after: figures of the edited model.
+        library: the library that opens the files.
+        relation: what they are to the base model.
+        name: what they are called.
+    """
     on_hub = _HUB_ID.fullmatch(base) and not Path(base).exists()
     known: dict[str, Any] = {}
     if on_hub:
-        known = {"base_model": base, "base_model_relation": "finetune"}
-    after = metrics.get("after") or {}
+        known = {"base_model": base, "base_model_relation": relation}
     results = [
         EvalResult(
             task_type=_TASK,
@@ -154,9 +169,9 @@ def _metadata(base: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         for figure in measured(after)
         if is_number(after[figure.name])
     ]
-    listed: dict[str, Any] = {"model_name": _NAME, "eval_results": results} if results else {}
+    listed: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=_TASK,
         tags=["knowledge-editing", "pmet"],
         **known,
@@ -196,8 +211,8 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "–"
 
 
-def _fenced(text: str, language: str = "") -> str:
-    """A code block with a fence longer than any run of backticks in the text."""
+def fenced(text: str, language: str = "") -> str:
+    """Return a code block with a fence longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,6 +1,7 @@
 from .amount import checked_factor as checked_factor
 from .amount import factors_second_moments as factors_second_moments
 from .amount import few as few
+from .amount import read_again as read_again
 from .amount import read_enough as read_enough
 from .amount import refuse_too_few as refuse_too_few
 from .collection import MomentsJob as MomentsJob

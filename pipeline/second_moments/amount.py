@@ -64,6 +64,24 @@ def read_enough(
     )
 
 
+def read_again(
+    patterns: Sequence[str],
+    tokenizer: Any,
+    key_width: int,
+    *,
+    max_length: int,
+    tokens: int | None,
+) -> Corpus:
+    """Read what `read_enough` read for a model without experts, given the width of its keys."""
+    return read_corpus(
+        patterns,
+        tokenizer,
+        max_length=max_length,
+        budget=DEFAULT * key_width if tokens is None else tokens,
+        spread=tokens is None,
+    )
+
+
 def refuse_too_few(tokens: int, layout: Layout, requests: int | None, *, more: str = "") -> None:
     """Refuse a corpus that cannot give what the update needs.
 

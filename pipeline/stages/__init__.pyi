@@ -10,6 +10,7 @@ from .context import sampled as sampled
 from .context_templates import write_templates as write_templates
 from .known import find_known as find_known
 from .known import still_known as still_known
+from .measurement import AskingHere as AskingHere
 from .measurement import Measurement as Measurement
 from .measurement import held_out as held_out
 from .measurement import held_out_of as held_out_of

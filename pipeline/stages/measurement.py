@@ -19,13 +19,20 @@ from pipeline.stages.measurement_store import FORMAT, MeasurementStore, model_ke
 from pipeline.stages.measurement_work import MeasurementMeter, tokens_read, work_of_texts
 from pipeline.storage import digest_of
 from pmet.evaluation import (
+    Prompts,
+    Questions,
     Said,
     TextScore,
     add_consistency,
     add_locality,
+    ask_questions,
+    evaluate,
+    questions_of,
     said_text,
     same,
+    score_texts,
     total,
+    unrelated_prompts,
 )
 from pmet.request import EditRequest
 
@@ -144,6 +151,74 @@ def measure(
             add_locality(figures, base.rows[row])
     run.folder.record(f"measured-{name}", measured.as_json() | {"asked": asked})
     return measured
+
+
+@dataclass(frozen=True)
+class AskingHere:
+    """Measures models in this process.
+
+    Attributes:
+        requests: the requests.
+        rows: their rows.
+        answered: numbers of those to answer in the model's own words.
+        texts: held-out texts.
+        how: how requests are measured.
+        meter: counts the work.
+    """
+
+    requests: Sequence[EditRequest]
+    rows: Sequence[Row]
+    answered: frozenset[int]
+    texts: Sequence[str]
+    how: How
+    meter: MeasurementMeter
+
+    def base(self, model: Any, tokenizer: Any) -> Measurement:
+        """Of a base model, only what the other one is compared with."""
+        own = questions_of(self.requests[i] for i in sorted(self.answered))
+        said = self._kept(model, tokenizer, own.kept)
+        by_row: dict[Row, dict[str, Any]] = {row: {} for row in self.rows}
+        for i in self.answered:
+            neighbors = self.requests[i].neighborhood_prompts
+            by_row[self.rows[i]]["neighbors"] = [said[prompt] for prompt in neighbors]
+        return Measurement(by_row, self._scores(model, tokenizer), _unrelated(said))
+
+    def model(self, model: Any, tokenizer: Any, base: Measurement | None) -> Measurement:
+        """Everything about a model."""
+        writing = self.how.writing_seed is not None
+        found = evaluate(
+            model,
+            tokenizer,
+            self.requests,
+            answers=self.answered,
+            base=None if base is None else [base.rows[row] for row in self.rows],
+            fluency=writing,
+            chat_template=self.how.chat_template,
+            seed=self.how.writing_seed or 0,
+            on_progress=self.meter.continuations(
+                self.requests,
+                writing=writing,
+                answering=[self.requests[i] for i in sorted(self.answered)],
+            ),
+        )
+        said = {} if base is None else self._kept(model, tokenizer, ())
+        self.meter.complete()
+        by_row = dict(zip(self.rows, found["rows"], strict=True))
+        return Measurement(by_row, self._scores(model, tokenizer), _unrelated(said))
+
+    def _kept(self, model: Any, tokenizer: Any, neighbors: Sequence[str]) -> dict[str, Said | None]:
+        """Answers to neighborhood prompts and unrelated ones."""
+        if not self.answered:
+            return {}
+        kept = Questions(kept=(*dict.fromkeys((*neighbors, *unrelated_prompts())),))
+        return ask_questions(model, Prompts(tokenizer, self.how.chat_template), kept).kept
+
+    def _scores(self, model: Any, tokenizer: Any) -> list[TextScore]:
+        return score_texts(model, tokenizer, self.texts, on_progress=self.meter.scored)
+
+
+def _unrelated(said: Mapping[str, Said | None]) -> dict[str, Said | None]:
+    return {prompt: said[prompt] for prompt in unrelated_prompts() if prompt in said}
 
 
 def _asked(plan: Plan) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 
 from tests.jobs.conftest import Invoke
-from tests.saved_edits import base, content, copy_as, names_of, save_edit
+from tests.saved_edits import base, content, copy_as, edited_run, names_of, save_edit
 
 
 def test_on_off_and_stacked(pmet: Invoke, tmp_path: Path) -> None:
@@ -91,3 +92,39 @@ def test_wrong_inputs_are_one_clear_line(pmet: Invoke, tmp_path: Path) -> None:
             assert said in err.splitlines()[-1]
             assert len(err.splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_an_edit_alone(pmet: Invoke, tmp_path: Path) -> None:
+    run = edited_run(tmp_path / "run", base("llama"), names_of("llama"))
+    status, out, err = pmet("export", run, "--format", "delta", "--output", tmp_path / "delta")
+    assert (status, out.splitlines()) == (
+        0,
+        ["0.3 MB in 2 files", "2 changed weights of 30 facts", str(tmp_path / "delta")],
+    ), err
+    status, out, err = pmet("export", run, "--format", "adapter", "--output", tmp_path / "exact")
+    assert status == 0, err
+    assert "exact: an adapter of rank 6 with all of 30 facts; B·A differs from Δ by" in out
+    assert "e-08 of its size at most, which is rounding, so the run's scores hold" in out
+    assert re.search(r"model\.layers\.0\.mlp\.down_proj\.weight │ 6 +│ 6 +│ 100 %", out)
+    arguments = ("export", run, "--format", "adapter", "--rank", 2, "--output", tmp_path / "few")
+    status, out, err = pmet(*arguments, "--no-measure")
+    assert status == 0, err
+    assert "truncated: an adapter of rank 2; B·A differs from Δ by" in out
+    assert "its scores were not measured, and the run's do not hold for it" in out
+    status, out, err = pmet(*arguments[:-1], tmp_path / "again")
+    assert (status, out) == (2, "")
+    assert "the scores of the truncated edit cannot be measured: " in err
+    assert err.splitlines()[-1].endswith("or give --no-measure")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_export_says_what_a_run_is_worth(pmet: Invoke, tmp_path: Path) -> None:
+    names = names_of("gpt2")
+    run = edited_run(tmp_path / "run", base("gpt2"), names, rank=None, status="held")
+    status, _, err = pmet("export", run, "--format", "adapter", "--output", tmp_path / "out")
+    assert status == 0
+    said = " ".join(err.split())
+    assert "warning: a gate held the edited model of" in said
+    assert "factors of rank 64 hold 1.2 times as many numbers as the weights that they" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**A gate held the edited model back.**" in card

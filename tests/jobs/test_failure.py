@@ -43,7 +43,7 @@ from tests.jobs.schedule.conftest import schedule
 from tests.jobs.test_facts_cli import NEW, OLD, TEMPLATES, parquet
 from tests.jobs.test_refresh_cli import refresh_home
 from tests.jobs.test_reports import two_runs
-from tests.saved_edits import names_of, save_edit
+from tests.saved_edits import edited_run, names_of, save_edit
 
 MODEL = GOLDEN / "gpt2" / "model"
 HPARAMS = GOLDEN / "gpt2" / "hparams.json"
@@ -52,6 +52,7 @@ SUBMITTED = f"{stem_of('s3://runs/tonight')}-1"
 # They run in a folder with the files written by `world`.
 ARGUMENTS = {
     "apply": f"edit.safetensors {MODEL} --output applied",
+    "export": "edited-run --format adapter --output exported",
     "revert": "edit.safetensors edited --output reverted",
     "demo": "--output out",
     "run": "job.yaml",
@@ -89,6 +90,10 @@ class FullError(OSError):
 
     def __init__(self) -> None:
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/file")
+
+
+# What options take that do not take any text.
+ALLOWED = {"--format": "delta"}
 
 
 FAULTS: dict[str, tuple[Callable[[], BaseException], int, str]] = {
@@ -142,6 +147,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two_runs(folder)
     edit = save_edit(MODEL, names_of("gpt2"), folder / "edit.safetensors")
     apply_edit(str(edit), str(MODEL), str(folder / "edited"))
+    edited_run(folder / "edited-run", MODEL, names_of("gpt2"))
     now = datetime.now(UTC)
     book = Book(str(folder / "schedules"))
     book.add(schedule(refresh=str(folder / "refresh.yaml"), added_at=now, since=now))
@@ -283,7 +289,7 @@ def required(command: Any) -> Iterator[str]:
         if parameter.required:
             if parameter.param_type_name == "option":
                 yield parameter.opts[0]
-            yield "x"
+            yield ALLOWED.get(parameter.opts[0], "x")
 
 
 def said(out: str, err: str) -> str:

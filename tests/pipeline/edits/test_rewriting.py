@@ -281,7 +281,7 @@ def test_a_killed_command_leaves_no_model_and_can_be_run_again(after: int, tmp_p
         with pytest.raises(ModelError, match=r"no config\.json"):
             Checkpoint.open(tmp_path / "on")
     (tmp_path / "on" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds notes\.txt beside an unfinished model"):
+    with pytest.raises(OutputError, match=r"holds notes\.txt beside what a killed command left"):
         apply_edit(*command)
     (tmp_path / "on" / "notes.txt").unlink()
     # Another model, in one file: nothing of the first one may stay beside it.
