@@ -55,7 +55,8 @@ class Host:
             "TMPDIR": str(self.tmp),
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "4",
+            # A host with little processor time is silent for a few seconds, and not cut off.
+            "RAY_health_check_failure_threshold": "12",
             "RAY_API_SERVER_ADDRESS": f"http://{HEAD}:8265",
             "PMET_PYTHON": sys.executable,
             "RAY_AUTH_MODE": "token",
