@@ -75,8 +75,8 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
 
     return [
         Rung("layers", 0.25, 3, 0.3, of_layers),
-        Rung("clamp_norm_factor", 0.5, 2, 0.25, of_size),
-        Rung("v_lr", 0.5, 2, 0.15, of_step),
+        Rung("clamp", 0.5, 2, 0.25, of_size),
+        Rung("rate", 0.5, 2, 0.15, of_step),
         Rung("update", 1.0, 1, 0.3, of_update),
     ]
 

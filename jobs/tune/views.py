@@ -10,17 +10,18 @@ from rich.table import Table
 
 from jobs.tune.trials import PROBABILITY, SAID
 from pipeline.job import dump_yaml
-from pipeline.report import page
+from pipeline.report import page, trial_chart
 
-VARIED = (
-    "layers",
-    "clamp_norm_factor",
-    "v_lr",
-    "mom2_update_weight",
-    "mom2_update_share",
-    "spread",
-    "solves",
-)
+VARIED = {
+    "layers": "layers",
+    "clamp_norm_factor": "clamp",
+    "v_lr": "v_lr",
+    "mom2_update_weight": "λ",
+    "mom2_update_share": "share",
+    "spread": "spread",
+    "solves": "solves",
+}
+"""What a search varies, with short names for the heads of a table."""
 
 
 def hparams_text(values: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -72,7 +73,12 @@ def write_page(record: Mapping[str, Any]) -> str:
         record=record,
         trials=trials,
         varied=VARIED,
-        figures=(*PROBABILITY, *SAID),
+        chart=trial_chart(
+            [trial["rung"] for trial in trials],
+            [trial["score"]["value"] for trial in trials],
+            [trial["score"]["allowed"] for trial in trials],
+        ),
+        figures=(*PROBABILITY, *SAID, "perplexity"),
         values={
             side: {name: value(record[side].get(name)) for name in VARIED}
             for side in ("start", "best")

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.tune import tuning
+from jobs.tune.space import Rung, changed, rungs
 from jobs.tune.trials import Trials
 from jobs.tune.tuning import HPARAMS, PAGE, RECORD, Settings, tune
 from jobs.tune.views import hparams_text
@@ -23,7 +26,17 @@ from pmet import PMETHyperParams
 from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import HERE, facts, wait_until
 
-BUDGET = 20
+BUDGET = 1000
+
+
+def two_rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
+    """A search that ends by itself, however fast the machine is."""
+    first, size, *_ = rungs(start, layers)
+
+    def vary(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        return [changed(setting, clamp_norm_factor=clamp) for clamp in (1.5, 4.0)]
+
+    return [first, dataclasses.replace(size, vary=vary)]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +85,7 @@ def test_a_killed_search_goes_on_and_finds_a_better_setting(
     before = {file: file.stat().st_mtime_ns for file in output.glob("trials/*/trial.json")}
     assert not (output / HPARAMS).exists()
 
+    monkeypatch.setattr(tuning, "rungs", two_rungs)
     record = tune(job, settings).record
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert record["facts"] == {"trial": 8, "judged": 12}
@@ -88,6 +102,7 @@ def test_a_killed_search_goes_on_and_finds_a_better_setting(
     assert record["about"]["model"] in (output / HPARAMS).read_text()
     page = (output / PAGE).read_text()
     assert "on 8 facts; judged on" in " ".join(page.split())
+    assert 'aria-label="Score of each trial"' in page
     assert "<script>alert" not in page
     # No trial leaves weights behind, and none met the facts that the result is judged on.
     assert not list(output.glob("trials/*/run/model/*"))
