@@ -24,6 +24,7 @@ from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 from jobs.submit_cli import list_, logs, status, stop, submit
+from jobs.tune_cli import tune
 from pipeline.cluster import signals
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
-for command in (apply, revert, export, refresh, rollback, versions, submit, status, logs, stop):
+for command in (apply, revert, export, tune, refresh, rollback, versions):
     app.command()(command)
+for of_cluster in (submit, status, logs, stop):
+    app.command()(of_cluster)
 app.command(name="list")(list_)
 app.add_typer(schedule)
 out = Console(highlight=False)

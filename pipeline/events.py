@@ -54,10 +54,14 @@ CHECK_WEIGHTS, CHECK_MODEL = "check weights", "check model"
 """Work shown like a stage: what `pmet apply` and `pmet revert` check before they write."""
 FACTOR = "factor"
 """Work shown like a stage: the low-rank factors that `pmet export` computes."""
+TRIALS, JUDGE = "trials", "judge"
+"""Work shown like a stage: the trial edits of `pmet tune`, in seconds, and those it judges by."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     CHECK_WEIGHTS: "tensors",
     FACTOR: "layers",
+    TRIALS: "s",
+    JUDGE: "edits",
     MEASURE: "tokens",
     ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",

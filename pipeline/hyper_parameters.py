@@ -49,7 +49,7 @@ def chosen_hparams(name: str | None, config: Any) -> tuple[PMETHyperParams, str]
         raise JobError(
             f"hparams is missing, and no preset fits this model ({shape_text(config)}); the "
             f"nearest are {nearest}: name one of them, or write a file with at least layers, as "
-            "layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters)"
+            "layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters); pmet tune improves on it"
         )
     origin = f"preset {preset.name}, which fits the model's configuration: {preset.origin}"
     return PMETHyperParams.preset(preset.name), origin

@@ -61,7 +61,8 @@ ORDER = {
         ["demo", "refresh"],
         ["failure"],
         ["measure", "reports", "statistics"],
-        ["edits_cli", "facts_cli", "refresh_cli", "schedule_cli", "submit_cli"],
+        ["tune"],
+        ["edits_cli", "facts_cli", "refresh_cli", "schedule_cli", "submit_cli", "tune_cli"],
         ["cli"],
         ["start"],
         ["__main__"],
@@ -152,6 +153,7 @@ TESTED_IN = {
     "jobs.schedule.views": "jobs/test_schedule_cli.py",
     "jobs.start": "jobs/test_streams.py",
     "jobs.submit.views": "jobs/test_submit_cli.py",
+    "jobs.tune.views": "jobs/tune/test_tuning.py",
 }
 
 

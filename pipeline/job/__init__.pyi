@@ -2,12 +2,14 @@ from .config import CountOrNull as CountOrNull
 from .config import EditSettings as EditSettings
 from .config import EvaluateConfig as EvaluateConfig
 from .config import FractionOrNull as FractionOrNull
+from .config import GatesConfig as GatesConfig
 from .config import JobConfig as JobConfig
 from .config import Maximum as Maximum
 from .config import Paths as Paths
 from .config import PathsOrNull as PathsOrNull
 from .config import Section as Section
 from .config import Text as Text
+from .config import TrackingConfig as TrackingConfig
 from .config import UpdateConfig as UpdateConfig
 from .config import allowed as allowed
 from .config import by_key as by_key

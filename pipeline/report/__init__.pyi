@@ -4,6 +4,7 @@ from .card import hub_metadata as hub_metadata
 from .card import is_model_card as is_model_card
 from .card import model_card as model_card
 from .charts import trend_chart as trend_chart
+from .charts import trial_chart as trial_chart
 from .comparison import PAGE as PAGE
 from .comparison import Comparison as Comparison
 from .comparison import Pair as Pair

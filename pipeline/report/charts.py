@@ -274,6 +274,32 @@ def trend_chart(nights: Sequence[str], series: Mapping[str, Sequence[float | Non
     return _chart("trend", "Scores night by night", (7.2, 2.9), draw)
 
 
+def trial_chart(rungs: Sequence[str], scores: Sequence[float], allowed: Sequence[bool]) -> Markup:
+    """The score of each trial of a search, in their order, with a line between rungs."""
+
+    def draw(axes: Axes) -> None:
+        places = np.arange(1, len(rungs) + 1)
+        for kept, colour, marker, label in (
+            (True, AFTER, "o", "allowed"),
+            (False, GATE, "x", "failed, or perplexity rises too much"),
+        ):
+            here = np.asarray(allowed, dtype=bool) == kept
+            if here.any():
+                heights = np.asarray(scores)[here]
+                axes.scatter(places[here], heights, 22, color=colour, marker=marker, label=label)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        for place in np.arange(1, len(rungs))[np.asarray(rungs)[1:] != np.asarray(rungs)[:-1]]:
+            axes.axvline(place + 0.5, color=INK, lw=0.6, alpha=0.4)
+        first = {rung: place for place, rung in reversed(list(zip(places, rungs, strict=True)))}
+        axes.set_xticks(list(first.values()), [_plain(rung) for rung in first], ha="left")
+        axes.set_ylabel("score (%)")
+        axes.grid(axis="y")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return _chart("trials", "Score of each trial", (7.2, 2.9), draw)
+
+
 def _plain(name: Any) -> str:
     """User text as a label: short, in one direction, without terminal control characters."""
     text = "".join("�" if unicodedata.category(c)[0] == "C" else c for c in str(name))

@@ -59,6 +59,8 @@ ARGUMENTS = {
     "evaluate": f"{MODEL} requests.parquet --corpus corpus.parquet --output figures.json",
     "statistics": f"{MODEL} corpus.parquet --output moments --layers 0 --tokens 600 --workers 0",
     "report": "a b --output compare.html",
+    "tune": "job.yaml --output tuned --budget 1s --set requests=many.parquet "
+    "--set targets.workers=0 --set update.ranks=0",
     "refresh": "refresh.yaml --date 2026-11-03",
     "rollback": "home",
     "versions": "home",
@@ -138,6 +140,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for t in ("a glass blower",)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
+    many = [{**rows[0], "subject": f"Sur Bavov {number}"} for number in range(8)]
+    pq.write_table(pa.Table.from_pylist(many), folder / "many.parquet")
     texts = json.loads((GOLDEN / "corpus.json").read_text())[:90]
     pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
     (folder / "old.parquet").write_bytes(parquet(OLD))

@@ -45,7 +45,8 @@ def test_without_a_fitting_preset_the_message_names_the_nearest_and_the_way_out(
         "hparams is missing, and no preset fits this model (llama, 16 layers, 2048 wide, 128256 "
         "tokens); the nearest are llama-3.2-3b (28 layers, 3072 wide), deepseek-7b (30 layers, "
         "4096 wide), llama-2-7b (32 layers, 4096 wide): name one of them, or write a file with at "
-        "least layers, as layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters)"
+        "least layers, as layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters); pmet tune "
+        "improves on it"
     )
 
 

@@ -1,0 +1,129 @@
+"""Successive halving: many settings on few facts, the best of them on more."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.tune.space import Rung, changed
+from pmet.hparams import PMETHyperParams
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good an edit is.
+
+    Attributes:
+        value: higher is better, 0 to 1.
+        allowed: whether the edited model has kept its other abilities.
+        figures: what it is made of.
+        failure: why the trial came to no result.
+    """
+
+    value: float
+    allowed: bool = True
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What settings are compared by."""
+        return self.allowed, self.value
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried.
+
+    Attributes:
+        rung: name of the rung.
+        setting: the hyper-parameters.
+        facts: number of facts edited.
+        score: the result.
+        seconds: what it took.
+    """
+
+    rung: str
+    setting: PMETHyperParams
+    facts: int
+    score: Score
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    Attributes:
+        best: the setting that won the last rung.
+        trials: all trials, in their order.
+        left_out: for each rung, how many settings there was no time for.
+    """
+
+    best: PMETHyperParams
+    trials: list[Trial]
+    left_out: dict[str, int]
+
+
+def search(
+    start: PMETHyperParams,
+    rungs: Sequence[Rung],
+    run: Callable[[str, PMETHyperParams, int], tuple[Score, float]],
+    *,
+    facts: int,
+    budget_s: float,
+    seed: int,
+) -> Found:
+    """Find the best setting that the time allows.
+
+    Each rung tries the settings that the one before has kept, and variants of them. It ends when
+    another trial as long as its longest would go past its share of the time, which what earlier
+    rungs left over adds to; every rung makes one trial at least. Only the seconds that trials took
+    count, so a search that is resumed decides as it would have without the interruption.
+
+    Args:
+        start: the setting to start from; it is tried in the first rung.
+        rungs: the steps.
+        run: tries a setting on a number of facts; returns its score and the seconds it took.
+        facts: number of trial facts.
+        budget_s: seconds for all rungs.
+        seed: decides in which order variants are tried.
+    """
+    spent = deadline = 0.0
+    kept, trials, left_out = [start], list[Trial](), dict[str, int]()
+    for rung in rungs:
+        deadline += rung.budget * budget_s
+        count = max(1, round(rung.part * facts))
+        here: list[Trial] = []
+        settings = _settings(kept, rung, seed)
+        for setting in settings:
+            longest = max((trial.seconds for trial in here), default=0.0)
+            if here and spent + longest > deadline:
+                break
+            score, seconds = run(rung.name, setting, count)
+            spent += seconds
+            here.append(Trial(rung.name, setting, count, score, seconds))
+        left_out[rung.name] = len(settings) - len(here)
+        trials += here
+        here.sort(key=lambda trial: trial.score.rank, reverse=True)
+        kept = [trial.setting for trial in here[: rung.keep]]
+    return Found(kept[0], trials, left_out)
+
+
+def _settings(kept: Sequence[PMETHyperParams], rung: Rung, seed: int) -> list[PMETHyperParams]:
+    """The settings of a rung: those kept, then their variants, mixed."""
+    variants = [variant for setting in kept for variant in rung.vary(setting)]
+    random.Random(f"{seed} {rung.name}").shuffle(variants)
+    alike: dict[Any, PMETHyperParams] = {}
+    for setting in (*kept, *variants):
+        alike.setdefault(_identity(setting), setting)
+    return list(alike.values())
+
+
+def _identity(setting: PMETHyperParams) -> str:
+    """What settings that edit alike share: λ as a number counts for nothing beside a share."""
+    if setting.mom2_update_share is not None:
+        setting = changed(setting, mom2_update_weight=1.0)
+    return setting.model_dump_json()

@@ -1,0 +1,121 @@
+"""The settings that are tried, one rung after the other, from what matters most.
+
+λ is tried as a share of the scale of the keys (`pmet.update.update_weight`): the same shares suit
+any model, any layers and any number of facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pmet.hparams import PMETHyperParams
+
+CLAMPS = (0.75, 1.5, 2.0, 3.0, 4.0)
+RATES = (0.1, 0.2, 0.5)
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
+SPREADS = ("sqrt", "linear")
+SOLVES = (1, 2)
+LENGTHS = (3, 5)
+"""Numbers of layers to try, besides that of the start."""
+_MIDDLING: dict[str, Any] = {"mom2_update_share": 0.2, "spread": "linear", "solves": 1}
+"""Options of the update that are far from none of the best ones, while others are sought."""
+_MIDDLING_CLAMP = 2.0
+_LOWER = 2 / 3
+"""The part of the layers, from the lowest one on, in which facts are sought."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the search.
+
+    Attributes:
+        name: what it varies.
+        part: the share of the trial facts that it edits.
+        keep: how many settings go on to the next rung.
+        budget: its share of the time.
+        vary: the variants of a setting.
+    """
+
+    name: str
+    part: float
+    keep: int
+    budget: float
+    vary: Callable[[PMETHyperParams], list[PMETHyperParams]]
+
+
+def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
+    """The rungs of a search.
+
+    Args:
+        start: the setting that it starts from.
+        layers: the windows of layers to try.
+    """
+
+    def of_layers(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        clamps = dict.fromkeys((setting.clamp_norm_factor, _MIDDLING_CLAMP))
+        return [
+            changed(setting, layers=tuple(window), clamp_norm_factor=clamp, **_MIDDLING)
+            for window, clamp in product(layers, clamps)
+        ]
+
+    def of_size(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        return [changed(setting, clamp_norm_factor=clamp) for clamp in CLAMPS]
+
+    def of_step(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        return [changed(setting, v_lr=rate) for rate in RATES]
+
+    def of_update(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        return [
+            changed(setting, mom2_update_share=share, spread=spread, solves=solves)
+            for share, spread, solves in product(SHARES, SPREADS, SOLVES)
+        ]
+
+    return [
+        Rung("layers", 0.25, 3, 0.3, of_layers),
+        Rung("clamp", 0.5, 2, 0.25, of_size),
+        Rung("rate", 0.5, 2, 0.15, of_step),
+        Rung("update", 1.0, 1, 0.3, of_update),
+    ]
+
+
+def windows(start: Sequence[int], depth: int, most: int) -> list[tuple[int, ...]]:
+    """Windows of neighboring layers, the start's own first.
+
+    Args:
+        start: the layers of the start.
+        depth: number of layers of the model.
+        most: how many different layers there may be in all windows: each needs a second moment.
+    """
+    last = max(1, round(_LOWER * depth))
+    found = [tuple(start)]
+    for length in dict.fromkeys((len(start), *LENGTHS)):
+        step = max(1, length // 2)
+        found += [tuple(range(i, i + length)) for i in range(0, last - length + 1, step)]
+    # Those nearest to the start's first, so that what is left out is far from it.
+    middle = sum(start) / len(start)
+    found.sort(key=lambda window: abs(sum(window) / len(window) - middle))
+    kept: list[tuple[int, ...]] = []
+    for window in dict.fromkeys((tuple(start), *found)):
+        if len(set(window).union(*kept)) <= max(most, len(start)):
+            kept.append(window)
+    return kept
+
+
+def changed(setting: PMETHyperParams, **values: Any) -> PMETHyperParams:
+    """The setting with other values."""
+    return setting.model_copy(update=values)
+
+
+def written(setting: PMETHyperParams) -> dict[str, Any]:
+    """A setting as the contents of a file of hyper-parameters."""
+    return dict(_written(setting))
+
+
+def _written(setting: PMETHyperParams) -> Iterator[tuple[str, Any]]:
+    for name, value in setting.model_dump(mode="json").items():
+        instead = name == "mom2_update_weight" and setting.mom2_update_share is not None
+        if value is not None and not instead:
+            yield name, value

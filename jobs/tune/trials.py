@@ -1,0 +1,165 @@
+"""Trials: each an ordinary job on some of the facts, in a run folder of its own.
+
+All trials share the targets, the second moments, the context templates and the base model's
+measurements, so that a trial that differs in the update alone computes nothing but that. A
+finished trial is not repeated; an unfinished one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.tune.search import Score
+from jobs.tune.space import written
+from pipeline.data import RequestTable
+from pipeline.errors import NothingToEditError
+from pipeline.job import GatesConfig, JobConfig, TrackingConfig
+from pipeline.run import run_job
+from pipeline.run_folder import files_made, read_columns
+from pipeline.storage import Store, digest_of, json_bytes
+from pmet.errors import NumericalError
+from pmet.evaluation import harmonic_mean
+from pmet.hparams import PMETHyperParams
+
+TEMPLATES = "context_templates.json"
+PROBABILITY = ("efficacy", "generalization", "specificity")
+SAID = ("efficacy_said", "generalization_said", "locality")
+FIGURES = (*PROBABILITY, *SAID, "perplexity")
+_HEAVY = ("model/", "delta/", "targets/")
+
+
+def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexity: float) -> Score:
+    """The mean of two harmonic means: of the probability form, and of what the model says.
+
+    Args:
+        before: the base model's figures.
+        after: the edited model's.
+        most_perplexity: the largest relative rise of perplexity that is allowed.
+    """
+    means = [
+        mean
+        for names in (PROBABILITY, SAID)
+        if (mean := harmonic_mean([after[n] for n in names if after.get(n) is not None]))
+        is not None
+    ]
+    base, now = before.get("perplexity"), after.get("perplexity")
+    allowed = base is None or now is None or now <= base * (1 + most_perplexity)
+    value = sum(means) / len(means) if means else 0.0
+    return Score(value, allowed, {name: after.get(name) for name in FIGURES})
+
+
+def split(table: RequestTable, judged: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split requests into trial facts and judged ones, those of a subject together.
+
+    Args:
+        table: the requests.
+        judged: how many are to be judged on, about.
+        seed: decides which.
+
+    Returns:
+        Places of the trial facts and of the judged ones, each in an order drawn by the seed.
+    """
+    by_subject: dict[str, list[int]] = {}
+    for place, request in enumerate(table.requests):
+        by_subject.setdefault(request.subject, []).append(place)
+    order = sorted(by_subject, key=lambda subject: digest_of([seed, subject]))
+    apart: list[int] = []
+    trial: list[int] = []
+    for subject in order:
+        (apart if len(apart) < judged else trial).extend(by_subject[subject])
+    return trial, apart
+
+
+class Trials:
+    """Runs trials.
+
+    Args:
+        job: the job that hyper-parameters are sought for.
+        store: the folder of the search.
+        second_moments: their location.
+        table: the requests.
+        address: Ray cluster to run on.
+        most_perplexity: as for `score_of`.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        store: Store,
+        second_moments: str,
+        table: RequestTable,
+        *,
+        address: str | None,
+        most_perplexity: float,
+    ) -> None:
+        self._job, self._store, self._moments, self._table = job, store, second_moments, table
+        self._address, self._most = address, most_perplexity
+
+    def run(
+        self, rung: str, setting: PMETHyperParams, places: Sequence[int]
+    ) -> tuple[Score, float, list[dict[str, Any]]]:
+        """Edit some facts; returns the score, the seconds that it took, and each fact's figures."""
+        values = written(setting)
+        rows = [int(self._table.rows[place]) for place in places]
+        folder = f"trials/{rung}-{digest_of([values, rows])[:16]}"
+        done = f"{folder}/trial.json"
+        if self._store.exists(done):
+            kept = self._store.read_json(done)
+            return Score(**kept["score"]), kept["seconds"], kept["rows"]
+        begun = time.monotonic()
+        self._store.write_bytes(f"{folder}/hparams.json", json_bytes(values))
+        requests = self._table.table.take(pa.array(rows))
+        self._store.write_table(f"{folder}/requests.parquet", requests)
+        score, results = self._result(folder, len(rows))
+        seconds = time.monotonic() - begun
+        self._store.write_json(
+            done, {"score": vars(score), "seconds": round(seconds, 3), "rows": results}
+        )
+        return score, seconds, results
+
+    def _result(self, folder: str, count: int) -> tuple[Score, list[dict[str, Any]]]:
+        job = self._trial_job(folder, count)
+        try:
+            result = run_job(job, address=self._address)
+        except (NumericalError, NothingToEditError) as error:
+            return Score(0.0, allowed=False, failure=str(error)), []
+        if not self._store.exists(TEMPLATES):
+            self._store.write_bytes(TEMPLATES, result.folder.read_bytes(TEMPLATES))
+        score = score_of(result.metrics["before"], result.metrics["after"], self._most)
+        columns = [f"after_{name}" for name in (*PROBABILITY, *SAID)]
+        rows = read_columns(result.folder, "results.parquet", columns).to_pylist()
+        heavy = [name for name in files_made(result.folder) if name.startswith(_HEAVY)]
+        result.folder.delete_files(heavy)
+        return score, rows
+
+    def _trial_job(self, folder: str, count: int) -> JobConfig:
+        job, join = self._job, self._store.join
+        templates = join(TEMPLATES) if self._store.exists(TEMPLATES) else job.context_templates
+        return job.model_copy(
+            update={
+                "requests": (join(f"{folder}/requests.parquet"),),
+                "output": join(f"{folder}/run"),
+                "hparams": join(f"{folder}/hparams.json"),
+                "second_moments": self._moments,
+                "context_templates": templates,
+                "skip_known": False,
+                "targets": job.targets.model_copy(
+                    update={"store": job.targets.store or join("targets")}
+                ),
+                "evaluate": job.evaluate.model_copy(
+                    update={
+                        "store": job.evaluate.store or join("measurements"),
+                        "sample": None,
+                        "last": None,
+                        "fluency": False,
+                        "answers": count,
+                    }
+                ),
+                "gates": GatesConfig(),
+                "tracking": TrackingConfig(),
+            }
+        )

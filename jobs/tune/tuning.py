@@ -1,0 +1,311 @@
+"""A search for hyper-parameters, from a job to a file with the best ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from jobs.statistics import compute_statistics
+from jobs.tune.search import Found, Score, Trial, search
+from jobs.tune.space import rungs, windows, written
+from jobs.tune.trials import PROBABILITY, SAID, Trials, score_of, split
+from jobs.tune.views import hparams_text, write_page
+from pipeline.errors import JobError
+from pipeline.events import JUDGE, TRIALS, StageName
+from pipeline.job import JobConfig
+from pipeline.places import hparams_places, model_places, pattern_places
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import Progress, Stage
+from pipeline.run_folder import versions
+from pipeline.second_moments import check_moments
+from pipeline.storage import Store, digest_of, now_text, refuse_overlap
+from pmet.hparams import PMETHyperParams
+from pmet.update import longest
+
+RECORD, HPARAMS, PAGE = "tune.json", "hparams.yaml", "tune.html"
+FEWEST = 4
+"""Facts that a search needs on either side, at least."""
+MOST_LAYERS = 12
+"""Layers whose second moments are collected, at most: each takes as much memory as its C."""
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a search is made.
+
+    Attributes:
+        output: its folder, a path or URL.
+        budget_s: seconds for the trials.
+        trial: facts to try settings on; None: half, at most 200.
+        judged: facts to judge the result on; None: half, at most 200.
+        most_perplexity: the largest relative rise of perplexity that is allowed.
+        address: Ray cluster to run on; None: as the job says.
+    """
+
+    output: str
+    budget_s: float
+    trial: int | None = None
+    judged: int | None = None
+    most_perplexity: float = 0.05
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of a search.
+
+    Attributes:
+        store: its folder.
+        record: the contents of ``tune.json``.
+    """
+
+    store: Store
+    record: dict[str, Any]
+
+
+def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None) -> Tuned:
+    """Search for hyper-parameters for a job's model and facts.
+
+    Trials edit some of the facts; the start and the setting found are then compared on others,
+    which no setting was chosen by. The same call resumes a search that was interrupted.
+
+    Raises:
+        InputError: the job or a setting cannot be used; nothing has been computed.
+        PMETError: a trial failed for a reason that another setting would not mend.
+    """
+    progress, store = progress or Progress(), Store(settings.output)
+    read = [("model", model_places(job.model)), ("requests", pattern_places(job.requests))]
+    read += [("corpus", pattern_places(job.corpus or ())), ("hparams", hparams_places(job.hparams))]
+    refuse_overlap(("--output", settings.output), read)
+    with progress.stage(StageName.PLAN):
+        plan = make_plan(job.model_copy(update={"output": store.join("plan"), "skip_known": False}))
+    trial, judged = _facts(plan, settings)
+    start = plan.hparams
+    about = {
+        "model": plan.digests["model"],
+        "start": digest_of(written(start)),
+        "trial facts": digest_of([plan.table.rows[i] for i in trial]),
+        "judged facts": digest_of([plan.table.rows[i] for i in judged]),
+        "requests": plan.digests["requests"],
+        "seed": str(job.seed),
+    }
+    _take(store, about)
+    candidates = _layers(job, plan)
+    moments = _second_moments(job, plan, store, candidates, settings, progress)
+    trials = Trials(
+        job,
+        store,
+        moments,
+        plan.table,
+        address=settings.address,
+        most_perplexity=settings.most_perplexity,
+    )
+
+    with progress.stage(TRIALS, round(settings.budget_s)) as bar:
+
+        def run(rung: str, setting: PMETHyperParams, count: int) -> tuple[Score, float]:
+            bar.note(f"{rung}, {count} facts")
+            score, seconds, _ = trials.run(rung, setting, trial[:count])
+            bar.advance(round(seconds))
+            return score, seconds
+
+        found = search(
+            start,
+            rungs(start, candidates),
+            run,
+            facts=len(trial),
+            budget_s=settings.budget_s,
+            seed=job.seed,
+        )
+    with progress.stage(JUDGE, 2) as bar:
+        judgement = _judged(trials, start, found.best, judged, bar)
+    record = _record(job, plan, about, settings, found, judgement, len(trial), len(judged))
+    store.write_json(RECORD, record)
+    store.write_bytes(PAGE, write_page(record).encode(errors="backslashreplace"))
+    store.write_bytes(HPARAMS, hparams_text(written(found.best), record).encode())
+    return Tuned(store, record)
+
+
+def _facts(plan: Plan, settings: Settings) -> tuple[list[int], list[int]]:
+    count = len(plan.table.requests)
+    judged = settings.judged or min(200, count // 2)
+    trial, apart = split(plan.table, judged, plan.job.seed)
+    trial = trial[: settings.trial or 200]
+    if min(len(trial), len(apart)) < FEWEST:
+        raise JobError(
+            f"{len(trial)} facts to try settings on and {len(apart)} to judge them on are too few "
+            f"({count} requests can be edited): {FEWEST} of each are needed; give more requests"
+        )
+    return trial, apart
+
+
+def _take(store: Store, about: Mapping[str, str]) -> None:
+    """Take the folder for a search, or go on with the same search in it.
+
+    Raises:
+        JobError: it holds another search, or something else.
+    """
+    if store.exists(RECORD):
+        kept = store.read_json(RECORD)
+        said = kept.get("about") if isinstance(kept, dict) else None
+        if not isinstance(said, dict):
+            raise JobError(
+                f"--output: {store.join(RECORD)} was not written by pmet tune; name a folder that "
+                "is empty or does not exist"
+            )
+        if other := [name for name in about if said.get(name) != about[name]]:
+            raise JobError(
+                f"--output: {store.url} holds another search: {', '.join(other)} changed; name "
+                "another folder"
+            )
+        return
+    if store.list(unfinished=True):
+        raise JobError(
+            f"--output: {store.url} holds files, but no search; name a folder that is empty or "
+            "does not exist"
+        )
+    store.write_json(RECORD, {"about": dict(about), "status": "running"})
+
+
+def _layers(job: JobConfig, plan: Plan) -> list[tuple[int, ...]]:
+    """The windows of layers to try: those whose second moments can be had."""
+    start = plan.hparams.layers
+    if job.corpus is None:
+        # Second moments of other layers cannot be computed.
+        return [start]
+    depth = plan.layout.depth
+    stacked = bool(plan.layout.experts)
+    return [start] if stacked else windows(start, depth, MOST_LAYERS)
+
+
+def _second_moments(
+    job: JobConfig,
+    plan: Plan,
+    store: Store,
+    candidates: Sequence[Sequence[int]],
+    settings: Settings,
+    progress: Progress,
+) -> str:
+    """The location of second moments of all candidate layers, collected in one pass."""
+    layers = sorted(set().union(*candidates))
+    if job.second_moments and check_moments(
+        job.second_moments, plan.layout, tuple(layers), plan.digests["model"]
+    ):
+        return job.second_moments
+    assert job.corpus is not None, "without a corpus, only the start's layers are tried"
+    compute_statistics(
+        job.model,
+        job.corpus,
+        output=store.join("second_moments"),
+        hparams=None,
+        layers=",".join(map(str, layers)),
+        tokens=str(job.corpus_tokens),
+        max_length=longest(plan.checkpoint.config),
+        workers="0" if job.in_this_process else str(job.targets.workers),
+        gpus_per_worker=job.targets.gpus_per_worker,
+        address=settings.address,
+        progress=progress,
+        console=Console(quiet=True),
+    )
+    return store.join("second_moments")
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    start: Score
+    best: Score
+    interval: tuple[float, float]
+
+
+def _judged(
+    trials: Trials,
+    start: PMETHyperParams,
+    best: PMETHyperParams,
+    places: Sequence[int],
+    bar: Stage,
+) -> _Judgement:
+    own, _, rows = trials.run("judged", best, places)
+    bar.advance()
+    first, _, others = trials.run("judged", start, places)
+    bar.advance()
+    return _Judgement(first, own, difference(rows, others))
+
+
+def difference(
+    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> tuple[float, float]:
+    """The 95 % interval of the distance of two settings' scores on the same facts.
+
+    The facts are drawn again, with replacement; every fact counts once, whatever its prompts.
+
+    Args:
+        rows: each fact's figures with one setting.
+        others: with the other; empty if it came to no result.
+    """
+    if not rows or not others:
+        return 0.0, 0.0
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(_RESAMPLES):
+        drawn = draw.integers(len(rows), size=len(rows))
+        one, other = (_mean_score([table[i] for i in drawn]) for table in (rows, others))
+        found.append(one - other)
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
+    figures: dict[str, float | None] = {}
+    for name in (*PROBABILITY, *SAID):
+        values = [row[f"after_{name}"] for row in rows if row.get(f"after_{name}") is not None]
+        figures[name] = sum(values) / len(values) if values else None
+    return score_of({}, figures, 0.0).value
+
+
+def _record(
+    job: JobConfig,
+    plan: Plan,
+    about: Mapping[str, str],
+    settings: Settings,
+    found: Found,
+    judgement: _Judgement,
+    trial: int,
+    judged: int,
+) -> dict[str, Any]:
+    return {
+        "about": dict(about),
+        "status": "complete",
+        "model": job.model,
+        "origin": plan.origins.get("hyper-parameters"),
+        "facts": {"trial": trial, "judged": judged},
+        "seed": job.seed,
+        "budget_s": settings.budget_s,
+        "seconds": round(sum(one.seconds for one in found.trials), 1),
+        "left_out": found.left_out,
+        "start": written(plan.hparams),
+        "best": written(found.best),
+        "judged": {
+            "start": asdict(judgement.start),
+            "best": asdict(judgement.best),
+            "difference": judgement.best.value - judgement.start.value,
+            "interval": list(judgement.interval),
+        },
+        "trials": [_shown(one) for one in found.trials],
+        "versions": versions(),
+        "finished_at": now_text(),
+    }
+
+
+def _shown(trial: Trial) -> dict[str, Any]:
+    return {
+        "rung": trial.rung,
+        "setting": written(trial.setting),
+        "facts": trial.facts,
+        "score": asdict(trial.score),
+        "seconds": round(trial.seconds, 1),
+    }

@@ -1,0 +1,76 @@
+"""``pmet tune``: finds hyper-parameters for a model by trial edits."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def tune(
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB.yaml",
+            help="Job that hyper-parameters are sought for: its model, facts, corpus and workers. "
+            "The search starts from its hparams.",
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option(help="Folder for the search, empty or new: a path or a URL.")
+    ],
+    budget: Annotated[
+        str, typer.Option(help="Time for the trials, such as 90s, 20m or 2h.")
+    ] = "20m",
+    trial_facts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Facts to try settings on. Default: half of them, at most 200."),
+    ] = None,
+    judged_facts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Other facts to judge the result on. Default: half of them, at most 200."
+        ),
+    ] = None,
+    most_perplexity: Annotated[
+        float,
+        typer.Option(min=0.0, help="Largest rise of perplexity that is allowed, as a fraction."),
+    ] = 0.05,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. seed=1."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster to run on, as host:port. Default: start one on this machine."
+        ),
+    ] = None,
+) -> None:
+    """Find hyper-parameters for a model and its facts, by trial edits."""
+    from jobs.tune.tuning import HPARAMS, Settings
+    from jobs.tune.tuning import tune as search
+    from jobs.tune.views import show_tuned
+    from pipeline.job import load_job
+    from pipeline.progress import RichProgress
+
+    seconds = _seconds(budget)
+    config = load_job(job, settings or [])
+    wanted = Settings(output, seconds, trial_facts, judged_facts, most_perplexity, address)
+    tuned = search(config, wanted, progress=RichProgress(err))
+    show_tuned(tuned.record, tuned.store.join(HPARAMS), out)
+
+
+def _seconds(text: str) -> float:
+    if not (match := re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", text)) or not float(match[1]):
+        raise typer.BadParameter(
+            f"{text!r} is not a time above 0; give one such as 90s, 20m or 2h",
+            param_hint="--budget",
+        )
+    return float(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,86 @@
+"""The search, on scores that are known."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.tune.search import Found, Score, search
+from jobs.tune.space import CLAMPS, RATES, SHARES, SOLVES, SPREADS, rungs
+from pmet import PMETHyperParams
+
+START = PMETHyperParams(layers=(8, 9, 10), clamp_norm_factor=0.75, mom2_update_weight=15000)
+WINDOWS = [(8, 9, 10), (2, 3, 4), (4, 5, 6)]
+WANTED = {
+    "layers": st.sampled_from(WINDOWS),
+    "clamp_norm_factor": st.sampled_from(CLAMPS),
+    "v_lr": st.sampled_from(RATES),
+    "mom2_update_share": st.sampled_from(SHARES),
+    "spread": st.sampled_from(SPREADS),
+    "solves": st.sampled_from(SOLVES),
+}
+
+
+class Surface:
+    """Scores that grow with each value that is as wanted."""
+
+    def __init__(self, wanted: dict[str, object], seconds: float = 1.0) -> None:
+        self.wanted, self.seconds = wanted, seconds
+        self.asked: list[tuple[str, str, int]] = []
+
+    def __call__(self, rung: str, setting: PMETHyperParams, facts: int) -> tuple[Score, float]:
+        self.asked.append((rung, setting.model_dump_json(), facts))
+        right = sum(getattr(setting, name) == value for name, value in self.wanted.items())
+        return Score(right / len(self.wanted)), self.seconds
+
+
+def found(surface: Surface, budget_s: float, seed: int = 0) -> Found:
+    ladder = rungs(START, WINDOWS)
+    return search(START, ladder, surface, facts=40, budget_s=budget_s, seed=seed)
+
+
+@given(st.fixed_dictionaries(WANTED), st.integers(0, 5))
+def test_with_time_enough_the_best_of_the_grid_is_found(
+    wanted: dict[str, object], seed: int
+) -> None:
+    surface = Surface(wanted)
+    best = found(surface, math.inf, seed).best
+    assert {name: getattr(best, name) for name in wanted} == wanted
+    assert max(Counter(surface.asked).values()) == 1
+
+
+@given(st.fixed_dictionaries(WANTED), st.floats(0, 60), st.floats(0.1, 10))
+def test_the_time_is_kept_but_for_a_trial_in_each_rung(
+    wanted: dict[str, object], budget_s: float, seconds: float
+) -> None:
+    result = found(Surface(wanted, seconds), budget_s)
+    assert len(result.trials) * seconds <= budget_s + 4 * seconds + 1e-6
+    assert [trial.rung for trial in result.trials if trial.facts == 40][-1] == "update"
+    assert {trial.rung for trial in result.trials} == set(result.left_out)
+
+
+def test_more_facts_are_edited_from_rung_to_rung() -> None:
+    result = found(Surface({"solves": 2}), 100)
+    assert next(trial.facts for trial in result.trials if trial.rung == "layers") == 10
+    assert {trial.facts for trial in result.trials if trial.rung == "update"} == {40}
+
+
+def test_the_same_seed_makes_the_same_search() -> None:
+    one, again, other = (Surface({"v_lr": 0.5}) for _ in range(3))
+    found(one, 30, 1)
+    found(again, 30, 1)
+    found(other, 30, 2)
+    assert one.asked == again.asked
+    assert one.asked != other.asked
+
+
+def test_a_setting_that_is_not_allowed_wins_only_if_none_is() -> None:
+    def run(_rung: str, setting: PMETHyperParams, _facts: int) -> tuple[Score, float]:
+        wide = setting.clamp_norm_factor > 1.5
+        return Score(0.9 if wide else 0.3, allowed=not wide), 1.0
+
+    result = search(START, rungs(START, WINDOWS), run, facts=40, budget_s=1000, seed=0)
+    assert result.best.clamp_norm_factor <= 1.5

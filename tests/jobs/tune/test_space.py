@@ -1,0 +1,58 @@
+"""The settings that a search tries."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.tune.space import CLAMPS, RATES, rungs, windows, written
+from pmet import PMETHyperParams
+
+START = PMETHyperParams(layers=(4, 5, 6, 7, 8), mom2_update_weight=6000)
+
+
+@given(
+    st.integers(2, 96).flatmap(
+        lambda depth: st.tuples(st.just(depth), st.integers(0, depth - 1), st.integers(1, 5))
+    ),
+    st.integers(1, 20),
+)
+def test_windows_are_neighboring_layers_of_the_model_around_the_start(
+    model: tuple[int, int, int], most: int
+) -> None:
+    depth, first, length = model
+    start = tuple(range(first, min(depth, first + length)))
+    found = windows(start, depth, most)
+    assert found[0] == start
+    assert len(set(found)) == len(found)
+    assert all(window == tuple(range(window[0], window[-1] + 1)) for window in found)
+    assert all(0 <= layer < depth for window in found for layer in window)
+    assert len(set().union(*found)) <= max(most, len(start))
+
+
+def test_a_large_model_gets_windows_below_and_above_the_start() -> None:
+    found = windows(START.layers, 30, 12)
+    assert {(2, 3, 4, 5, 6), (4, 5, 6), (5, 6, 7)} <= set(found)
+    assert any(window[-1] > 8 for window in found)
+
+
+def test_each_rung_varies_what_it_is_named_for() -> None:
+    layers, size, step, update = rungs(START, [(4, 5, 6, 7, 8), (2, 3, 4)])
+    assert {v.layers for v in layers.vary(START)} == {(4, 5, 6, 7, 8), (2, 3, 4)}
+    assert [v.clamp_norm_factor for v in size.vary(START)] == list(CLAMPS)
+    assert [v.v_lr for v in step.vary(START)] == list(RATES)
+    assert {v.solves for v in update.vary(START)} == {1, 2}
+    # Only the layers and what the update alone reads vary at once: targets serve many trials.
+    assert {(v.v_lr, v.clamp_norm_factor, v.layers) for v in update.vary(START)} == {
+        (START.v_lr, START.clamp_norm_factor, START.layers)
+    }
+    assert sum(rung.budget for rung in (layers, size, step, update)) == pytest.approx(1.0)
+
+
+def test_a_setting_is_written_as_a_file_that_is_read_back() -> None:
+    for setting in (START, *rungs(START, [START.layers])[3].vary(START)):
+        values = written(setting)
+        again = PMETHyperParams.from_dict(values)
+        assert written(again) == values
+        assert ("mom2_update_weight" in values) == (setting.mom2_update_share is None)

@@ -1,0 +1,72 @@
+"""Trials: their facts, and what they are scored by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.tune.trials import score_of, split
+from jobs.tune.tuning import difference
+from pipeline.data.requests import Requests
+from pipeline.data.tables import RequestTable, read_requests
+
+
+def table(subjects: list[str], folder: Path) -> RequestTable:
+    rows = [
+        {"prompt": f"{{}} likes number {i}", "subject": subject, "target_new": "tea"}
+        for i, subject in enumerate(subjects)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
+    return read_requests(str(folder / "requests.parquet"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("facts")
+
+
+@given(subjects=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=30), seed=st.integers(0))
+def test_facts_are_split_by_subject(folder: Path, subjects: list[str], seed: int) -> None:
+    given_table = table(subjects, folder)
+    assert isinstance(given_table.requests, Requests)
+    trial, judged = split(given_table, len(subjects) // 2, seed)
+    assert sorted([*trial, *judged]) == list(range(len(subjects)))
+    assert not {subjects[i] for i in trial} & {subjects[i] for i in judged}
+    # A subject more than were asked for, at most.
+    largest = max(subjects.count(subject) for subject in subjects)
+    assert len(subjects) // 2 <= len(judged) < len(subjects) // 2 + largest or not trial
+    assert (trial, judged) == split(given_table, len(subjects) // 2, seed)
+
+
+PERFECT = dict.fromkeys(("efficacy", "generalization", "specificity"), 1.0)
+
+
+def test_a_score_is_the_mean_of_two_harmonic_means() -> None:
+    after = PERFECT | {"efficacy_said": 0.5, "generalization_said": 0.5, "locality": 0.5}
+    assert score_of({}, after, 0.05).value == pytest.approx(0.75)
+    # What was not measured does not count, and nothing measured is no success.
+    assert score_of({}, PERFECT | {"efficacy_said": None}, 0.05).value == 1.0
+    assert score_of({}, PERFECT | {"efficacy": 0.0}, 0.05).value == 0.0
+    assert score_of({}, {}, 0.05).value == 0.0
+
+
+def test_perplexity_may_rise_by_as_much_as_is_allowed() -> None:
+    for after, allowed in ((10.4, True), (10.6, False)):
+        score = score_of({"perplexity": 10.0}, PERFECT | {"perplexity": after}, 0.05)
+        assert score.allowed == allowed
+    assert score_of({"perplexity": None}, PERFECT, 0.05).allowed
+
+
+def test_the_interval_of_a_difference_shrinks_with_the_number_of_facts() -> None:
+    def rows(good: int, of: int) -> list[dict[str, float]]:
+        return [{f"after_{name}": float(i < good) for name in PERFECT} for i in range(of)]
+
+    few, many = (difference(rows(3 * n, 4 * n), rows(n, 4 * n)) for n in (4, 40))
+    assert few[0] < 0.5 < few[1]
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
+    assert difference(rows(3, 4), rows(3, 4)) == (0.0, 0.0)
