@@ -61,7 +61,12 @@ def _varied(first: PMETHyperParams, options: Any) -> Iterator[PMETHyperParams]:
     """The hyper-parameters with other options of the update."""
     values = product(options.spreads, map(float, options.weights), map(int, options.solves))
     for spread, weight, solves in values:
-        update = {"spread": spread, "mom2_update_weight": weight, "solves": solves}
+        update = {
+            "spread": spread,
+            "mom2_update_weight": weight,
+            "mom2_update_share": None,
+            "solves": solves,
+        }
         if (changed := first.model_copy(update=update)) != first:
             yield changed
 
@@ -112,9 +117,8 @@ class _Trial:
         what = (self._given.model, self._given.tokenizer, self._given.requests)
         templates = self._given.templates
         # The options of the update change no target.
-        alike = hparams.model_copy(
-            update={"spread": "sqrt", "mom2_update_weight": 1.0, "solves": 1}
-        )
+        update = {"spread": "sqrt", "mom2_update_weight": 1.0, "solves": 1}
+        alike = hparams.model_copy(update={**update, "mom2_update_share": None})
         if alike not in self._targets:
             self._targets[alike] = timed(
                 lambda: compute_targets(*what, hparams, context_templates=templates)
@@ -146,7 +150,9 @@ def _row(
         "clamp": f"{hparams.clamp_norm_factor:g}",
         "rate": f"{hparams.v_lr:g}",
         "spread": hparams.spread,
-        "λ": f"{hparams.mom2_update_weight:g}",
+        "λ": f"{hparams.mom2_update_weight:g}"
+        if hparams.mom2_update_share is None
+        else f"share {hparams.mom2_update_share:g}",
         "solves": str(hparams.solves),
     }
     for name, figures in SCORES.items():

@@ -58,7 +58,8 @@ class Found:
 
     Attributes:
         best: the setting that won the last rung.
-        trials: all trials, in their order.
+        trials: all trials, in their order. A setting that a rung has kept is not tried again if
+            the next one edits as many facts.
         left_out: for each rung, how many settings there was no time for.
     """
 
@@ -93,20 +94,24 @@ def search(
     """
     spent = deadline = 0.0
     kept, trials, left_out = [start], list[Trial](), dict[str, int]()
+    known: dict[tuple[str, int], Trial] = {}
     for rung in rungs:
         deadline += rung.budget * budget_s
         count = max(1, round(rung.part * facts))
         here: list[Trial] = []
         settings = _settings(kept, rung, seed)
         for setting in settings:
-            longest = max((trial.seconds for trial in here), default=0.0)
-            if here and spent + longest > deadline:
-                break
-            score, seconds = run(rung.name, setting, count)
-            spent += seconds
-            here.append(Trial(rung.name, setting, count, score, seconds))
+            name = (_identity(setting), count)
+            if name not in known:
+                longest = max((trial.seconds for trial in here), default=0.0)
+                if here and spent + longest > deadline:
+                    break
+                score, seconds = run(rung.name, setting, count)
+                spent += seconds
+                known[name] = Trial(rung.name, setting, count, score, seconds)
+                trials.append(known[name])
+            here.append(known[name])
         left_out[rung.name] = len(settings) - len(here)
-        trials += here
         here.sort(key=lambda trial: trial.score.rank, reverse=True)
         kept = [trial.setting for trial in here[: rung.keep]]
     return Found(kept[0], trials, left_out)

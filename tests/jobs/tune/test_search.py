@@ -49,7 +49,8 @@ def test_with_time_enough_the_best_of_the_grid_is_found(
     surface = Surface(wanted)
     best = found(surface, math.inf, seed).best
     assert {name: getattr(best, name) for name in wanted} == wanted
-    assert max(Counter(surface.asked).values()) == 1
+    # Whatever the rung: the same setting on the same facts would only give the same score.
+    assert max(Counter(asked[1:] for asked in surface.asked).values()) == 1
 
 
 @given(st.fixed_dictionaries(WANTED), st.floats(0, 60), st.floats(0.1, 10))
@@ -58,8 +59,8 @@ def test_the_time_is_kept_but_for_a_trial_in_each_rung(
 ) -> None:
     result = found(Surface(wanted, seconds), budget_s)
     assert len(result.trials) * seconds <= budget_s + 4 * seconds + 1e-6
-    assert [trial.rung for trial in result.trials if trial.facts == 40][-1] == "update"
-    assert {trial.rung for trial in result.trials} == set(result.left_out)
+    assert result.trials[-1].rung == "update"
+    assert result.trials[-1].facts == 40
 
 
 def test_more_facts_are_edited_from_rung_to_rung() -> None:
