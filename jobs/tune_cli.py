@@ -54,9 +54,10 @@ def tune(
     ] = None,
 ) -> None:
     """Find hyper-parameters for a model and its facts, by trial edits."""
-    from jobs.tune.tuning import HPARAMS, Settings
+    from jobs.tune.tuning import Settings
     from jobs.tune.tuning import tune as search
     from jobs.tune.views import show_tuned
+    from pipeline.hyper_parameters import TUNED
     from pipeline.job import load_job
     from pipeline.progress import RichProgress
 
@@ -64,7 +65,7 @@ def tune(
     config = load_job(job, settings or [])
     wanted = Settings(output, seconds, trial_facts, judged_facts, most_perplexity, address)
     tuned = search(config, wanted, progress=RichProgress(err))
-    show_tuned(tuned.record, tuned.store.join(HPARAMS), out)
+    show_tuned(tuned.record, tuned.store.join(TUNED), out)
 
 
 def _seconds(text: str) -> float:

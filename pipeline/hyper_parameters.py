@@ -1,13 +1,18 @@
-"""The hyper-parameters of a job: a file, a named preset, or the preset that fits the model."""
+"""The hyper-parameters of a job: a file, a preset, or what was found for the model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import JobError, StorageError
-from pipeline.storage import read_file
+from pipeline.job import AUTO_HPARAMS
+from pipeline.storage import Store, read_file
 from pmet.hparams import PMETHyperParams
 from pmet.presets import Preset, all_presets, fitting_preset, nearest_presets, shape_text
+
+TUNED, TUNING = "hparams.yaml", "tune.json"
+"""Files that a search for hyper-parameters leaves: what it has found, and what that rests on."""
 
 
 def load_hparams(name: str) -> PMETHyperParams:
@@ -29,17 +34,31 @@ def load_hparams(name: str) -> PMETHyperParams:
     return PMETHyperParams.from_text(text, source=name)
 
 
-def chosen_hparams(name: str | None, config: Any) -> tuple[PMETHyperParams, str]:
+def chosen_hparams(
+    name: str | None,
+    config: Any,
+    *,
+    second_moments: str | None = None,
+    digest: Callable[[], str] = str,
+) -> tuple[PMETHyperParams, str]:
     """Load the hyper-parameters of a job, and say where they are from.
 
     Args:
-        name: a preset, or the path or URL of a file; None takes the preset that fits the model.
+        name: a preset, or the path or URL of a file; None takes the preset that fits the model,
+            ``auto`` that preset or what a search has found for the model.
         config: the model's configuration.
+        second_moments: where the job's second moments are; a search leaves its files beside them.
+        digest: gives the model's digest, which the search must have been made for.
 
     Raises:
         HyperParameterError: the hyper-parameters are invalid.
-        JobError: no such preset or file exists, or no preset fits the model.
+        JobError: no such preset or file exists, no preset fits the model, or the search was made
+            for another model.
     """
+    if name == AUTO_HPARAMS:
+        if fitting_preset(config):
+            return chosen_hparams(None, config)
+        return _tuned(second_moments, digest)
     if name is not None:
         preset = all_presets().get(name)
         origin = f"file {name}" if preset is None else f"preset {name}: {preset.origin}"
@@ -53,6 +72,28 @@ def chosen_hparams(name: str | None, config: Any) -> tuple[PMETHyperParams, str]
         )
     origin = f"preset {preset.name}, which fits the model's configuration: {preset.origin}"
     return PMETHyperParams.preset(preset.name), origin
+
+
+def _tuned(second_moments: str | None, digest: Callable[[], str]) -> tuple[PMETHyperParams, str]:
+    """What a search has found, in the folder that also holds the second moments."""
+    folder = (second_moments or "").rstrip("/").rpartition("/")[0] or "."
+    store = Store(folder)
+    if second_moments is None or not (store.exists(TUNED) and store.exists(TUNING)):
+        beside = f"; there is none in {folder}" if second_moments else ""
+        raise JobError(
+            f"hparams: auto found no preset that fits this model, and no {TUNED} beside the job's "
+            f"second_moments{beside}; find one with pmet tune, and name its second_moments folder "
+            "in the job (docs/tune.md)"
+        )
+    record = store.read_json(TUNING)
+    about = record.get("about") if isinstance(record, dict) else None
+    if not isinstance(about, dict) or about.get("model") != digest():
+        raise JobError(
+            f"hparams: {store.join(TUNED)} was found for another model; run pmet tune for this "
+            "one, or name the file if you want it all the same"
+        )
+    where = store.join(TUNED)
+    return load_hparams(where), f"file {where}, found by pmet tune"
 
 
 def _described(preset: Preset) -> str:

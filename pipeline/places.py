@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from pipeline.errors import RequestTableError
-from pipeline.job import JobConfig
+from pipeline.job import JobConfig, is_hparams_file
 from pipeline.models import is_gguf, is_hub_id
 from pipeline.second_moments import is_file_name
 from pipeline.storage import (
@@ -21,7 +21,6 @@ from pipeline.storage import (
     refuse_inside,
     refuse_overlap,
 )
-from pmet.hparams import PMETHyperParams
 
 
 def refuse_overlaps(job: JobConfig, beside: Collection[str] = ()) -> None:
@@ -80,9 +79,7 @@ def model_places(model: str) -> list[Location]:
 
 def hparams_places(hparams: str | None) -> list[Location]:
     """The location of a hyper-parameter file; empty for a preset."""
-    if hparams is None or hparams in PMETHyperParams.presets():
-        return []
-    return locate(hparams)
+    return locate(hparams) if hparams is not None and is_hparams_file(hparams) else []
 
 
 def pattern_places(patterns: Sequence[str]) -> list[Location]:

@@ -180,7 +180,12 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
     checkpoint = Checkpoint.open(folder)
     check_configuration(checkpoint)
     skeleton, tokenizer = open_skeleton(folder), open_fast_tokenizer(folder)
-    hparams, hparams_from = chosen_hparams(job.hparams, skeleton.config)
+    hparams, hparams_from = chosen_hparams(
+        job.hparams,
+        skeleton.config,
+        second_moments=job.second_moments,
+        digest=lambda: checked_digest(checkpoint),
+    )
     quantisation = quantisation_of(folder)
     layout = checked_layout(checkpoint, skeleton, tokenizer, hparams)
     names = [layout.weight_name(layer) for layer in hparams.layers]

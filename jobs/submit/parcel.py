@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import JobError
-from pipeline.job import JobConfig, dump_job
+from pipeline.job import JobConfig, dump_job, is_hparams_file
 from pipeline.models import is_hub_id
 from pipeline.storage import read_file
-from pmet.hparams import PMETHyperParams
 
 JOB_FILE = "job.yaml"
 _CARRIED = ("hparams", "context_templates")
@@ -114,7 +113,7 @@ def _is_relative(path: str) -> bool:
 
 
 def _is_preset(key: str, path: str) -> bool:
-    return key == "hparams" and path in PMETHyperParams.presets()
+    return key == "hparams" and not is_hparams_file(path)
 
 
 def _small(key: str, path: str) -> bytes:

@@ -16,6 +16,7 @@ from jobs.tune.trials import PROBABILITY, SAID, Trials, score_of, split
 from jobs.tune.views import hparams_text, write_page
 from pipeline.errors import JobError
 from pipeline.events import JUDGE, TRIALS, StageName
+from pipeline.hyper_parameters import TUNED, TUNING
 from pipeline.job import JobConfig
 from pipeline.places import hparams_places, model_places, pattern_places
 from pipeline.plan import Plan, make_plan
@@ -26,7 +27,7 @@ from pipeline.storage import Store, digest_of, now_text, refuse_overlap
 from pmet.hparams import PMETHyperParams
 from pmet.update import longest
 
-RECORD, HPARAMS, PAGE = "tune.json", "hparams.yaml", "tune.html"
+PAGE = "tune.html"
 FEWEST = 4
 """Facts that a search needs on either side, at least."""
 MOST_LAYERS = 12
@@ -125,9 +126,9 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
     with progress.stage(JUDGE, 2) as bar:
         judgement = _judged(trials, start, found.best, judged, bar)
     record = _record(job, plan, about, settings, found, judgement, len(trial), len(judged))
-    store.write_json(RECORD, record)
+    store.write_json(TUNING, record)
     store.write_bytes(PAGE, write_page(record).encode(errors="backslashreplace"))
-    store.write_bytes(HPARAMS, hparams_text(written(found.best), record).encode())
+    store.write_bytes(TUNED, hparams_text(written(found.best), record).encode())
     return Tuned(store, record)
 
 
@@ -150,12 +151,12 @@ def _take(store: Store, about: Mapping[str, str]) -> None:
     Raises:
         JobError: it holds another search, or something else.
     """
-    if store.exists(RECORD):
-        kept = store.read_json(RECORD)
+    if store.exists(TUNING):
+        kept = store.read_json(TUNING)
         said = kept.get("about") if isinstance(kept, dict) else None
         if not isinstance(said, dict):
             raise JobError(
-                f"--output: {store.join(RECORD)} was not written by pmet tune; name a folder that "
+                f"--output: {store.join(TUNING)} was not written by pmet tune; name a folder that "
                 "is empty or does not exist"
             )
         if other := [name for name in about if said.get(name) != about[name]]:
@@ -169,7 +170,7 @@ def _take(store: Store, about: Mapping[str, str]) -> None:
             f"--output: {store.url} holds files, but no search; name a folder that is empty or "
             "does not exist"
         )
-    store.write_json(RECORD, {"about": dict(about), "status": "running"})
+    store.write_json(TUNING, {"about": dict(about), "status": "running"})
 
 
 def _layers(job: JobConfig, plan: Plan) -> list[tuple[int, ...]]:

@@ -1,3 +1,4 @@
+from .config import AUTO_HPARAMS as AUTO_HPARAMS
 from .config import CountOrNull as CountOrNull
 from .config import EditSettings as EditSettings
 from .config import EvaluateConfig as EvaluateConfig
@@ -14,6 +15,7 @@ from .config import UpdateConfig as UpdateConfig
 from .config import allowed as allowed
 from .config import by_key as by_key
 from .config import dump_job as dump_job
+from .config import is_hparams_file as is_hparams_file
 from .config import is_part_or_whole as is_part_or_whole
 from .config import load_job as load_job
 from .config import load_settings as load_settings

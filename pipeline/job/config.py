@@ -30,8 +30,11 @@ from pipeline.errors import JobError
 from pipeline.job.gates import GATES
 from pipeline.job.yaml_files import YAMLTextError, dump_yaml, parse_yaml, read_yaml
 from pipeline.storage import digest_of
+from pmet.hparams import PMETHyperParams
 
 SIZE_LIMIT = 2**20
+AUTO_HPARAMS = "auto"
+"""The value of ``hparams`` that takes what fits the model: a preset, or what was found for it."""
 MOST_THREADS = 4096
 _LISTED_KEYS, _FIRST_KEYS = 24, 6
 
@@ -70,6 +73,11 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_section(value: Any) -> Any:
     return {} if value is None else value
+
+
+def is_hparams_file(name: str | None) -> bool:
+    """Whether a job's ``hparams`` names a file: it may name a preset, or leave the choice."""
+    return name not in (None, AUTO_HPARAMS, *PMETHyperParams.presets())
 
 
 def is_part_or_whole(gpus: float) -> bool:
@@ -329,7 +337,8 @@ class EditSettings(Section):
     hparams: TextOrNull = Field(
         default=None,
         description="Hyper-parameters: the name of a preset, or a file; null: the preset that fits "
-        "the model.",
+        "the model; auto: that preset, or else what pmet tune has found for the model, beside the "
+        "second moments.",
     )
     second_moments: TextOrNull = Field(
         default=None,

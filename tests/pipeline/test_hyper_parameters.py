@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,40 @@ def test_without_a_fitting_preset_the_message_names_the_nearest_and_the_way_out(
         "least layers, as layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters); pmet tune "
         "improves on it"
     )
+
+
+SMALL = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=100)
+
+
+def tuned_for(digest: str, folder: Path) -> str:
+    (folder / "hparams.yaml").write_text("layers: [0, 1]\nmom2_update_share: 0.2\n")
+    (folder / "tune.json").write_text(json.dumps({"about": {"model": digest}}))
+    return str(folder / "second_moments")
+
+
+def test_auto_prefers_a_preset_to_what_was_found(tmp_path: Path) -> None:
+    moments = tuned_for("abc", tmp_path)
+    preset = PMETHyperParams.preset("llama-2-7b")
+    assert chosen_hparams("auto", LLAMA2, second_moments=moments)[0] == preset
+    found, origin = chosen_hparams("auto", SMALL, second_moments=moments, digest=lambda: "abc")
+    assert (found.layers, found.mom2_update_share) == ((0, 1), 0.2)
+    assert origin == f"file {tmp_path}/hparams.yaml, found by pmet tune"
+
+
+def test_auto_refuses_what_was_found_for_another_model(tmp_path: Path) -> None:
+    moments = tuned_for("abc", tmp_path)
+    with pytest.raises(JobError, match=r"hparams\.yaml was found for another model; run pmet tune"):
+        chosen_hparams("auto", SMALL, second_moments=moments, digest=lambda: "other")
+    (tmp_path / "tune.json").write_text("[]")
+    with pytest.raises(JobError, match="was found for another model"):
+        chosen_hparams("auto", SMALL, second_moments=moments, digest=lambda: "abc")
+
+
+def test_auto_without_either_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="beside the job's second_moments; find one with pmet tune"):
+        chosen_hparams("auto", SMALL)
+    with pytest.raises(JobError, match=rf"there is none in {tmp_path}; find one with pmet tune"):
+        chosen_hparams("auto", SMALL, second_moments=f"{tmp_path}/second_moments/")
 
 
 def test_a_name_that_is_neither_preset_nor_file_is_refused() -> None:

@@ -23,12 +23,13 @@ def job(**changes: Any) -> JobConfig:
     return JobConfig.model_validate(values | changes)
 
 
-def test_a_job_of_urls_travels_as_it_is(tmp_path: Path) -> None:
-    parcel = pack(job())
-    assert parcel.job == job()
+@pytest.mark.parametrize("hparams", ["gpt-j-6b", "auto"])
+def test_a_job_of_urls_travels_as_it_is(hparams: str, tmp_path: Path) -> None:
+    parcel = pack(job(hparams=hparams))
+    assert parcel.job == job(hparams=hparams)
     assert parcel.shared == []
     (tmp_path / JOB_FILE).write_bytes(parcel.files[JOB_FILE])
-    assert load_job(tmp_path / JOB_FILE) == job()
+    assert load_job(tmp_path / JOB_FILE) == job(hparams=hparams)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ import yaml
 from jobs.tune import tuning
 from jobs.tune.space import Rung, changed, rungs
 from jobs.tune.trials import Trials
-from jobs.tune.tuning import HPARAMS, PAGE, RECORD, Settings, tune
+from jobs.tune.tuning import PAGE, Settings, tune
 from jobs.tune.views import hparams_text
 from pipeline.errors import JobError
+from pipeline.hyper_parameters import TUNED, TUNING
 from pipeline.job import JobConfig, load_job
+from pipeline.plan import make_plan
 from pmet import PMETHyperParams
 from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import HERE, facts, wait_until
@@ -83,7 +85,7 @@ def test_a_killed_search_goes_on_and_finds_a_better_setting(
         )
         killed.send_signal(signal.SIGKILL)
     before = {file: file.stat().st_mtime_ns for file in output.glob("trials/*/trial.json")}
-    assert not (output / HPARAMS).exists()
+    assert not (output / TUNED).exists()
 
     monkeypatch.setattr(tuning, "rungs", two_rungs)
     record = tune(job, settings).record
@@ -97,13 +99,18 @@ def test_a_killed_search_goes_on_and_finds_a_better_setting(
     assert judged["best"]["value"] > judged["start"]["value"]
     assert judged["interval"][0] <= judged["difference"] <= judged["interval"][1]
 
-    found = PMETHyperParams.from_file(output / HPARAMS)
+    found = PMETHyperParams.from_file(output / TUNED)
     assert found.clamp_norm_factor == record["best"]["clamp_norm_factor"]
-    assert record["about"]["model"] in (output / HPARAMS).read_text()
+    assert record["about"]["model"] in (output / TUNED).read_text()
     page = (output / PAGE).read_text()
     assert "on 8 facts; judged on" in " ".join(page.split())
     assert 'aria-label="Score of each trial"' in page
     assert "<script>alert" not in page
+    # A job takes it if it names the second moments beside it, and no other model's job does.
+    automatic = {"hparams": "auto", "second_moments": str(output / "second_moments")}
+    plan = make_plan(job.model_copy(update=automatic | {"output": str(tmp_path / "run")}))
+    assert plan.hparams == found
+    assert plan.origins["hyper-parameters"].endswith("hparams.yaml, found by pmet tune")
     # No trial leaves weights behind, and none met the facts that the result is judged on.
     assert not list(output.glob("trials/*/run/model/*"))
     assert not list(output.glob("trials/*/run/delta/*"))
@@ -126,11 +133,11 @@ def test_a_folder_of_the_user_is_not_taken(job: JobConfig, tmp_path: Path) -> No
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(JobError, match="holds files, but no search; name a folder that is empty"):
         tune(job, Settings(str(tmp_path), BUDGET))
-    (tmp_path / "notes.txt").rename(tmp_path / RECORD)
-    (tmp_path / RECORD).write_text("[1]")
+    (tmp_path / "notes.txt").rename(tmp_path / TUNING)
+    (tmp_path / TUNING).write_text("[1]")
     with pytest.raises(JobError, match=r"tune\.json was not written by pmet tune"):
         tune(job, Settings(str(tmp_path), BUDGET))
-    assert [file.name for file in tmp_path.iterdir()] == [RECORD]
+    assert [file.name for file in tmp_path.iterdir()] == [TUNING]
 
 
 def test_too_few_facts_are_refused(job: JobConfig, tmp_path: Path) -> None:
