@@ -59,7 +59,8 @@ ARGUMENTS = {
     "evaluate": f"{MODEL} requests.parquet --corpus corpus.parquet --output figures.json",
     "statistics": f"{MODEL} corpus.parquet --output moments --layers 0 --tokens 600 --workers 0",
     "report": "a b --output compare.html",
-    "tune": "job.yaml --output tuned --budget 1s --set requests=many.parquet "
+    # No time: one trial in each rung, so that every run takes the same steps.
+    "tune": "job.yaml --output tuned --budget 0.001s --set requests=many.parquet "
     "--set targets.workers=0 --set update.ranks=0",
     "refresh": "refresh.yaml --date 2026-11-03",
     "rollback": "home",
