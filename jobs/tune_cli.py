@@ -40,7 +40,10 @@ def tune(
     ] = None,
     most_perplexity: Annotated[
         float,
-        typer.Option(min=0.0, help="Largest rise of perplexity that is allowed, as a fraction."),
+        typer.Option(
+            min=0.0,
+            help="Rise of perplexity that costs nothing, as a fraction; beyond, a point per cent.",
+        ),
     ] = 0.05,
     settings: Annotated[
         list[str] | None,

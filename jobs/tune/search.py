@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,20 +18,25 @@ class Score:
 
     Attributes:
         value: higher is better, 0 to 1.
-        allowed: whether the edited model has kept its other abilities.
+        excess: by how much perplexity has risen beyond what is allowed, relative to the base's.
         figures: what it is made of.
         failure: why the trial came to no result.
     """
 
     value: float
-    allowed: bool = True
+    excess: float = 0.0
     figures: Mapping[str, float | None] = field(default_factory=dict)
     failure: str | None = None
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """What settings are compared by."""
-        return self.allowed, self.value
+    def allowed(self) -> bool:
+        """Whether there is a result, and the edited model has kept its other abilities."""
+        return self.failure is None and not self.excess
+
+    @property
+    def rank(self) -> float:
+        """What settings are compared by: each per cent of excess costs a point."""
+        return -math.inf if self.failure else self.value - self.excess
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,10 @@ def search(
             here.append(known[name])
         left_out[rung.name] = len(settings) - len(here)
         here.sort(key=lambda trial: trial.score.rank, reverse=True)
-        kept = [trial.setting for trial in here[: rung.keep]]
+        best = here[0].score.rank
+        # Variants of a setting that is far behind would only take the others' time.
+        kept = [trial.setting for trial in here[: rung.keep] if trial.score.rank >= best / 2]
+        kept = kept or [here[0].setting]
     return Found(kept[0], trials, left_out)
 
 

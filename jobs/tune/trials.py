@@ -47,9 +47,11 @@ def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexit
         is not None
     ]
     base, now = before.get("perplexity"), after.get("perplexity")
-    allowed = base is None or now is None or now <= base * (1 + most_perplexity)
+    rise = 0.0 if base is None or now is None else now / base - 1
     value = sum(means) / len(means) if means else 0.0
-    return Score(value, allowed, {name: after.get(name) for name in FIGURES})
+    return Score(
+        value, max(0.0, rise - most_perplexity), {name: after.get(name) for name in FIGURES}
+    )
 
 
 def split(table: RequestTable, judged: int, seed: int) -> tuple[list[int], list[int]]:
@@ -126,7 +128,7 @@ class Trials:
         try:
             result = run_job(job, address=self._address)
         except (NumericalError, NothingToEditError) as error:
-            return Score(0.0, allowed=False, failure=str(error)), []
+            return Score(0.0, failure=str(error)), []
         if not self._store.exists(TEMPLATES):
             self._store.write_bytes(TEMPLATES, result.folder.read_bytes(TEMPLATES))
         score = score_of(result.metrics["before"], result.metrics["after"], self._most)

@@ -291,8 +291,8 @@ def _record(
         "start": written(plan.hparams),
         "best": written(found.best),
         "judged": {
-            "start": asdict(judgement.start),
-            "best": asdict(judgement.best),
+            "start": _score(judgement.start),
+            "best": _score(judgement.best),
             "difference": judgement.best.value - judgement.start.value,
             "interval": list(judgement.interval),
         },
@@ -302,11 +302,15 @@ def _record(
     }
 
 
+def _score(score: Score) -> dict[str, Any]:
+    return asdict(score) | {"allowed": score.allowed}
+
+
 def _shown(trial: Trial) -> dict[str, Any]:
     return {
         "rung": trial.rung,
         "setting": written(trial.setting),
         "facts": trial.facts,
-        "score": asdict(trial.score),
+        "score": _score(trial.score),
         "seconds": round(trial.seconds, 1),
     }

@@ -59,7 +59,7 @@ def show_tuned(record: Mapping[str, Any], where: str, console: Console) -> None:
         f"{100 * low:+.1f} to {100 * high:+.1f}); {len(record['trials'])} trials."
     )
     if not judged["best"]["allowed"]:
-        console.print("Perplexity rises by more than is allowed.", style="bold red")
+        console.print("Perplexity rises by more than --most-perplexity.", style="bold red")
     console.print(f"hyper-parameters: {where}")
 
 

@@ -78,10 +78,27 @@ def test_the_same_seed_makes_the_same_search() -> None:
     assert one.asked != other.asked
 
 
-def test_a_setting_that_is_not_allowed_wins_only_if_none_is() -> None:
+def test_perplexity_beyond_what_is_allowed_costs_as_much_as_it_rises() -> None:
     def run(_rung: str, setting: PMETHyperParams, _facts: int) -> tuple[Score, float]:
         wide = setting.clamp_norm_factor > 1.5
-        return Score(0.9 if wide else 0.3, allowed=not wide), 1.0
+        return Score(0.9 if wide else 0.3, excess=excess if wide else 0.0), 1.0
 
-    result = search(START, rungs(START, WINDOWS), run, facts=40, budget_s=1000, seed=0)
-    assert result.best.clamp_norm_factor <= 1.5
+    def best() -> float:
+        ladder = rungs(START, WINDOWS)
+        found = search(START, ladder, run, facts=40, budget_s=1000, seed=0)
+        return found.best.clamp_norm_factor
+
+    excess = 0.5
+    assert best() > 1.5
+    excess = 0.7
+    assert best() <= 1.5
+
+
+def test_a_trial_without_a_result_never_wins() -> None:
+    def run(_rung: str, setting: PMETHyperParams, _facts: int) -> tuple[Score, float]:
+        failed = setting.clamp_norm_factor > 1.5
+        return Score(0.0, failure="it is not finite" if failed else None), 1.0
+
+    found = search(START, rungs(START, WINDOWS), run, facts=40, budget_s=1000, seed=0)
+    assert found.best.clamp_norm_factor <= 1.5
+    assert any(trial.score.failure and not trial.score.allowed for trial in found.trials)

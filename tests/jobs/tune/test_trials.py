@@ -56,9 +56,10 @@ def test_a_score_is_the_mean_of_two_harmonic_means() -> None:
 
 
 def test_perplexity_may_rise_by_as_much_as_is_allowed() -> None:
-    for after, allowed in ((10.4, True), (10.6, False)):
+    for after, excess in ((9.0, 0.0), (10.4, 0.0), (10.6, 0.01), (12.0, 0.15)):
         score = score_of({"perplexity": 10.0}, PERFECT | {"perplexity": after}, 0.05)
-        assert score.allowed == allowed
+        assert score.excess == pytest.approx(excess)
+        assert score.allowed == (not excess)
     assert score_of({"perplexity": None}, PERFECT, 0.05).allowed
 
 
