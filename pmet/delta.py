@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -273,22 +274,13 @@ def delta_rows(path: str | Path, name: str, rows: range, at_once: int) -> Iterat
     Raises:
         EditFileError: the file is damaged, or does not hold the parameter's edit.
     """
-    try:
-        with safe_open(str(path), framework="pt") as stored:
-            delta = stored.get_slice(f"delta.{name}")
-            stacked, each = len(delta.get_shape()) == 3, delta.get_shape()[-2]
-            start = rows.start
-            while start < rows.stop:
-                stop = min(start + at_once, rows.stop)
-                if stacked:
-                    expert, first = divmod(start, each)
-                    stop = min(stop, (expert + 1) * each)
-                    yield delta[expert, first : first + stop - start]
-                else:
-                    yield delta[start:stop]
-                start = stop
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
+    with _delta_slice(path, name) as delta:
+        each, width = delta.get_shape()[-2:]
+        start = rows.start
+        while start < rows.stop:
+            stop = min(start + at_once, rows.stop, (start // each + 1) * each)
+            yield _block(delta, (stop - start, width), start, 0)
+            start = stop
 
 
 def delta_block(
@@ -306,19 +298,28 @@ def delta_block(
     Raises:
         EditFileError: the file is damaged, or does not hold the parameter's edit.
     """
-    columns = slice(left, left + shape[1])
+    with _delta_slice(path, name) as delta:
+        return _block(delta, shape, top, left)
+
+
+@contextmanager
+def _delta_slice(path: str | Path, name: str) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as stored:
-            delta = stored.get_slice(f"delta.{name}")
-            dimensions = delta.get_shape()
-            matrix, first = divmod(top, dimensions[-2])
-            rows = slice(first, first + shape[0])
-            block: torch.Tensor = (
-                delta[matrix, rows, columns] if len(dimensions) == 3 else delta[rows, columns]
-            )
-            return block
+            yield stored.get_slice(f"delta.{name}")
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
+
+
+def _block(delta: Any, shape: tuple[int, int], top: int, left: int) -> torch.Tensor:
+    """A block of a stored Δ, a matrix or stacked ones."""
+    dimensions = delta.get_shape()
+    matrix, first = divmod(top, dimensions[-2])
+    rows, columns = slice(first, first + shape[0]), slice(left, left + shape[1])
+    block: torch.Tensor = (
+        delta[matrix, rows, columns] if len(dimensions) == 3 else delta[rows, columns]
+    )
+    return block
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -111,9 +111,10 @@ def compute_edit(
             tokenizing = LookupTokenizer(tokenizer, templates)
             batches = list(tokenizing.batches(requests))
             device = home(model)
-            kind = reader_kind(model, layout)
+            reader = reader_kind(model, layout)(
+                model, layout, hparams.layers, tokenizing.shared, batches, device
+            )
             for solve_number in range(hparams.solves):
-                reader = kind(model, layout, hparams.layers, tokenizing.shared, batches, device)
                 for index, layer in enumerate(hparams.layers):
                     with reader.reading(index):
                         collected = _collected(reader, batches, targets_EV.to(device), layout)

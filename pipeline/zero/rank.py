@@ -58,7 +58,6 @@ from pmet.update import (
     KeyResidualRows,
     KeyResidualSums,
     LookupFile,
-    LookupReader,
     LookupTokenizer,
     cheaper_form,
     factor,
@@ -166,7 +165,16 @@ class UpdateRank:
         self._tokenizing = LookupTokenizer(self._tokenizer, job.templates)
         self._batches = LookupFile()
         self._shards: list[_TakenShard] = []
-        self._reader = self._new_reader()
+        kind = reader_kind(self._model, self._layout, whole_passes=True)
+        self._reader = kind(
+            self._model,
+            self._layout,
+            job.hparams.layers,
+            self._tokenizing.shared,
+            self._batches,
+            self._device,
+            whole_passes=True,
+        )
         # This rank's slices of the edited weights as they were, for solves after the first.
         self._originals: dict[int, torch.Tensor] = {}
 
@@ -186,18 +194,6 @@ class UpdateRank:
         ]
         return len(requests)
 
-    def _new_reader(self) -> LookupReader:
-        kind = reader_kind(self._model, self._layout, whole_passes=True)
-        return kind(
-            self._model,
-            self._layout,
-            self._job.hparams.layers,
-            self._tokenizing.shared,
-            self._batches,
-            self._device,
-            whole_passes=True,
-        )
-
     def edit_layer(self, index: int, held: LayerReport | None = None) -> LayerReport | None:
         """Update the ``index``-th edited layer; rank 0 saves it and reports.
 
@@ -213,9 +209,6 @@ class UpdateRank:
         """
         hparams, layout = self._job.hparams, self._layout
         layer = hparams.layers[index]
-        if index == 0:
-            # The next solve changes what the passes before have stored.
-            self._reader = self._new_reader()
         second_moment_KK = read_moments(self._job.second_moments, layout, (layer,))[layer]
         if layout.experts:
             solved = self._solved_experts(index, second_moment_KK)

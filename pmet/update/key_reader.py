@@ -120,8 +120,9 @@ class KeyReader(LookupReader):
 
     @contextmanager
     def reading(self, index: int) -> Iterator[None]:
-        """See `LookupReader.reading`; the first pass starts at the bottom."""
-        before = self._pass.after if self._pass else None
+        """See `LookupReader.reading`; the first pass and those of the first layer start at the
+        bottom."""
+        before = self._pass.after if self._pass and index else None
         self._pass = _Pass(
             start=self._layers[index - 1] if before else 0,
             layer=self._layers[index],

@@ -59,8 +59,8 @@ class LookupReader(ABC):
     def reading(self, index: int) -> AbstractContextManager[None]:
         """Within: the keys of the ``index``-th layer can be read.
 
-        Passes must be in order, with the previous pass's layer edited in between. The first may be
-        any.
+        Passes must be in order, with the previous pass's layer edited in between; after the last
+        layer, the first one begins anew. The first pass may be any.
         """
 
     @abstractmethod
