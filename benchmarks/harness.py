@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -62,11 +61,8 @@ def problem(options: argparse.Namespace) -> Problem:
     if options.requests:
         requests = read_requests(options.requests).requests
     else:
-        fields = [field.name for field in dataclass_fields(EditRequest)]
-        requests = [
-            EditRequest(**{k: r[k] for k in fields if k in r and r[k] is not None})
-            for r in demo_requests()
-        ]
+        rows = demo_requests()
+        requests = [EditRequest(**{k: row[k] for k in row if k != "relation"}) for row in rows]
     return Problem(
         open_causal_lm(options.model, dtype=torch.float32),
         open_tokenizer(options.model),

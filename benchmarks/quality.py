@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Problem, applied, console, show, study, study_arguments, timed
+from jobs.tune.trials import PROBABILITY, SAID
+from pipeline.evaluation import of_difference
 from pipeline.second_moments import read_enough
 from pmet import PMETHyperParams, Targets, compute_edit, compute_targets
 from pmet.evaluation import evaluate, harmonic_mean, weights
@@ -30,11 +32,10 @@ from pmet.model import resolve
 from pmet.update import longest, measure_tokens
 
 SCORES = {
-    "probability": ("efficacy", "generalization", "specificity"),
+    "probability": PROBABILITY,
     "strict": ("efficacy_strict", "generalization_strict", "specificity_strict"),
-    "said": ("efficacy_said", "generalization_said", "locality"),
+    "said": SAID,
 }
-RESAMPLES = 2000
 
 
 def main() -> None:
@@ -162,7 +163,7 @@ def _row(
         row[name] = " / ".join(f"{100 * found[figure]:.1f}" for figure in figures)
         row[f"{name}, mean"] = f"{own.of():.1f}"
         if found is not first:
-            low, high = _interval(own, others)
+            low, high = of_difference(own.count, own.of, others.of)
             row[f"{name}, mean"] += f" ({low:+.1f} to {high:+.1f})"
     return row
 
@@ -185,15 +186,6 @@ class _Scored:
         counts = self._weights[:, facts]
         means = (self._values[:, facts] * counts).sum(1) / counts.sum(1)
         return 100 * (harmonic_mean(means.tolist()) or 0.0)
-
-
-def _interval(own: _Scored, others: _Scored) -> tuple[float, float]:
-    """The 95 % interval of the distance of two scores on the same facts."""
-    draw = np.random.default_rng(0)
-    drawn = (draw.integers(own.count, size=own.count) for _ in range(RESAMPLES))
-    distances = [own.of(facts) - others.of(facts) for facts in drawn]
-    low, high = np.percentile(distances, [2.5, 97.5])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

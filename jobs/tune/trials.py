@@ -22,11 +22,11 @@ from pipeline.run import run_job
 from pipeline.run_folder import files_made, read_columns
 from pipeline.storage import Store, digest_of, json_bytes
 from pmet.errors import NumericalError
-from pmet.evaluation import harmonic_mean
+from pmet.evaluation import SCORED, harmonic_mean
 from pmet.hparams import PMETHyperParams
 
 TEMPLATES = "context_templates.json"
-PROBABILITY = ("efficacy", "generalization", "specificity")
+PROBABILITY = SCORED
 SAID = ("efficacy_said", "generalization_said", "locality")
 FIGURES = (*PROBABILITY, *SAID, "perplexity")
 _HEAVY = ("model/", "delta/", "targets/")

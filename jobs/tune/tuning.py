@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from jobs.tune.space import rungs, windows, written
 from jobs.tune.trials import PROBABILITY, SAID, Trials, score_of, split
 from jobs.tune.views import hparams_text, write_page
 from pipeline.errors import JobError
+from pipeline.evaluation import of_difference
 from pipeline.events import JUDGE, TRIALS, StageName
 from pipeline.hyper_parameters import TUNED, TUNING
 from pipeline.job import JobConfig
@@ -32,7 +33,6 @@ FEWEST = 4
 """Facts that a search needs on either side, at least."""
 MOST_LAYERS = 12
 """Layers whose second moments are collected, at most: each takes as much memory as its C."""
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -250,14 +250,11 @@ def difference(
     """
     if not rows or not others:
         return 0.0, 0.0
-    draw = np.random.default_rng(0)
-    found = []
-    for _ in range(_RESAMPLES):
-        drawn = draw.integers(len(rows), size=len(rows))
-        one, other = (_mean_score([table[i] for i in drawn]) for table in (rows, others))
-        found.append(one - other)
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
+
+    def score(table: Sequence[Mapping[str, Any]]) -> Callable[[np.ndarray], float]:
+        return lambda drawn: _mean_score([table[i] for i in drawn])
+
+    return of_difference(len(rows), score(rows), score(others))
 
 
 def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:

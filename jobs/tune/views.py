@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.tune.trials import PROBABILITY, SAID
+from pipeline.evaluation import figure_of, show
 from pipeline.job import dump_yaml
 from pipeline.report import page, trial_chart
 
@@ -49,8 +50,8 @@ def show_tuned(record: Mapping[str, Any], where: str, console: Console) -> None:
     table.add_section()
     for name in (*PROBABILITY, *SAID, "perplexity"):
         figures = (judged[side]["figures"].get(name) for side in ("start", "best"))
-        table.add_row(name, *(_figure(figure, name) for figure in figures))
-    scores = [f"{100 * judged[side]['value']:.1f}" for side in ("start", "best")]
+        table.add_row(figure_of(name).label, *(show(figure, name) for figure in figures))
+    scores = [f"{100 * judged[side]['value']:.1f} %" for side in ("start", "best")]
     table.add_row("score", *scores, style="bold")
     console.print(table)
     low, high = judged["interval"]
@@ -93,9 +94,3 @@ def value(given: Any) -> str:
     if isinstance(given, list):
         return ", ".join(map(str, given))
     return f"{given:g}" if isinstance(given, float) else str(given)
-
-
-def _figure(figure: float | None, name: str) -> str:
-    if figure is None:
-        return "–"
-    return f"{figure:.2f}" if name == "perplexity" else f"{100 * figure:.1f}"

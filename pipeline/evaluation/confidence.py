@@ -12,7 +12,7 @@ Shape letters: E requests (or texts).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from pmet.evaluation import AMISS, METRICS, SAID, SCORED, Row, harmonic_mean, we
 
 Z = 1.959964
 """Standard deviations on either side of a normal mean that contain 95 %."""
+
+RESAMPLES = 2000
+"""How often requests are drawn again for the interval of a difference."""
 
 Interval = list[float]
 
@@ -119,6 +122,22 @@ def _score(parts: Sequence[_Mean]) -> _Mean:
         if part.value:
             influence_E = influence_E + part.influence_E * value**2 / (len(parts) * part.value**2)
     return _Mean(value, influence_E, count, sum(part.most for part in parts))
+
+
+def of_difference(
+    count: int, own: Callable[[np.ndarray], float], other: Callable[[np.ndarray], float]
+) -> tuple[float, float]:
+    """The interval of the difference of two scores on the same requests, by resampling them.
+
+    Args:
+        count: E.
+        own: gives one score of the requests with these numbers, some of them repeated.
+        other: gives the other.
+    """
+    draw = np.random.default_rng(0)
+    drawn = (draw.integers(count, size=count) for _ in range(RESAMPLES))
+    low, high = np.percentile([own(these) - other(these) for these in drawn], [2.5, 97.5])
+    return float(low), float(high)
 
 
 def rounded(found: Mapping[str, Interval], digits: int = 6) -> dict[str, Interval]:

@@ -55,13 +55,8 @@ def read_enough(
     Raises:
         InputError: as for `read_corpus`.
     """
-    return read_corpus(
-        patterns,
-        tokenizer,
-        max_length=max_length,
-        budget=_tokens_for(DEFAULT * layout.key_width, layout) if tokens is None else tokens,
-        spread=tokens is None,
-    )
+    enough = _tokens_for(DEFAULT * layout.key_width, layout)
+    return _read(patterns, tokenizer, enough, max_length=max_length, tokens=tokens)
 
 
 def read_again(
@@ -73,11 +68,17 @@ def read_again(
     tokens: int | None,
 ) -> Corpus:
     """Read what `read_enough` read for a model without experts, given the width of its keys."""
+    return _read(patterns, tokenizer, DEFAULT * key_width, max_length=max_length, tokens=tokens)
+
+
+def _read(
+    patterns: Sequence[str], tokenizer: Any, enough: int, *, max_length: int, tokens: int | None
+) -> Corpus:
     return read_corpus(
         patterns,
         tokenizer,
         max_length=max_length,
-        budget=DEFAULT * key_width if tokens is None else tokens,
+        budget=enough if tokens is None else tokens,
         spread=tokens is None,
     )
 
