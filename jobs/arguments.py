@@ -1,10 +1,21 @@
-"""Values of options that several commands take."""
+"""Options that several commands take, and their values."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
+
+import typer
 
 from pipeline.errors import JobError
+
+JobSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. seed=1."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to run on, as host:port. Default: start one on this machine."),
+]
 
 AUTO: Final = "auto"
 _MOST_DIGITS = 4000

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from jobs import failure, streams
+from jobs.arguments import JobSettings, RayAddress
 from jobs.edits_cli import apply, export, revert
 from jobs.facts_cli import facts
 from jobs.refresh_cli import refresh, rollback, versions
@@ -57,15 +58,6 @@ app.add_typer(schedule)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. seed=1."),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster to run on, as host:port. Default: start one on this machine."),
-]
-
 
 @app.command()
 def demo(
@@ -93,7 +85,7 @@ def demo(
 @app.command()
 def run(
     job: Annotated[str, typer.Argument(metavar="JOB.yaml", help="Job file: a path or a URL.")],
-    settings: Settings = None,
+    settings: JobSettings = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -108,7 +100,7 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the files of earlier runs and start over.")
     ] = False,
-    address: Address = None,
+    address: RayAddress = None,
     log_lines: Annotated[
         bool,
         typer.Option("--log-lines", help="Report progress as key=value lines, for logs."),
@@ -277,7 +269,7 @@ def statistics(
     gpus_per_worker: Annotated[
         float, typer.Option(min=0, help="GPUs per worker; 0: run on the CPU in float32.")
     ] = 0,
-    address: Address = None,
+    address: RayAddress = None,
 ) -> None:
     """Compute a model's second moments over a corpus, for reuse by any number of jobs."""
     from jobs.statistics import compute_statistics

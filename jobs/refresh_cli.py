@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from jobs.arguments import RayAddress
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -38,12 +40,7 @@ def refresh(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over, even if nothing has changed.")
     ] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray cluster to run on, as host:port. Default: start one on this machine."
-        ),
-    ] = None,
+    address: RayAddress = None,
 ) -> None:
     """Update a model to match the latest fact dump and promote it if it passes the gates."""
     from jobs.refresh.config import load_refresh

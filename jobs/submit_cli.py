@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from jobs.arguments import JobSettings
+
 if TYPE_CHECKING:
     from jobs.submit.parcel import Parcel
     from jobs.submit.server import JobServer
@@ -29,10 +31,7 @@ Target = Annotated[
 
 def submit(
     job: Annotated[str, typer.Argument(metavar="JOB.yaml", help="Job file: a path or a URL.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. seed=1."),
-    ] = None,
+    settings: JobSettings = None,
     address: Address = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the run ends and exit with its status.")

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from jobs.arguments import JobSettings, RayAddress
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -45,16 +47,8 @@ def tune(
             help="Rise of perplexity that costs nothing, as a fraction; beyond, a point per cent.",
         ),
     ] = 0.05,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job, e.g. seed=1."),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray cluster to run on, as host:port. Default: start one on this machine."
-        ),
-    ] = None,
+    settings: JobSettings = None,
+    address: RayAddress = None,
 ) -> None:
     """Find hyper-parameters for a model and its facts, by trial edits."""
     from jobs.tune.tuning import Settings

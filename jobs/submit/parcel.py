@@ -50,13 +50,13 @@ def pack(job: JobConfig) -> Parcel:
     renamed: dict[str, str] = {}
     for key in _CARRIED:
         path = getattr(job, key)
-        if path is not None and not _is_preset(key, path) and _is_relative(path):
+        if path is not None and not _names_no_file(key, path) and _is_relative(path):
             name = f"{key}-{PurePosixPath(path).name}"
             renamed[key] = name
             files[name] = _small(key, path)
     shared, problems = [], []
     for key, path in _paths(job):
-        if key in renamed or _is_preset(key, path) or (key == "model" and is_hub_id(path)):
+        if key in renamed or _names_no_file(key, path) or (key == "model" and is_hub_id(path)):
             continue
         if problem := _problem(path):
             problems.append(f"{key}: {path} {problem}")
@@ -112,7 +112,7 @@ def _is_relative(path: str) -> bool:
     return local is not None and not local.startswith("/")
 
 
-def _is_preset(key: str, path: str) -> bool:
+def _names_no_file(key: str, path: str) -> bool:
     return key == "hparams" and not is_hparams_file(path)
 
 

@@ -22,6 +22,7 @@ from pipeline.progress import Progress
 from pipeline.run import RunResult, run_job
 from pipeline.run_folder.folder import RunFolder
 from pipeline.stages import update
+from pipeline.zero.layer_edit import LayerReport
 from pipeline.zero.rank import UpdateJob, UpdateRank
 from pmet import Edit
 from pmet.update.second_moments import MAX_TOKENS
@@ -124,28 +125,32 @@ def test_a_damaged_shard_does_not_count_as_finished(
 
 
 class Mortal(UpdateRank):
-    """A rank that is killed once, within a layer, after the solve and before it writes."""
+    """A rank that writes down what it does, and is killed once: between a solve and its writing."""
+
+    fatal = (0, 2)
+    """The turn, and the layer in it."""
 
     def __init__(self, meeting: Rendezvous, job: UpdateJob) -> None:
         super().__init__(meeting, job)
         self._journal = Path(str(job.run.local_path("journal")))
 
-    def edit_layer(self, index: int, *held: Any) -> Any:
-        if self._rank == 0:
-            with self._journal.open("a") as journal:
-                journal.write(f"edit {index}\n")
-        self._index = index
-        return super().edit_layer(index, *held)
+    def edit_layer(self, index: int, held: LayerReport | None = None) -> Any:
+        self._write(f"edit {index}")
+        self._step = (held.solves if held else 0, index)
+        return super().edit_layer(index, held)
 
     def redo_layer(self, index: int, file: str) -> None:
+        self._write(f"redo {index}")
+        super().redo_layer(index, file)
+
+    def _write(self, line: str) -> None:
         if self._rank == 0:
             with self._journal.open("a") as journal:
-                journal.write(f"redo {index}\n")
-        super().redo_layer(index, file)
+                journal.write(f"{line}\n")
 
     def _change(self, *args: Any) -> Any:
         marker = self._journal.with_name("killed")
-        if self._rank == 1 and self._index == 2 and not marker.exists():
+        if self._rank == 1 and self._step == self.fatal and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super()._change(*args)

@@ -35,6 +35,18 @@ def edit(golden: Golden, **changes: object) -> Edit:
     )
 
 
+def plain_edit(golden: Golden) -> dict[str, torch.Tensor]:
+    return plain_deltas(
+        golden.model,
+        golden.tokenizer,
+        golden.requests,
+        golden.hparams,
+        golden.context_templates,
+        golden.second_moments,
+        golden.expected["targets"],
+    )
+
+
 def test_the_model_is_left_as_it_was(golden: Golden) -> None:
     golden.model.train()
     before = {n: p.detach().clone() for n, p in golden.model.named_parameters()}
@@ -72,15 +84,7 @@ def test_the_residual_is_spread_as_the_plain_form_spreads_it(spread: str) -> Non
     published = load_golden("llama")
     hparams = published.hparams.model_copy(update={"spread": spread})
     golden = replace(published, hparams=hparams)
-    plain = plain_deltas(
-        golden.model,
-        golden.tokenizer,
-        golden.requests,
-        hparams,
-        golden.context_templates,
-        golden.second_moments,
-        golden.expected["targets"],
-    )
+    plain = plain_edit(golden)
     found, as_published = edit(golden).deltas, edit(published).deltas
     assert found.keys() == plain.keys()
     for name, expected in plain.items():
@@ -97,15 +101,7 @@ def test_further_solves_take_up_what_is_left_as_in_the_plain_form(
     update = {"solves": 2, "spread": "linear", "mom2_update_share": share}
     hparams = published.hparams.model_copy(update=update)
     golden = replace(published, hparams=hparams)
-    plain = plain_deltas(
-        golden.model,
-        golden.tokenizer,
-        golden.requests,
-        hparams,
-        golden.context_templates,
-        golden.second_moments,
-        golden.expected["targets"],
-    )
+    plain = plain_edit(golden)
     found = edit(golden)
     assert found.deltas.keys() == plain.keys()
     for name, expected in plain.items():
