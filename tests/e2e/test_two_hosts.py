@@ -88,6 +88,12 @@ class Host:
         options = ["--node-ip-address", self.address, "--num-cpus", str(self.cpus), "--block"]
         self.start("-m", "ray.scripts.scripts", "start", *arguments, *options)
 
+    @property
+    def logs(self) -> str:
+        """The ends of what its processes have printed."""
+        texts = [file.read_text(errors="replace")[-2000:] for file in self.tmp.glob("*.log")]
+        return "\n".join([f"{self.name}:", *texts])
+
     def run(self, *arguments: object, **changed: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
@@ -245,7 +251,10 @@ def test_a_host_that_is_cut_off_and_comes_back(
     assert "waiting for nodes, 15 minutes at most" in until(lambda: events("waiting"))[0]
     other.start_ray("--address", f"{HEAD}:6379")
     # The host has fetched its own copy of the model, and is running a task.
-    until(lambda: list((other.tmp / f"pmet-{os.getuid()}" / "models").glob("*.checked")))
+    try:
+        until(lambda: list((other.tmp / f"pmet-{os.getuid()}" / "models").glob("*.checked")))
+    except AssertionError:
+        pytest.fail(f"the other host fetched nothing\n{head.logs}\n{other.logs}")
     until(other.computes, every_s=0.01)
     ip("-n", other.name, "link", "set", "wire", "down")
 
