@@ -20,9 +20,8 @@ from rich.console import Console
 
 from jobs import failure, streams
 from jobs.arguments import JobSettings, RayAddress
-from jobs.edits_cli import apply, export, revert
+from jobs.edits_cli import apply, export, push, revert
 from jobs.facts_cli import facts
-from jobs.push_cli import push
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 from jobs.submit_cli import list_, logs, status, stop, submit

@@ -62,6 +62,7 @@ class Hub:
 
     Attributes:
         refuse: what to answer to a request, by its method and path; None: answer it.
+        full: what to say of every file that is to be uploaded; empty: there is room.
     """
 
     url: str = ""
@@ -70,6 +71,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     refuse: Callable[[str], tuple[int, str] | None] = lambda _: None
+    full: str = ""
 
     def new(self, name: str, *, private: bool = True, **files: bytes) -> Repo:
         """Create a repository, with a file that the real hub writes as well."""
@@ -88,7 +90,7 @@ class Hub:
         return [commit.title for commit in self.repos[name].branches[branch][1:]]
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, said: str, code: str = "") -> None:
         super().__init__(said)
         self.status, self.said, self.code = status, said, code
@@ -97,6 +99,8 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    # Head and body in one packet: otherwise the second waits for an acknowledgement, for 40 ms.
+    wbufsize = -1
 
     def do_GET(self) -> None:
         self._answer()
@@ -113,21 +117,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(asked)
         try:
             if refusal := self.hub.refuse(asked):
-                raise _Refused(*refusal)
+                raise _RefusedError(*refusal)
             # What is uploaded goes to signed addresses, which take no token.
             if not path.startswith("/upload/"):
                 self._require_token()
             for methods, pattern, answer in _ROUTES:
                 if self.command in methods and (found := re.fullmatch(pattern, path)):
                     return answer(self, *map(unquote, found.groups()))
-            raise _Refused(404, f"no route {asked}")
-        except _Refused as refused:
+            raise _RefusedError(404, f"no route {asked}")
+        except _RefusedError as refused:
             headers = {"X-Error-Message": refused.said, "X-Error-Code": refused.code}
             self._send(refused.status, {"error": refused.said}, headers)
 
     def _require_token(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Refused(401, "Invalid credentials in Authorization header")
+            raise _RefusedError(401, "Invalid credentials in Authorization header")
 
     def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -145,20 +149,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repo(self, name: str) -> Repo:
         if name not in self.hub.repos:
-            raise _Refused(404, "Repository not found", "RepoNotFound")
+            raise _RefusedError(404, "Repository not found", "RepoNotFound")
         return self.hub.repos[name]
 
     def _commit(self, name: str, revision: str) -> Commit:
         history = self._repo(name).commits(revision)
         if not history:
-            raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise _RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return history[-1]
 
     def create(self) -> None:
         asked = self._json()
         name = f"{asked['organization']}/{asked['name']}"
         if asked["organization"] != "org":
-            raise _Refused(403, "You don't have the rights to create a model there")
+            raise _RefusedError(403, "You don't have the rights to create a model there")
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.new(name, private=private)
         self._send(200, {"url": f"{self.hub.url}/{name}"})
@@ -179,19 +183,21 @@ class _Handler(BaseHTTPRequestHandler):
     def validate(self) -> None:
         head = self._json()["content"].split("---\n")[1]
         if "model-index" in yaml.safe_load(head) and "name:" not in head:
-            raise _Refused(400, "model-index needs a name")
+            raise _RefusedError(400, "model-index needs a name")
         said = [{"message": text} for text in self.hub.warnings]
         self._send(200, {"errors": [], "warnings": said})
 
     def preupload(self, name: str, revision: str) -> None:
         there = self._commit(name, revision).files
-        answers = []
-        for file in self._json()["files"]:
+        asked, answers = self._json(), []
+        # This hub takes any rules for rules against everything.
+        ignored = bool(asked.get("gitIgnore", there.get(".gitignore")))
+        for file in asked["files"]:
             path = file["path"]
             listed = _listed(path, there[path]) if path in there else {}
             mode = "lfs" if file["size"] >= LFS_FROM else "regular"
             oid = listed.get("lfs", listed).get("oid")
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         self._send(200, {"files": answers})
 
     def batch(self, name: str) -> None:
@@ -199,7 +205,9 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for wanted in self._json()["objects"]:
             answer = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.hub.objects:
+            if self.hub.full:
+                answer["error"] = {"code": 403, "message": self.hub.full}
+            elif wanted["oid"] not in self.hub.objects:
                 href = f"{self.hub.url}/upload/{wanted['oid']}"
                 verify = {"href": f"{self.hub.url}/{name}/verify"}
                 answer["actions"] = {"upload": {"href": href}, "verify": verify}
@@ -208,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def upload(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise _Refused(400, "another digest")
+            raise _RefusedError(400, "another digest")
         self.hub.objects[oid] = self.body
         self._send(200, {})
 
@@ -219,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         now = self._commit(name, branch)
         header, *lines = map(json.loads, self.body.splitlines())
         if header["value"].get("parentCommit", now.id) != now.id:
-            raise _Refused(412, "A commit has happened since. Please refresh and try again.")
+            raise _RefusedError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(now.files)
         for line in lines:
             value = line["value"]
@@ -238,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, name: str, revision: str, path: str) -> None:
         commit = self._commit(name, revision)
         if path not in commit.files:
-            raise _Refused(404, "Entry not found", "EntryNotFound")
+            raise _RefusedError(404, "Entry not found", "EntryNotFound")
         data = commit.files[path]
         etag = f'"{_git(data)}"'
         self._send(200, data, {"ETag": etag, "X-Repo-Commit": commit.id})

@@ -193,7 +193,7 @@ class Repository:
                 bar.note(name)
                 operations.append(self._uploaded(contents, name))
             bar.advance(contents.store.size(name) // 10**6)
-        operations.append(CommitOperationAdd(RECORD, contents.record))
+        operations.append(self._announced(CommitOperationAdd(RECORD, contents.record)))
         self._api.create_commit(
             self.name,
             operations,
@@ -209,13 +209,18 @@ class Repository:
             addition = CommitOperationAdd(name, str(path))
             if addition.upload_info.sha256.hex() != contents.files[name]:
                 raise damaged(contents, name)
-            # Without .gitignore rules: the repository's own could leave out weights.
-            self._api.preupload_lfs_files(
-                self.name, [addition], revision=self.branch, gitignore_content=""
-            )
+            self._announced(addition)
             if isinstance(addition.path_or_fileobj, str):
                 # A small file: the commit itself carries it.
                 addition.path_or_fileobj = path.read_bytes()
+        return addition
+
+    def _announced(self, addition: CommitOperationAdd) -> CommitOperationAdd:
+        """Ask the hub how it wants a file, and upload it if it is large."""
+        # Without .gitignore rules: the repository's own could leave out weights.
+        self._api.preupload_lfs_files(
+            self.name, [addition], revision=self.branch, gitignore_content=""
+        )
         return addition
 
     @contextmanager

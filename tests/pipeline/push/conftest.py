@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,8 @@ from huggingface_hub import constants
 from pipeline.events import EventKind
 from pipeline.export.exporting import export_run
 from pipeline.progress import Progress
-from pipeline.report.card import model_card
-from pipeline.storage.store import Store
 from tests.hub_server import TOKEN, Hub, hub_server
-from tests.saved_edits import base, edited_run, names_of
-
-DIGEST = "0123456789abcdef" * 4
+from tests.saved_edits import published_run
 
 
 class Heard(Progress):
@@ -29,20 +24,6 @@ class Heard(Progress):
 
     def event(self, kind: EventKind, text: str, **_: Any) -> None:
         self.texts.append(text)
-
-
-def published_run(folder: Path, *, family: str = "gpt2", status: str = "complete") -> Path:
-    """The folder of a finished run, as far as a push reads it."""
-    edited_run(folder, base(family), names_of(family), status=status)
-    store = Store(folder)
-    run = store.read_json("run.json") | {"digest": DIGEST, "seed": 0}
-    store.write_json("run.json", run)
-    names = [name for name in store.list("model") if not name.startswith("model/.")]
-    digests = {name: hashlib.sha256(store.read_bytes(name)).hexdigest() for name in names}
-    store.write_json("records/published.json", {"files": digests})
-    card = model_card((folder / "job.yaml").read_text(), run, store.read_json("metrics.json"))
-    store.write_bytes("model/README.md", card.encode())
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import FolderBusyError, HubError, RunFolderError
 from pipeline.push.pushing import push
 from tests.hub_server import TOKEN, Hub
-from tests.pipeline.push.conftest import DIGEST, Heard, published_run
-from tests.saved_edits import base
+from tests.pipeline.push.conftest import Heard
+from tests.saved_edits import DIGEST, base, published_run
 
 NAME = "org/capitals"
 URL = f"hf://{NAME}"
@@ -25,9 +25,7 @@ URL = f"hf://{NAME}"
 def pushed_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that are not a user's, by name."""
     mine = ("notes.txt", "optimizer.pt")
-    return {
-        f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.name not in mine
-    }
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.name not in mine}
 
 
 def arrived(hub: Hub, name: str = NAME, revision: str = "main") -> dict[str, bytes]:
@@ -110,6 +108,18 @@ def test_files_that_no_push_wrote_are_neither_joined_nor_overwritten(
         push(str(pushed_run), "hf://org/other")
 
 
+def test_what_the_repository_ignores_is_pushed_all_the_same(
+    hub: Hub, pushed_run: Path, exports: dict[str, Path]
+) -> None:
+    push(str(exports["delta"]), URL)
+    rules = {".gitignore": b"*"}
+    now = hub.repos[NAME].branches["main"][-1].files
+    hub.repos[NAME].add("main", "rules", "", {**now, **rules})
+    push(str(pushed_run), URL)
+    assert arrived(hub) == pushed_files(pushed_run / "model") | rules
+    assert not push(str(pushed_run), URL).changed
+
+
 @pytest.mark.parametrize("where", ["PUT /upload/", "POST /api/models/org/capitals/commit/"])
 def test_an_interrupted_push_shows_nothing_and_the_next_one_ends_it(
     hub: Hub, pushed_run: Path, where: str
@@ -160,7 +170,7 @@ def test_what_is_private_and_what_is_public_stays_so(hub: Hub, pushed_run: Path)
     with pytest.raises(HubError, match=f"^{NAME} is public: give --public to push there, or name"):
         push(str(pushed_run), URL)
     hub.new("org/secret")
-    with pytest.raises(HubError, match="^org/secret is private, and a push does not change that"):
+    with pytest.raises(HubError, match=r"^org/secret is private, and a push does not change that"):
         push(str(pushed_run), "hf://org/secret", public=True)
     assert hub.files("org/secret") == {}
 
@@ -170,7 +180,9 @@ def test_the_token_comes_from_the_environment_alone(
 ) -> None:
     for value in ("", "  "):
         monkeypatch.setenv("HF_TOKEN", value)
-        with pytest.raises(HubError, match="^HF_TOKEN is not set: pmet push takes the hub's token"):
+        with pytest.raises(
+            HubError, match=r"^HF_TOKEN is not set: pmet push takes the hub's token"
+        ):
             push(str(pushed_run), URL)
     assert hub.asked == []
     # As `export HF_TOKEN=$(cat file)` may leave it.
@@ -225,6 +237,4 @@ def test_a_warning_of_the_hub_reaches_the_user(hub: Hub, pushed_run: Path) -> No
     hub.warnings.append("license is missing")
     heard = Heard()
     push(str(pushed_run), URL, progress=heard)
-    assert heard.texts == [
-        "Warnings while validating metadata in README.md: - license is missing"
-    ]
+    assert heard.texts == ["Warnings while validating metadata in README.md: - license is missing"]
