@@ -51,6 +51,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     stored = tmp_path / "stored-token"
     stored.write_text("hf_of_the_file")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(stored))
+    # The library takes no token by itself: every request shows that it was given ours.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with hub_server() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
