@@ -111,7 +111,13 @@ def _of_run(store: Store) -> Contents:
             "or is a version that a refresh has pruned; run its job again"
         )
     model = Store(store.join(MODEL))
-    named = store.read_json(record)["files"]
+    try:
+        named = dict(store.read_json(record)["files"])
+    except (KeyError, TypeError, ValueError):
+        raise RunFolderError(
+            f"{store.join(record)} is damaged, so it is unknown which files the run published; "
+            "run its job again with --fresh"
+        ) from None
     files = {name.removeprefix(f"{MODEL}/"): str(digest) for name, digest in named.items()}
     _require(model, [*files, CARD])
     card = model.read_bytes(CARD)

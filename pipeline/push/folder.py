@@ -12,7 +12,7 @@ from pipeline.edits import check_claim, claim, is_claimed, refuse_used, release
 from pipeline.errors import RunFolderError
 from pipeline.progress import Stage
 from pipeline.push.contents import RECORD, Contents
-from pipeline.storage import CHUNK_BYTES, Store, locate, refuse_overlap
+from pipeline.storage import CHUNK_BYTES, Store
 
 
 class Folder:
@@ -43,7 +43,6 @@ class Folder:
             FolderBusyError: another command has begun to write to it.
             StorageError: a file cannot be read or written.
         """
-        refuse_overlap(("destination", self.url), [("pushed folder", locate(contents.store.url))])
         if self._holds(contents):
             return False
         refuse_used(self.store)

@@ -10,6 +10,7 @@ from pipeline.progress import Progress
 from pipeline.push.contents import Contents, contents_of
 from pipeline.push.folder import Folder
 from pipeline.push.hub import HUB, Repository
+from pipeline.storage import locate, refuse_overlap
 from pmet.errors import InputError
 
 
@@ -58,7 +59,7 @@ def push(
         StorageError: a file cannot be read or written, or the hub cannot be reached.
     """
     progress = progress or Progress()
-    target = _destination(destination, public=public, progress=progress)
+    target = _destination(destination, source, public=public, progress=progress)
     contents = contents_of(source)
     if contents.held and not force:
         raise HeldBackError(
@@ -73,7 +74,7 @@ def push(
     return Pushed(contents, target.url, changed)
 
 
-def _destination(url: str, *, public: bool, progress: Progress) -> Repository | Folder:
+def _destination(url: str, source: str, *, public: bool, progress: Progress) -> Repository | Folder:
     if url.startswith(HUB):
         return Repository.of(url, public=public, progress=progress)
     if public:
@@ -81,6 +82,7 @@ def _destination(url: str, *, public: bool, progress: Progress) -> Repository | 
             f"--public is for repositories ({HUB}ORG/NAME); who can read {url} is set in its "
             "storage"
         )
+    refuse_overlap(("destination", url), [("pushed folder", locate(source))])
     return Folder(url)
 
 

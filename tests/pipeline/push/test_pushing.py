@@ -71,6 +71,11 @@ def test_what_is_not_finished_is_refused(tmp_path: Path) -> None:
         "folder, the output of pmet export, or the home of a refresh"
     )
     run = published_run(tmp_path / "run")
+    (run / "records" / "published.json").write_text("{}")
+    assert refused(run, tmp_path) == (
+        "/records/published.json is damaged, so it is unknown which files the run published; run "
+        "its job again with --fresh"
+    )
     (run / "records" / "published.json").unlink()
     assert refused(run, tmp_path).startswith(" has no published model any more (records/published")
     status = json.loads((run / "run.json").read_text())
