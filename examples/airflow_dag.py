@@ -68,7 +68,7 @@ def pmet_nightly() -> None:
     """Refresh the model, then push the version in use."""
 
     @task(retries=3, retry_delay=timedelta(minutes=5), retry_exponential_backoff=True)
-    def refresh(ds: str = "") -> dict[str, Any]:
+    def refresh(ds: str | None = None) -> dict[str, Any]:
         # Without a logical date, as for a run started by hand, the dump of today is read.
         pmet("refresh", REFRESH, *(("--date", ds) if ds else ()))
         return version_in_use()

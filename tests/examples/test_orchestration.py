@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -123,6 +124,11 @@ def airflow(example: Callable[..., ModuleType]) -> SimpleNamespace:
 
     def task(**given: Any) -> Callable[..., Any]:
         def made(function: Callable[..., Any]) -> Callable[..., Any]:
+            # Airflow fills these in, and accepts no other default.
+            assert {p.default for p in signature(function).parameters.values()} <= {
+                None,
+                Parameter.empty,
+            }
             tasks[function.__name__], options[function.__name__] = function, given
             return lambda *_: None
 
