@@ -8,6 +8,7 @@ environment. What a gate held back and what is wrong with the input fail at once
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from datetime import datetime, timedelta
@@ -53,7 +54,7 @@ def version_in_use() -> dict[str, Any]:
 
 def tell_people(context: dict[str, Any]) -> None:
     """Replace this by a message to those who look after the model."""
-    context["task_instance"].log.error("pmet: %s", context.get("exception"))
+    logging.getLogger(__name__).error("tell people: %s", context["exception"])
 
 
 @dag(

@@ -70,7 +70,7 @@ def push(run: str) -> str:
 
 def tell_people(_flow: Any, _run: Any, state: Any) -> None:
     """Replace this by a message to those who look after the model."""
-    get_run_logger().error("pmet: %s", state.message)
+    get_run_logger().error("tell people: %s", state.message)
 
 
 @flow(on_failure=[tell_people])

@@ -182,9 +182,14 @@ def test_airflow_retries_only_what_may_succeed(
         airflow.tasks["refresh"]()
     assert pmet.calls() == ["refresh /etc/pmet/refresh.yaml"]
     assert airflow.options["refresh"]["retries"] == 3
-    assert airflow.options["dag"]["default_args"] == {
-        "on_failure_callback": airflow.module.tell_people
-    }
+
+
+def test_airflow_tells_people_of_a_failure(
+    airflow: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell = airflow.options["dag"]["default_args"]["on_failure_callback"]
+    tell({"exception": FailError("a gate held it back")})
+    assert caplog.messages == ["tell people: a gate held it back"]
 
 
 class FailureError(Exception):
