@@ -109,9 +109,17 @@ def edited_run(
     return folder
 
 
-def published_run(folder: Path, *, family: str = "gpt2", status: str = "complete") -> Path:
-    """The folder of a finished run, as far as a push reads it."""
-    edited_run(folder, base(family), names_of(family), status=status)
+def published_run(folder: Path, *, status: str = "complete", model: str | None = None) -> Path:
+    """The folder of a finished run of a golden model, as far as a push reads it.
+
+    Args:
+        folder: where it is written.
+        status: how the run ended.
+        model: what its job names as the base model; None: where that is.
+    """
+    edited_run(folder, base("gpt2"), names_of("gpt2"), status=status)
+    if model is not None:
+        (folder / "job.yaml").write_text(f"model: {model}\n")
     store = Store(folder)
     run = store.read_json("run.json") | {"digest": DIGEST, "seed": 0}
     store.write_json("run.json", run)

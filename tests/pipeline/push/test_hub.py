@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import FolderBusyError, HubError, RunFolderError
+from pipeline.export.exporting import export_run
 from pipeline.push.pushing import push
 from tests.hub_server import TOKEN, Hub
 from tests.pipeline.push.conftest import Heard
@@ -49,8 +50,24 @@ def test_a_model_arrives_in_one_commit_and_opens(
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert AutoTokenizer.from_pretrained(folder)("a b") is not None
-    card = ModelCard((Path(folder) / "README.md").read_text())
-    assert card.data.library_name == "transformers"
+
+
+def test_the_hub_can_read_the_cards(hub: Hub, tmp_path: Path) -> None:
+    run = published_run(tmp_path / "run", model="acme/base")
+    for kind, library, relation in (
+        ("model", "transformers", "finetune"),
+        ("adapter", "peft", "adapter"),
+        ("delta", "safetensors", "finetune"),
+    ):
+        source = run
+        if kind != "model":
+            source = tmp_path / kind
+            export_run(str(run), str(source), kind=kind)
+        push(str(source), f"hf://org/{kind}")
+        data = ModelCard(hub.files(f"org/{kind}")["README.md"].decode()).data
+        assert data.library_name == library
+        assert (data.base_model, data.base_model_relation) == ("acme/base", relation)
+        assert data.eval_results[0].metric_value is not None
 
 
 @pytest.mark.parametrize("kind", ["delta", "adapter"])
