@@ -146,8 +146,11 @@ def test_an_interrupted_push_shows_nothing_and_the_next_one_ends_it(
         push(str(pushed_run), URL)
     assert hub.files(NAME) == {}
     hub.refuse = lambda _: None
+    hub.asked.clear()
     assert push(str(pushed_run), URL).changed
     assert arrived(hub) == pushed_files(pushed_run / "model")
+    # What had been uploaded is not uploaded again.
+    assert any(asked.startswith("PUT") for asked in hub.asked) == where.startswith("PUT")
 
 
 def test_of_two_pushes_at_once_one_commits(hub: Hub, pushed_run: Path) -> None:
