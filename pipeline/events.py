@@ -56,12 +56,15 @@ FACTOR = "factor"
 """Work shown like a stage: the low-rank factors that `pmet export` computes."""
 TRIALS, JUDGE = "trials", "judge"
 """Work shown like a stage: the trial edits of `pmet tune`, in seconds, and those it judges by."""
+PUSH = "push"
+"""Work shown like a stage: what `pmet push` uploads."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     CHECK_WEIGHTS: "tensors",
     FACTOR: "layers",
     TRIALS: "s",
     JUDGE: "edits",
+    PUSH: "MB",
     MEASURE: "tokens",
     ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",
