@@ -62,6 +62,10 @@ class Entity(msgspec.Struct):
     entity: str = ""
 
 
+UNQUALIFIED = Qualifiers()
+_DATING = (b'"P580"', b'"P582"', b'"P585"')
+
+
 class _Term(msgspec.Struct):
     value: str
 
@@ -97,8 +101,9 @@ def decode_statements(raw: msgspec.Raw) -> list[Statement]:
 
 
 def decode_qualifiers(raw: msgspec.Raw) -> Qualifiers:
-    """Decode qualifiers; raises one of ``UNREADABLE``."""
-    return Qualifiers() if _is_empty(raw) else _QUALIFIERS.decode(raw)
+    """Decode qualifiers, ``UNQUALIFIED`` if none matters; raises one of ``UNREADABLE``."""
+    text = memoryview(raw).tobytes()
+    return _QUALIFIERS.decode(text) if any(name in text for name in _DATING) else UNQUALIFIED
 
 
 class Labels:

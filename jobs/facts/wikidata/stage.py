@@ -99,7 +99,7 @@ def stage_changes(
 
 
 def _add_lines(file: str, reader: EntityReader, staging: Staging) -> None:
-    for count, line in enumerate(read_lines(file), 1):
+    for count, line in enumerate(read_lines(file, longest=LONGEST), 1):
         where = f"{file}, line {count}"
         if line is None:
             staging.add(None, None, [reader.too_long(where, LONGEST)])

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from jobs.facts.wikidata.entities import (
+    UNQUALIFIED,
     DataValue,
     Qualifiers,
     Snak,
@@ -56,6 +57,8 @@ def current(statements: Sequence[Statement], today: Date, passed: Counter[str]) 
     ]
     if not holding:
         _refuse(best, today)
+    if len(holding) == 1:
+        return Current(holding[0].value, holding[0].until)
     latest = max(dated.since for dated in holding)
     values = {bytes(memoryview(dated.value.value)): dated for dated in holding}
     last = {
@@ -89,6 +92,10 @@ def _best(statements: Sequence[Statement], passed: Counter[str]) -> list[Stateme
 def _dated(statement: Statement, today: Date, passed: Counter[str]) -> _Dated | None:
     """Return a statement's value if it holds today, else None."""
     qualifiers = decode_qualifiers(statement.qualifiers)
+    if qualifiers is UNQUALIFIED and statement.mainsnak.snaktype == "value":
+        value = statement.mainsnak.datavalue
+        if value is not None:
+            return _Dated(value, _UNDATED, None)
     state = _state(statement, qualifiers, today)
     if state != "holds":
         passed[state] += 1
