@@ -143,6 +143,8 @@ TESTED_IN = {
     "jobs.facts.formats.mquake": "jobs/facts/test_dataset.py",
     "jobs.facts.formats.record": "jobs/facts/test_dataset.py",
     "jobs.facts.formats.requests": "jobs/facts/test_dataset.py",
+    "jobs.facts.formats.ultraeditbench": "jobs/facts/test_dataset.py",
+    "jobs.facts.formats.wikibigedit": "jobs/facts/test_dataset.py",
     "jobs.facts.formats.zsre": "jobs/facts/test_dataset.py",
     "jobs.facts.sources": "jobs/test_facts_cli.py",
     "jobs.facts.staged": "jobs/facts/wikidata/test_stage.py",

@@ -14,7 +14,16 @@ import pyarrow as pa
 
 from jobs.facts.check import reason_kind
 from jobs.facts.dump.files import FACT
-from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
+from jobs.facts.formats import (
+    counterfact,
+    easyedit,
+    mquake,
+    requests,
+    rippleedits,
+    ultraeditbench,
+    wikibigedit,
+    zsre,
+)
 from jobs.facts.formats.record import Format, RecordedEdit, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
 from jobs.facts.records import is_parquet, read_records, unwrapped
@@ -34,7 +43,11 @@ from pmet.request import TEXT_LISTS, EditRequest
 from pmet.strict_json import repeated_key
 
 FORMATS = {
-    module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit, requests)
+    module.FORMAT.name: module.FORMAT
+    for module in (
+        *(counterfact, mquake, rippleedits, wikibigedit),
+        *(zsre, easyedit, ultraeditbench, requests),
+    )
 }
 """Formats by name; a file has the first format that any of its records matches."""
 
