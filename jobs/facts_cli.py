@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Literal
@@ -21,8 +22,9 @@ Columns = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
-        metavar="OURS=THEIRS",
-        help="The dump's name for a column, e.g. subject=entity; can be repeated.",
+        "--columns",
+        metavar="OURS=THEIRS,…",
+        help="The dump's names for columns, e.g. subject=entity; can be repeated.",
     ),
 ]
 Templates = Annotated[
@@ -42,8 +44,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A fact dump, Wikidata's JSON dump or incremental dump, or a data set of edits or "
-            "edit requests (JSON, JSON Lines, CSV or Parquet)."
+            help="A fact dump (Parquet, CSV, JSON Lines, a saved datasets folder, a Delta or "
+            "Iceberg table), Wikidata's JSON or incremental dump, or a data set of edits."
         ),
     ],
     output: Annotated[str, typer.Argument(help="Parquet file to write the edit requests to.")],
@@ -240,7 +242,7 @@ def _mapping(columns: Sequence[str] | None) -> dict[str, str]:
     from pipeline.errors import FactDumpError
 
     mapping: dict[str, str] = {}
-    for text in columns or ():
+    for text in (part for given in columns or () for part in re.split(r",(?=\w+=)", given)):
         ours, equals, theirs = text.partition("=")
         if not (equals and ours and theirs):
             raise FactDumpError(f"--column {text}: write it as subject=NAME")

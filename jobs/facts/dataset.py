@@ -150,7 +150,9 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
             return format_
     first = records[0]
     if isinstance(first, dict) and all(name in first for name in FACT):
-        raise FactDumpError(f"{source} is a fact dump that is not Parquet; convert it to Parquet")
+        raise FactDumpError(
+            f"{source} is a fact dump that is not Parquet; convert it to Parquet or JSON Lines"
+        )
     seen = ", ".join(map(str, list(first)[:8])) if isinstance(first, dict) else type(first).__name__
     raise FactDumpError(
         f"{source}: its records ({seen}) match no known format; set one with --format: "

@@ -1,30 +1,40 @@
 """Converts a source of any kind: finds out what it is, stages what is not a fact dump, converts it.
 
-Kinds are fact dumps, data sets of edits (``formats``) and Wikidata's files (``wikidata``).
+Kinds are fact dumps, data sets of edits (``formats``) and Wikidata's files (``wikidata``). A fact
+dump or a data set may be a table in another form than Parquet (``tables``).
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from jobs.facts.convert import convert_dump
 from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
-from jobs.facts.dump.files import Dump, open_dump
+from jobs.facts.dump.files import FACT, Dump, open_dump
+from jobs.facts.lines import open_stream
 from jobs.facts.output import Conversion, output_urls, refuse_among
 from jobs.facts.staged import write_dump
+from jobs.facts.tables.arrow import SPLITS, STATE, read_saved_dataset
+from jobs.facts.tables.lakes import METADATA, newest_metadata, read_delta, read_iceberg
+from jobs.facts.tables.stage import stage_batches, stage_text
+from jobs.facts.tables.text import first_records, kind_of_text
 from jobs.facts.templates import Templates, load_templates
 from pipeline.errors import FactDumpError, StorageError
 from pipeline.storage import (
     Columns,
     Store,
+    attempt,
     expand_with_columns,
     is_marked_parquet,
+    opened,
     refuse_foreign_file,
     refuse_input,
 )
@@ -99,29 +109,84 @@ def convert_source(source: str, output: str, options: ConvertOptions) -> Convers
         raise FactDumpError(
             f"--format: {options.format!r} is not a format; use one of {', '.join(KINDS)}"
         )
+    with _as_parquet(source) as parquet:
+        if parquet is not None:
+            return _convert_any(source, parquet, output, options)
     files = expand_with_columns(source, deep=True)
-    kind = options.format or _kind(files, options)
+    kind = options.format or wikidata_kind(next(iter(files)))
+    if kind in (WIKIDATA, CHANGES):
+        _refuse_outputs(source, output, files, options)
+        return _convert_wikidata(source, list(files), output, options, kind)
+    options.refuse(*_OF_WIKIDATA, reason=f"is for Wikidata; {source} is something else")
+    if _is_text_dump(files, options):
+        _refuse_outputs(source, output, files, options)
+        with tempfile.TemporaryDirectory() as folder, _named(folder, source):
+            stage_text(files, folder, options.column)
+            return _convert(open_dump(folder, options.column), source, output, options, DUMP)
+    return _convert_any(source, source, output, options)
+
+
+def _convert_any(source: str, files: str, output: str, options: ConvertOptions) -> Conversion:
+    """Convert Parquet, which may be staged elsewhere, or a data set of edits."""
+    found = expand_with_columns(files, deep=True)
+    kind = options.format
+    if kind is None and is_dataset(found, renamed=bool(options.column)):
+        kind = next(iter(FORMATS))
     if kind in FORMATS:
         reason = f"is for fact dumps; {source} is a data set of edits"
         options.refuse(*_OF_DUMPS, *_OF_WIKIDATA, reason=reason)
-        return convert_dataset(source, output, format_name=options.format)
-    _refuse_outputs(source, output, files, options)
-    if kind != DUMP:
-        return _convert_wikidata(source, list(files), output, options, kind)
+        refuse_among(output, [source])
+        with _named(files, source):
+            return convert_dataset(files, output, format_name=options.format)
     options.refuse(*_OF_WIKIDATA, reason=f"is for Wikidata; {source} is a fact dump")
-    return _convert(open_dump(source, options.column), source, output, options, kind)
+    _refuse_outputs(source, output, found, options)
+    with _named(files, source):
+        return _convert(open_dump(files, options.column), source, output, options, DUMP)
 
 
-def _kind(files: Mapping[str, Columns], options: ConvertOptions) -> str:
-    if (found := wikidata_kind(next(iter(files)))) is not None:
-        return found
-    return next(iter(FORMATS)) if is_dataset(files, renamed=bool(options.column)) else DUMP
+@contextmanager
+def _as_parquet(source: str) -> Iterator[str | None]:
+    """A local folder with a table's rows as Parquet; None if the source is no such table."""
+    read = _reader(source)
+    if read is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stage_batches(source, read(source), folder)
+        yield folder
+
+
+def _reader(source: str) -> Callable[[str], Iterable[pa.RecordBatch]] | None:
+    """Return what reads a saved data set, a Delta or an Iceberg table; None for anything else."""
+    if source.endswith(METADATA):
+        return read_iceberg
+    fs, path = opened(source)
+    # Over HTTP, asking whether something is a folder would download it.
+    if "http" in fs.protocol or not attempt("look for", source, fs.isdir, path):
+        return None
+    names = Store(source).entries()
+    if STATE in names or SPLITS in names:
+        return read_saved_dataset
+    if "_delta_log" in names:
+        return read_delta
+    return read_iceberg if "metadata" in names and newest_metadata(source) else None
+
+
+def _is_text_dump(files: Mapping[str, Columns], options: ConvertOptions) -> bool:
+    """Whether the first file is CSV or JSON Lines with facts, not edits."""
+    file, folder = next(iter(files.items()))
+    if options.format not in (None, DUMP) or kind_of_text(file) is None:
+        return False
+    if options.format == DUMP:
+        return True
+    records = first_records(file)
+    if not records or any(f.matches(records[0]) for f in FORMATS.values()):
+        return False
+    return bool(options.column) or all(name in (*records[0], *folder) for name in FACT)
 
 
 def wikidata_kind(file: str) -> str | None:
     """Return the kind of a file of Wikidata's, None for any other file."""
-    from jobs.facts.wikidata.lines import open_stream
-
     try:
         with open_stream(file) as stream:
             head = stream.read(4096)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from xml.parsers import expat
 
-from jobs.facts.wikidata.lines import blocks, open_stream
+from jobs.facts.lines import blocks, open_stream
 from pipeline.errors import FactDumpError
 
 _MODELS = ("wikibase-item", "wikibase-property")

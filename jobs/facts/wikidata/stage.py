@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.facts.dump.files import Dump
+from jobs.facts.lines import LONGEST, read_lines
 from jobs.facts.staged import CODE, REASON
 from jobs.facts.wikidata.labels import Names, label_tables
-from jobs.facts.wikidata.lines import LONGEST, read_lines
 from jobs.facts.wikidata.pages import read_pages
 from jobs.facts.wikidata.reader import EntityReader, Notes, WikidataSettings
 from jobs.facts.wikidata.staging import STAGED, Staging, named, numbers

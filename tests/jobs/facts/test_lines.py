@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.facts.wikidata import lines
-from jobs.facts.wikidata.lines import read_lines
+from jobs.facts import lines
+from jobs.facts.lines import read_lines
 from pipeline.errors import FactDumpError, StorageError
 
 
