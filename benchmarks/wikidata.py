@@ -1,4 +1,4 @@
-"""Wikidata dumps: time and peak memory of their conversion, on made-up entities in the real shape.
+"""Wikidata dumps: time and peak memory of a conversion, on fictional entities of the real shape.
 
 python -m benchmarks.wikidata --entities 100000
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import bz2
 import gzip
-import json
 import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from benchmarks.facts import fastest
 from benchmarks.harness import show
@@ -29,7 +30,7 @@ LANGUAGES = (
 MAPPED = {"P19": "{} was born in", "P27": "{} is a citizen of", "P569": "{} was born on"}
 ITEM_PROPERTIES = ("P19", "P27", "P31", "P106", "P69", "P735", "P734", "P21", "P463")
 TEXT_PROPERTIES = ("P214", "P227", "P244", "P345", "P646", "P1412", "P18", "P373")
-OPENERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open}
+ENDINGS = ("", ".gz", ".bz2")
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--entities", type=int, default=100_000, help="entities in the sample")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the fastest counts")
     parser.add_argument(
-        "--compression", nargs="*", default=[".gz"], choices=list(OPENERS), help="file endings"
+        "--compression", nargs="*", default=[".gz"], choices=ENDINGS, help="file endings"
     )
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
@@ -62,16 +63,23 @@ def main() -> None:
 
 
 def write_sample(path: Path, count: int) -> int:
-    """Write a dump of made-up entities; return its size before compression."""
+    """Write a dump of fictional entities; return its size before compression."""
     size = 0
-    with OPENERS[path.suffix if path.suffix != ".json" else ""](path, "wb") as stream:
+    with opened(path) as stream:
         stream.write(b"[\n")
         for number, entity in enumerate(entities(count), 1):
-            line = json.dumps(entity, ensure_ascii=False, separators=(",", ":")).encode()
+            line = msgspec.json.encode(entity)
             size += len(line)
             stream.write(line + (b",\n" if number < count else b"\n"))
         stream.write(b"]\n")
     return size
+
+
+def opened(path: Path) -> Any:
+    """Open a file to write to, compressed as its ending says."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "wb", compresslevel=5)
+    return bz2.open(path, "wb") if path.suffix == ".bz2" else path.open("wb")
 
 
 def entities(count: int) -> Iterator[dict[str, Any]]:
