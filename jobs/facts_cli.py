@@ -235,7 +235,8 @@ def _say_of_fact(
 
 
 def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+    parts = (part.strip() for part in (text or "").split(","))
+    return list(dict.fromkeys(part for part in parts if part))
 
 
 def _mapping(columns: Sequence[str] | None) -> dict[str, str]:

@@ -19,15 +19,15 @@ import pyarrow as pa
 from jobs.facts.convert import convert_dump
 from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
 from jobs.facts.dump.files import FACT, Dump, open_dump
-from jobs.facts.lines import open_stream
+from jobs.facts.lines import blocks, open_stream
 from jobs.facts.output import Conversion, output_urls, refuse_among
 from jobs.facts.staged import write_dump
-from jobs.facts.tables.arrow import SPLITS, STATE, read_saved_dataset
+from jobs.facts.tables.arrow import INFO, SPLITS, STATE, read_saved_dataset
 from jobs.facts.tables.lakes import METADATA, newest_metadata, read_delta, read_iceberg
 from jobs.facts.tables.stage import stage_batches, stage_text
 from jobs.facts.tables.text import first_records, kind_of_text
 from jobs.facts.templates import Templates, load_templates
-from pipeline.errors import FactDumpError, StorageError
+from pipeline.errors import FactDumpError
 from pipeline.storage import (
     Columns,
     Store,
@@ -47,6 +47,7 @@ KINDS = (DUMP, WIKIDATA, CHANGES, *FORMATS)
 LANGUAGES = ("en", "mul")
 """Languages of labels unless set: ``mul`` is Wikidata's label for all languages."""
 
+_HEAD = 4096
 _NAMES = {DUMP: "fact dump", WIKIDATA: "Wikidata dump", CHANGES: "Wikidata changes"}
 
 
@@ -165,7 +166,7 @@ def _reader(source: str) -> Callable[[str], Iterable[pa.RecordBatch]] | None:
     if "http" in fs.protocol or not attempt("look for", source, fs.isdir, path):
         return None
     names = Store(source).entries()
-    if STATE in names or SPLITS in names:
+    if SPLITS in names or {STATE, INFO} <= set(names):
         return read_saved_dataset
     if "_delta_log" in names:
         return read_delta
@@ -186,13 +187,16 @@ def _is_text_dump(files: Mapping[str, Columns], options: ConvertOptions) -> bool
 
 
 def wikidata_kind(file: str) -> str | None:
-    """Return the kind of a file of Wikidata's, None for any other file."""
-    try:
-        with open_stream(file) as stream:
-            head = stream.read(4096)
-    except (StorageError, FactDumpError, OSError, EOFError, ValueError):
-        # What cannot be read is reported where it is read whole.
+    """Return the kind of a file of Wikidata's, None for any other file.
+
+    Raises:
+        FactDumpError: the file is compressed, and damaged at its beginning.
+        StorageError: it cannot be read.
+    """
+    if file.endswith(".parquet"):
         return None
+    with open_stream(file) as stream:
+        head = next(blocks(file, stream), b"")[:_HEAD]
     if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<mediawiki[\s>]", head):
         return CHANGES
     begins = re.match(rb"\s*(\[\s*)?\{", head)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline.errors import FactDumpError
 from pipeline.storage import Store, opened
 
-STATE, SPLITS = "state.json", "dataset_dict.json"
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 SPLIT = "split"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import uuid
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,11 +14,14 @@ from hypothesis import strategies as st
 
 from jobs.facts.diff import diff_dumps
 from jobs.facts.dump.files import open_dump
+from jobs.facts.sources import ConvertOptions, convert_source
 from jobs.facts.wikidata import reader
 from jobs.facts.wikidata.reader import EntityReader, WikidataSettings
 from pipeline.data.tables import read_requests
 from pipeline.errors import FactDumpError, OutputError
+from pipeline.storage.store import Store
 from tests.jobs.facts.wikidata.conftest import (
+    MAPPING,
     NOW,
     Convert,
     amount,
@@ -157,10 +162,7 @@ def test_an_incomplete_file_is_refused(convert: Convert, tmp_path: Path, name: s
     path = tmp_path / name
     before = (tmp_path / "out" / "facts.parquet").read_bytes()
     path.write_bytes(path.read_bytes()[:-12])
-    (tmp_path / "rest").write_bytes(path.read_bytes())
-    from jobs.facts.sources import ConvertOptions, convert_source
-
-    options = ConvertOptions(templates=str(tmp_path / "mapping.yaml"), format="wikidata")
+    options = ConvertOptions(templates=str(tmp_path / "mapping.yaml"))
     with pytest.raises(FactDumpError, match=rf"{name} is damaged or incomplete \(.*download it"):
         convert_source(str(path), str(tmp_path / "out" / "facts.parquet"), options)
     assert (tmp_path / "out" / "facts.parquet").read_bytes() == before
@@ -272,8 +274,6 @@ def test_the_last_page_of_several_files_counts(convert: Convert, tmp_path: Path)
     for name, born in (("c1.xml", 1930), ("c2.xml", 1931)):
         (tmp_path / name).write_bytes(export_of(("Q1", entity("Q1", "Ada", P569=year(born)))))
     (tmp_path / "mapping.yaml").write_text("P569: {prompt: '{} was born in'}")
-    from jobs.facts.sources import ConvertOptions, convert_source
-
     output = str(tmp_path / "out.parquet")
     convert_source(
         f"{tmp_path}/c*.xml", output, ConvertOptions(templates=f"{tmp_path}/mapping.yaml")
@@ -381,6 +381,28 @@ def test_no_shape_of_an_entity_breaks_the_reader(text: bytes) -> None:
     for row in rows:
         assert (row.code is None) == (row.text is not None)
         assert row.reason is None or len(row.reason) < reader._LONGEST_REASON + 80
+
+
+def test_any_storage_holds_all_files(convert: Convert, tmp_path: Path) -> None:
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    for name, content in (("d.json.gz", gzip.compress(dump_of(WORLD))), ("c.xml", export_of(*NEW))):
+        store.write_bytes(name, content)
+    store.write_bytes("mapping.yaml", MAPPING.encode())
+    common = {"templates": store.join("mapping.yaml"), "labels": store.join("out/labels.parquet")}
+    options = ConvertOptions(**common, as_dump=True)
+    for _ in range(2):
+        # Its own files may be replaced.
+        convert_source(store.join("d.json.gz"), store.join("out/a.parquet"), options)
+    changed = ConvertOptions(**common, previous=store.join("out/a.parquet"), only_changed=True)
+    found = convert_source(store.join("c.xml"), store.join("out/b.parquet"), changed)
+    requests = [
+        (r.case_id, r.target_true, r.target_new) for r in read_requests(found.output).requests
+    ]
+    assert requests == [
+        ("Q1-P19", "Brackwater", "Saltmere"),
+        ("Q22-P6", None, "Ada Quill"),
+    ]
+    assert found.unchanged == 1
 
 
 def test_a_dump_without_entities_is_refused(convert: Convert) -> None:
