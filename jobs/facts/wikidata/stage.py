@@ -132,7 +132,13 @@ def _changed(
 def _previous(dump: Dump) -> Iterator[pa.Table]:
     for batch in dump.batches([*STAGED.names[:-2]]):
         nothing = pa.nulls(len(batch.table), pa.string())
-        yield batch.table.append_column(CODE, nothing).append_column(REASON, nothing).cast(STAGED)
+        table = batch.table.append_column(CODE, nothing).append_column(REASON, nothing)
+        try:
+            yield table.cast(STAGED)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise FactDumpError(
+                f"{dump.files[0].url}: its columns are not those that --as-dump writes ({error})"
+            ) from None
 
 
 def _renamed(table: pa.Table, names: Names) -> pa.Table:
