@@ -54,18 +54,19 @@ def csv_of(delimiter: str) -> bytes:
     return "".join(delimiter.join(row) + "\r\n" for row in rows).encode("utf-8-sig")
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("f.csv", csv_of(",")),
-        ("f.tsv", csv_of("\t")),
-        ("f.csv.gz", gzip.compress(csv_of(";"))),
-        ("f.jsonl", b"\n".join(json.dumps(f).encode() for f in FACTS)),
-        ("f.json.gz", gzip.compress(b"\n".join(json.dumps(f).encode() for f in FACTS))),
-    ],
-)
-def test_text_tables(convert, tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
+LINES = b"\n".join(json.dumps(fact).encode() for fact in FACTS)
+TEXTS = {
+    "f.csv": csv_of(","),
+    "f.tsv": csv_of("\t"),
+    "f.csv.gz": gzip.compress(csv_of(";")),
+    "f.jsonl": LINES,
+    "f.json.gz": gzip.compress(LINES),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_tables(convert, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(TEXTS[name])
     found, requests, rejected = convert(tmp_path / name)
     assert (found.format, brief(requests), rejected) == ("fact dump", GOOD, [])
     _, facts, _ = convert(tmp_path / name, as_dump=True)

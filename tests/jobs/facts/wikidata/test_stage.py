@@ -289,6 +289,7 @@ def test_the_last_page_of_several_files_counts(convert: Convert, tmp_path: Path)
         (b'<!DOCTYPE x [<!ENTITY a "b">]><mediawiki/>', "has a document type"),
         (b"", "damaged, incomplete or not an export"),
     ],
+    ids=["cut off", "another root", "a document type", "empty"],
 )
 def test_other_xml_is_refused(convert: Convert, content: bytes, message: str) -> None:
     with pytest.raises(FactDumpError, match=message):
