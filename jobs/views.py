@@ -170,6 +170,19 @@ def _facts(plan: Plan) -> dict[str, str]:
         "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",
         "model digest": plan.digests["model"],
         **_hparams_facts(plan),
+        **_harness_facts(plan),
+    }
+
+
+def _harness_facts(plan: Plan) -> dict[str, str]:
+    """Return how much is asked of lm-evaluation-harness; the estimate leaves it out."""
+    if plan.harness is None:
+        return {}
+    count = len(plan.harness.keys)
+    tasks = "1 task" if count == 1 else f"{count:,} tasks"
+    return {
+        "harness": f"{tasks} with {plan.harness.total:,} requests for each model, which the time "
+        "estimate leaves out"
     }
 
 

@@ -207,7 +207,7 @@ def show_change(after: Any, before: Any, name: str) -> str:
 
 @dataclass(frozen=True)
 class TaskText:
-    """A task of lm-evaluation-harness in ``metrics.json`` as text.
+    """A task of lm-evaluation-harness in ``metrics.json`` as text; a dash where there is no base.
 
     Attributes:
         name: of the task.
@@ -218,7 +218,7 @@ class TaskText:
         before: the base model's value.
         after: the edited model's value.
         change: their difference.
-        interval: its 95 % interval; empty if there is none.
+        interval: its 95 % interval, or that of the only model; empty if there is none.
     """
 
     name: str
@@ -239,21 +239,21 @@ def show_tasks(metrics: Mapping[str, Any]) -> list[TaskText]:
 
 def _task_text(row: Mapping[str, Any]) -> TaskText:
     # A metric outside of 0 to 1, such as a perplexity, is a plain number.
-    plain = not row["higher_is_better"] or any(
-        is_number(row[when]) and not 0 <= row[when] <= 1 for when in ("before", "after")
-    )
+    values = [row.get(when) for when in ("before", "after")]
+    plain = not row["higher_is_better"] or any(is_number(v) and not 0 <= v <= 1 for v in values)
     kind = "" if plain else "harness"
     ends = row.get("interval") if all_numbers(row.get("interval") or ()) else None
-    shown = [f"{end:+.4g}" if plain else f"{100 * end:+.1f}" for end in ends or ()]
+    sign = "+" if "before" in row else ""
+    shown = [f"{end:{sign}.4g}" if plain else f"{100 * end:{sign}.1f}" for end in ends or ()]
     return TaskText(
         name=str(row["name"]),
         metric=str(row["metric"]),
         higher_is_better=bool(row["higher_is_better"]),
         documents=int(row["documents"]),
         examples=int(row["num_fewshot"]),
-        before=show(row["before"], kind),
-        after=show(row["after"], kind),
-        change=show_change(row["after"], row["before"], kind),
+        before=show(values[0], kind),
+        after=show(values[1], kind),
+        change=show_change(values[1], values[0], kind),
         interval=" to ".join(shown).replace("-", "−"),
     )
 

@@ -3,6 +3,7 @@ from .answering import Part as Part
 from .answering import answer as answer
 from .names import is_path as is_path
 from .scores import TaskScores as TaskScores
+from .scores import alone as alone
 from .scores import compared as compared
 from .scores import interval_of_mean as interval_of_mean
 from .scores import largest_drop as largest_drop

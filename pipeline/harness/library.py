@@ -32,6 +32,8 @@ from pipeline.harness.answering import Answer, Kind
 from pipeline.harness.names import TaskNames, is_path
 
 VERSION = version("lm_eval")
+BUNDLED = Path(lm_eval.__file__).parent / "tasks"
+"""The task files that come with the library."""
 KEY = "evaluate.harness"
 SEED = 1234
 """Seed of the examples in front of questions: the library's default."""
@@ -130,9 +132,8 @@ class _Bundled:
 
     @classmethod
     def of(cls, wanted: Iterable[str]) -> _Bundled:
-        root = Path(lm_eval.__file__).parent / "tasks"
         wanted = list(wanted)
-        names = TaskNames.read(root) if wanted else TaskNames(root, frozenset(), {})
+        names = TaskNames.read(BUNDLED) if wanted else TaskNames(frozenset(), {})
         folders: set[Path] = set()
         while more := names.folders(wanted) - folders:
             folders |= more
@@ -328,13 +329,13 @@ def evaluated(task: Any, model: AskedModel, *, limit: int | None, chat: bool) ->
 @contextmanager
 def _seeded() -> Iterator[None]:
     """Seed the global generators, from which tasks may draw; they are as before afterwards."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(0)
-        np.random.seed(SEED)  # noqa: NPY002
+        np.random.seed(SEED)
         torch.manual_seed(SEED)
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            np.random.set_state(states[1])

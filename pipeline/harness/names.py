@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _WORD = rb"[\"']?([^\s\"'#,\[\]{}]+)[\"']?"
-_DEFINED = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?:[ \t]*\[?" + _WORD, re.MULTILINE)
+_DEFINED = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?:[ \t]*" + _WORD, re.MULTILINE)
+_IN_BRACKETS = re.compile(rb"^[\"']?(?:task|tag)[\"']?:\s*\[([^\]]*)\]", re.MULTILINE)
 _LISTED = re.compile(
     rb"^[ \t]*-[ \t]*(?:[\"']?(?:task|group)[\"']?:[ \t]*)?" + _WORD + rb"[ \t]*$", re.MULTILINE
 )
@@ -27,12 +28,10 @@ class TaskNames:
     """Names in a tree of task files.
 
     Attributes:
-        root: the tree.
         defined: names of tasks, groups and tags.
         mentioned: for each name, the folders directly in the root that mention it.
     """
 
-    root: Path
     defined: frozenset[str]
     mentioned: dict[str, frozenset[Path]]
 
@@ -46,11 +45,11 @@ class TaskNames:
             text = file.read_bytes()
             own = {found.decode(errors="replace") for found in _DEFINED.findall(text)}
             defined |= own
-            for found in _LISTED.findall(text):
-                own.add(found.decode(errors="replace"))
+            listed = re.findall(_WORD, b",".join(_IN_BRACKETS.findall(text)))
+            own |= {found.decode(errors="replace") for found in (*_LISTED.findall(text), *listed)}
             for name in own:
                 mentioned[name].add(folder)
-        return cls(root, frozenset(defined), {n: frozenset(f) for n, f in mentioned.items()})
+        return cls(frozenset(defined), {n: frozenset(f) for n, f in mentioned.items()})
 
     def folders(self, names: Iterable[str]) -> set[Path]:
         """The folders that mention any of these names."""

@@ -85,6 +85,23 @@ def interval_of_mean(scores: Sequence[TaskScores]) -> list[float] | None:
     return of_shares(hits, counts)
 
 
+def alone(scores: Sequence[TaskScores]) -> list[dict[str, Any]]:
+    """One model's scores of each task as JSON values, with the 95 % interval of fractions."""
+    return [
+        {
+            "name": own.name,
+            "metric": own.metric,
+            "higher_is_better": own.higher_is_better,
+            "documents": own.documents,
+            "num_fewshot": own.num_fewshot,
+            "after": own.value,
+            "interval": interval_of_mean([own]),
+            "metrics": {"after": own.metrics},
+        }
+        for own in scores
+    ]
+
+
 def compared(before: Sequence[TaskScores], after: Sequence[TaskScores]) -> list[dict[str, Any]]:
     """Both models' scores of each task as JSON values, with their difference.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from numbers import Real
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -198,9 +198,3 @@ def _averaged(values: Sequence[Any], mean: float) -> list[float] | None:
     floats = [float(value) for value in values]
     same = math.isclose(sum(floats) / len(floats), mean, rel_tol=1e-9, abs_tol=_LIKE_ACCURACY)
     return floats if same else None
-
-
-def numbered(tasks: HarnessTasks) -> Iterator[str]:
-    """A line for each name: its tasks and requests."""
-    for name, own in tasks.names.items():
-        yield f"{name}: {sum(tasks.requests[task] for task in own):,} requests"

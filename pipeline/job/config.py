@@ -576,8 +576,9 @@ class _Keys:
         self.all = [key for key in (*self.fields, *inside) if key not in self.sections]
 
     def inside(self, section: str) -> list[str]:
-        """The keys of a section."""
-        return [key for key in self.all if key.startswith(f"{section}.")]
+        """The keys of a section, of a section inside it only its name."""
+        held = self.sections.get(section)
+        return [] if held is None else [f"{section}.{name}" for name in held.model_fields]
 
     def suggestion(self, key: str) -> str:
         """The known keys closest to an unknown one, as text."""

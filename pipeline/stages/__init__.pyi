@@ -10,7 +10,6 @@ from .context_templates import write_templates as write_templates
 from .harness import add_harness as add_harness
 from .harness import harness_here as harness_here
 from .harness import measure_harness as measure_harness
-from .harness import settings_of as settings_of
 from .known import find_known as find_known
 from .known import still_known as still_known
 from .measurement import AskingHere as AskingHere

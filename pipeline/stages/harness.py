@@ -128,13 +128,9 @@ def add_harness(
     if tasks is None:
         return
     rows = compared(before, after)
-    metrics[FIGURE] = {**settings_of(tasks), "largest_drop": largest_drop(rows), "tasks": rows}
+    settings = {"version": tasks.version, "limit": tasks.config.limit}
+    metrics[FIGURE] = {**settings, "largest_drop": largest_drop(rows), "tasks": rows}
     for when, scores in (("before", before), ("after", after)):
         metrics[when][FIGURE] = mean_of(scores)
         if interval := interval_of_mean(scores):
             metrics["intervals"][when][FIGURE] = [round(end, 6) for end in interval]
-
-
-def settings_of(tasks: HarnessTasks) -> dict[str, Any]:
-    """What the scores depend on besides tasks and model, for files."""
-    return {"version": tasks.version, "limit": tasks.config.limit}
