@@ -134,12 +134,13 @@ class _Bundled:
     def of(cls, wanted: Iterable[str]) -> _Bundled:
         wanted = list(wanted)
         names = TaskNames.read(BUNDLED) if wanted else TaskNames(frozenset(), {})
-        folders: set[Path] = set()
-        while more := names.folders(wanted) - folders:
+        folders = names.folders(wanted)
+        manager = _indexed(folders)
+        # Groups have members in other folders.
+        while more := names.folders(_reached(manager, wanted)) - folders:
             folders |= more
             manager = _indexed(folders)
-            wanted = [child for entry in manager.task_index.values() for child in _children(entry)]
-        return cls(names, _indexed(folders))
+        return cls(names, manager)
 
     def tasks(self, name: str) -> list[Any]:
         """The tasks of a name.
@@ -168,13 +169,29 @@ def _indexed(folders: Iterable[Path]) -> Any:
     return TaskManager(include_path=sorted(map(str, folders)), include_defaults=False)
 
 
-def _children(entry: Any) -> list[str]:
-    """The names in a group of the index."""
-    members = (entry.cfg or {}).get("task")
+def _reached(manager: Any, names: Iterable[str]) -> set[str]:
+    """These names and those of all members of their groups, as far as they are in the index."""
+    reached: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            entry = manager.task_index.get(name)
+            if entry is not None:
+                todo += entry.tags if entry.kind.name == "TAG" else _members(entry.cfg)
+    return reached
+
+
+def _members(group: Any) -> list[str]:
+    """The names of a group's members; those of a group inside it are its members, too."""
+    members = (group or {}).get("task")
     if not isinstance(members, list):
         return []
-    named = (m.get("task") or m.get("group") if isinstance(m, dict) else m for m in members)
-    return [name for name in named if isinstance(name, str)]
+    inside = [m for m in members if isinstance(m, dict)]
+    named = [*members, *(m.get(key) for m in inside for key in ("task", "group"))]
+    own = [name for name in named if isinstance(name, str)]
+    return [*own, *(name for m in inside for name in _members(m))]
 
 
 def _check_path(name: str) -> None:
