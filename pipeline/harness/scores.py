@@ -36,9 +36,12 @@ class TaskScores:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether the metric is a mean of values from 0 to 1, of which more is better."""
-        values = self.values
-        return self.higher_is_better and values is not None and all(0 <= v <= 1 for v in values)
+        """Whether the metric is a mean of values from 0 to 1, of which more is better.
+
+        A ruined model's may be undefined, and must not be left out of the mean over tasks.
+        """
+        inside = [0 <= value <= 1 or math.isnan(value) for value in self.values or ()]
+        return self.higher_is_better and bool(inside) and all(inside)
 
     @classmethod
     def joined(cls, name: str, scores: Sequence[TaskScores]) -> TaskScores | None:
@@ -79,6 +82,8 @@ def mean_of(scores: Sequence[TaskScores]) -> float | None:
 def interval_of_mean(scores: Sequence[TaskScores]) -> list[float] | None:
     """The 95 % interval of `mean_of`; each task counts the same, whatever its size."""
     shown = [own.values for own in scores if own.is_fraction and own.values]
+    if any(math.isnan(value) for values in shown for value in values):
+        return None
     every = sum(map(len, shown))
     counts = [every / (len(shown) * len(values)) for values in shown for _ in values]
     hits = [v * c for v, c in zip((v for values in shown for v in values), counts, strict=True)]

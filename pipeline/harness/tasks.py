@@ -196,5 +196,7 @@ def _averaged(values: Sequence[Any], mean: float) -> list[float] | None:
     if not values or not all(isinstance(value, Real | np.bool_) for value in values):
         return None
     floats = [float(value) for value in values]
+    if math.isnan(mean) and any(map(math.isnan, floats)):
+        return floats
     same = math.isclose(sum(floats) / len(floats), mean, rel_tol=1e-9, abs_tol=_LIKE_ACCURACY)
     return floats if same else None

@@ -52,8 +52,9 @@ def measure_harness(run: Context, name: str, source: ModelSource) -> list[TaskSc
         found |= {keys[key]: TaskScores.from_json(value) for key, value in stored.items()}
     todo = [task for task in tasks.keys if task not in found]
     if todo:
-        with run.stage(_STAGES[name], sum(tasks.requests[task] for task in todo)) as (bar, detail):
-            detail["tasks"] = len(todo)
+        requests = sum(tasks.requests[task] for task in todo)
+        with run.stage(_STAGES[name], requests) as (bar, detail):
+            detail |= {"tasks": len(todo), "requests": requests}
             if len(todo) < len(tasks.keys):
                 detail["stored"] = len(tasks.keys) - len(todo)
             for task in todo:

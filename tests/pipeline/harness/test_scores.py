@@ -68,6 +68,9 @@ def test_an_undefined_score_has_no_drop() -> None:
     rows = compared([scores(), scores()], [scores(), scores(value=math.nan)])
     assert (rows[0]["drop"], rows[1]["drop"]) == (0.0, None)
     assert largest_drop(rows) is None
+    ruined = scores(value=math.nan, values=[1.0, math.nan])
+    assert math.isnan(mean_of([scores("herons"), ruined]) or 0)
+    assert interval_of_mean([scores("herons"), ruined]) is None
     assert largest_drop([]) is None
 
 
