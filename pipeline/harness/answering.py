@@ -78,8 +78,8 @@ def answer(model: Any, tokenizer: Any, part: Part) -> list[Answer]:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    device = next(model.parameters()).device.type
-    size = part.batch_size or (_ON_CPU if device == "cpu" else _ON_GPU)
+    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    size = part.batch_size or (_ON_GPU if gpus else _ON_CPU)
     # The library sets the tokenizer's padding; other measurements go on with ours.
     asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=size)
     requests = [
@@ -87,7 +87,7 @@ def answer(model: Any, tokenizer: Any, part: Part) -> list[Answer]:
         Instance(part.kind, {}, copy.deepcopy(arguments), i)
         for i, arguments in enumerate(part.arguments)
     ]
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(gpus), torch.no_grad():
         # For tasks that draw their text at random.
         torch.manual_seed(_SEED)
         return list(getattr(asked, part.kind)(requests, disable_tqdm=True))

@@ -17,10 +17,12 @@ from pipeline.harness.answering import Answer, Kind, Part, most_generated, parts
 from pipeline.harness.scores import TaskScores
 from pipeline.job import HarnessConfig
 from pipeline.storage import digest_of
+from pmet.errors import PMETError
 
 INSTALL = "pip install 'pmet-pipeline[harness]'"
 FORMAT = 1
 _LIKE_ACCURACY = 1e-9
+_LONGEST_REASON = 300
 # Where a task's data is, and where its file: its documents and requests count instead.
 _ELSEWHERE = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs", "task_alias")
 AskParts = Callable[[list[Part]], list[list[Answer]]]
@@ -81,11 +83,7 @@ class HarnessTasks:
             try:
                 asked = library.requests_of(task, limit=config.limit, model=template)
             except Exception as error:  # noqa: BLE001 - templates and data of any task
-                reason = " ".join(str(error).split())[:300]
-                raise JobError(
-                    f"{library.KEY}: the requests of {name} cannot be built "
-                    f"({type(error).__name__}: {reason}); correct the task"
-                ) from None
+                raise _unusable(f"the requests of {name} cannot be built", error) from None
             _check_length(name, asked, longest)
             keys[name] = _digest(task, asked, config, library.VERSION)
             requests[name] = sum(request.repeats or 1 for request in asked)
@@ -105,6 +103,9 @@ class HarnessTasks:
         Args:
             name: the task.
             ask: answers the requests of parts, with the model.
+
+        Raises:
+            JobError: the answers cannot be judged.
         """
         from pipeline.harness import library
 
@@ -115,7 +116,13 @@ class HarnessTasks:
 
         model = library.AskedModel(answers, self._tokenizer)
         task = self._tasks[name]
-        found = library.evaluated(task, model, limit=self.config.limit, chat=self.chat)
+        try:
+            found = library.evaluated(task, model, limit=self.config.limit, chat=self.chat)
+        except PMETError:
+            # Of the workers, or of the run folder.
+            raise
+        except Exception as error:
+            raise _unusable(f"the answers to {name} cannot be judged", error) from error
         return _read_scores(name, found, self.config.metric)
 
     def named(self, scores: dict[str, TaskScores]) -> list[TaskScores]:
@@ -127,6 +134,12 @@ class HarnessTasks:
             scores: by task.
         """
         return [row for name, own in self.names.items() for row in _together(name, own, scores)]
+
+
+def _unusable(what: str, error: Exception) -> JobError:
+    """The refusal of a task whose templates, functions or metrics fail."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
+    return JobError(f"evaluate.harness: {what} ({reason}); correct the task, or remove it")
 
 
 def _together(name: str, tasks: Sequence[str], scores: dict[str, TaskScores]) -> list[TaskScores]:

@@ -41,7 +41,6 @@ def log_likelihood(model: Any, tokenizer: Any, context: str, text: str) -> float
 
 
 def test_answers_are_the_models_and_leave_it_as_it_was() -> None:
-    pytest.importorskip("lm_eval")
     golden = load_golden("gpt2")
     model, tokenizer = golden.model, golden.tokenizer
     before = tokenizer.pad_token, tokenizer.padding_side

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, WorkerError
 from pipeline.harness.answering import Answer, Part, answer
 from pipeline.harness.tasks import HarnessTasks
 from pipeline.job import HarnessConfig
@@ -238,3 +238,21 @@ def test_python_beside_a_file_of_the_job_is_the_users_own(own: Path) -> None:
 
     read(own / "trades.yaml", limit=1).scores("trades", asked)
     assert seen[0].endswith(" is")
+
+
+def test_answers_that_cannot_be_judged_are_the_tasks_fault_and_a_lost_worker_is_not(
+    own: Path,
+) -> None:
+    (own / "judge.py").write_text("def judge(doc, results):\n    return {'acc': 1 / 0}\n")
+    edit(
+        own / "trades.yaml", "task: trades", "task: trades\nprocess_results: !function judge.judge"
+    )
+    tasks = read(own / "trades.yaml", limit=1)
+    with pytest.raises(JobError, match=r"answers to trades cannot be judged \(ZeroDivisionError: "):
+        tasks.scores("trades", ask)
+
+    def lost(parts: list[Part]) -> list[list[Answer]]:
+        raise WorkerError("the worker exited")
+
+    with pytest.raises(WorkerError, match="the worker exited"):
+        tasks.scores("trades", lost)
