@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -42,7 +43,8 @@ def log_likelihood(model: Any, tokenizer: Any, context: str, text: str) -> float
 
 def test_answers_are_the_models_and_leave_it_as_it_was() -> None:
     golden = load_golden("gpt2")
-    model, tokenizer = golden.model, golden.tokenizer
+    model, tokenizer = golden.model, copy.deepcopy(golden.tokenizer)
+    tokenizer.pad_token = None
     before = tokenizer.pad_token, tokenizer.padding_side
     pairs = tuple((CONTEXT, f" {country}") for country in (RIGHT, "Brakark"))
     found = answer(model, tokenizer, Part("loglikelihood", pairs, 2))

@@ -148,6 +148,8 @@ def bundled(own: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_leads_to_a_bundled_task_and_a_group_to_all_of_its_own(bundled: Path) -> None:
+    # Its members are in a folder that does not mention it.
+    assert read("best", limit=1).names == {"best": ["trades", "more_trades"]}
     tasks = read("cities", "best", limit=3)
     assert tasks.names == {"cities": ["cities"], "best": ["trades", "more_trades"]}
     rows = tasks.named({name: tasks.scores(name, ask) for name in tasks.keys})
