@@ -23,6 +23,8 @@ from pipeline.workers.worker import ModelWorker
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import HERE, job
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 DATA = Path(__file__).parents[1] / "pipeline" / "harness" / "data"
 Asked = list[tuple[str, int]]
 

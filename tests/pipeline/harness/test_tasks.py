@@ -17,6 +17,8 @@ from pipeline.harness.tasks import HarnessTasks
 from pipeline.job import HarnessConfig
 from tests.conftest import load_golden
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 DATA = Path(__file__).parent / "data"
 LONGEST = 128
 
