@@ -56,12 +56,16 @@ FACTOR = "factor"
 """Work shown like a stage: the low-rank factors that `pmet export` computes."""
 TRIALS, JUDGE = "trials", "judge"
 """Work shown like a stage: the trial edits of `pmet tune`, in seconds, and those it judges by."""
+TRACE, COMPARE = "trace", "compare"
+"""Work shown like a stage: the traces of `pmet inspect`, and the states that it compares."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     CHECK_WEIGHTS: "tensors",
     FACTOR: "layers",
     TRIALS: "s",
     JUDGE: "edits",
+    TRACE: "facts",
+    COMPARE: "facts",
     MEASURE: "tokens",
     ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",

@@ -1,0 +1,160 @@
+"""What moves while targets are optimised: attention and FFN outputs at the subject's last token.
+
+The free vectors of each fact are optimised as for an edit (`pmet.targets`), then added at layer z
+of the base model, and each layer's outputs are compared with the base's. Targets with δ_a alone and
+with δ_f alone show what each can do without the other (after Li et al. 2023, "PMET", which finds
+that attention holds general patterns of extraction, so that only FFN weights need to change).
+
+Shape letters: F facts, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+
+from pmet.hparams import PMETHyperParams
+from pmet.inspection.passes import Part, Rows, Site, Statement, adding, noting, sites_of
+from pmet.model import ContextTemplates, Layout, frozen, resolve
+from pmet.request import EditRequest
+from pmet.targets import Free, compute_targets
+
+MOVING: tuple[Part, ...] = ("attention", "ffn")
+Ways = Literal["both", "ffn of both", "ffn", "attention"]
+WAYS: tuple[Ways, ...] = ("both", "ffn of both", "ffn", "attention")
+"""Which vectors are added: both, optimised together; δ_f of these, as an edit keeps it; δ_f or δ_a
+optimised alone."""
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """The outcome of one fact's optimisation.
+
+    Attributes:
+        before: the new target's probability in the base model.
+        reached: its probability with free vectors in place, by `WAYS`.
+        moved: ‖after − before‖ / ‖before‖ of each output at the subject's last token, by part and
+            layer, with both vectors in place.
+        similarity: the cosine of the outputs before and after, by part and layer.
+        failure: why there is no outcome.
+    """
+
+    before: float
+    reached: Mapping[Ways, float] = field(default_factory=dict)
+    moved: Mapping[Site, float] = field(default_factory=dict)
+    similarity: Mapping[Site, float] = field(default_factory=dict)
+    failure: str | None = None
+
+
+def optimise_and_compare(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    hparams: PMETHyperParams,
+    *,
+    context_templates: ContextTemplates,
+) -> list[Optimised]:
+    """Optimise the free vectors of requests, each request by itself, and compare the model's states.
+
+    Args:
+        model: a causal language model; left unchanged.
+        tokenizer: its fast tokenizer.
+        requests: F requests, run side by side.
+        hparams: hyper-parameters; the last layer is z.
+        context_templates: groups of templates, the bare ``{}`` first.
+
+    Raises:
+        InputError: a request cannot be tokenised, or the model's parts cannot be found.
+        OutOfMemoryError: not even a single request fits into memory.
+    """
+    layout, z = resolve(model, hparams), hparams.target_layer
+    sites = {site: m for site, m in sites_of(model, layout).items() if site[0] in MOVING}
+    statements = [Statement.of(tokenizer, r, r.target_new) for r in requests]
+    rows = Rows(model, layout, statements)
+    comparison = _Comparison(model, layout, z, rows, sites)
+    clean, before_F = comparison.states({})
+    values: dict[Free, dict[Part, torch.Tensor]] = {}
+    failures: dict[int, str] = {}
+    free: Free
+    for free in ("both", "attention", "ffn"):
+        found = compute_targets(
+            model,
+            tokenizer,
+            requests,
+            hparams,
+            context_templates=context_templates,
+            shared_keys="mean",
+            free=free,
+        )
+        assert found.attention_values is not None
+        wanted = {"attention": found.attention_values, "ffn": found.values}
+        values[free] = {
+            part: wanted[part].to(clean[part, z].device) - clean[part, z].float() for part in MOVING
+        }
+        failures = found.failures | failures
+    after, both_F = comparison.states(values["both"])
+    reached = {
+        "both": both_F,
+        "ffn of both": comparison.probabilities({"ffn": values["both"]["ffn"]}),
+        "ffn": comparison.probabilities({"ffn": values["ffn"]["ffn"]}),
+        "attention": comparison.probabilities({"attention": values["attention"]["attention"]}),
+    }
+    return [
+        Optimised(
+            float(before_F[f]),
+            {way: float(reached[way][f]) for way in WAYS},
+            {site: _moved(clean[site][f], after[site][f]) for site in sites},
+            {site: _similarity(clean[site][f], after[site][f]) for site in sites},
+        )
+        if f not in failures
+        else Optimised(float(before_F[f]), failure=failures[f])
+        for f in range(len(requests))
+    ]
+
+
+class _Comparison:
+    """Passes of the same statements with different vectors added at layer z."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        layer: int,
+        rows: Rows,
+        sites: Mapping[Site, nn.Module],
+    ) -> None:
+        self._model, self._layout, self._layer = model, layout, layer
+        self._rows, self._sites = rows, sites
+
+    @torch.no_grad()
+    def states(
+        self, deltas: Mapping[Part, torch.Tensor]
+    ) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:
+        """Outputs (F, D) at the subject's last token by part and layer, and probabilities (F,)."""
+        with frozen(self._model), ExitStack() as stack:
+            for part, values_FD in deltas.items():
+                module = self._sites[part, self._layer]
+                stack.enter_context(adding(module, self._rows.lasts_B, values_FD))
+            # Noted after the vectors have been added: hooks run in the order of their making.
+            noted = stack.enter_context(noting(self._sites, self._rows.lasts_B))
+            probability_F, _ = self._rows.run()
+        return noted, probability_F
+
+    def probabilities(self, deltas: Mapping[Part, torch.Tensor]) -> torch.Tensor:
+        """The new targets' probabilities (F,)."""
+        return self.states(deltas)[1]
+
+
+def _moved(before_D: torch.Tensor, after_D: torch.Tensor) -> float:
+    wide = before_D.float()
+    return float((after_D.float() - wide).norm() / wide.norm())
+
+
+def _similarity(before_D: torch.Tensor, after_D: torch.Tensor) -> float:
+    return float(cosine_similarity(before_D.float(), after_D.float(), dim=0))
