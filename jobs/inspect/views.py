@@ -62,7 +62,7 @@ def asides(record: Mapping[str, Any]) -> str:
     facts = record["facts"]
     return (
         f"{facts['inspected']} facts that the model knows; left out: {facts['not_known']} whose "
-        f"target_true is not its answer, {facts['set_aside']} rows that cannot be read as such facts"
+        f"target_true is not its answer, and {facts['set_aside']} rows that cannot be inspected"
     )
 
 
@@ -70,16 +70,20 @@ def recommendation(record: Mapping[str, Any]) -> str:
     """The layers to edit, and how sure that is."""
     window = record["window"]
     close = [named(other["layers"]) for other in window["others"] if not other["certain"]]
-    text = f"edit {named(window['layers'])}: {_bring(window)} of the true object's probability back"
-    if window["interval"] is None or window["interval"][0] <= 0:
-        return f"{text}, which is no more than chance; give more facts that the model knows"
+    text = (
+        f"Edit {named(window['layers'])}: restoring their FFN outputs brings "
+        f"{100 * window['mean']:.1f} points of the true object's probability back"
+    )
+    if not _certain(window["interval"]):
+        return f"{text}, which may be chance; give more facts that the model knows"
     if close:
         return f"{text}; not shown to be better than {', '.join(close)}"
     return f"{text}, more than any other window"
 
 
-def _bring(window: Mapping[str, Any]) -> str:
-    return f"their clean FFN outputs bring {100 * window['mean']:.1f} points"
+def _certain(interval: Sequence[float] | None) -> bool:
+    """Whether an effect is above zero."""
+    return interval is not None and interval[0] > 0
 
 
 def by_layer(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -100,12 +104,19 @@ def by_layer(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _points(effect: Mapping[str, Any] | None) -> str:
-    return "" if effect is None else f"{100 * effect['mean']:+.1f}"
+    return "" if effect is None else points(effect["mean"])
+
+
+def points(effect: float) -> str:
+    """A difference of probabilities in points; what rounds to zero has no sign."""
+    text = f"{100 * effect:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
 
 
 def write_page(record: Mapping[str, Any]) -> str:
     """The page of an inspection, as HTML."""
-    window = record["window"]["layers"]
+    found = record["window"]
+    window = found["layers"]
     states, moved = record["tracing"]["states"], record["optimisation"]["moved"]
     windows = [s for s in states if len(s["layers"]) == record["width"] > 1]
     charts = {
@@ -125,8 +136,8 @@ def write_page(record: Mapping[str, Any]) -> str:
             axis=f"first of {record['width']} layers",
             marked=window[:1],
         ),
-        "moved": moved and _moved(moved, "moved", "‖after − before‖ / ‖before‖", percent=False),
-        "similarity": moved and _moved(moved, "similarity", "cosine", percent=False),
+        "moved": moved and _moved(moved, "moved", "‖after − before‖ / ‖before‖"),
+        "similarity": moved and _moved(moved, "similarity", "cosine"),
     }
     return page("inspect.html.j2", "jobs").render(
         record=record,
@@ -136,7 +147,8 @@ def write_page(record: Mapping[str, Any]) -> str:
         charts=charts,
         recommendation=recommendation(record),
         asides=asides(record),
-        sure=all(other["certain"] for other in record["window"]["others"]),
+        sure=_certain(found["interval"]) and all(other["certain"] for other in found["others"]),
+        points=points,
     )
 
 
@@ -149,7 +161,7 @@ def _lines(states: Any) -> dict[str, Line]:
     return lines
 
 
-def _moved(moved: Sequence[Mapping[str, Any]], name: str, label: str, *, percent: bool) -> Any:
+def _moved(moved: Sequence[Mapping[str, Any]], name: str, label: str) -> Any:
     lines = {
         PARTS[part]: [
             (row["layer"], row[part][name]["mean"], row[part][name]["interval"])
@@ -158,4 +170,4 @@ def _moved(moved: Sequence[Mapping[str, Any]], name: str, label: str, *, percent
         ]
         for part in ("ffn", "attention")
     }
-    return line_chart(name, f"{label} by layer", lines, label, percent=percent)
+    return line_chart(name, f"{label} by layer", lines, label, percent=False)

@@ -104,7 +104,9 @@ class Rows:
         self.ids_BT, self._mask_BT = pad([s.ids for s in statements], device)
         starts = torch.arange(len(statements), device=device) * self.ids_BT.shape[1]
         self.lasts_B = starts + torch.tensor([s.last for s in statements], device=device)
-        places, rows, answers = [], [], []
+        places: list[int] = []
+        rows: list[int] = []
+        answers: list[int] = []
         for row, statement in enumerate(statements):
             stop = row * self.ids_BT.shape[1] + len(statement.ids)
             places += range(stop - len(statement.answer), stop)

@@ -60,7 +60,7 @@ def optimise_and_compare(
     *,
     context_templates: ContextTemplates,
 ) -> list[Optimised]:
-    """Optimise the free vectors of requests, each request by itself, and compare the model's states.
+    """Optimise the free vectors of requests, each by itself, and compare the model's states.
 
     Args:
         model: a causal language model; left unchanged.
