@@ -52,6 +52,8 @@ from pmet.request import EditRequest
 RECORD, PAGE = "inspect.json", "inspect.html"
 TRACED, COMPARED = 4, 8
 """Facts in a task. They decide what is computed together, whatever the number of workers."""
+MOST_COMPARED = 32
+"""Facts that are optimised, at most: each takes as long as the targets of three edits."""
 _ROOM = contexts.GENERATED_TOKENS + 4
 
 
@@ -153,7 +155,8 @@ def inspect_model(
         hparams = plan.hparams
         if not plan.named:
             hparams = hparams.model_copy(update={"layers": tuple(tracing["window"]["layers"])})
-        outcomes = _compared(plan, hparams, settings, known, pool, progress)
+        some = _drawn(known, MOST_COMPARED, settings.seed)
+        outcomes = _compared(plan, hparams, settings, some, pool, progress)
     record = {
         "model": model,
         "digest": plan.source.digest,
@@ -219,9 +222,7 @@ def _plan(model: str, requests: Sequence[str], settings: Settings) -> _Plan:
     if not facts:
         reasons = "; ".join(list(aside.values())[:3]) or "the files are empty"
         raise RequestError(f"none of {len(aside)} facts can be inspected: {reasons}")
-    if settings.facts < len(facts):
-        drawn = random.Random(settings.seed).sample(range(len(facts)), settings.facts)
-        facts = [facts[i] for i in sorted(drawn)]
+    facts = _drawn(facts, settings.facts, settings.seed)
     digest = checked_digest(checkpoint)
     return _Plan(
         ModelSource(name_for_nodes(model, folder), settings.gpus_per_worker > 0, digest=digest),
@@ -234,6 +235,12 @@ def _plan(model: str, requests: Sequence[str], settings: Settings) -> _Plan:
         facts,
         aside,
     )
+
+
+def _drawn(facts: Sequence[Fact], most: int, seed: int) -> list[Fact]:
+    """At most some of the facts, drawn with a seed, in their order."""
+    drawn = random.Random(seed).sample(range(len(facts)), min(most, len(facts)))
+    return [facts[i] for i in sorted(drawn)]
 
 
 def _found(checkpoint: Checkpoint, skeleton: Any, tokenizer: Any) -> tuple[PMETHyperParams, Layout]:

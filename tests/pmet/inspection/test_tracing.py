@@ -28,7 +28,8 @@ from tests.pmet.inspection.conftest import with_true_objects
 
 DEVIATION = 0.4
 SAMPLES = 2
-FACTS = 4
+FACTS = slice(7, 11)
+"""Some are known to each of the models, and not all to any."""
 
 
 class Plain:
@@ -120,7 +121,7 @@ class Plain:
 def statements_of(golden: Golden) -> list[Statement]:
     return [
         Statement.of(golden.tokenizer, request, str(request.target_true))
-        for request in with_true_objects(golden)[:FACTS]
+        for request in with_true_objects(golden)[FACTS]
     ]
 
 
@@ -143,7 +144,7 @@ def test_it_equals_the_plain_form(golden: Golden) -> None:
     expected = [
         plain.traced(request, states, noise_for(statement, width, samples=SAMPLES, seed=0))
         for request, statement in zip(
-            with_true_objects(golden)[:FACTS], statements_of(golden), strict=True
+            with_true_objects(golden)[FACTS], statements_of(golden), strict=True
         )
     ]
     assert [t.known for t in found] == [t.known for t in expected]
@@ -151,8 +152,8 @@ def test_it_equals_the_plain_form(golden: Golden) -> None:
     torch.testing.assert_close(numbers(found), numbers(expected), rtol=0, atol=1e-5)
     # The noise does something, and so does what is restored.
     known = numbers(found)
-    assert (known[:, 0] - known[:, 1]).abs().max() > 0.02
-    assert known[:, 1:].std(1).max() > 0.01
+    assert (known[:, 0] - known[:, 1]).abs().max() > 1e-3
+    assert known[:, 1:].std(1).max() > 1e-3
 
 
 @settings(max_examples=4, deadline=None)
