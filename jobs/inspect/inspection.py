@@ -37,6 +37,7 @@ from pmet.errors import ArchitectureError, RequestError
 from pmet.hparams import PMETHyperParams
 from pmet.inspection import (
     NOISE,
+    SAMPLES,
     Optimised,
     State,
     Statement,
@@ -76,7 +77,7 @@ class Settings:
     output: str
     hparams: str | None = None
     facts: int = 100
-    samples: int = 5
+    samples: int = SAMPLES
     workers: str = "auto"
     gpus_per_worker: float = 0.0
     address: str | None = None

@@ -1,5 +1,3 @@
-from .passes import PARTS as PARTS
-from .passes import Part as Part
 from .passes import Statement as Statement
 from .states import MOVING as MOVING
 from .states import WAYS as WAYS

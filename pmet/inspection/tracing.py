@@ -183,7 +183,7 @@ class _Tracer:
         self._sites = sites_of(model, layout)
         self._layers = [layout.layer(model, i) for i in range(layout.depth)]
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self._embeddings: nn.Module = embeddings
+        self._embeddings = embeddings
         # Whether a pass can start at any layer from its hidden states is tried on a small copy.
         self._whole = why_whole(model, layout) is not None
 
@@ -224,7 +224,8 @@ class _Tracer:
 
     def _noise(self, statements: Sequence[Statement], columns: int) -> torch.Tensor:
         """Noise (F · S, T, D) on the subjects' tokens, zero elsewhere."""
-        width, samples = self._layout.value_width, self._samples
+        # Some embeddings are narrower than the model (OPT).
+        width, samples = self._embeddings.weight.shape[1], self._samples
         noise_FSTD = torch.zeros(len(statements), samples, columns, width)
         for own, statement in zip(noise_FSTD, statements, strict=True):
             own[:, statement.first : statement.last + 1] = noise_for(

@@ -188,6 +188,8 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     # Reading the demo's own corpus takes seconds, each time.
     corpus = template / "corpus.parquet"
     monkeypatch.setattr("jobs.demo.show.write_corpus", lambda path: shutil.copyfile(corpus, path))
+    # So does drawing.
+    monkeypatch.setattr("jobs.inspect.views.line_chart", lambda *_, **__: "")
     made = iter(range(1000))
 
     def make() -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.inspect import inspection
+from jobs.inspect import inspection, views
 from tests.conftest import GOLDEN
 from tests.jobs.conftest import Invoke
 from tests.jobs.inspect.test_inspection import QUICK, known_facts, write
@@ -23,6 +23,8 @@ def test_it_prints_a_table_and_what_to_do(
     output = tmp_path / "out"
     options = ("--output", output, "--hparams", tmp_path / "quick.yaml", "--workers", 0)
     monkeypatch.setattr(inspection, "MOST_COMPARED", 2)
+    # Drawing takes most of the time.
+    monkeypatch.setattr(views, "line_chart", lambda *_, **__: "")
     status, out, err = pmet("inspect", MODEL, facts, *options, "--facts", 6, "--samples", 1)
     assert status == 0, err
     for text in ("hidden state", "FFN from here, 2 wide", "Edit layers", "pmet tune", str(output)):

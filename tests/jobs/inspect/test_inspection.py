@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.inspect import inspection
+from jobs.inspect import inspection, views
 from jobs.inspect.inspection import Inspected, Settings, inspect_model
 from jobs.inspect.summary import summary_of_states, summary_of_traces
 from jobs.inspect.views import points, recommendation, write_page
@@ -120,6 +120,7 @@ def test_how_facts_are_split_changes_nothing(
     found, facts = inspected
     monkeypatch.setattr(inspection, "TRACED", 3)
     monkeypatch.setattr(inspection, "COMPARED", 3)
+    monkeypatch.setattr(views, "line_chart", lambda *_, **__: "")
     hparams = str(Path(facts).with_name("<i>quick.yaml"))
     settings = Settings(output=str(tmp_path / "out"), hparams=hparams, samples=2, workers="0")
     again = inspect_model(str(MODEL), [facts], settings).record
