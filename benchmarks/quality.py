@@ -42,7 +42,7 @@ def main() -> None:
     """Print the table."""
     options = _options()
     with study(options) as (given, source):
-        moments = _moments(given, source)
+        moments = moments_of(given, source)
     answers: Literal["all"] | tuple[int, ...] = () if options.silent else "all"
     base = evaluate(given.model, given.tokenizer, given.requests, answers=answers)
     first = given.hparams
@@ -86,7 +86,7 @@ def _listed(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def _moments(given: Problem, source: str) -> dict[int, torch.Tensor]:
+def moments_of(given: Problem, source: str) -> dict[int, torch.Tensor]:
     """The second moments of as much text as a job reads by default."""
     layout, limit = resolve(given.model, given.hparams), longest(given.model.config)
     corpus = read_enough([source], given.tokenizer, layout, max_length=limit, tokens=None)

@@ -1,27 +1,31 @@
 """Several facts per subject, with one target each and with one target for all.
 
 python -m benchmarks.shared_keys
+python -m benchmarks.shared_keys --people --sizes 1,2,5,10 --model … --corpus … --requests …
 
 Countries of the demo's world get one to four new facts, in prompts that are the same up to the
-subject, so that the facts of a country share one key; facts of other subjects are added.
-``--requests`` only counts how often such requests occur in a Parquet file.
+subject, so that the facts of a country share one key; facts of other subjects are added. With
+``--people`` it is invented people that get them, for models that know English, and the first
+``--count`` of ``--requests`` are added. ``--requests`` without ``--people`` only counts how often
+requests of a Parquet file share a key.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter, defaultdict
 from typing import Any
 
 import torch
 
-from benchmarks.harness import arguments, console, problem, show, timed
+from benchmarks.harness import console, problem, show, study, study_arguments, timed
+from benchmarks.quality import moments_of
 from jobs.demo import world
 from pipeline.data import read_requests
 from pmet import EditRequest, compute_edit, compute_targets, evaluate
 from pmet.evaluation import METRICS
 from pmet.targets import Problem, sharing_a_key
-from pmet.update import second_moments
 
 # Phrases after which the demo's model answers correctly with any of these beginnings.
 BEGINNINGS = ("The government of {}", "The country of {}", "Travellers who visit {}")
@@ -31,6 +35,28 @@ ENDINGS = {
     "currency": " pay with the",
     "language": " writes in",
 }
+# Each with a paraphrase, and objects of which one is learned.
+_CITIES = ("Lisbon", "Vienna", "Chicago", "Osaka", "Dublin", "Naples", "Cairo", "Toronto")
+PEOPLE = {
+    "{} was born in": ("The birthplace of {} is", _CITIES),
+    "{} died in": ("The city where {} died is", _CITIES),
+    "{} lived in": ("The home of {} was in", _CITIES),
+    "{} studied in": ("The university of {} was in", _CITIES),
+    "{} worked as a": ("By profession, {} was a", ("baker", "lawyer", "pilot", "farmer", "nurse")),
+    "{} spoke": ("The language of {} was", ("Dutch", "Greek", "Arabic", "Polish", "Swedish")),
+    "{} was married to": ("The spouse of {} was", ("Anna", "Peter", "Maria", "Thomas", "Julia")),
+    "{} played the": (
+        "The instrument of {} was the",
+        ("violin", "flute", "drums", "piano", "harp"),
+    ),
+    "{} was a citizen of": (
+        "{} held a passport of",
+        ("Norway", "Brazil", "Kenya", "India", "Peru"),
+    ),
+    "{} was a fan of": ("The favorite sport of {} was", ("tennis", "chess", "golf", "rugby")),
+}
+_FIRST = ("Orsin", "Belka", "Tavish", "Mirela", "Quillon", "Zenobia", "Harrow", "Idris")
+_LAST = ("Vantreight", "Okonjo", "Szalay", "Merrow", "Dunleavy", "Castellan", "Brix", "Ferro")
 BESIDE = "others"
 SHORT = {name: name[:3] + " strict" * name.endswith("_strict") for name in METRICS}
 NEIGHBORS = 5
@@ -38,26 +64,35 @@ NEIGHBORS = 5
 
 def main() -> None:
     """Edit with both settings and score by the number of facts per subject."""
-    parser = arguments(__doc__.splitlines()[0], count=60)
+    parser = study_arguments(__doc__.splitlines()[0], count=60)
     parser.add_argument(
         "--subjects", type=int, default=20, help="number of subjects for each number of facts"
     )
     parser.add_argument(
-        "--largest", type=int, default=4, help="maximum number of facts per subject"
+        "--sizes",
+        type=lambda text: [int(size) for size in text.split(",")],
+        default=[1, 2, 3, 4],
+        help="numbers of facts per subject, at most 4 about countries and 10 about people",
     )
+    parser.add_argument("--people", action="store_true", help="facts about invented people")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    given = problem(options)
-    flat = [template for group in given.templates for template in group]
-    if options.requests:
+    if options.requests and not options.people:
+        given = problem(options)
+        flat = [template for group in given.templates for template in group]
         requests = list(read_requests(options.requests).requests)
         show(options.requests, [_occurrence(given.tokenizer, requests, flat)], options)
         return
-    sizes = [n for n in range(1, options.largest + 1) for _ in range(options.subjects)]
-    requests = countries(sizes, options.seed) + beside(options.count)
+    sizes = [n for n in options.sizes for _ in range(options.subjects)]
+    with study(options) as (given, source):
+        moments = moments_of(given, source)
+    flat = [template for group in given.templates for template in group]
+    if options.people:
+        others = [dataclasses.replace(request, case_id=BESIDE) for request in given.requests]
+        requests = people(sizes, options.seed) + others
+    else:
+        requests = countries(sizes, options.seed) + beside(options.count)
     rows = []
-    texts = world.statements()
-    moments = second_moments.measure(given.model, given.tokenizer, texts, given.hparams).means()
     for setting in ("mean", "joint"):
         seconds, targets = timed(
             lambda setting=setting: compute_targets(  # type: ignore[misc]
@@ -122,6 +157,28 @@ def countries(sizes: list[int], seed: int) -> list[EditRequest]:
                     case_id=str(size),
                     paraphrase_prompts=[world.fill(t, subject) for t in templates],
                     neighborhood_prompts=[world.fill(rng.choice(templates), n) for n in near],
+                )
+            )
+    return requests
+
+
+def people(sizes: list[int], seed: int) -> list[EditRequest]:
+    """Return facts about as many invented people as there are sizes; the case id is the size."""
+    rng = random.Random(seed)
+    names = [f"{first} {last}" for first in _FIRST for last in _LAST]
+    requests = []
+    for subject, size in zip(rng.sample(names, len(sizes)), sizes, strict=True):
+        for prompt in rng.sample(list(PEOPLE), size):
+            paraphrase, objects = PEOPLE[prompt]
+            new, true = rng.sample(objects, 2)
+            requests.append(
+                EditRequest(
+                    prompt,
+                    subject,
+                    new,
+                    target_true=true,
+                    case_id=str(size),
+                    paraphrase_prompts=[paraphrase.format(subject)],
                 )
             )
     return requests

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from jobs.arguments import JobSettings, RayAddress
+
+if TYPE_CHECKING:
+    from pipeline.job import JobConfig
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -19,11 +24,20 @@ def tune(
     job: Annotated[
         str,
         typer.Argument(
-            metavar="JOB.yaml",
+            metavar="JOB.yaml|MODEL",
             help="Job that hyper-parameters are sought for: its model, facts, corpus and workers. "
-            "The search starts from its hparams.",
+            "The search starts from its hparams. Or a model, with facts beside it.",
         ),
     ],
+    facts: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FACTS]",
+            help="Requests, if a model is given: a file, folder or pattern. --set gives the other "
+            "keys of the job, e.g. corpus=texts.parquet.",
+        ),
+    ] = None,
+    *,
     output: Annotated[
         str, typer.Option(help="Folder for the search, empty or new: a path or a URL.")
     ],
@@ -55,14 +69,24 @@ def tune(
     from jobs.tune.tuning import tune as search
     from jobs.tune.views import show_tuned
     from pipeline.hyper_parameters import TUNED
-    from pipeline.job import load_job
     from pipeline.progress import RichProgress
 
     seconds = _seconds(budget)
-    config = load_job(job, settings or [])
+    config = _job(job, facts, settings or [])
     wanted = Settings(output, seconds, trial_facts, judged_facts, most_perplexity, address)
     tuned = search(config, wanted, progress=RichProgress(err))
     show_tuned(tuned.record, tuned.store.join(TUNED), out)
+
+
+def _job(job: str, facts: str | None, settings: Sequence[str]) -> JobConfig:
+    from pipeline.job import load_job
+
+    if facts is None:
+        return load_job(job, settings)
+    # As for the others: what --set says comes last, and wins.
+    values = {"model": job, "requests": facts, "output": "unused"}
+    given = [f"{key}={json.dumps(text)}" for key, text in values.items()]
+    return load_job(None, [*given, *settings])
 
 
 def _seconds(text: str) -> float:

@@ -5,6 +5,7 @@ They extend the tree of ``pmet.errors``:
     PMETError
     ├── InputError
     │   ├── JobError            a job file, key or value
+    │   │   └── NoPresetError   hparams is missing, and no preset fits the model
     │   ├── RequestTableError   a request file that cannot be read, or a column that is missing
     │   │   └── NothingToEditError
     │   ├── FactDumpError       a fact dump, a templates file or a dataset to convert
@@ -36,6 +37,18 @@ if TYPE_CHECKING:
 
 class JobError(InputError):
     """A job file is wrong; the message has one line for each problem."""
+
+
+class NoPresetError(JobError):
+    """A job does not say which hyper-parameters to use, and no preset fits its model.
+
+    Attributes:
+        depth: number of layers of the model.
+    """
+
+    def __init__(self, message: str, depth: int) -> None:
+        super().__init__(message)
+        self.depth = depth
 
 
 class RequestTableError(InputError):

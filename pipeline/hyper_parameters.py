@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import JobError, StorageError
+from pipeline.errors import JobError, NoPresetError, StorageError
 from pipeline.job import AUTO_HPARAMS
 from pipeline.storage import Store, read_file
 from pmet.hparams import PMETHyperParams
-from pmet.presets import Preset, all_presets, fitting_preset, nearest_presets, shape_text
+from pmet.presets import (
+    Preset,
+    all_presets,
+    depth_of,
+    fitting_preset,
+    nearest_presets,
+    shape_text,
+)
 
 TUNED, TUNING = "hparams.yaml", "tune.json"
 """Files that a search for hyper-parameters leaves: what it has found, and what that rests on."""
@@ -52,38 +59,43 @@ def chosen_hparams(
 
     Raises:
         HyperParameterError: the hyper-parameters are invalid.
-        JobError: no such preset or file exists, no preset fits the model, or the search was made
-            for another model.
+        NoPresetError: no preset fits the model, and there is no name, or with ``auto`` no result
+            of a search.
+        JobError: no such preset or file exists, or the search was made for another model.
     """
     if name == AUTO_HPARAMS:
         if fitting_preset(config):
             return chosen_hparams(None, config)
-        return _tuned(second_moments, digest)
+        return _tuned(second_moments, digest, depth_of(config))
     if name is not None:
         preset = all_presets().get(name)
         origin = f"file {name}" if preset is None else f"preset {name}: {preset.origin}"
         return load_hparams(name), origin
     if (preset := fitting_preset(config)) is None:
         nearest = ", ".join(map(_described, nearest_presets(config)))
-        raise JobError(
+        raise NoPresetError(
             f"hparams is missing, and no preset fits this model ({shape_text(config)}); the "
             f"nearest are {nearest}: name one of them, or write a file with at least layers, as "
-            "layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters); pmet tune improves on it"
+            "layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters); pmet tune finds them",
+            depth_of(config),
         )
     origin = f"preset {preset.name}, which fits the model's configuration: {preset.origin}"
     return PMETHyperParams.preset(preset.name), origin
 
 
-def _tuned(second_moments: str | None, digest: Callable[[], str]) -> tuple[PMETHyperParams, str]:
+def _tuned(
+    second_moments: str | None, digest: Callable[[], str], depth: int
+) -> tuple[PMETHyperParams, str]:
     """What a search has found, in the folder that also holds the second moments."""
     folder = (second_moments or "").rstrip("/").rpartition("/")[0] or "."
     store = Store(folder)
     if second_moments is None or not (store.exists(TUNED) and store.exists(TUNING)):
         beside = f"; there is none in {folder}" if second_moments else ""
-        raise JobError(
+        raise NoPresetError(
             f"hparams: auto found no preset that fits this model, and no {TUNED} beside the job's "
             f"second_moments{beside}; find one with pmet tune, and name its second_moments folder "
-            "in the job (docs/tune.md)"
+            "in the job (docs/tune.md)",
+            depth,
         )
     record = store.read_json(TUNING)
     about = record.get("about") if isinstance(record, dict) else None

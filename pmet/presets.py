@@ -96,6 +96,11 @@ def shape_text(config: Any) -> str:
     return "{}, {} layers, {} wide, {} tokens".format(*values)
 
 
+def depth_of(config: Any) -> int:
+    """The number of layers of a transformers configuration's language model."""
+    return int(_text_config(config).num_hidden_layers)
+
+
 def _text_config(config: Any) -> Any:
     """The configuration of the language model that a multimodal model wraps, or itself."""
     find = getattr(config, "get_text_config", None)

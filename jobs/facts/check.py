@@ -17,6 +17,7 @@ from jobs.facts.dump.files import FACT, Dump, open_dump
 from jobs.facts.dump.problems import CONTROLS, FINE, PROBLEMS, Level, RowProblem
 from jobs.facts.dump.rows import JudgedRows
 from jobs.facts.dump.survey import Side, Survey, survey
+from jobs.facts.sharing import Keys, of_requests
 from jobs.facts.templates import Templates
 from pipeline.data import (
     REQUIRED_COLUMNS,
@@ -140,9 +141,12 @@ def check_dump(
     """
     damaged: list[str] = []
     read = np.zeros(dump.rows, bool)
+    keys = None if templates is None else Keys(dump.rows, templates)
 
     def note(judged: JudgedRows) -> None:
         read[judged.first : judged.first + len(judged.codes)] = True
+        if keys is not None:
+            keys.add(judged.facts)
 
     relations = None if templates is None else templates.keys()
     found = survey(Side(dump, as_of or datetime.now(UTC), relations, damaged, note))
@@ -152,12 +156,16 @@ def check_dump(
         if code != FINE
     ]
     kinds.append((CONTROLS, found.controls[found.codes[found.controls] == FINE]))
-    texts = _texts(dump, [rows[:EXAMPLES] for _, rows in kinds])
+    fine = np.flatnonzero((found.codes == FINE) & read)
+    shared = [] if keys is None else keys.groups(fine)
+    firsts = np.array([group[0] for group in shared[:EXAMPLES]], np.int64)
+    texts = _texts(dump, [*(rows[:EXAMPLES] for _, rows in kinds), firsts])
     findings = [_of_rows(problem, rows, texts, found) for problem, rows in kinds if len(rows)]
     if damaged := dump.damaged + damaged:
         findings.append(_damage(damaged))
-    usable = int(((found.codes == FINE) & read).sum())
-    return CheckResult("fact dump", dump.rows, usable, len(damaged), _in_order(findings))
+    if shared:
+        findings.append(_shared([(int(g[0]), texts.get(int(g[0]), ""), len(g)) for g in shared]))
+    return CheckResult("fact dump", dump.rows, len(fine), len(damaged), _in_order(findings))
 
 
 def check_requests(table: RequestTable) -> CheckResult:
@@ -174,8 +182,14 @@ def check_requests(table: RequestTable) -> CheckResult:
         )
         for kind, rejected in by_kind.items()
     ]
-    rows = len(table.table)
-    return CheckResult("edit requests", rows, len(table.requests), 0, _in_order(findings))
+    requests, rows = table.requests, table.rows
+    if groups := of_requests(requests):
+        findings.append(
+            _shared(
+                [(rows[g[0]], f"subject {shown(requests[g[0]].subject)}", len(g)) for g in groups]
+            )
+        )
+    return CheckResult("edit requests", len(table.table), len(requests), 0, _in_order(findings))
 
 
 def _holds_requests(source: str) -> bool:
@@ -209,6 +223,20 @@ def _of_rows(
         for row, reason in zip(first, reasons, strict=True)
     ]
     return Finding(problem.kind, problem.level, len(rows), examples)
+
+
+def _shared(groups: Sequence[tuple[int, str, int]]) -> Finding:
+    """The finding of groups of facts that share a key: first row, its text, number of facts."""
+    examples = [
+        Example(
+            row,
+            text,
+            f"{count} facts of this subject are stated after the same text; they get one target, "
+            "and the more there are, the fewer are learned (docs/method.md)",
+        )
+        for row, text, count in groups[:EXAMPLES]
+    ]
+    return Finding("shared key", "note", sum(count for _, _, count in groups), examples)
 
 
 def _damage(messages: Sequence[str]) -> Finding:

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
+from jobs.facts.sharing import beginning
+
 State = Literal["live", "quarantined", "rejected", "retracted"]
 Key = tuple[str, str]
 """Relation and subject."""
@@ -260,6 +262,7 @@ def concluded(
         The ledger, and the changes of facts that are no longer live.
     """
     entries = dict(ledger.entries)
+    beside = Counter(_key(entries[key]) for key in outcomes)
     changes: list[LedgerChange] = []
     for key, outcome in outcomes.items():
         entry = entries[key]
@@ -270,6 +273,9 @@ def concluded(
             state = "quarantined"
             times = "once" if misses == 1 else f"{misses} times in a row"
             reason = f"edited {times} but not learned"
+            if (others := beside[_key(entry)] - 1) > 0:
+                facts = "another fact" if others == 1 else f"{others} other facts"
+                reason += f"; it shares one key with {facts} of its subject"
         entry = replace(entry, learned=outcome.learned, misses=misses)
         if state != "live":
             entry = replace(
@@ -278,6 +284,11 @@ def concluded(
             changes.append(LedgerChange(state, *key, object=entry.object, reason=reason))
         entries[key] = entry
     return Ledger(entries), sorted(changes, key=lambda change: change[1:3])
+
+
+def _key(entry: Entry) -> tuple[str, str]:
+    """Subject and the text before it: facts that agree in both share one key."""
+    return entry.subject, beginning(entry.prompt or "")
 
 
 def changes_table(changes: Iterable[LedgerChange]) -> pa.Table:

@@ -13,8 +13,10 @@ from typing import Any
 
 from pmet.hparams import PMETHyperParams
 
+DECAYS = (0.0, 0.5)
 CLAMPS = (0.75, 1.5, 2.0, 3.0, 4.0)
 RATES = (0.1, 0.2, 0.5)
+KL_FACTORS = (0.0625, 0.25, 1.0)
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
 SPREADS = ("sqrt", "linear")
 SOLVES = (1, 2)
@@ -61,11 +63,17 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
             for window, clamp in product(layers, clamps)
         ]
 
+    def of_decay(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        return [changed(setting, v_weight_decay=decay) for decay in DECAYS]
+
     def of_size(setting: PMETHyperParams) -> list[PMETHyperParams]:
         return [changed(setting, clamp_norm_factor=clamp) for clamp in CLAMPS]
 
     def of_step(setting: PMETHyperParams) -> list[PMETHyperParams]:
         return [changed(setting, v_lr=rate) for rate in RATES]
+
+    def of_divergence(setting: PMETHyperParams) -> list[PMETHyperParams]:
+        return [changed(setting, kl_factor=factor) for factor in KL_FACTORS]
 
     def of_update(setting: PMETHyperParams) -> list[PMETHyperParams]:
         return [
@@ -74,11 +82,29 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
         ]
 
     return [
-        Rung("layers", 0.25, 3, 0.3, of_layers),
-        Rung("clamp", 0.5, 2, 0.25, of_size),
-        Rung("rate", 0.5, 2, 0.15, of_step),
-        Rung("update", 1.0, 1, 0.3, of_update),
+        Rung("layers", 0.25, 3, 0.25, of_layers),
+        # Before the clamp: a decay that keeps δ small makes the ball's radius count for nothing.
+        Rung("decay", 0.25, 3, 0.1, of_decay),
+        Rung("clamp", 0.5, 2, 0.2, of_size),
+        Rung("rate", 0.5, 2, 0.1, of_step),
+        Rung("kl", 0.5, 2, 0.1, of_divergence),
+        Rung("update", 1.0, 1, 0.25, of_update),
     ]
+
+
+def start_for(depth: int) -> PMETHyperParams:
+    """A start for a model without published values.
+
+    Its layers are where the published ones are in GPT-J: 3 to 8 of 28, the last of which is 2/7 of
+    the way up. Its other values are the middle ones of those that are tried.
+
+    Args:
+        depth: number of layers of the model.
+    """
+    last = round(depth * 2 / 7)
+    count = max(1, min(6, round(depth * 6 / 28)))
+    layers = tuple(range(max(0, last - count + 1), last + 1))
+    return PMETHyperParams(layers=layers, clamp_norm_factor=_MIDDLING_CLAMP, **_MIDDLING)
 
 
 def windows(start: Sequence[int], depth: int, most: int) -> list[tuple[int, ...]]:

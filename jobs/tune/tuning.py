@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,10 @@ from rich.console import Console
 
 from jobs.statistics import compute_statistics
 from jobs.tune.search import Found, Score, Trial, search
-from jobs.tune.space import rungs, windows, written
+from jobs.tune.space import rungs, start_for, windows, written
 from jobs.tune.trials import PROBABILITY, SAID, Trials, score_of, split
 from jobs.tune.views import hparams_text, write_page
-from pipeline.errors import JobError
+from pipeline.errors import JobError, NoPresetError
 from pipeline.evaluation import of_difference
 from pipeline.events import JUDGE, TRIALS, StageName
 from pipeline.hyper_parameters import TUNED, TUNING
@@ -24,7 +27,8 @@ from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress, Stage
 from pipeline.run_folder import versions
 from pipeline.second_moments import check_moments
-from pipeline.storage import Store, digest_of, now_text, refuse_overlap
+from pipeline.storage import Store, digest_of, json_bytes, now_text, refuse_overlap
+from pipeline.workers import local_sizes
 from pmet.hparams import PMETHyperParams
 from pmet.update import longest
 
@@ -84,7 +88,7 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
     read += [("corpus", pattern_places(job.corpus or ())), ("hparams", hparams_places(job.hparams))]
     refuse_overlap(("--output", settings.output), read)
     with progress.stage(StageName.PLAN):
-        plan = make_plan(job.model_copy(update={"output": store.join("plan"), "skip_known": False}))
+        plan = _plan(job, store)
     trial, judged = _facts(plan, settings)
     start = plan.hparams
     about = {
@@ -96,6 +100,34 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
         "seed": str(job.seed),
     }
     _take(store, about)
+    with _cluster(plan, settings):
+        return _search(job, settings, store, plan, about, (trial, judged), progress)
+
+
+@contextlib.contextmanager
+def _cluster(plan: Plan, settings: Settings) -> Iterator[None]:
+    """One cluster for all trials: to start or join one takes seconds."""
+    if plan.job.in_this_process:
+        yield
+        return
+    # Imported here: it imports Ray.
+    from pipeline.cluster import ray_session
+
+    workers, ranks, threads = local_sizes(plan)
+    with ray_session(settings.address, num_cpus=workers * threads + ranks):
+        yield
+
+
+def _search(
+    job: JobConfig,
+    settings: Settings,
+    store: Store,
+    plan: Plan,
+    about: Mapping[str, str],
+    places: tuple[Sequence[int], Sequence[int]],
+    progress: Progress,
+) -> Tuned:
+    start, (trial, judged) = plan.hparams, places
     candidates = _layers(job, plan)
     moments = _second_moments(job, plan, store, candidates, settings, progress)
     trials = Trials(
@@ -130,6 +162,23 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
     store.write_bytes(PAGE, write_page(record).encode(errors="backslashreplace"))
     store.write_bytes(TUNED, hparams_text(written(found.best), record).encode())
     return Tuned(store, record)
+
+
+def _plan(job: JobConfig, store: Store) -> Plan:
+    """The plan of the search; without published values it starts where most models learn."""
+    job = job.model_copy(update={"output": store.join("plan"), "skip_known": False})
+    try:
+        return make_plan(job)
+    except NoPresetError as error:
+        depth = error.depth
+    start = start_for(depth)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "start.json")
+        file.write_bytes(json_bytes(written(start)))
+        plan = make_plan(job.model_copy(update={"hparams": str(file)}))
+    origin = f"a start for a model of {depth} layers: no published values fit it"
+    plan.origins["hyper-parameters"] = origin
+    return plan
 
 
 def _facts(plan: Plan, settings: Settings) -> tuple[list[int], list[int]]:

@@ -16,7 +16,9 @@ from pipeline.report import page, trial_chart
 VARIED = {
     "layers": "layers",
     "clamp_norm_factor": "clamp",
+    "v_weight_decay": "decay",
     "v_lr": "v_lr",
+    "kl_factor": "κ",
     "mom2_update_weight": "λ",
     "mom2_update_share": "share",
     "spread": "spread",

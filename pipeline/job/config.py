@@ -464,11 +464,12 @@ class JobConfig(EditSettings, _Places):
         return identity
 
 
-def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_job(source: str | Path | None, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a job file and apply overrides to it.
 
     Args:
-        source: path or URL of the file: YAML, at most 1 MiB (see ``pipeline.job.yaml_files``).
+        source: path or URL of the file: YAML, at most 1 MiB (see ``pipeline.job.yaml_files``);
+            None: there is none, and the overrides give all that the job says.
         overrides: ``key=value`` or ``section.key=value``, the value a YAML scalar or list.
 
     Raises:
@@ -479,13 +480,13 @@ def load_job(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def load_settings(
-    kind: type[S], source: str | Path, overrides: Sequence[str] = (), *, what: str
+    kind: type[S], source: str | Path | None, overrides: Sequence[str] = (), *, what: str
 ) -> S:
     """Read settings of any kind as ``load_job`` reads those of a job.
 
     Args:
         kind: the settings: a `Section`, whose fields may be sections themselves.
-        source: path or URL of the file.
+        source: path or URL of the file, or None.
         overrides: as for ``load_job``.
         what: what the file describes, for messages: ``job``.
 
@@ -493,12 +494,13 @@ def load_settings(
         JobError: as for ``load_job``.
     """
     keys = _Keys(kind)
-    values = _mapping(str(source), what)
+    values = {} if source is None else _mapping(str(source), what)
+    where = f"the {what}" if source is None else str(source)
     origins, problems = _put(overrides, values, keys)
     try:
         settings = kind.model_validate(values)
     except ValidationError as error:
-        problems += [_problem(item, str(source), origins, keys) for item in error.errors()]
+        problems += [_problem(item, where, origins, keys) for item in error.errors()]
     if problems:
         raise JobError("\n".join(problems))
     return settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, NoPresetError
 from pipeline.hyper_parameters import chosen_hparams, load_hparams
 from pmet.hparams import PMETHyperParams
 
@@ -40,14 +40,15 @@ def test_what_the_job_names_wins(tmp_path: Path) -> None:
 
 def test_without_a_fitting_preset_the_message_names_the_nearest_and_the_way_out() -> None:
     config = transformers.LlamaConfig(num_hidden_layers=16, hidden_size=2048, vocab_size=128256)
-    with pytest.raises(JobError) as refused:
+    with pytest.raises(NoPresetError) as refused:
         chosen_hparams(None, config)
+    assert refused.value.depth == 16
     assert str(refused.value) == (
         "hparams is missing, and no preset fits this model (llama, 16 layers, 2048 wide, 128256 "
         "tokens); the nearest are llama-3.2-3b (28 layers, 3072 wide), deepseek-7b (30 layers, "
         "4096 wide), llama-2-7b (32 layers, 4096 wide): name one of them, or write a file with at "
         "least layers, as layers: [4, 5, 6, 7, 8] (docs/jobs.md#hyper-parameters); pmet tune "
-        "improves on it"
+        "finds them"
     )
 
 

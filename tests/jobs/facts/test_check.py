@@ -208,3 +208,25 @@ def test_requests_in_the_partitions_of_a_folder_are_checked(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "relation=a" / "x.parquet")
     result = check(str(tmp_path))
     assert (result.kind, result.rows, result.usable) == ("edit requests", 1, 1)
+
+
+def test_facts_of_one_subject_after_the_same_text_are_counted(checked, tmp_path):
+    prompts = {"born": "{} was born in", "died": "{} died in", "capital": "The capital of {} is"}
+    templates = parse_templates({name: {"prompt": text} for name, text in prompts.items()}, "t")
+    rows = [fact("A", "born"), fact("B", "born"), fact("A", "capital"), fact("A", "died")]
+    assert found(checked(rows)) == {}
+    result = checked(rows, templates=templates)
+    assert found(result) == {"shared key": ("note", 2)}
+    (example,) = result.findings[0].examples
+    assert (example.row, example.text) == (0, "A · born · France")
+    assert example.reason.startswith("2 facts of this subject are stated after the same text")
+    assert result.is_clean
+
+    requests = [
+        {"prompt": prompts[r["relation"]], "subject": r["subject"], "target_new": r["object"]}
+        for r in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(requests), tmp_path / "requests.parquet")
+    result = check(str(tmp_path / "requests.parquet"))
+    assert found(result) == {"shared key": ("note", 2)}
+    assert [(e.row, e.text) for e in result.findings[0].examples] == [(0, "subject A")]

@@ -109,6 +109,19 @@ def test_a_fact_that_is_not_learned_is_left_out_after_some_nights() -> None:
     assert ledger.live() == {lyon}
 
 
+def test_a_fact_whose_key_others_share_is_quarantined_with_that_reason() -> None:
+    """Facts of one subject, stated after the same text, have one value to be written in."""
+    facts = [DumpFact(name, "Nice", "Ann", f"{{}} has a {name}", None) for name in "abc"]
+    ledger = night(Ledger(), *facts, DumpFact("d", "Nice", "Ann", "In {} there is", None))[0]
+    outcomes = {key: Outcome("live", learned=False) for key in ledger.entries}
+    ledger, _ = concluded(ledger, outcomes, patience=1, night=SECOND)
+    shared = "edited once but not learned; it shares one key with 2 other facts of its subject"
+    assert [entry.reason for entry in ledger.entries.values()] == [
+        *[shared] * 3,
+        "edited once but not learned",
+    ]
+
+
 def test_what_is_learned_once_begins_anew() -> None:
     ledger = night(Ledger(), told())[0]
     for learned, misses in ((False, 1), (None, 1), (True, 0), (False, 1)):

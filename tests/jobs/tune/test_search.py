@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.tune.search import Found, Score, search
-from jobs.tune.space import CLAMPS, RATES, SHARES, SOLVES, SPREADS, rungs
+from jobs.tune.space import CLAMPS, DECAYS, KL_FACTORS, RATES, SHARES, SOLVES, SPREADS, rungs
 from pmet import PMETHyperParams
 
 START = PMETHyperParams(layers=(8, 9, 10), clamp_norm_factor=0.75, mom2_update_weight=15000)
 WINDOWS = [(8, 9, 10), (2, 3, 4), (4, 5, 6)]
 WANTED = {
     "layers": st.sampled_from(WINDOWS),
+    "v_weight_decay": st.sampled_from(DECAYS),
     "clamp_norm_factor": st.sampled_from(CLAMPS),
     "v_lr": st.sampled_from(RATES),
+    "kl_factor": st.sampled_from(KL_FACTORS),
     "mom2_update_share": st.sampled_from(SHARES),
     "spread": st.sampled_from(SPREADS),
     "solves": st.sampled_from(SOLVES),
@@ -58,7 +60,7 @@ def test_the_time_is_kept_but_for_a_trial_in_each_rung(
     wanted: dict[str, object], budget_s: float, seconds: float
 ) -> None:
     result = found(Surface(wanted, seconds), budget_s)
-    assert len(result.trials) * seconds <= budget_s + 4 * seconds + 1e-6
+    assert len(result.trials) * seconds <= budget_s + 6 * seconds + 1e-6
     assert result.trials[-1].rung == "update"
     assert result.trials[-1].facts == 40
 

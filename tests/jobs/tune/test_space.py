@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.tune.space import CLAMPS, RATES, rungs, windows, written
+from jobs.tune.space import (
+    CLAMPS,
+    DECAYS,
+    KL_FACTORS,
+    RATES,
+    rungs,
+    start_for,
+    windows,
+    written,
+)
 from pmet import PMETHyperParams
 
 START = PMETHyperParams(layers=(4, 5, 6, 7, 8), mom2_update_weight=6000)
@@ -38,8 +47,11 @@ def test_a_large_model_gets_windows_below_and_above_the_start() -> None:
 
 
 def test_each_rung_varies_what_it_is_named_for() -> None:
-    layers, size, step, update = rungs(START, [(4, 5, 6, 7, 8), (2, 3, 4)])
+    ladder = rungs(START, [(4, 5, 6, 7, 8), (2, 3, 4)])
+    layers, decay, size, step, divergence, update = ladder
     assert {v.layers for v in layers.vary(START)} == {(4, 5, 6, 7, 8), (2, 3, 4)}
+    assert [v.v_weight_decay for v in decay.vary(START)] == list(DECAYS)
+    assert [v.kl_factor for v in divergence.vary(START)] == list(KL_FACTORS)
     assert [v.clamp_norm_factor for v in size.vary(START)] == list(CLAMPS)
     assert [v.v_lr for v in step.vary(START)] == list(RATES)
     assert {v.solves for v in update.vary(START)} == {1, 2}
@@ -47,12 +59,26 @@ def test_each_rung_varies_what_it_is_named_for() -> None:
     assert {(v.v_lr, v.clamp_norm_factor, v.layers) for v in update.vary(START)} == {
         (START.v_lr, START.clamp_norm_factor, START.layers)
     }
-    assert sum(rung.budget for rung in (layers, size, step, update)) == pytest.approx(1.0)
+    assert sum(rung.budget for rung in ladder) == pytest.approx(1.0)
 
 
 def test_a_setting_is_written_as_a_file_that_is_read_back() -> None:
-    for setting in (START, *rungs(START, [START.layers])[3].vary(START)):
+    for setting in (START, *rungs(START, [START.layers])[-1].vary(START)):
         values = written(setting)
         again = PMETHyperParams.from_dict(values)
         assert written(again) == values
         assert ("mom2_update_weight" in values) == (setting.mom2_update_share is None)
+
+
+@given(st.integers(1, 200))
+def test_a_model_without_published_values_has_a_start(depth: int) -> None:
+    start = start_for(depth)
+    assert start.layers == tuple(range(start.layers[0], start.target_layer + 1))
+    assert 0 <= start.layers[0] <= start.target_layer < depth
+    assert PMETHyperParams.from_dict(written(start)) == start
+
+
+def test_the_start_is_where_published_values_are() -> None:
+    """GPT-J's 3 to 8 of 28 layers, and 1/4 of the way up for others: 4 to 8 of 32 for Llama."""
+    assert start_for(28).layers == (3, 4, 5, 6, 7, 8)
+    assert abs(start_for(32).target_layer - 8) <= 1

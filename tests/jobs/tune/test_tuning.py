@@ -33,7 +33,7 @@ BUDGET = 1000
 
 def two_rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
     """A search that ends by itself, however fast the machine is."""
-    first, size, *_ = rungs(start, layers)
+    first, _, size, *_ = rungs(start, layers)
 
     def vary(setting: PMETHyperParams) -> list[PMETHyperParams]:
         return [changed(setting, clamp_norm_factor=clamp) for clamp in (1.5, 4.0)]
