@@ -47,7 +47,7 @@ from pmet.inspection import (
     window_states,
 )
 from pmet.model import Layout, contexts
-from pmet.presets import fitting_preset
+from pmet.presets import depth_of, fitting_preset
 from pmet.request import EditRequest
 
 RECORD, PAGE = "inspect.json", "inspect.html"
@@ -250,7 +250,7 @@ def _found(checkpoint: Checkpoint, skeleton: Any, tokenizer: Any) -> tuple[PMETH
     Raises:
         InputError: no layer has the parts that the method needs.
     """
-    depth = skeleton.config.get_text_config().num_hidden_layers
+    depth = depth_of(skeleton.config)
     errors: list[ArchitectureError] = []
     for layer in sorted(range(depth), key=lambda layer: abs(2 * layer + 1 - depth)):
         hparams = PMETHyperParams(layers=(layer,))

@@ -35,7 +35,7 @@ def show_inspected(record: Mapping[str, Any], where: str, console: Console) -> N
         "layer",
         *PARTS.values(),
         f"FFN from here, {record['width']} wide",
-        title=f"Indirect effect, % of probability, on {facts['inspected']} facts",
+        title=f"Indirect effect, points of probability, on {facts['inspected']} facts",
     )
     for row in by_layer(record):
         cells = [_points(row[part]) for part in (*PARTS, "window")]
