@@ -99,8 +99,22 @@ class Fact:
     statement: Statement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
+    """What to inspect, and how.
+
+    Attributes:
+        source: the model.
+        layout: its layout.
+        states: what to restore.
+        width: layers in a window.
+        hparams: hyper-parameters of the optimisation.
+        named: whether their layers are those to optimise for, not those recommended.
+        origin: where they are from.
+        facts: the facts.
+        aside: why other rows are left out, by row.
+    """
+
     source: ModelSource
     layout: Layout
     states: list[State]
@@ -159,18 +173,9 @@ def inspect_model(
         some = _drawn(known, MOST_COMPARED, settings.seed)
         outcomes = _compared(plan, hparams, settings, some, pool, progress)
     record = {
-        "model": model,
-        "digest": plan.source.digest,
-        "facts": _counts(plan, traces),
-        "seed": settings.seed,
-        "noise": {"deviations": NOISE, "samples": settings.samples},
-        "depth": plan.layout.depth,
-        "width": plan.width,
-        "hyper_parameters": plan.origin,
+        **_record(model, plan, settings, traces),
         **tracing,
         "optimisation": summary_of_states(hparams, outcomes, plan.layout.depth),
-        "rows": list(_rows(plan, traces)),
-        "set_aside": [{"row": row, "reason": plan.aside[row]} for row in sorted(plan.aside)],
         "workers": wanted.count,
         "seconds": round(time.monotonic() - begun, 1),
         "versions": versions(),
@@ -226,15 +231,17 @@ def _plan(model: str, requests: Sequence[str], settings: Settings) -> _Plan:
     facts = _drawn(facts, settings.facts, settings.seed)
     digest = checked_digest(checkpoint)
     return _Plan(
-        ModelSource(name_for_nodes(model, folder), settings.gpus_per_worker > 0, digest=digest),
-        layout,
-        states,
-        width,
-        hparams,
-        named,
-        origin,
-        facts,
-        aside,
+        source=ModelSource(
+            name_for_nodes(model, folder), settings.gpus_per_worker > 0, digest=digest
+        ),
+        layout=layout,
+        states=states,
+        width=width,
+        hparams=hparams,
+        named=named,
+        origin=origin,
+        facts=facts,
+        aside=aside,
     )
 
 
@@ -343,6 +350,22 @@ def _compared(
         ]
         run_all(pool, "optimise_and_compare", tasks, take)
     return [outcome for task in tasks for outcome in found[task.key]]
+
+
+def _record(model: str, plan: _Plan, settings: Settings, traces: Sequence[Trace]) -> dict[str, Any]:
+    """What was inspected, and each fact's figures."""
+    return {
+        "model": model,
+        "digest": plan.source.digest,
+        "facts": _counts(plan, traces),
+        "seed": settings.seed,
+        "noise": {"deviations": NOISE, "samples": settings.samples},
+        "depth": plan.layout.depth,
+        "width": plan.width,
+        "hyper_parameters": plan.origin,
+        "rows": list(_rows(plan, traces)),
+        "set_aside": [{"row": row, "reason": plan.aside[row]} for row in sorted(plan.aside)],
+    }
 
 
 def _parts(facts: Sequence[Fact], size: int) -> Iterator[Sequence[Fact]]:

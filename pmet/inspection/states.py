@@ -23,9 +23,10 @@ from pmet.hparams import PMETHyperParams
 from pmet.inspection.passes import Part, Rows, Site, Statement, adding, noting, sites_of
 from pmet.model import ContextTemplates, Layout, frozen, resolve
 from pmet.request import EditRequest
-from pmet.targets import Free, compute_targets
+from pmet.targets import Free, Targets, compute_targets
 
 MOVING: tuple[Part, ...] = ("attention", "ffn")
+_FREE: tuple[Free, ...] = ("both", "attention", "ffn")
 Ways = Literal["both", "ffn of both", "ffn", "attention"]
 WAYS: tuple[Ways, ...] = ("both", "ffn of both", "ffn", "attention")
 """Which vectors are added: both, optimised together; δ_f of these, as an edit keeps it; δ_f or δ_a
@@ -74,15 +75,12 @@ def optimise_and_compare(
         OutOfMemoryError: not even a single request fits into memory.
     """
     layout, z = resolve(model, hparams), hparams.target_layer
-    sites = {site: m for site, m in sites_of(model, layout).items() if site[0] in MOVING}
     statements = [Statement.of(tokenizer, r, r.target_new) for r in requests]
-    rows = Rows(model, layout, statements)
-    comparison = _Comparison(model, layout, z, rows, sites)
+    comparison = _Comparison(model, layout, z, statements)
     clean, before_F = comparison.states({})
-    values: dict[Free, dict[Part, torch.Tensor]] = {}
+    deltas: dict[Free, dict[Part, torch.Tensor]] = {}
     failures: dict[int, str] = {}
-    free: Free
-    for free in ("both", "attention", "ffn"):
+    for free in _FREE:
         found = compute_targets(
             model,
             tokenizer,
@@ -92,45 +90,46 @@ def optimise_and_compare(
             shared_keys="mean",
             free=free,
         )
-        assert found.attention_values is not None
-        wanted = {"attention": found.attention_values, "ffn": found.values}
-        values[free] = {
-            part: wanted[part].to(clean[part, z].device) - clean[part, z].float() for part in MOVING
-        }
+        deltas[free] = _deltas(found, {part: clean[part, z] for part in MOVING})
         failures = found.failures | failures
-    after, both_F = comparison.states(values["both"])
+    both = deltas["both"]
+    after, both_F = comparison.states(both)
     reached = {
         "both": both_F,
-        "ffn of both": comparison.probabilities({"ffn": values["both"]["ffn"]}),
-        "ffn": comparison.probabilities({"ffn": values["ffn"]["ffn"]}),
-        "attention": comparison.probabilities({"attention": values["attention"]["attention"]}),
+        "ffn of both": comparison.probabilities({"ffn": both["ffn"]}),
+        "ffn": comparison.probabilities({"ffn": deltas["ffn"]["ffn"]}),
+        "attention": comparison.probabilities({"attention": deltas["attention"]["attention"]}),
     }
     return [
-        Optimised(
+        Optimised(float(before_F[f]), failure=failures[f])
+        if f in failures
+        else Optimised(
             float(before_F[f]),
             {way: float(reached[way][f]) for way in WAYS},
-            {site: _moved(clean[site][f], after[site][f]) for site in sites},
-            {site: _similarity(clean[site][f], after[site][f]) for site in sites},
+            {site: _moved(clean[site][f], after[site][f]) for site in clean},
+            {site: _similarity(clean[site][f], after[site][f]) for site in clean},
         )
-        if f not in failures
-        else Optimised(float(before_F[f]), failure=failures[f])
         for f in range(len(requests))
     ]
+
+
+def _deltas(found: Targets, clean: Mapping[Part, torch.Tensor]) -> dict[Part, torch.Tensor]:
+    """The free vectors (F, D) of targets, by the part that they are added to."""
+    assert found.attention_values is not None, "targets were computed here"
+    values: dict[Part, torch.Tensor] = {"attention": found.attention_values, "ffn": found.values}
+    return {part: values[part].to(own.device) - own.float() for part, own in clean.items()}
 
 
 class _Comparison:
     """Passes of the same statements with different vectors added at layer z."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        layer: int,
-        rows: Rows,
-        sites: Mapping[Site, nn.Module],
+        self, model: nn.Module, layout: Layout, layer: int, statements: Sequence[Statement]
     ) -> None:
-        self._model, self._layout, self._layer = model, layout, layer
-        self._rows, self._sites = rows, sites
+        self._model, self._layer = model, layer
+        self._rows = Rows(model, layout, statements)
+        found = sites_of(model, layout)
+        self._sites = {site: module for site, module in found.items() if site[0] in MOVING}
 
     @torch.no_grad()
     def states(

@@ -122,7 +122,15 @@ def trace(
     """
     traces: dict[int, Trace] = {}
     with torch.no_grad(), frozen(model):
-        tracer = _Tracer(model, layout, states, deviation, samples, seed, batch_tokens)
+        tracer = _Tracer(
+            model,
+            layout,
+            states,
+            deviation=deviation,
+            samples=samples,
+            seed=seed,
+            batch_tokens=batch_tokens,
+        )
         for block in _blocks(statements, samples, batch_tokens):
             traces |= zip(block, tracer.traced([statements[f] for f in block]), strict=True)
     return [traces[f] for f in range(len(statements))]
@@ -167,11 +175,14 @@ class _Corrupted:
 
 
 class _Tracer:
+    """Traces facts side by side; see `trace` for its arguments."""
+
     def __init__(
         self,
         model: nn.Module,
         layout: Layout,
         states: Sequence[State],
+        *,
         deviation: float,
         samples: int,
         seed: int,
@@ -188,7 +199,7 @@ class _Tracer:
         self._whole = why_whole(model, layout) is not None
 
     def traced(self, statements: Sequence[Statement]) -> list[Trace]:
-        """Trace facts side by side."""
+        """The traces of facts that fit side by side."""
         rows = Rows(self._model, self._layout, statements)
         with noting(self._sites, rows.lasts_B) as clean:
             clean_F, known_F = rows.run()
