@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,15 @@ from pmet.inspection import (
     Statement,
     Trace,
     embedding_deviation,
+    optimise_and_compare,
     states_to_trace,
     trace,
     tracing,
 )
 from pmet.inspection.tracing import noise_for
-from pmet.model import resolve
+from pmet.model import resolve, share_out
 from pmet.request import EditRequest
+from tests import simulated
 from tests.conftest import Golden, load_golden
 from tests.parity.test_families import VARIANTS, build
 from tests.pmet.inspection.conftest import with_true_objects
@@ -199,6 +202,28 @@ def test_embeddings_may_be_narrower_than_the_model(golden_tokenizer: Any) -> Non
     (found,) = trace(model, layout, [statement], states, deviation=DEVIATION)
     assert found.known
     assert len(set(found.restored)) > 4
+
+
+def test_a_model_on_several_devices_does_the_same() -> None:
+    golden = load_golden("llama")
+    hparams = golden.hparams.model_copy(update={"v_num_grad_steps": 2})
+    states = [State("ffn", (0, 1, 2)), State("attention", (3,)), State("hidden", (2,))]
+    layout = resolve(golden.model, golden.hparams)
+    options = {"deviation": DEVIATION, "samples": 1}
+
+    def outcome(model: nn.Module) -> tuple[Tensor, Tensor]:
+        traces = trace(model, layout, statements_of(golden), states, **options)
+        compared = optimise_and_compare(
+            model, golden.tokenizer, golden.requests[7:9], hparams, context_templates=[["{}"]]
+        )
+        moved = [[*own.reached.values(), *own.moved.values()] for own in compared]
+        return numbers(traces), torch.tensor(moved)
+
+    expected = outcome(golden.model)
+    with simulated.devices(2) as devices:
+        found = outcome(share_out(deepcopy(golden.model), devices))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_states_are_single_parts_and_windows(golden: Golden) -> None:
