@@ -19,6 +19,8 @@ REACHED = {
     "attention": "δ_a, optimised alone",
 }
 """The rows of the table of probabilities."""
+MOST_NAMED = 3
+"""Windows that a recommendation names beside its own."""
 
 
 def named(layers: Sequence[int]) -> str:
@@ -76,6 +78,8 @@ def recommendation(record: Mapping[str, Any]) -> str:
     )
     if not _certain(window["interval"]):
         return f"{text}, which may be chance; give more facts that the model knows"
+    if len(close) > MOST_NAMED:
+        return f"{text}; not shown to be better than {len(close)} of the other windows"
     if close:
         return f"{text}; not shown to be better than {', '.join(close)}"
     return f"{text}, more than any other window"

@@ -180,6 +180,9 @@ def test_the_recommendation_says_how_sure_it_is() -> None:
     assert recommendation(sure).endswith(", more than any other window")
     close = traced((0.1, 0.4, 0.5), (0.1, 0.5, 0.2), (0.2, 0.4, 0.1))
     assert recommendation(close).endswith("; not shown to be better than layers 2 to 3")
+    others = [{"layers": [i, i + 1], "certain": False} for i in range(4)]
+    many = {"window": {**close["window"], "others": others}}
+    assert recommendation(many).endswith("; not shown to be better than 4 of the other windows")
     chance = traced((0.0, 0.4, 0.0), (0.0, -0.3, 0.0), (0.0, 0.1, 0.0))
     assert "which may be chance; give more facts" in recommendation(chance)
     assert "which may be chance" in recommendation(traced((0.0, 0.4, 0.0)))
