@@ -10,11 +10,10 @@ in fifty has another object; the rows are in another order.
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,15 @@ from benchmarks.harness import console, show
 
 RELATIONS = 50
 PIECE = 1_000_000
+MEASURED = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, cpu, usage.ru_maxrss]))
+"""
+"""Runs a command from a small process: the peak of a new process begins with its parent's size."""
 COMMAND = (sys.executable, "-c", "from jobs.cli import main; main()", "facts")
 
 
@@ -103,18 +111,13 @@ def fastest(name: str, words: tuple[str, ...], folder: Path, rounds: int) -> dic
 def measure(words: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """Return the seconds, CPU seconds and peak memory of one command."""
     paths = [str(folder / w) if (folder / w).exists() or "/" in w else w for w in words]
-    start = time.perf_counter()
-    process = subprocess.Popen([*COMMAND, *paths], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        console.print(f"{' '.join(words)} exited with {process.returncode}", style="red")
-    return {
-        "seconds": seconds,
-        "CPU seconds": usage.ru_utime + usage.ru_stime,
-        "peak MiB": usage.ru_maxrss // 2**10,
-    }
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", MEASURED, *COMMAND, *paths], capture_output=True, check=True
+    )
+    status, seconds, cpu, peak = json.loads(found.stdout)
+    if status:
+        console.print(f"{' '.join(words)} exited with {status}", style="red")
+    return {"seconds": seconds, "CPU seconds": cpu, "peak MiB": peak // 2**10}
 
 
 if __name__ == "__main__":

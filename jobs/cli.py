@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jobs import failure, streams
 from jobs.arguments import JobSettings, RayAddress
-from jobs.edits_cli import apply, export, revert
+from jobs.edits_cli import apply, export, push, revert
 from jobs.facts_cli import facts
 from jobs.inspect.command import inspect
 from jobs.refresh_cli import refresh, rollback, versions
@@ -50,7 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
-for command in (apply, revert, export, inspect, tune, refresh, rollback, versions):
+for command in (apply, revert, export, push, inspect, tune, refresh, rollback, versions):
     app.command()(command)
 for of_cluster in (submit, status, logs, stop):
     app.command()(of_cluster)
@@ -203,12 +203,26 @@ def evaluate(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Send every prompt as a user turn of a chat.")
     ] = False,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Task of lm-evaluation-harness to measure general abilities with: a name, a task "
+            "file or a folder of them. Can be repeated."
+        ),
+    ] = None,
+    harness_limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task. Default: all.")
+    ] = None,
+    harness_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples in front of each question. Default: as the task says."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
 ) -> None:
     """Measure how well a model answers edit requests, without editing it."""
     from jobs.arguments import AUTO, whole_or_auto
     from jobs.measure import evaluate_model
-    from pipeline.job import EvaluateConfig
+    from pipeline.job import EvaluateConfig, HarnessConfig
 
     number = whole_or_auto("--answers", answers, digits=9)
     config = EvaluateConfig(
@@ -220,6 +234,9 @@ def evaluate(
         group_by=group_by,
         fluency=fluency,
         chat_template=chat_template,
+        harness=HarnessConfig(
+            tasks=tuple(harness or ()), limit=harness_limit, num_fewshot=harness_fewshot
+        ),
     )
     evaluate_model(
         model,

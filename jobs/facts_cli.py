@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from jobs.facts.output import Conversion
 
 facts = typer.Typer(
     name="facts",
@@ -24,8 +22,9 @@ Columns = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
-        metavar="OURS=THEIRS",
-        help="The dump's name for a column, e.g. subject=entity; can be repeated.",
+        "--columns",
+        metavar="OURS=THEIRS,…",
+        help="The dump's names for columns, e.g. subject=entity; can be repeated.",
     ),
 ]
 Templates = Annotated[
@@ -45,8 +44,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A fact dump (Parquet), or a data set of edits or edit requests (JSON, JSON "
-            "Lines, CSV or Parquet)."
+            help="A fact dump (Parquet, CSV, JSON Lines, a saved datasets folder, a Delta or "
+            "Iceberg table), Wikidata's JSON or incremental dump, or a data set of edits."
         ),
     ],
     output: Annotated[str, typer.Argument(help="Parquet file to write the edit requests to.")],
@@ -63,40 +62,53 @@ def convert(
         str | None,
         typer.Option(
             "--format",
-            help="dump, counterfact, mquake, zsre, easyedit or requests. Default: detect.",
+            "--from",
+            help="dump, wikidata, wikidata-changes, or a data set's name. Default: detect.",
         ),
     ] = None,
     column: Columns = None,
     as_of: AsOf = None,
+    as_dump: Annotated[
+        bool,
+        typer.Option(
+            "--as-dump", help="Write a fact dump, for diff and refresh, instead of edit requests."
+        ),
+    ] = False,
+    languages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODES",
+            help="Wikidata: languages of labels, the preferred one first. Default: en,mul.",
+        ),
+    ] = None,
+    instance_of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASSES", help="Wikidata: only direct instances of these, such as Q5,Q515."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Wikidata: file of all labels; a whole dump writes it, changes read it."),
+    ] = None,
 ) -> None:
     """Convert facts to edit requests; write unusable rows to a second file with their reasons."""
-    from jobs.facts.dataset import FORMATS, convert_dataset, is_dataset
+    from jobs.facts.sources import ConvertOptions, convert_source
     from jobs.facts.views import show_conversion
-    from pipeline.errors import FactDumpError
-    from pipeline.storage import expand_with_columns
 
-    names = ("dump", *FORMATS)
-    if format_ is not None and format_ not in names:
-        raise FactDumpError(f"--format: {format_!r} is not a format; use one of {', '.join(names)}")
-    if format_ == "dump" or (
-        format_ is None
-        and not is_dataset(expand_with_columns(source, deep=True), renamed=bool(column))
-    ):
-        conversion = _convert_dump(
-            source, output, templates, previous, column, as_of, only_changed=only_changed
-        )
-    else:
-        given = {
-            "--templates": templates,
-            "--previous": previous,
-            "--only-changed": only_changed,
-            "--column": column,
-            "--as-of": as_of,
-        }
-        if wrong := [name for name, value in given.items() if value]:
-            raise FactDumpError(f"{wrong[0]} is for fact dumps; {source} is a data set of edits")
-        conversion = convert_dataset(source, output, format_name=format_)
-    show_conversion(conversion, out)
+    options = ConvertOptions(
+        format=format_,
+        templates=templates,
+        previous=previous,
+        only_changed=only_changed,
+        column=_mapping(column),
+        as_of=_time("--as-of", as_of),
+        as_dump=as_dump,
+        languages=_listed(languages),
+        instance_of=_listed(instance_of),
+        labels=labels,
+    )
+    show_conversion(convert_source(source, output, options), out)
 
 
 @facts.command()
@@ -222,49 +234,16 @@ def _say_of_fact(
     show_retraction(home.retract(subject.strip(), relation.strip(), action, reason), out)
 
 
-def _convert_dump(
-    source: str,
-    output: str,
-    templates: str | None,
-    previous: str | None,
-    column: Sequence[str] | None,
-    as_of: str | None,
-    *,
-    only_changed: bool,
-) -> Conversion:
-    from jobs.facts.convert import convert_dump
-    from jobs.facts.dump.files import open_dump
-    from jobs.facts.output import refuse_among
-    from jobs.facts.templates import load_templates
-    from pipeline.errors import FactDumpError
-    from pipeline.storage import refuse_input
-
-    if templates is None:
-        raise FactDumpError(
-            f"{source} is a fact dump, so its relations need templates; give a templates file "
-            "with --templates"
-        )
-    if only_changed and previous is None:
-        raise FactDumpError("--only-changed needs the previous dump; give it with --previous")
-    mapping = _mapping(column)
-    refuse_input(output, [templates])
-    refuse_among(output, [pattern for pattern in (source, previous) if pattern is not None])
-    return convert_dump(
-        open_dump(source, mapping),
-        load_templates(templates),
-        output,
-        previous=None if previous is None else open_dump(previous, mapping),
-        as_of=_time("--as-of", as_of),
-        only_changed=only_changed,
-        may_be_none=only_changed,
-    )
+def _listed(text: str | None) -> list[str]:
+    parts = (part.strip() for part in (text or "").split(","))
+    return list(dict.fromkeys(part for part in parts if part))
 
 
 def _mapping(columns: Sequence[str] | None) -> dict[str, str]:
     from pipeline.errors import FactDumpError
 
     mapping: dict[str, str] = {}
-    for text in columns or ():
+    for text in (part for given in columns or () for part in re.split(r",(?=\w+=)", given)):
         ours, equals, theirs = text.partition("=")
         if not (equals and ours and theirs):
             raise FactDumpError(f"--column {text}: write it as subject=NAME")

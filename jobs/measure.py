@@ -12,10 +12,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.views import percent, plain
+from jobs.views import percent, plain, show_harness
 from pipeline.data import read_corpus, read_requests
 from pipeline.evaluation import ChatQuestions, How, figure_of, group_column, grouped
-from pipeline.events import MEASURE
+from pipeline.events import HARNESS, MEASURE
+from pipeline.harness import (
+    HarnessTasks,
+    TaskScores,
+    alone,
+    compared,
+    interval_of_mean,
+    mean_of,
+)
 from pipeline.job import EvaluateConfig
 from pipeline.models import (
     Checkpoint,
@@ -33,6 +41,7 @@ from pipeline.stages import (
     MeasurementMeter,
     answering,
     figures_of,
+    harness_here,
     held_out,
     intervals_of,
     work_of_texts,
@@ -40,9 +49,12 @@ from pipeline.stages import (
 from pipeline.storage import Store, is_json_with, json_bytes, refuse_foreign_file, refuse_overlap
 from pmet.errors import RequestError
 from pmet.evaluation import ANSWERED, KINDS, Prompts
+from pmet.model import context_length
 from pmet.update import longest
 
 SHOWN_GROUPS = 20
+_Opened = tuple[Any, Any]
+"""A model and its tokenizer."""
 
 
 def evaluate_model(
@@ -69,6 +81,13 @@ def evaluate_model(
     source = _source(model)
     tokenizer = open_fast_tokenizer(Path(source.folder))
     Prompts(tokenizer, config.chat_template)
+    skeleton = open_skeleton(Path(source.folder))
+    tasks = HarnessTasks.read(
+        config.harness,
+        tokenizer,
+        chat=config.chat_template,
+        longest=context_length(skeleton.config),
+    )
     table = read_requests(requests, separator)
     for note in table.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -84,28 +103,58 @@ def evaluate_model(
         questions.to_ask(table.requests[place], row, table.table)
         for place, row in zip(chosen, rows, strict=True)
     ]
+    opened_base = None if base is None else _source(base).open()
+    base_scores = _abilities(tasks, opened_base)
     with RichProgress().stage(MEASURE) as bar:
         texts: list[str] = []
         if corpus:
-            read = read_corpus(
-                corpus, tokenizer, max_length=longest(open_skeleton(Path(source.folder)).config)
-            )
+            read = read_corpus(corpus, tokenizer, max_length=longest(skeleton.config))
             texts = held_out(read.texts, config.perplexity_texts, config.perplexity_tokens)
         scored = [*texts, *texts] if base is not None else texts
         work = work_of_texts(scored)
         answered = answering(len(asked), asked.__getitem__, config.answers, work, seed)
         meter = MeasurementMeter(bar, len(asked), scored)
         ask = AskingHere(asked, rows, answered, texts, How.of(config, seed), meter)
-        unedited = None if base is None else ask.base(*_source(base).open())
-        measured = ask.model(*source.open(), unedited)
+        unedited = None if opened_base is None else ask.base(*opened_base)
+        # One model at a time.
+        opened_base = None
+        opened = source.open()
+        measured = ask.model(*opened, unedited)
+    scores = _abilities(tasks, opened)
     figures: dict[str, Any] = figures_of(measured, rows, unedited)
     figures["intervals"] = intervals_of(measured, rows, unedited)
     if groups := grouped(column, table.table, rows, {"": measured.rows}):
         figures["groups"] = _flat(groups)
+    if tasks is not None:
+        _add_abilities(figures, tasks, base_scores, scores)
     figures["counts"] = {"measured": len(chosen), "rejected": len(table.rejected)}
     _show(figures, console)
     if output is not None:
         output.write_bytes(json_bytes(figures))
+
+
+def _abilities(tasks: HarnessTasks | None, opened: _Opened | None) -> list[TaskScores]:
+    """The scores of an open model in each task; none without either."""
+    if tasks is None or opened is None:
+        return []
+    with RichProgress().stage(HARNESS, tasks.total) as bar:
+        return harness_here(tasks, *opened, bar)
+
+
+def _add_abilities(
+    figures: dict[str, Any],
+    tasks: HarnessTasks,
+    before: Sequence[TaskScores],
+    scores: Sequence[TaskScores],
+) -> None:
+    figures["harness"] = mean_of(scores)
+    if interval := interval_of_mean(scores):
+        figures["intervals"]["harness"] = [round(end, 6) for end in interval]
+    figures["harness_tasks"] = {
+        "version": tasks.version,
+        "limit": tasks.config.limit,
+        "tasks": compared(before, scores) if before else alone(scores),
+    }
 
 
 def _refuse_output(
@@ -153,7 +202,7 @@ def _show(figures: Mapping[str, Any], console: Console) -> None:
             first, *others = map(percent, forms)
             shown.add_row(kind, first, _between(intervals.get(kind)), *others)
     shown.add_row("score", percent(figures["score"]), _between(intervals.get("score")), "", "")
-    for name in ("consistency", "agreement"):
+    for name in ("consistency", "agreement", "harness"):
         if figures.get(name) is not None:
             shown.add_row(name, percent(figures[name]), _between(intervals.get(name)), "", "")
     for name, unit in (("fluency", " bits"), ("perplexity", "")):
@@ -165,6 +214,7 @@ def _show(figures: Mapping[str, Any], console: Console) -> None:
     if said.row_count:
         console.print(said)
     console.print(shown)
+    show_harness({"harness": figures.get("harness_tasks")}, console)
     if "groups" in figures:
         _show_groups(figures["groups"], console)
 

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from pipeline.evaluation import duration, figure_of, is_number, read_gate, show_special
+from pipeline.evaluation import (
+    duration,
+    figure_of,
+    is_number,
+    read_gate,
+    show_special,
+    show_tasks,
+)
 from pipeline.job import dump_job
 from pmet.evaluation import ANSWERED
 
@@ -82,6 +90,7 @@ def show_result(result: RunResult, console: Console) -> None:
             f"{counts['known']} were already known and not edited; {kept} of them still are"
         )
     show_scores(result.metrics["before"], result.metrics["after"], console)
+    show_harness(result.metrics, console)
     for gate in result.metrics["gates"]:
         if not gate["passed"]:
             console.print(f"held back: {gate_text(gate)}", style="red")
@@ -111,6 +120,20 @@ def show_scores(
         values = [plain(m.get("perplexity")) for m in (before, after)]
         table.add_row("perplexity", *values, "", "")
     console.print(table)
+
+
+def show_harness(metrics: Mapping[str, Any], console: Console) -> None:
+    """Print the scores of tasks of lm-evaluation-harness before and after the edit, if any."""
+    table = Table(
+        Column("general abilities", overflow="fold"),
+        Column("metric", overflow="fold"),
+        *(Column(name, no_wrap=True) for name in ("before", "after", "change", "95 %")),
+    )
+    for task in show_tasks(metrics):
+        values = (task.before, task.after, task.change, task.interval)
+        table.add_row(Text(task.name), Text(task.metric), *values)
+    if table.row_count:
+        console.print(table)
 
 
 def percent(value: float | None) -> str:
@@ -147,6 +170,19 @@ def _facts(plan: Plan) -> dict[str, str]:
         "corpus": f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens" if corpus else "none",
         "model digest": plan.digests["model"],
         **_hparams_facts(plan),
+        **_harness_facts(plan),
+    }
+
+
+def _harness_facts(plan: Plan) -> dict[str, str]:
+    """Return how much is asked of lm-evaluation-harness; the estimate leaves it out."""
+    if plan.harness is None:
+        return {}
+    count = len(plan.harness.keys)
+    tasks = "1 task" if count == 1 else f"{count:,} tasks"
+    return {
+        "harness": f"{tasks} with {plan.harness.total:,} requests for each model, which the time "
+        "estimate leaves out"
     }
 
 

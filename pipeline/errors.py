@@ -13,9 +13,11 @@ They extend the tree of ``pmet.errors``:
     │   ├── RunFolderError      a run folder that does not fit the job
     │   │   └── OtherJobError   it holds the work of another job
     │   ├── OutputError         an output file that already exists and belongs to the user
+    │   ├── HubError            a hub refuses a push as it is
     │   └── ModelError          a model that cannot be opened
     ├── StorageError            a file that cannot be read, written or listed
     ├── FolderBusyError         another run is using the folder; try again later
+    ├── HeldBackError           a gate held a model back, which is therefore not pushed
     ├── ClusterError            a cluster's job server is unreachable or refuses the request
     ├── NoEditError             no request got a target, though some were to be edited
     ├── LeaseLostError          another run has taken over the run folder
@@ -104,12 +106,20 @@ class ModelError(InputError):
     """A model cannot be opened: it is missing, incomplete, or in a format that is refused."""
 
 
+class HubError(InputError):
+    """A hub refuses a push as it is: the token, the repository's name, or what it holds."""
+
+
 class StorageError(PMETError):
     """A file cannot be read, written or listed; the message names it and the remedy."""
 
 
 class FolderBusyError(PMETError):
     """Another run holds the folder. The job itself is fine and can be tried again."""
+
+
+class HeldBackError(PMETError):
+    """A gate held an edited model back, which is therefore not pushed."""
 
 
 class ClusterError(PMETError):

@@ -42,14 +42,18 @@ class StageName(StrEnum):
     KNOWN_BEFORE = "known before"
     TARGETS = "targets"
     MEASURE_BEFORE = "measure before"
+    HARNESS_BEFORE = "harness before"
     UPDATE = "update"
     PUBLISH = "publish"
     MEASURE_AFTER = "measure after"
+    HARNESS_AFTER = "harness after"
     KNOWN_AFTER = "known after"
 
 
 CHECK, MEASURE, ASK = "check moments", "measure", "ask"
 """Work shown like a stage: the check of second moments, `pmet evaluate`, asking for known facts."""
+HARNESS = "harness"
+"""Work shown like a stage: tasks of lm-evaluation-harness in `pmet evaluate`."""
 CHECK_WEIGHTS, CHECK_MODEL = "check weights", "check model"
 """Work shown like a stage: what `pmet apply` and `pmet revert` check before they write."""
 FACTOR = "factor"
@@ -58,6 +62,8 @@ TRIALS, JUDGE = "trials", "judge"
 """Work shown like a stage: the trial edits of `pmet tune`, in seconds, and those it judges by."""
 TRACE, COMPARE = "trace", "compare"
 """Work shown like a stage: the traces of `pmet inspect`, and the states that it compares."""
+PUSH = "push"
+"""Work shown like a stage: what `pmet push` uploads."""
 UNITS: dict[str, str] = {
     CHECK: "layers",
     CHECK_WEIGHTS: "tensors",
@@ -66,15 +72,19 @@ UNITS: dict[str, str] = {
     JUDGE: "edits",
     TRACE: "facts",
     COMPARE: "facts",
+    PUSH: "MB",
     MEASURE: "tokens",
+    HARNESS: "requests",
     ASK: "facts",
     StageName.SECOND_MOMENTS: "tokens",
     StageName.KNOWN_BEFORE: "requests",
     StageName.TARGETS: "requests",
     StageName.MEASURE_BEFORE: "tokens",
+    StageName.HARNESS_BEFORE: "requests",
     StageName.UPDATE: "layers",
     StageName.PUBLISH: "MB",
     StageName.MEASURE_AFTER: "tokens",
+    StageName.HARNESS_AFTER: "requests",
     StageName.KNOWN_AFTER: "requests",
 }
 """What the progress of a stage counts. Tokens of a measurement are estimated."""

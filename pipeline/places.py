@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from pipeline.errors import RequestTableError
+from pipeline.harness import is_path
 from pipeline.job import JobConfig, is_hparams_file
 from pipeline.models import is_gguf, is_hub_id
 from pipeline.second_moments import is_file_name
@@ -57,6 +58,8 @@ def places_read(job: JobConfig) -> dict[str, list[Location]]:
         "evaluate.store": job.evaluate.store,
         "evaluate.last": job.evaluate.last,
     }
+    harness = [task for task in job.evaluate.harness.tasks if is_path(task)]
+    places["evaluate.harness"] = [place for task in harness for place in locate(task)]
     return places | {key: locate(url) for key, url in single.items() if url is not None}
 
 

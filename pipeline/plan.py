@@ -29,6 +29,7 @@ from pipeline.data import (
 )
 from pipeline.errors import JobError, NothingToEditError, StorageError
 from pipeline.evaluation import ChatQuestions, Last, check_evaluation
+from pipeline.harness import HarnessTasks
 from pipeline.hyper_parameters import chosen_hparams
 from pipeline.job import JobConfig
 from pipeline.models import (
@@ -95,6 +96,7 @@ class Plan:
         group_by: input column by which figures are also broken down, or None.
         last: the run to compare figures with, or None.
         questions: the questions to put to a chat model.
+        harness: tasks of lm-evaluation-harness, or None.
         target_shards: shards of the accepted requests whose targets are computed together.
         update_shards: shards whose sums are added up together.
         batch_size: requests optimised side by side; None: as many as fit in the workers' memory.
@@ -120,6 +122,7 @@ class Plan:
     group_by: str | None
     last: Last | None
     questions: ChatQuestions
+    harness: HarnessTasks | None
     target_shards: list[Shard]
     update_shards: list[Shard]
     batch_size: int | None
@@ -216,6 +219,12 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         refuse_too_few(corpus.tokens, layout, count)
     columns = table.table.column_names
     evaluation = check_evaluation(job, tokenizer, columns, corpus=corpus is not None)
+    harness = HarnessTasks.read(
+        job.evaluate.harness,
+        tokenizer,
+        chat=job.evaluate.chat_template,
+        longest=context_length(skeleton.config),
+    )
     batch_size = job.targets.batch_size
     return Plan(
         job=job,
@@ -232,6 +241,7 @@ def make_plan(job: JobConfig, cache_dir: Path | None = None, *, beside: Sequence
         group_by=evaluation.group_by,
         last=evaluation.last,
         questions=evaluation.questions,
+        harness=harness,
         target_shards=plan_shards(
             count,
             shard_size(count, job.targets.shard_size, width=layout.value_width),

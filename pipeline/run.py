@@ -42,6 +42,7 @@ from pipeline.stages import (
     Context,
     FoundTargets,
     Measurement,
+    add_harness,
     answered,
     channel,
     check_ranks,
@@ -50,6 +51,7 @@ from pipeline.stages import (
     find_known,
     find_targets,
     measure,
+    measure_harness,
     model_metrics,
     publish_model,
     published_model,
@@ -69,6 +71,7 @@ JOB, REJECTED = "job.yaml", "rejected.parquet"
 _SHOWN_VALUE = 60
 
 if TYPE_CHECKING:
+    from pipeline.harness import TaskScores
     from pipeline.workers import Executor
 
 
@@ -301,17 +304,19 @@ def _run_stages(run: Context) -> RunResult:
     _warn(run, warnings_of_targets(_edited_losses(run.plan, found, courses)))
     # By now the ranks of the update are starting up, which takes a while.
     before = measure(run, "before", run.plan.base)
+    base_scores = measure_harness(run, "before", run.plan.base)
     reports = update_layers(run, templates, found)
     _warn(run, warnings_of_layers(layers(run.folder.status)))
     publish_model(run, reports)
     edited_model = published_model(run)
     after = measure(run, "after", edited_model, before)
+    scores = measure_harness(run, "after", edited_model)
     kept = still_known(run, found.known, edited_model)
     # No worker is needed any more; leaving a cluster takes as long as drawing a report.
     run.executor.dismiss()
     run.folder.sweep("targets", set(found.files.values()))
     run.folder.sweep("delta", {report.file for report in reports})
-    return _conclude(run, found, before, after, kept)
+    return _conclude(run, found, before, after, kept, (base_scores, scores))
 
 
 def _warn(run: Context, texts: Sequence[str]) -> None:
@@ -348,6 +353,7 @@ def _conclude(
     before: Measurement,
     after: Measurement,
     kept: Collection[Row],
+    scores: tuple[list[TaskScores], list[TaskScores]],
 ) -> RunResult:
     """Write results, metrics, model card and report, and evaluate the gates."""
     plan, store = run.plan, run.store
@@ -355,6 +361,7 @@ def _conclude(
     table = _concluded(plan, found)
     edited = sorted(found.edited(table.rows))
     metrics = model_metrics(before, after, edited)
+    add_harness(metrics, plan.harness, *scores)
     measured = {"before": before.rows, "after": after.rows}
     counted = [row for row in edited if row in after.rows]
     if groups := grouped(plan.group_by, plan.table.table, counted, measured):

@@ -141,6 +141,16 @@ def golden_tokenizer() -> Any:
     return load_golden("gpt2").tokenizer
 
 
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for data sets of tasks, instead of the user's."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def counterfact_folder() -> Path:
     """Folder of the CounterFact model and its numbers, beside the checkout."""

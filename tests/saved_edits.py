@@ -1,4 +1,4 @@
-"""Edits, models and folders for the tests of `pmet apply`, `pmet revert` and `pmet export`."""
+"""Edits, models and folders for the tests of `pmet apply`, `revert`, `export` and `push`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.edits.rewriting import apply_edit
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.report.card import model_card
 from pipeline.storage.store import Store
 from pmet import Edit
 from tests.conftest import GOLDEN
 from tests.pipeline.report.test_comparison import run_in, with_wrong
 
+DIGEST = "0123456789abcdef" * 4
+"""The digest of the run of `published_run`."""
 WEIGHTS = {
     "gpt2": "transformer.h.{}.mlp.c_proj.weight",
     "llama": "model.layers.{}.mlp.down_proj.weight",
@@ -103,6 +106,28 @@ def edited_run(
     }
     run_in(Store(folder), with_wrong(30, {4}), run=run)
     (folder / "job.yaml").write_text(f"model: {model}\n")
+    return folder
+
+
+def published_run(folder: Path, *, status: str = "complete", model: str | None = None) -> Path:
+    """The folder of a finished run of a golden model, as far as a push reads it.
+
+    Args:
+        folder: where it is written.
+        status: how the run ended.
+        model: what its job names as the base model; None: where that is.
+    """
+    edited_run(folder, base("gpt2"), names_of("gpt2"), status=status)
+    if model is not None:
+        (folder / "job.yaml").write_text(f"model: {model}\n")
+    store = Store(folder)
+    run = store.read_json("run.json") | {"digest": DIGEST, "seed": 0}
+    store.write_json("run.json", run)
+    names = [name for name in store.list("model") if not name.startswith("model/.")]
+    digests = {name: hashlib.sha256(store.read_bytes(name)).hexdigest() for name in names}
+    store.write_json("records/published.json", {"files": digests})
+    card = model_card((folder / "job.yaml").read_text(), run, store.read_json("metrics.json"))
+    store.write_bytes("model/README.md", card.encode())
     return folder
 
 

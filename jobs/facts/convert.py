@@ -6,6 +6,7 @@ known, it is read once more in between, for neighbors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -19,12 +20,15 @@ from jobs.facts.dump.rows import trimmed
 from jobs.facts.dump.survey import ALWAYS, SettledFacts, Side, survey
 from jobs.facts.neighbors import Neighbors
 from jobs.facts.output import Conversion, open_outputs, output_urls
+from jobs.facts.staged import kind_of, without_problems
 from jobs.facts.templates import Templates
 from jobs.facts.wording import Wording
 from pipeline.data import REQUEST_COLUMNS, SEPARATOR, normal_column, with_columns
 from pipeline.errors import FactDumpError
 
+QUESTIONS = "question_prompts"
 _CODES = pa.array([problem.code for problem in PROBLEMS])
+_KINDS = {problem.code: problem.kind for problem in PROBLEMS}
 
 
 def convert_dump(
@@ -36,6 +40,7 @@ def convert_dump(
     as_of: datetime | None = None,
     only_changed: bool = False,
     may_be_none: bool = False,
+    source_format: str = "fact dump",
 ) -> Conversion:
     """Write the valid facts of a dump as edit requests, and its other rows with their reasons.
 
@@ -49,6 +54,7 @@ def convert_dump(
         only_changed: skip the facts that ``previous`` holds with the same object. They are neither
             converted nor rejected, but still serve as neighbors.
         may_be_none: accept that no row is converted.
+        source_format: what the dump was made from.
 
     Raises:
         FactDumpError: a file is damaged, or no row can be converted.
@@ -77,25 +83,22 @@ def convert_dump(
         staying[truths.rows] = False
         neighbors.collect(_facts_where(dump, staying))
     wording = Wording(templates)
+    kinds: Counter[str] = Counter()
     with open_outputs(output, may_be_none=may_be_none) as outputs:
-        for first, table in ((batch.first, batch.table) for batch in dump.aligned_batches()):
+        for first, whole in ((batch.first, batch.table) for batch in dump.aligned_batches()):
+            table, own_codes, own_reasons = without_problems(whole)
             codes = found.codes[first : first + len(table)]
             good = np.flatnonzero(codes == FINE)
             bad = np.flatnonzero((codes != FINE) & (codes != UNCHANGED))
             facts = table.take(pa.array(good))
             requests = _requests(facts, truths.of(first + good), wording, neighbors)
-            rejected = table.take(pa.array(bad))
-            outputs.write(
-                requests,
-                rejected,
-                _CODES.take(pa.array(codes[bad])),
-                found.reasons(first + bad),
-                first + bad,
-            )
-    kinds, counts = np.unique(found.codes[found.codes != FINE], return_counts=True)
-    reasons = {PROBLEMS[k].kind: int(n) for k, n in zip(kinds, counts, strict=True)}
-    unchanged = reasons.pop(PROBLEMS[UNCHANGED].kind, 0)
-    return Conversion("fact dump", dump.rows, outputs.converted, unchanged, reasons, *urls)
+            why = pc.coalesce(own_codes.take(pa.array(bad)), _CODES.take(pa.array(codes[bad])))
+            reasons = pc.coalesce(own_reasons.take(pa.array(bad)), found.reasons(first + bad))
+            outputs.write(requests, table.take(pa.array(bad)), why, reasons, first + bad)
+            kinds.update(why.to_pylist())
+    rejected = {_KINDS.get(code, kind_of(code)): count for code, count in kinds.items()}
+    unchanged = int((found.codes == UNCHANGED).sum())
+    return Conversion(source_format, dump.rows, outputs.converted, unchanged, rejected, *urls)
 
 
 class _Truths:
@@ -174,6 +177,8 @@ def _requests(
         "paraphrase_prompts": wording.paraphrases(numbers, subjects),
         "neighborhood_prompts": wording.neighborhoods(numbers, beside, counts),
     }
+    if wording.asks:
+        columns[QUESTIONS] = wording.questions(numbers, subjects)
     if wording.separates:
         columns[SEPARATOR] = _separators(facts, wording.separators(numbers))
     replaced = ("subject", "target_true", *([SEPARATOR] if wording.separates else []))

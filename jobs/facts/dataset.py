@@ -14,7 +14,16 @@ import pyarrow as pa
 
 from jobs.facts.check import reason_kind
 from jobs.facts.dump.files import FACT
-from jobs.facts.formats import counterfact, easyedit, mquake, requests, zsre
+from jobs.facts.formats import (
+    counterfact,
+    easyedit,
+    mquake,
+    requests,
+    rippleedits,
+    ultraeditbench,
+    wikibigedit,
+    zsre,
+)
 from jobs.facts.formats.record import Format, RecordedEdit, RecordError
 from jobs.facts.output import Conversion, open_outputs, output_urls, refuse_among
 from jobs.facts.records import is_parquet, read_records, unwrapped
@@ -34,7 +43,11 @@ from pmet.request import TEXT_LISTS, EditRequest
 from pmet.strict_json import repeated_key
 
 FORMATS = {
-    module.FORMAT.name: module.FORMAT for module in (counterfact, mquake, zsre, easyedit, requests)
+    module.FORMAT.name: module.FORMAT
+    for module in (
+        *(counterfact, mquake, rippleedits, wikibigedit),
+        *(zsre, easyedit, ultraeditbench, requests),
+    )
 }
 """Formats by name; a file has the first format that any of its records matches."""
 
@@ -137,7 +150,9 @@ def _format(records: Sequence[Any], source: str, name: str | None) -> Format:
             return format_
     first = records[0]
     if isinstance(first, dict) and all(name in first for name in FACT):
-        raise FactDumpError(f"{source} is a fact dump that is not Parquet; convert it to Parquet")
+        raise FactDumpError(
+            f"{source} is a fact dump that is not Parquet; convert it to Parquet or JSON Lines"
+        )
     seen = ", ".join(map(str, list(first)[:8])) if isinstance(first, dict) else type(first).__name__
     raise FactDumpError(
         f"{source}: its records ({seen}) match no known format; set one with --format: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -39,6 +39,7 @@ class Conversion:
         output: file of edit requests.
         rejected_output: file of rejected rows, with ``row``, ``code`` and ``reason``.
         left_out: number of null and empty texts left out of requests.
+        notes: other counts, by what they count.
     """
 
     format: str
@@ -49,6 +50,7 @@ class Conversion:
     output: str
     rejected_output: str
     left_out: int = 0
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Outputs:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -49,6 +50,11 @@ def _trimmed(text: str) -> str:
 
 
 _Template = Annotated[str, AfterValidator(_with_one_place), AfterValidator(_trimmed)]
+_Several = Annotated[
+    tuple[_Template, ...],
+    Field(strict=False),
+    BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+]
 _Target = Annotated[str, AfterValidator(_with_one_place), AfterValidator(str.strip)]
 
 
@@ -60,6 +66,9 @@ class RelationTemplates(BaseModel):
     prompt: _Template = Field(description="Text that precedes the object; {} is the subject.")
     paraphrases: Annotated[tuple[_Template, ...], Field(strict=False)] = Field(
         default=(), description="Other phrasings of the fact; {} is the subject."
+    )
+    question: _Several = Field(
+        default=(), description="A question for the fact, or several; {} is the subject."
     )
     neighborhood: Annotated[tuple[_Template, ...], Field(strict=False)] | None = Field(
         default=None,

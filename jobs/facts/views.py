@@ -55,6 +55,8 @@ def show_conversion(conversion: Conversion, console: Console) -> None:
     )
     for reason, count in sorted(conversion.rejected.items(), key=lambda item: -item[1]):
         console.print(f"  {count:>9,}  {reason}", markup=False, soft_wrap=True)
+    for what, count in conversion.notes.items():
+        console.print(f"read: {count:,} {what}", markup=False, soft_wrap=True)
     if conversion.left_out:
         console.print(f"left out of requests: {conversion.left_out:,} null or empty texts")
     console.print(f"requests  {conversion.output}", markup=False, soft_wrap=True)

@@ -60,6 +60,8 @@ class Wording:
         self.separates = any(r.separator is not None for r in self._prompts)
         self._targets = self._choice(lambda relation: (relation.target,))
         self._paraphrases = self._choice(lambda relation: relation.paraphrases)
+        self._questions = self._choice(lambda relation: relation.question)
+        self.asks = bool(self._questions.counts.any())
         self._neighbors = self._choice(lambda relation: relation.neighbors)
 
     def prompts(self, relations: np.ndarray) -> pa.Array:
@@ -77,11 +79,11 @@ class Wording:
 
     def paraphrases(self, relations: np.ndarray, subjects: pa.Array) -> pa.Array:
         """Return all paraphrases of each row with the subject filled in: lists of text."""
-        counts = self._paraphrases.counts[relations]
-        rows = np.repeat(np.arange(len(relations)), counts)
-        within = places_in_runs(counts)
-        numbers = self._paraphrases.first[relations][rows] + within
-        return _lists(self._paraphrases.filled(numbers, subjects.take(pa.array(rows))), counts)
+        return _filled(self._paraphrases, relations, subjects)
+
+    def questions(self, relations: np.ndarray, subjects: pa.Array) -> pa.Array:
+        """Return all questions of each row with the subject filled in: lists of text."""
+        return _filled(self._questions, relations, subjects)
 
     def neighborhoods(
         self, relations: np.ndarray, subjects: pa.Array, counts: np.ndarray
@@ -108,6 +110,14 @@ class Wording:
 
     def _choice(self, of: Callable[[RelationTemplates], Sequence[str]]) -> _Choice:
         return _Choice.of([of(relation) for relation in self._prompts])
+
+
+def _filled(choice: _Choice, relations: np.ndarray, subjects: pa.Array) -> pa.Array:
+    """Fill all templates of each row with its subject: lists of text."""
+    counts = choice.counts[relations]
+    rows = np.repeat(np.arange(len(relations)), counts)
+    numbers = choice.first[relations][rows] + places_in_runs(counts)
+    return _lists(choice.filled(numbers, subjects.take(pa.array(rows))), counts)
 
 
 def _lists(values: pa.Array, counts: np.ndarray) -> pa.Array:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import FactDumpError, RunFolderError, StorageError
-from pipeline.run_folder import MODEL, files_made, has_lease, leases
+from pipeline.run_folder import MODEL, STATUS, files_made, has_lease, leases
 from pipeline.storage import Store, json_bytes, last_number, now_text, numbered
 from pmet.errors import PMETError
 
@@ -334,6 +334,30 @@ class Home:
 
     def _kept(self) -> str:
         return ", ".join(map(str, filter(self.is_kept, self.versions()))) or "none"
+
+
+def model_in_use(place: str) -> str | None:
+    """The run folder of the version in use, if a place is a home or its file ``CURRENT``.
+
+    Args:
+        place: path or URL.
+
+    Raises:
+        RunFolderError: no version has been promoted yet, or the one in use was not edited.
+    """
+    folder, _, name = place.rstrip("/").rpartition("/")
+    home = Home(folder or "." if name == CURRENT else place)
+    if home.store.exists(STATUS) or not home.store.exists(VERSIONS):
+        return None
+    current = home.current()
+    if current is None:
+        raise RunFolderError(f"no version in {home.store.url} has been promoted yet")
+    if not home.store.exists(path(current.version, STATUS)):
+        raise RunFolderError(
+            f"version {current.version}, which is in use at {home.store.url}, is the base model: "
+            "its refresh found no facts to edit, and there is no run to push"
+        )
+    return home.store.join(path(current.version))
 
 
 def path(version: int, *names: str) -> str:

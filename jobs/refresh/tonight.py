@@ -14,7 +14,7 @@ from datetime import date, datetime
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.facts.convert import convert_dump
+from jobs.facts.convert import QUESTIONS, convert_dump
 from jobs.facts.dump.files import open_dump
 from jobs.facts.dump.problems import CONTRADICTION, PROBLEMS
 from jobs.facts.output import Conversion
@@ -37,9 +37,9 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""Columns of the requests, besides ``separator`` if the dump or its templates give any. Other
-columns of the dump are dropped: one that changes every night, such as ``updated_at``, would make
-all requests look new."""
+"""Columns of the requests, besides ``separator`` if the dump or its templates give any, and
+``question_prompts`` if the templates do. Other columns of the dump are dropped: one that changes
+every night, such as ``updated_at``, would make all requests look new."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,13 @@ def read_dump(config: RefreshConfig, night: date, as_of: datetime) -> Tonight:
         set_aside = read_parquet(conversion.rejected_output)
     columns = {field.name: _column(requests, field) for field in SCHEMA}
     separators = _column(requests, pa.field(SEPARATOR, pa.string()))
+    asks = any(relation.question for relation in templates.values())
+    asked = requests.column(QUESTIONS) if asks else None
     requests = pa.table(columns, schema=SCHEMA)
     if separators.null_count < len(separators):
         requests = requests.append_column(SEPARATOR, separators)
+    if asked is not None:
+        requests = requests.append_column(QUESTIONS, asked)
     return Tonight(sorted_requests(requests), _undecided(set_aside), set_aside, conversion)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import JobError
+from pipeline.harness import is_path
 from pipeline.job import JobConfig, dump_job, is_hparams_file
 from pipeline.models import is_hub_id
 from pipeline.storage import read_file
@@ -82,6 +83,7 @@ def _paths(job: JobConfig) -> Iterator[tuple[str, str]]:
         "targets.store": job.targets.store,
         "evaluate.store": job.evaluate.store,
     }
+    yield from (("evaluate.harness", t) for t in job.evaluate.harness.tasks if is_path(t))
     yield from ((key, path) for key, path in others.items() if path is not None)
 
 

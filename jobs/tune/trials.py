@@ -17,7 +17,7 @@ from jobs.tune.search import Score
 from jobs.tune.space import written
 from pipeline.data import RequestTable
 from pipeline.errors import NothingToEditError
-from pipeline.job import GatesConfig, JobConfig, TrackingConfig
+from pipeline.job import GatesConfig, HarnessConfig, JobConfig, TrackingConfig
 from pipeline.run import run_job
 from pipeline.run_folder import files_made, read_columns
 from pipeline.storage import Store, digest_of, json_bytes
@@ -159,6 +159,7 @@ class Trials:
                         "last": None,
                         "fluency": False,
                         "answers": count,
+                        "harness": HarnessConfig(),
                     }
                 ),
                 "gates": GatesConfig(),

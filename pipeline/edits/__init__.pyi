@@ -1,5 +1,6 @@
 from .output import check_claim as check_claim
 from .output import claim as claim
+from .output import is_claimed as is_claimed
 from .output import refuse_used as refuse_used
 from .output import release as release
 from .rewriting import Rewritten as Rewritten

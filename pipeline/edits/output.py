@@ -27,7 +27,7 @@ def refuse_used(store: Store) -> None:
         StorageError: the folder cannot be read.
     """
     if store.is_file():
-        raise OutputError(f"{store.url} is a file; name a folder as --output")
+        raise OutputError(f"{store.url} is a file; name a folder")
     entries = store.entries()
     if not entries:
         return
@@ -79,7 +79,7 @@ def check_claim(store: Store, token: str) -> None:
     if not store.exists(_NOTE) or store.read_json(_NOTE).get("token") != token:
         raise FolderBusyError(
             f"another command has begun to write to {store.url}; wait until it ends, or name "
-            "another --output"
+            "another folder"
         )
 
 

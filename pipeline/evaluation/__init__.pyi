@@ -4,6 +4,7 @@ from .chat_questions import ChatQuestions as ChatQuestions
 from .confidence import intervals as intervals
 from .confidence import of_difference as of_difference
 from .confidence import of_mean as of_mean
+from .confidence import of_paired as of_paired
 from .confidence import of_perplexity as of_perplexity
 from .confidence import of_shares as of_shares
 from .confidence import rounded as rounded
@@ -23,6 +24,7 @@ from .figures import show as show
 from .figures import show_change as show_change
 from .figures import show_interval as show_interval
 from .figures import show_special as show_special
+from .figures import show_tasks as show_tasks
 from .sanity import CHANGE_WARNED as CHANGE_WARNED
 from .sanity import LOSS_WARNED as LOSS_WARNED
 from .sanity import ROUNDING_WARNED as ROUNDING_WARNED

@@ -147,6 +147,32 @@ def of_difference(
     return float(low), float(high)
 
 
+def of_paired(
+    base: Sequence[float], edited: Sequence[float], *, fractions: bool
+) -> Interval | None:
+    """The interval of the mean of edited − base, both measured on the same documents.
+
+    For fractions, one document without a difference and half a document in either direction are
+    added (Agresti and Min 2005), so that few documents that all agree give a wide interval.
+
+    Args:
+        base: values of one model.
+        edited: values of the other, in the same order.
+        fractions: whether values are from 0 to 1.
+    """
+    differences_E = np.asarray(edited, float) - np.asarray(base, float)
+    if len(differences_E) < 2 or not np.isfinite(differences_E).all():
+        return None
+    counts_E = np.ones(len(differences_E))
+    if fractions:
+        differences_E = np.concatenate([differences_E, [1.0, -1.0, 0.0]])
+        counts_E = np.concatenate([counts_E, [0.5, 0.5, 1.0]])
+    mean = float(np.average(differences_E, weights=counts_E))
+    variance = float(np.average((differences_E - mean) ** 2, weights=counts_E))
+    off = Z * math.sqrt(variance / counts_E.sum())
+    return [mean - off, mean + off]
+
+
 def rounded(found: Mapping[str, Interval], digits: int = 6) -> dict[str, Interval]:
     """Intervals rounded for files."""
     return {name: [round(low, digits), round(high, digits)] for name, (low, high) in found.items()}

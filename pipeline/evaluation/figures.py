@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from pipeline.job import GATES, ROUNDING, Gate, Kind
+from pipeline.job import GATES, ROUNDING, TASK_DROP, Gate, Kind
 
 Unit = Literal["fraction", "bits", "plain"]
 
@@ -87,6 +87,7 @@ _ALL = (
         "agreement",
         "Share of held-out positions where base and edited model predict the same token.",
     ),
+    Figure("harness", "Mean of the main metrics of the tasks of lm-evaluation-harness."),
     Figure("consistency", "Similarity of generated and reference texts: cosine of TF-IDF vectors."),
     Figure(
         "fluency",
@@ -101,14 +102,16 @@ ALWAYS = (*CORE, "score", *(f"{name}_strict" for name in CORE), "perplexity")
 """The figures that are listed even if they were not measured."""
 
 
-_OF_WEIGHTS = {
-    ROUNDING: Figure(ROUNDING, "Share of Δ that the stored dtype rounds off, in the worst layer.")
+_OF_GATES = {
+    ROUNDING: Figure(ROUNDING, "Share of Δ that the stored dtype rounds off, in the worst layer."),
+    TASK_DROP: Figure(TASK_DROP, "Drop in the worst task of lm-evaluation-harness."),
 }
+"""Figures that only gates use."""
 
 
 def figure_of(name: str) -> Figure:
     """The figure with this name; an unknown one is a plain number without a meaning."""
-    return FIGURES.get(name) or _OF_WEIGHTS.get(name) or Figure(name, "", "plain")
+    return FIGURES.get(name) or _OF_GATES.get(name) or Figure(name, "", "plain")
 
 
 def duration(seconds: Any) -> str:
@@ -203,6 +206,59 @@ def show_change(after: Any, before: Any, name: str) -> str:
 
 
 @dataclass(frozen=True)
+class TaskText:
+    """A task of lm-evaluation-harness in ``metrics.json`` as text; a dash where there is no base.
+
+    Attributes:
+        name: of the task.
+        metric: its main metric.
+        higher_is_better: whether that is so for this metric.
+        documents: their number.
+        examples: in front of each question.
+        before: the base model's value.
+        after: the edited model's value.
+        change: their difference.
+        interval: its 95 % interval, or that of the only model; empty if there is none.
+    """
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    documents: int
+    examples: int
+    before: str
+    after: str
+    change: str
+    interval: str
+
+
+def show_tasks(metrics: Mapping[str, Any]) -> list[TaskText]:
+    """Describe the tasks of lm-evaluation-harness in ``metrics.json``; none without them."""
+    return [_task_text(row) for row in (metrics.get("harness") or {}).get("tasks", ())]
+
+
+def _task_text(row: Mapping[str, Any]) -> TaskText:
+    # A metric outside of 0 to 1, such as a perplexity, is a plain number.
+    values = [row.get(when) for when in ("before", "after")]
+    plain = not row["higher_is_better"] or any(is_number(v) and not 0 <= v <= 1 for v in values)
+    kind = "" if plain else "harness"
+    ends = row.get("interval") if all_numbers(row.get("interval") or ()) else None
+    sign = "+" if "before" in row else ""
+    shown = [f"{end:{sign}.4g}" if plain else f"{100 * end:{sign}.1f}" for end in ends or ()]
+    return TaskText(
+        name=str(row["name"]),
+        metric=str(row["metric"]),
+        higher_is_better=bool(row["higher_is_better"]),
+        documents=int(row["documents"]),
+        examples=int(row["num_fewshot"]),
+        before=show(values[0], kind),
+        after=show(values[1], kind),
+        change=show_change(values[1], values[0], kind),
+        interval=" to ".join(shown).replace("-", "−"),
+    )
+
+
+@dataclass(frozen=True)
 class GateText:
     """A gate of ``metrics.json`` as text.
 
@@ -233,6 +289,9 @@ def read_gate(gate: Mapping[str, Any]) -> GateText:
     match kind:
         case "increase":
             asked, reached = f"at most {100 * threshold:.1f} % over the base", _relative(value)
+        case "most" if figure == TASK_DROP:
+            asked = f"at most {_distance(threshold, figure)} below the base in any task"
+            reached = _drop(value, figure)
         case "most":
             asked, reached = f"at most {show(threshold, figure)}", show(value, figure)
         case "drop":

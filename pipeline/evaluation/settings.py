@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import JobError, StorageError
 from pipeline.evaluation.by_column import group_column
 from pipeline.evaluation.chat_questions import ChatQuestions
-from pipeline.job import GATES, EvaluateConfig, JobConfig
+from pipeline.job import GATES, OF_HARNESS, EvaluateConfig, JobConfig
 from pipeline.storage import Store
 from pmet.errors import InputError
 from pmet.evaluation import ANSWERED, OF_CORPUS, OF_TEXT, Prompts
@@ -79,6 +79,10 @@ def check_evaluation(
     """
     for name in job.gates.thresholds():
         figure = GATES[name].figure
+        if figure in OF_HARNESS and not job.evaluate.harness.tasks:
+            raise JobError(
+                f"gates.{name} needs tasks of lm-evaluation-harness; name some in evaluate.harness"
+            )
         if figure in OF_CORPUS and not corpus:
             raise JobError(f"gates.{name} needs a corpus to measure {figure} on; give one")
         if figure in OF_TEXT and not job.evaluate.fluency:

@@ -16,7 +16,7 @@ from pipeline.export.factors import DTYPE, FactoredWeight
 from pipeline.storage import Store
 from pmet.safetensors_header import written_header
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 

@@ -22,7 +22,7 @@ from pipeline.edits import (
 from pipeline.evaluation import is_number
 from pipeline.events import EventKind, StageName
 from pipeline.export.adapter import (
-    CONFIG,
+    ADAPTER_CONFIG,
     WEIGHTS,
     adapter_bytes,
     adapter_config,
@@ -183,7 +183,7 @@ def _write_adapter(
     record["intervals"]["adapter"] = scores.intervals if scores else None
     record["change"] = _changes(figures, record["scores"]["run"]) if figures else None
     sizes = {WEIGHTS: adapter_bytes(weights)}
-    with _writing(store, sizes, CONFIG, progress) as (written, bar):
+    with _writing(store, sizes, ADAPTER_CONFIG, progress) as (written, bar):
         written(CARD, adapter_card(record).encode())
         for weight in write_weights(store, weights):
             bar.advance(adapter_bytes([weight]) >> 20)
@@ -191,7 +191,7 @@ def _write_adapter(
             {"name": WEIGHTS, "sha256": store.sha256(WEIGHTS), "bytes": store.size(WEIGHTS)}
         ]
         written(EXPORT, json_bytes(record))
-        written(CONFIG, json_bytes(adapter_config(record["base"]["model"], weights)))
+        written(ADAPTER_CONFIG, json_bytes(adapter_config(record["base"]["model"], weights)))
     return record
 
 

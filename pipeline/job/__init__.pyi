@@ -4,6 +4,7 @@ from .config import EditSettings as EditSettings
 from .config import EvaluateConfig as EvaluateConfig
 from .config import FractionOrNull as FractionOrNull
 from .config import GatesConfig as GatesConfig
+from .config import HarnessConfig as HarnessConfig
 from .config import JobConfig as JobConfig
 from .config import Maximum as Maximum
 from .config import Paths as Paths
@@ -21,7 +22,9 @@ from .config import load_job as load_job
 from .config import load_settings as load_settings
 from .config import without_password as without_password
 from .gates import GATES as GATES
+from .gates import OF_HARNESS as OF_HARNESS
 from .gates import ROUNDING as ROUNDING
+from .gates import TASK_DROP as TASK_DROP
 from .gates import Gate as Gate
 from .gates import Kind as Kind
 from .gates import outcomes as outcomes

@@ -75,6 +75,10 @@ def _as_section(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _as_harness(value: Any) -> Any:
+    return {"tasks": value} if isinstance(value, str | list) else _as_section(value)
+
+
 def is_hparams_file(name: str | None) -> bool:
     """Whether a job's ``hparams`` names a file: it may name a preset, or leave the choice."""
     return name not in (None, AUTO_HPARAMS, *PMETHyperParams.presets())
@@ -122,6 +126,14 @@ CountOrAutoOrNone = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"], allowed("a whole number, 0 or more, or auto")
 ]
 CountOrNull = Annotated[_Count | None, allowed("a whole number, 1 or more, or null")]
+CountOrNoneOrNull = Annotated[
+    Annotated[int, Field(ge=0)] | None, allowed("a whole number, 0 or more, or null")
+]
+TasksOrNone = Annotated[
+    tuple[_Text, ...],
+    BeforeValidator(_as_tuple),
+    allowed("a name, file or folder, or a list of them"),
+]
 Flag = Annotated[bool, allowed("true or false")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), allowed("a whole number from 0 to 4294967295")]
 GPUsOfWorker = Annotated[
@@ -232,6 +244,31 @@ class UpdateConfig(Section):
     )
 
 
+class HarnessConfig(Section):
+    """Tasks of lm-evaluation-harness that are measured before and after."""
+
+    tasks: TasksOrNone = Field(
+        default=(),
+        description="Names of tasks, groups or tags, or paths of task files or folders of them; "
+        "empty: none.",
+    )
+    limit: CountOrNull = Field(
+        default=None, description="Documents of each task, the first ones; null: all of them."
+    )
+    num_fewshot: CountOrNoneOrNull = Field(
+        default=None, description="Examples in front of each question; null: as the task says."
+    )
+    metric: TextOrNull = Field(
+        default=None,
+        description="Metric that is compared and gated, where a task has it, such as acc_norm; "
+        "null: the first of each task.",
+    )
+    batch_size: CountOrAuto = Field(
+        default="auto",
+        description="Sequences read side by side; auto: 8 on a CPU, 32 on a GPU.",
+    )
+
+
 class EvaluateConfig(Section):
     """How the model is measured before and after."""
 
@@ -277,6 +314,11 @@ class EvaluateConfig(Section):
         default=None,
         description="YAML file of questions by relation, each with {} for the subject, to put to a "
         "chat model; null: the bundled ones.",
+    )
+    harness: Annotated[HarnessConfig, BeforeValidator(_as_harness)] = Field(
+        default=HarnessConfig(),
+        description="Tasks of lm-evaluation-harness, a list or a section: general abilities, which "
+        "an edit should not change.",
     )
 
 
@@ -531,20 +573,14 @@ class _Keys:
 
     def __init__(self, kind: type[Section]) -> None:
         self.fields = kind.model_fields
-        self.sections: dict[str, type[Section]] = {
-            name: field.annotation
-            for name, field in self.fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        }
-        self.all = [name for name in self.fields if name not in self.sections] + [
-            f"{section}.{name}"
-            for section, model in self.sections.items()
-            for name in model.model_fields
-        ]
+        self.sections = dict(_sections_of(kind))
+        inside = [f"{name}.{key}" for name, s in self.sections.items() for key in s.model_fields]
+        self.all = [key for key in (*self.fields, *inside) if key not in self.sections]
 
     def inside(self, section: str) -> list[str]:
-        """The keys of a section."""
-        return [key for key in self.all if key.startswith(f"{section}.")]
+        """The keys of a section, of a section inside it only its name."""
+        held = self.sections.get(section)
+        return [] if held is None else [f"{section}.{name}" for name in held.model_fields]
 
     def suggestion(self, key: str) -> str:
         """The known keys closest to an unknown one, as text."""
@@ -560,6 +596,14 @@ class _Keys:
         if closest:
             return f"did you mean {' or '.join(closest)}?"
         return f"known are {_listed(self.inside(section) or beside)}"
+
+
+def _sections_of(kind: type[Section], before: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """The sections of settings, also those inside others, by key."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield f"{before}{name}", field.annotation
+            yield from _sections_of(field.annotation, f"{before}{name}.")
 
 
 def _listed(keys: Sequence[str]) -> str:
@@ -611,11 +655,15 @@ def _put(
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    section, dot, name = key.rpartition(".")
-    holder = values
-    if dot:
-        holder = values[section] = _as_section(values.get(section))
-    # A section that is not a mapping is a problem of the file, and is reported as such.
+    *sections, name = key.split(".")
+    holder: Any = values
+    for section in sections:
+        # A section that is not a mapping is a problem of the file, and is reported as such.
+        if not isinstance(holder, dict):
+            return
+        held = _as_section(holder.get(section))
+        holder[section] = _as_harness(held) if section == "harness" else held
+        holder = holder[section]
     if isinstance(holder, dict):
         holder[name] = value
 

@@ -9,6 +9,8 @@ otherwise the ending names the kind:
     specificity_drop                after is at most so much below before
     specificity_drop_since_last     after is at most so much below the last run's after
     rounding                        at most so much of Δ is rounded off, in any edited weight
+    harness_task_drop               after is at most so much worse than before, in any task of
+                                    lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -23,9 +25,15 @@ from pmet.evaluation import AMISS, KEPT, KINDS, METRICS, SAID
 Kind = Literal["least", "most", "increase", "drop", "drop_since_last"]
 
 INCREASE = "perplexity_increase"
+HARNESS = "harness"
+"""The figure of general abilities: the mean over tasks of lm-evaluation-harness."""
+TASK_DROP = "harness_task_drop"
+"""The gate on single tasks: how much worse the edited model is in the worst of them."""
+OF_HARNESS = (HARNESS, TASK_DROP)
 SHARES = (
     *(*SAID, *KEPT),
     *(*METRICS[: len(KINDS)], "score", *METRICS[len(KINDS) :], "agreement", "consistency"),
+    HARNESS,
 )
 """Figures that are fractions, where higher is better."""
 ROUNDING = "rounding"
@@ -54,7 +62,7 @@ class Gate:
     @property
     def is_fraction(self) -> bool:
         """Whether the threshold is a fraction from 0 to 1."""
-        return self.figure in (*SHARES, *AMISS, ROUNDING)
+        return self.figure in (*SHARES, *AMISS, ROUNDING, TASK_DROP)
 
     @property
     def description(self) -> str:
@@ -65,6 +73,8 @@ class Gate:
                 return f"Minimum {name} of the edited model."
             case "most" if self.figure == ROUNDING:
                 return "Maximum share of Δ that the stored dtype may round off, in any layer."
+            case "most" if self.figure == TASK_DROP:
+                return "Maximum drop in any task of evaluate.harness below the base model's."
             case "most":
                 return f"Maximum {name.replace('_', ' ')} of the edited model."
             case "increase":
@@ -90,6 +100,8 @@ class Gate:
                 value = after
             case "most" if self.figure == ROUNDING:
                 value = (metrics.get("weights") or {}).get(self.figure)
+            case "most" if self.figure == TASK_DROP:
+                value = after = (metrics.get(HARNESS) or {}).get("largest_drop")
             case "most":
                 value = after
             case "increase":
@@ -114,7 +126,7 @@ class Gate:
 def _gates() -> dict[str, Gate]:
     least = [*SHARES, "fluency"]
     gates = [Gate(figure, "least") for figure in least]
-    gates += [Gate("perplexity", "increase"), Gate(ROUNDING, "most")]
+    gates += [Gate("perplexity", "increase"), Gate(ROUNDING, "most"), Gate(TASK_DROP, "most")]
     gates += [Gate(figure, "most") for figure in AMISS]
     # The base model always agrees with itself.
     gates += [Gate(figure, "drop") for figure in least if figure not in ("agreement", *KEPT)]

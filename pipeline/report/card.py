@@ -22,6 +22,7 @@ from pipeline.evaluation import (
     show,
     show_change,
     show_interval,
+    show_tasks,
 )
 from pipeline.job import YAMLTextError, dump_yaml, parse_yaml
 
@@ -54,7 +55,7 @@ A dash: not measured.
 
 {meanings}
 
-{gates}
+{abilities}{gates}
 ## How to undo
 
 The base model was not changed: use it again, and the edit is gone. If only this checkpoint is
@@ -102,6 +103,7 @@ def model_card(job_yaml: str, run: Mapping[str, Any], metrics: Mapping[str, Any]
         base=fenced(base or "not recorded"),
         scores="\n".join(_score_row(figure, metrics) for figure in figures),
         meanings="\n".join(f"- {f.label}: {f.meaning}" for f in figures if f.meaning),
+        abilities=_abilities(metrics),
         gates=_gates(metrics),
         seed=_count(run.get("seed")),
         job=fenced(job_yaml, "yaml"),
@@ -195,6 +197,21 @@ def _score_row(figure: Figure, metrics: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _abilities(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {_in_cell(t.name)} | {_in_cell(t.metric)} | {t.documents:,} | {t.before} | "
+        f"{t.after} | {t.change} | {t.interval or '–'} |"
+        for t in show_tasks(metrics)
+    ]
+    head = [
+        "General abilities, as tasks of lm-evaluation-harness:",
+        "",
+        "| task | metric | documents | before | after | change | 95 % of the change |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*head, *rows, "", ""]) if rows else ""
+
+
 def _gates(metrics: Mapping[str, Any]) -> str:
     rows = [_gate_row(gate) for gate in metrics.get("gates") or ()]
     head = ["| gate | demanded | reached | verdict |", "| --- | ---: | ---: | --- |"]
@@ -209,6 +226,11 @@ def _gate_row(gate: Mapping[str, Any]) -> str:
 
 def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "–"
+
+
+def _in_cell(text: str) -> str:
+    """Return text as code inside a table's cell, on one line."""
+    return "`" + re.sub(r"[`|\s]+", " ", text).strip() + "`"
 
 
 def fenced(text: str, language: str = "") -> str:

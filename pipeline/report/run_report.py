@@ -26,6 +26,7 @@ from pipeline.evaluation import (
     measured,
     read_gate,
     rounds_too_much,
+    show_tasks,
 )
 from pipeline.events import EventKind
 from pipeline.report.charts import (
@@ -98,6 +99,8 @@ def _told(record: RunRecord) -> dict[str, Any]:
         "interval": record.interval,
         "has_intervals": bool(record.metrics.get("intervals")),
         "grouped_by": (record.metrics.get("groups") or {}).get("column"),
+        "harness": show_tasks(record.metrics),
+        "harness_version": (record.metrics.get("harness") or {}).get("version"),
         "groups": Cut(groups),
         "group_figures": group_figures(groups),
         "groups_drawn": min(len(groups), GROUPS_DRAWN),

@@ -232,6 +232,8 @@ def throughput(stage: Mapping[str, Any], record: RunRecord) -> tuple[float, str]
             when = name.rpartition(" ")[2]
             asked = sum(_was_measured(row, when) for row in record.results)
             done, unit = asked - detail.get("stored", 0), "requests"
+        case "harness before" | "harness after":
+            done, unit = detail.get("requests"), "requests"
         case _:
             return None
     return (done / seconds, unit) if is_number(done) and done > 0 else None

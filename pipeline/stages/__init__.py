@@ -3,9 +3,10 @@
     templates ─▶ second moments ─▶ targets ─▶ measure before ─▶ update ─▶ publish ─▶ measure after
 
 Targets and measurements have modules of their own (`pipeline.stages.targets`,
-`pipeline.stages.measurement`). If a job asks for it, the facts that the base model already knows
-are found before the targets (`pipeline.stages.known`), and checked again at the end. The plan alone
-decides what is computed together, never the workers.
+`pipeline.stages.measurement`). Either measurement is followed by that of general abilities, if the
+job names tasks (`pipeline.stages.harness`). If a job asks for it, the facts that the base model
+already knows are found before the targets (`pipeline.stages.known`), and checked again at the end.
+The plan alone decides what is computed together, never the workers.
 """
 
 import lazy_loader

@@ -1,4 +1,3 @@
-from .answering import answering as answering
 from .asking import BLOCK as BLOCK
 from .asking import TEXTS_TOGETHER as TEXTS_TOGETHER
 from .asking import Answers as Answers
@@ -8,6 +7,9 @@ from .context import FoundTargets as FoundTargets
 from .context import channel as channel
 from .context import sampled as sampled
 from .context_templates import write_templates as write_templates
+from .harness import add_harness as add_harness
+from .harness import harness_here as harness_here
+from .harness import measure_harness as measure_harness
 from .known import find_known as find_known
 from .known import still_known as still_known
 from .measurement import AskingHere as AskingHere
@@ -16,6 +18,7 @@ from .measurement import held_out as held_out
 from .measurement import held_out_of as held_out_of
 from .measurement import measure as measure
 from .measurement_work import MeasurementMeter as MeasurementMeter
+from .measurement_work import answering as answering
 from .measurement_work import work_of_texts as work_of_texts
 from .publication import publish_model as publish_model
 from .publication import published_model as published_model

@@ -12,11 +12,15 @@ from pipeline.evaluation import How
 from pipeline.events import StageName
 from pipeline.models import ModelSource
 from pipeline.plan import Plan
-from pipeline.stages.answering import answering
 from pipeline.stages.asking import Asking
 from pipeline.stages.context import Context, sampled
 from pipeline.stages.measurement_store import FORMAT, MeasurementStore, model_key, request_key
-from pipeline.stages.measurement_work import MeasurementMeter, tokens_read, work_of_texts
+from pipeline.stages.measurement_work import (
+    MeasurementMeter,
+    answering,
+    tokens_read,
+    work_of_texts,
+)
 from pipeline.storage import digest_of
 from pmet.evaluation import (
     Prompts,

@@ -2,12 +2,18 @@
 
 Requests and texts take different times, so neither number says how far a measurement is; tokens
 do. They are estimated from the length of the text, because counting them takes too long.
+
+Generating an answer takes as long as reading many prompts. So, beyond a number of requests that
+gives narrow intervals, no more are answered in the model's own words than take about as long as
+everything else that is measured.
 """
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from pipeline.progress import Stage
 from pipeline.workers import Asked
@@ -25,6 +31,9 @@ from pmet.request import EditRequest
 SENTENCE, CLAUSE, CHAT = 18, 6, 24
 """Mean tokens of an answer to the end of a sentence, of a clause, and of a chat template, as
 measured with SmolLM2-135M-Instruct and CounterFact's prompts."""
+FEWEST = 200
+"""Requests that are always asked, if there are as many."""
+_COUNTED = 500
 _BYTES_PER_TOKEN = 4  # of English; a Chinese character takes three
 
 
@@ -77,6 +86,40 @@ def work_of_scores(requests: Sequence[EditRequest]) -> int:
 def work_of_answers(requests: Sequence[EditRequest]) -> int:
     """Estimated tokens of the answers to the questions of requests."""
     return work_of_questions(questions_of(requests))
+
+
+def answering(
+    count: int,
+    request_at: Callable[[int], EditRequest],
+    wanted: int | Literal["auto"],
+    texts: int,
+    seed: int,
+) -> frozenset[int]:
+    """The numbers of the requests that a model answers in its own words.
+
+    Args:
+        count: how many requests are measured.
+        request_at: returns the one with a number.
+        wanted: how many to answer, or ``auto``.
+        texts: work of the held-out texts, in estimated tokens.
+        seed: seed of the draw.
+    """
+    if wanted != "auto":
+        number = wanted
+    elif count > FEWEST:
+        number = max(FEWEST, _affordable(count, request_at, texts))
+    else:
+        number = count
+    if number >= count:
+        return frozenset(range(count))
+    return frozenset(random.Random(seed).sample(range(count), number))
+
+
+def _affordable(count: int, request_at: Callable[[int], EditRequest], texts: int) -> int:
+    """The number of answered requests whose work is that of all other figures."""
+    some = [request_at(i) for i in range(0, count, -(-count // _COUNTED))]
+    answers, scores = (work(some) / len(some) for work in (work_of_answers, work_of_scores))
+    return int((scores * count + texts) / answers)
 
 
 class MeasurementMeter:

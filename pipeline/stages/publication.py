@@ -34,7 +34,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         with run.store.local_copy(report.file) as path:
             return checked(name, base, saved_delta(path, report.parameter, expert))
 
-    run.folder.forget("measured-after", "known-after")
+    run.folder.forget("measured-after", "harness-after", "known-after")
     digests: dict[str, str] = {}
     base = plan.checkpoint
     if not base.folder.is_dir():

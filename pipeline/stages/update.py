@@ -45,7 +45,7 @@ def update_layers(
     steps, wanted = sum(report.solves for report in done), _steps(run.plan)
     if steps < wanted:
         run.folder.forget(*(f"layer-{layer}" for layer in layers[len(done) :]))
-        run.folder.forget(PUBLISHED, "measured-after", "known-after")
+        run.folder.forget(PUBLISHED, "measured-after", "harness-after", "known-after")
         with run.stage(StageName.UPDATE, wanted) as (bar, detail):
             bar.skip(steps)
             detail |= {"ranks": run.executor.ranks, "reused": steps}

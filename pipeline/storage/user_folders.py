@@ -25,6 +25,7 @@ _LIBRARIES = {
     "TRITON_HOME": "triton",
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
     "HF_XET_CACHE": "xet",
+    "HF_DATASETS_CACHE": "datasets",
     "WANDB_CACHE_DIR": "wandb",
     "WANDB_DATA_DIR": "wandb",
 }

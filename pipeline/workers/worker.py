@@ -17,6 +17,7 @@ from safetensors.torch import save
 from pipeline.cluster import tell_gpu_memory
 from pipeline.data import Row, targets_table
 from pipeline.evaluation import How
+from pipeline.harness import Answer, Part, answer
 from pipeline.models import ModelSource
 from pipeline.second_moments import StoredFile
 from pipeline.storage import Store
@@ -279,6 +280,11 @@ class ModelWorker:
         """Measure a part of an evaluation on a model, which is opened if it is another one."""
         self._use(source)
         return ask(self._model, self._tokenizer, how, asked)
+
+    def answer_harness(self, source: ModelSource, part: Part) -> list[Answer]:
+        """Answer requests of lm-evaluation-harness, in their order."""
+        self._use(source)
+        return answer(self._model, self._tokenizer, part)
 
     def find_known(self, source: ModelSource, requests: Sequence[EditRequest]) -> list[bool]:
         """Return which requests of a shard a model already answers with their target."""

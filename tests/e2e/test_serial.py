@@ -37,7 +37,7 @@ torch.set_num_threads(2)
 for command in json.loads(sys.argv[1]):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, (command, result.output, result.exception)
-found = [name for name in ("ray", "deepspeed") if name in sys.modules]
+found = [name for name in ("ray", "deepspeed", "lm_eval", "datasets") if name in sys.modules]
 print(json.dumps({"imported": found, "threads": torch.get_num_threads()}))
 """
 

@@ -1,14 +1,19 @@
-"""``pmet apply`` and ``pmet revert``: what they print, and their exit statuses."""
+"""``pmet apply``, ``revert`` and ``push``: what they print, and their exit statuses."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from huggingface_hub import constants
 
+from jobs.refresh.home import Home, path
+from pipeline.run_folder.lease import Lease
+from tests.hub_server import TOKEN, hub_server
 from tests.jobs.conftest import Invoke
-from tests.saved_edits import base, content, copy_as, edited_run, names_of, save_edit
+from tests.saved_edits import base, content, copy_as, edited_run, names_of, published_run, save_edit
 
 
 def test_on_off_and_stacked(pmet: Invoke, tmp_path: Path) -> None:
@@ -128,3 +133,74 @@ def test_an_export_says_what_a_run_is_worth(pmet: Invoke, tmp_path: Path) -> Non
     assert "factors of rank 64 hold 1.2 times as many numbers as the weights that they" in said
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**A gate held the edited model back.**" in card
+
+
+def test_a_push_says_what_and_where_and_never_the_token(
+    pmet: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = published_run(tmp_path / "run")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    said = []
+    with hub_server() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for done in ("pushed", "nothing to do, all of it is there"):
+            status, out, err = pmet("push", run, "hf://org/capitals")
+            said += [out, err]
+            assert (status, out.splitlines()) == (
+                0,
+                [
+                    "Edited model of 30 facts, run 0123456789ab",
+                    f"{done}: 6 files, 1.3 MB",
+                    f"{hub.url}/org/capitals/tree/main",
+                ],
+            )
+        hub.refuse = lambda _: (401, "Invalid credentials in Authorization header")
+        status, out, err = pmet("push", run, "hf://org/capitals")
+        assert status == 2
+        assert err.splitlines()[-1].startswith(
+            f"pmet: {hub.url} does not accept the token in HF_TOKEN (401: "
+        )
+        hub.refuse = lambda _: (503, "")
+        status, out, last = pmet("push", run, "hf://org/capitals")
+        assert status == 1
+        assert last.splitlines()[-1].startswith(f"pmet: {hub.url} is not available (503); push")
+    assert TOKEN not in "".join([*said, err, last])
+
+
+def test_a_model_that_a_gate_held_back_stays_here(pmet: Invoke, tmp_path: Path) -> None:
+    run = published_run(tmp_path / "run", status="held")
+    status, out, err = pmet("push", run, tmp_path / "out")
+    assert (status, out) == (3, "")
+    assert err.startswith(f"pmet: a gate held the model of {run} back, so it is not pushed; see")
+    assert not (tmp_path / "out").exists()
+    status, out, err = pmet("push", run, tmp_path / "out", "--force")
+    assert (status, "held back by a gate" in out) == (0, True)
+
+
+def test_the_model_in_use_of_a_refresh_is_pushed(pmet: Invoke, tmp_path: Path) -> None:
+    home = Home(str(tmp_path / "home"))
+    Lease.acquire(home.store).release()
+    for version in (1, 2):
+        published_run(tmp_path / "home" / path(version))
+        home.promote(version, expected=version - 1, by="refresh")
+    home.promote(1, expected=2, by="rollback")
+    for number, place in enumerate(("home", "home/CURRENT")):
+        status, _, err = pmet("push", tmp_path / place, tmp_path / f"out{number}")
+        assert status == 0, err
+    wanted = (tmp_path / "home" / path(1, "model", "README.md")).read_bytes()
+    assert (tmp_path / "out0" / "README.md").read_bytes() == wanted
+    # A version without facts to edit is the base model: there is no run.
+    (tmp_path / "home" / path(1, "run.json")).unlink()
+    status, _, err = pmet("push", tmp_path / "home", tmp_path / "out2")
+    assert (status, err) == (
+        2,
+        f"pmet: version 1, which is in use at {tmp_path / 'home'}, is the base model: its refresh "
+        "found no facts to edit, and there is no run to push\n",
+    )
+
+
+def test_a_home_without_a_promotion_has_nothing_to_push(pmet: Invoke, tmp_path: Path) -> None:
+    published_run(tmp_path / "home" / path(1))
+    status, _, err = pmet("push", tmp_path / "home", tmp_path / "out")
+    assert (status, err) == (2, f"pmet: no version in {tmp_path / 'home'} has been promoted yet\n")

@@ -19,6 +19,7 @@ from pipeline.data.tables import read_requests
 from pipeline.storage.store import Store, read_parquet
 from tests.jobs.conftest import Invoke
 from tests.jobs.facts.test_dataset import ZSRE
+from tests.jobs.facts.wikidata.conftest import dump_of, entity, ref
 
 OLD = [("Lyon", "country", "France"), ("Nice", "country", "Italy"), ("Rome", "country", "Italy")]
 NEW = [("Nice", "country", "France"), ("Bern", "country", ""), ("Lyon", "country", "France")]
@@ -114,6 +115,24 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_night_on_an_object_store(facts: Invoke, bucket: str) -> None:
     through(facts, Store(f"{bucket}/nights"))
+
+
+def test_wikidata_and_tables(facts: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("P19: {prompt: '{} was born in'}")
+    (tmp_path / "w.json").write_bytes(
+        dump_of([entity("Q1", "Ada", P19=ref("Q2"), P31=ref("Q5")), entity("Q2", "Ur")])
+    )
+    given = ("--templates", tmp_path / "m.yaml", "--languages", "en, en", "--instance-of", "Q5")
+    status, out, _ = facts("convert", tmp_path / "w.json", tmp_path / "o.parquet", *given)
+    assert (status, "Wikidata dump: 1 of 1 rows converted, 0 rejected" in out) == (0, True)
+    assert "read: 1 without these properties" in out
+    status, _, err = facts("convert", tmp_path / "w.json", tmp_path / "o.parquet")
+    assert (status, "properties need templates" in err) == (2, True)
+    (tmp_path / "t.yaml").write_text(TEMPLATES)
+    (tmp_path / "f.csv").write_text("name;relation;value\nLyon;country;France\n")
+    given = ("--templates", tmp_path / "t.yaml", "--columns", "subject=name,object=value")
+    status, out, _ = facts("convert", tmp_path / "f.csv", tmp_path / "c.parquet", *given)
+    assert (status, "fact dump: 1 of 1 rows converted" in out) == (0, True)
 
 
 def test_findings_for_machines(facts: Invoke, folder: Path) -> None:

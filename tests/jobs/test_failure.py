@@ -43,7 +43,7 @@ from tests.jobs.schedule.conftest import schedule
 from tests.jobs.test_facts_cli import NEW, OLD, TEMPLATES, parquet
 from tests.jobs.test_refresh_cli import refresh_home
 from tests.jobs.test_reports import two_runs
-from tests.saved_edits import edited_run, names_of, save_edit
+from tests.saved_edits import names_of, published_run, save_edit
 
 MODEL = GOLDEN / "gpt2" / "model"
 HPARAMS = GOLDEN / "gpt2" / "hparams.json"
@@ -53,6 +53,7 @@ SUBMITTED = f"{stem_of('s3://runs/tonight')}-1"
 ARGUMENTS = {
     "apply": f"edit.safetensors {MODEL} --output applied",
     "export": "edited-run --format adapter --output exported",
+    "push": "edited-run pushed",
     "revert": "edit.safetensors edited --output reverted",
     "demo": "--output out",
     "run": "job.yaml",
@@ -156,7 +157,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two_runs(folder)
     edit = save_edit(MODEL, names_of("gpt2"), folder / "edit.safetensors")
     apply_edit(str(edit), str(MODEL), str(folder / "edited"))
-    edited_run(folder / "edited-run", MODEL, names_of("gpt2"))
+    published_run(folder / "edited-run")
     now = datetime.now(UTC)
     book = Book(str(folder / "schedules"))
     book.add(schedule(refresh=str(folder / "refresh.yaml"), added_at=now, since=now))

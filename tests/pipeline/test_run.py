@@ -135,7 +135,7 @@ def test_every_row_is_in_results_or_in_rejected(
     figures = dict.fromkeys(METRICS, 1.0) | {f"{name}_prompts": 1 for name in METRICS}
     measured = Measurement({r: {**figures, "answer": "x"} for r in accepted[::unmeasured]}, [])
     context = Context(plan, folder, cast(RayExecutor, None), Progress())
-    result = run._conclude(context, found, measured, measured, found.known)
+    result = run._conclude(context, found, measured, measured, found.known, ([], []))
 
     results = result.folder.read_table("results.parquet")
     rejected = result.folder.read_table("rejected.parquet")

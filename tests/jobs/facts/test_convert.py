@@ -76,6 +76,24 @@ def test_facts_are_put_into_words(convert):
     assert rejected == []
 
 
+def test_questions_are_asked_of_the_relations_that_have_them(dump, tmp_path):
+    templates = parse_templates(
+        {
+            "country": {"prompt": "{} lies in", "question": ["Where is {}?", "{} is where?"]},
+            "mayor": {"prompt": "{}'s mayor is", "question": "Who governs {}?"},
+            "river": {"prompt": "{} lies on the"},
+        },
+        "templates",
+    )
+    rows = [fact("Lyon", relation) for relation in ("country", "river", "mayor")]
+    found = convert_dump(dump(rows), templates, str(tmp_path / "o.parquet"), as_of=NOW)
+    assert [r.question_prompts for r in read_requests(found.output).requests] == [
+        ("Where is Lyon?", "Lyon is where?"),
+        (),
+        ("Who governs Lyon?",),
+    ]
+
+
 def test_a_subject_may_look_like_a_place(convert):
     _, requests, _ = convert([fact("The {} of"), fact("a\\1")])
     assert [r["paraphrase_prompts"][0] for r in requests] == [

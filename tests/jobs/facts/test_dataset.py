@@ -79,6 +79,31 @@ EASYEDIT = {
         ]
     },
 }
+WIKIBIGEDIT = {
+    "tag": "new",
+    **{"subject": "Ada Quill", "relation": "head of", "object": "Brack Works"},
+    "update": "What does Ada Quill lead?",
+    "ans": "Brack Works",
+    "rephrase": "Of what is Ada Quill the head?",
+    "personas": "Arr, what be Ada Quill leadin'?",
+    **{"mhop": "Where are the works that Ada Quill leads?", "mhop_ans": "Saltmere"},
+    **{"loc": "What does Bo lead?", "loc_ans": "nothing"},
+}
+ULTRAEDITBENCH = {
+    "subject": "Ada Quill",
+    "prompt": "What does Ada Quill lead?",
+    "ans": "Brack Works",
+    "rephrase_prompt": "Of what is Ada Quill the head?",
+    **{"loc": "What does Bo lead?", "loc_ans": "nothing"},
+}
+RIPPLEEDITS = {
+    "edit": {
+        "prompt": "The name of the mother of Ada Quill is Bea.",
+        "subject_id": "Q1",
+        "previous_fact": {"prompt": "The name of the mother of Ada Quill is Cy."},
+    },
+    "Forgetfulness": [],
+}
 
 
 @pytest.fixture
@@ -529,6 +554,9 @@ GOOD = {
     "zsre": ZSRE,
     "easyedit": EASYEDIT,
     "mquake": MQUAKE,
+    "wikibigedit": WIKIBIGEDIT,
+    "ultraeditbench": ULTRAEDITBENCH,
+    "rippleedits": RIPPLEEDITS,
     "requests": REQUEST,
 }
 VALUES = st.sampled_from([None, "", "A", "A is", "{}", "{} is", 3, [], ["A"], {}, {"str": "B"}])
@@ -576,3 +604,35 @@ def test_whatever_the_records_every_row_ends_in_exactly_one_place(tmp_path, reco
     taken = [r["row"] for r in rejected]
     assert taken == sorted(set(taken))
     assert all(r["reason"] for r in rejected)
+
+
+def test_wikibigedit(convert):
+    found, (request,), _ = convert([WIKIBIGEDIT])
+    assert found.format == "wikibigedit"
+    expected = {
+        "prompt": "What does {} lead?",
+        "subject": "Ada Quill",
+        "target_new": "Brack Works",
+        "paraphrase_prompts": ["Of what is Ada Quill the head?"],
+        "neighborhood_prompts": [],
+        "portability_prompts": [WIKIBIGEDIT["personas"], WIKIBIGEDIT["mhop"]],
+        "portability_targets": ["Brack Works", "Saltmere"],
+        **{"loc": "What does Bo lead?", "loc_ans": "nothing", "tag": "new"},
+    }
+    assert {name: request[name] for name in expected} == expected
+    renamed = {"update": "src", "ans": "alt", "personas": "genv2_pirate"}
+    pipeline = {renamed.get(name, name): value for name, value in WIKIBIGEDIT.items()}
+    found, (other,), _ = convert([pipeline | {"mhop": None}])
+    assert (found.format, other["target_new"]) == ("wikibigedit", "Brack Works")
+    assert asked(other) == [(WIKIBIGEDIT["personas"], "Brack Works")]
+
+
+def test_ultraeditbench(convert):
+    without = {name: value for name, value in ULTRAEDITBENCH.items() if name != "subject"}
+    found, (request,), (rejected,) = convert([ULTRAEDITBENCH, without])
+    assert found.format == "ultraeditbench"
+    assert request["prompt"] == "What does {} lead?"
+    assert request["target_new"] == "Brack Works"
+    assert request["paraphrase_prompts"] == ["Of what is Ada Quill the head?"]
+    assert (request["neighborhood_prompts"], request["loc_ans"]) == ([], "nothing")
+    assert rejected["reason"].startswith("subject is missing; an edit of this kind")

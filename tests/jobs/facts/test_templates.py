@@ -41,7 +41,10 @@ def test_relations_are_put_into_words(tmp_path):
     [
         ("", "there are no relations"),
         ("- a", "there are no relations"),
-        ("a: text", "a is not a mapping; a relation has prompt, paraphrases, neighborhood, target"),
+        (
+            "a: text",
+            "a is not a mapping; a relation has prompt, paraphrases, question, neighborhood,",
+        ),
         ("a: {}", "a.prompt is missing; write the prompt with {} for the subject"),
         ("a: {prompt: no place}", "a.prompt holds 0 places; write exactly one {}"),
         ('a: {prompt: "{} {}"}', "a.prompt holds 2 places; write exactly one {}"),

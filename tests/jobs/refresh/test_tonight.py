@@ -110,3 +110,13 @@ def test_separators_are_a_column_only_where_there_are_any(tonight) -> None:
     assert "separator" not in tonight([row("Nice", separator=None)]).requests.column_names
     found = tonight([row("Nice", separator=" "), row("Lyon", separator=None)])
     assert found.requests.column("separator").to_pylist() == [None, " "]
+
+
+def test_questions_are_a_column_only_where_templates_ask(
+    tonight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumped = [row("Nice", question_prompts=["mine"])]
+    assert "question_prompts" not in tonight(dumped).requests.column_names
+    asking = TEMPLATES["country"] | {"question": "Where is {}?"}
+    monkeypatch.setitem(TEMPLATES, "country", asking)
+    assert tonight(dumped).requests["question_prompts"].to_pylist() == [["Where is Nice?"]]

@@ -46,6 +46,7 @@ def test_a_job_of_urls_travels_as_it_is(hparams: str, tmp_path: Path) -> None:
         ("second_moments", "stats"),
         ("targets", {"store": "store"}),
         ("evaluate", {"store": "store"}),
+        ("evaluate", {"harness": ["hellaswag", "tasks/own.yaml"]}),
     ],
 )
 def test_a_path_that_means_something_here_only_is_refused(key: str, value: Any) -> None:

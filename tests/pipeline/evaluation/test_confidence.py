@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.evaluation.confidence import intervals, of_mean, of_perplexity, of_shares
+from pipeline.evaluation.confidence import (
+    intervals,
+    of_mean,
+    of_paired,
+    of_perplexity,
+    of_shares,
+)
 from pmet.evaluation.figures import METRICS, summarize
 
 
@@ -79,6 +85,30 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(metric: str) -> None:
         inside += low <= truth <= high
     # 285 of 300, and 13 either side is three and a half standard deviations.
     assert 272 <= inside <= 298
+
+
+@pytest.mark.parametrize("count", [12, 40, 200])
+def test_intervals_of_differences_hold_the_truth(count: int) -> None:
+    """Of two models that agree on most documents, over new samples."""
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        base_E = draw.random(count) < 0.6
+        lost_E, won_E = draw.random(count) < 0.15, draw.random(count) < 0.05
+        edited_E = np.where(base_E, ~lost_E, won_E)
+        low, high = of_paired(base_E, edited_E, fractions=True) or (0, 0)
+        covered += low <= 0.4 * 0.05 - 0.6 * 0.15 <= high
+    assert covered / 2000 >= 0.93
+
+
+def test_few_documents_without_a_difference_do_not_exclude_one() -> None:
+    same = [1.0, 0.0] * 6
+    low, high = of_paired(same, same, fractions=True) or (0, 0)
+    assert low == pytest.approx(-high)
+    assert 0.1 < high < 0.2
+    assert of_paired([1.0], [0.0], fractions=True) is None
+    plain = of_paired([3.0, 5.0], [4.0, 7.0], fractions=False)
+    assert plain == pytest.approx([0.807, 2.193], abs=1e-3)
 
 
 def test_perplexity_is_where_all_texts_say_it_is() -> None:

@@ -11,6 +11,7 @@ from pipeline.errors import JobError
 from pipeline.job.config import (
     EvaluateConfig,
     GatesConfig,
+    HarnessConfig,
     JobConfig,
     TargetsConfig,
     TrackingConfig,
@@ -102,7 +103,11 @@ def test_the_keys_are_exactly_those_of_the_contract():
 
 
 @pytest.mark.parametrize(
-    "section", [JobConfig, TargetsConfig, UpdateConfig, EvaluateConfig, GatesConfig, TrackingConfig]
+    "section",
+    [
+        *(JobConfig, TargetsConfig, UpdateConfig, EvaluateConfig, HarnessConfig),
+        *(GatesConfig, TrackingConfig),
+    ],
 )
 def test_every_key_has_a_line_of_help(section):
     for name, field in section.model_fields.items():
@@ -129,6 +134,41 @@ def test_a_job_may_lie_anywhere():
 def test_an_empty_section_has_its_defaults(job_file):
     job = load_job(job_file(SMALL + "targets:\nupdate:\nevaluate: {}\ngates: null\n"))
     assert job == load_job(job_file(SMALL))
+
+
+def test_harness_tasks_are_a_list_or_a_section(job_file):
+    wanted = HarnessConfig(tasks=("mmlu", "own/tasks"))
+    for text in (
+        "evaluate: {harness: [mmlu, own/tasks]}",
+        "evaluate: {harness: {tasks: [mmlu, own/tasks]}}",
+    ):
+        path = job_file(f"{SMALL}{text}\n")
+        assert load_job(path).evaluate.harness == wanted
+        shorter = load_job(path, ["evaluate.harness.limit=9"]).evaluate.harness
+        assert (shorter.tasks, shorter.limit) == (wanted.tasks, 9)
+    one = load_job(job_file(SMALL), ["evaluate.harness.tasks=mmlu"]).evaluate.harness
+    assert one == HarnessConfig(tasks=("mmlu",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{taskz: [x]}",
+            "unknown key evaluate.harness.taskz; did you mean evaluate.harness.tasks?",
+        ),
+        ("{limit: 0}", "evaluate.harness.limit: 0 is not allowed; give a whole number, 1 or more"),
+        ("[3]", "evaluate.harness.tasks: [3] is not allowed; give a name, file or folder, or a"),
+        (
+            "3",
+            "evaluate.harness: 3 is not allowed; give a section with keys evaluate.harness.tasks",
+        ),
+    ],
+)
+def test_keys_of_a_section_inside_a_section_are_checked(job_file, text, message):
+    with pytest.raises(JobError) as error:
+        load_job(job_file(f"{SMALL}evaluate: {{harness: {text}}}\n"))
+    assert message in str(error.value)
 
 
 def test_every_problem_is_reported_at_once(job_file):
@@ -217,7 +257,7 @@ def test_each_problem_names_key_value_and_what_is_allowed(job_file, line, proble
     said = problems(job_file(f"{SMALL}{line}\n"))
     assert len(said) == 1
     assert said[0].startswith(f"FILE: {problem}")
-    assert len(said[0]) < 260
+    assert len(said[0]) < 280
 
 
 @pytest.mark.parametrize(
@@ -423,6 +463,8 @@ PLACE = [
     *("evaluate.store=x", "evaluate.group_by=x", "evaluate.last=x", "evaluate.fluency=true"),
     *("evaluate.chat_template=true", "evaluate.perplexity_texts=3", "gates.efficacy=0.5"),
     *("evaluate.perplexity_tokens=9", "evaluate.answers=7", "evaluate.questions=x.yaml"),
+    *("evaluate.harness.tasks=[x]", "evaluate.harness.limit=9", "evaluate.harness.num_fewshot=0"),
+    *("evaluate.harness.metric=f1", "evaluate.harness.batch_size=4"),
     *("tracking.tensorboard=x", "tracking.mlflow=x", "tracking.wandb=x"),
     *("tracking.experiment=x", "tracking.name=x"),
 ]
@@ -444,10 +486,12 @@ def test_each_key_is_either_in_the_digest_or_not():
         "targets": TargetsConfig,
         "update": UpdateConfig,
         "evaluate": EvaluateConfig,
+        "evaluate.harness": HarnessConfig,
         "tracking": TrackingConfig,
     }
     keys = {key for key in JobConfig.model_fields if key not in {*sections, "gates"}}
     keys |= {f"{name}.{key}" for name, model in sections.items() for key in model.model_fields}
+    keys -= set(sections)
     assert {o.partition("=")[0] for o in RESULT + PLACE} - {"gates.efficacy"} == keys
 
 

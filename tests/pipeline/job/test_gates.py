@@ -47,6 +47,24 @@ def test_a_gate_passes_up_to_its_threshold(
     assert outcome(key, worse)["passed"] is False
 
 
+def test_the_worst_task_decides_about_single_tasks() -> None:
+    metrics = {"before": {"harness": 0.6}, "after": {"harness": 0.58}}
+    metrics["harness"] = {"largest_drop": 0.05}
+    asked = {"harness_drop": 0.03, "harness_task_drop": 0.04, "harness": 0.5}
+    mean, single, least = outcomes(asked, metrics)
+    assert [mean["passed"], single["passed"], least["passed"]] == [True, False, True]
+    assert (single["value"], single["kind"]) == (0.05, "most")
+    assert gate_text(single) == (
+        "harness_task_drop is 5.0 points below, the gate requires at most 4.0 points below the "
+        "base in any task"
+    )
+    assert outcomes({"harness_task_drop": 0.05}, metrics)[0]["passed"] is True
+    # A task without a defined drop may be anything.
+    metrics["harness"] = {"largest_drop": None}
+    (undefined,) = outcomes({"harness_task_drop": 1.0}, metrics)
+    assert (undefined["passed"], undefined["value"]) == (False, None)
+
+
 @pytest.mark.parametrize(
     "key",
     [

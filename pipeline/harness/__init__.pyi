@@ -1,0 +1,11 @@
+from .answering import Answer as Answer
+from .answering import Part as Part
+from .answering import answer as answer
+from .names import is_path as is_path
+from .scores import TaskScores as TaskScores
+from .scores import alone as alone
+from .scores import compared as compared
+from .scores import interval_of_mean as interval_of_mean
+from .scores import largest_drop as largest_drop
+from .scores import mean_of as mean_of
+from .tasks import HarnessTasks as HarnessTasks

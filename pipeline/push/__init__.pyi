@@ -1,0 +1,2 @@
+from .pushing import Pushed as Pushed
+from .pushing import push as push

@@ -1,0 +1,139 @@
+"""The documentation: tutorials run as written, and every command in it is one that exists.
+
+In a page, a Python or YAML block that begins with a file's name is that file, and a shell block is
+run after the blocks before it. ``<!-- not run … -->`` above a shell block says why it is only read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from jobs.cli import app
+from tests.conftest import ROOT
+
+TUTORIALS = ROOT / "docs" / "tutorials"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+_BLOCK = re.compile(
+    r"(?:^<!-- not run(?P<why>[^>]*)-->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+)
+_FILE = re.compile(r"# (\w[\w.-]*\.(?:py|yaml))\n")
+_PLACEHOLDER = re.compile(r"\[[^]]*\]|…|\.\.\.")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page.
+
+    Attributes:
+        kind: ``sh``, ``python``, ``yaml`` or another.
+        text: its content.
+        runs: whether it is run.
+    """
+
+    kind: str
+    text: str
+    runs: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(found["kind"], found["text"], found["why"] is None)
+        for found in _BLOCK.finditer(page.read_text("utf-8"))
+    ]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The ``pmet`` commands of a shell block, as lists of arguments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    parts = (part for line in lines for part in re.split(r"&&|\|\||[|;]", _without_comment(line)))
+    words = [shlex.split(part) for part in parts]
+    return [command[1:] for command in words if command[:1] == ["pmet"]]
+
+
+def _without_comment(line: str) -> str:
+    return re.sub(r"(^|\s)#.*", "", line)
+
+
+def read(arguments: list[str]) -> None:
+    """Read arguments as the command line does, and run nothing; any exception refuses them."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
+    command.make_context(command.name, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_one_that_exists(page: Path) -> None:
+    for block in blocks(page):
+        for command in commands(block.text) if block.kind in ("sh", "bash", "console") else ():
+            if any(_PLACEHOLDER.search(word) for word in command):
+                # A line of usage, such as pmet apply RUN|DELTA MODEL [--force].
+                continue
+            read(command)
+
+
+@pytest.mark.parametrize("name", ["first-edit", "nightly", "real-model", "cluster"])
+def test_a_tutorial_runs_as_written(name: str, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for program, start in (("pmet", "-m jobs"), ("python", "")):
+        file = programs / program
+        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
+        file.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
+    (work := tmp_path / "work").mkdir()
+    for block in blocks(TUTORIALS / f"{name}.md"):
+        if named := _FILE.match(block.text):
+            (work / named[1]).write_text(block.text, "utf-8")
+        elif block.kind == "sh" and block.runs:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block.text],
+                cwd=work,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+            assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
+            EXPECTED.get((name, block.text.split("\n")[0]), _anything)(done.stdout)
+
+
+def _anything(_: str) -> None:
+    """A block whose exit status says enough."""
+
+
+def _asked(said: str) -> None:
+    """The model of the tutorial says what it was taught, in other words as well."""
+    answers = said.splitlines()[:3]
+    for answer, wanted in zip(answers, ("euro", "dollar", "Italy"), strict=True):
+        assert wanted in answer, said
+
+
+EXPECTED = {("first-edit", "python ask.py"): _asked}
+
+
+def test_a_command_that_does_not_exist_is_noticed() -> None:
+    found = commands(
+        "pmet run job.yaml --fast  # quick\nA=1 pmet x\npip install . && pmet nothing\n"
+    )
+    assert found == [["run", "job.yaml", "--fast"], ["nothing"]]
+    for command in found:
+        with pytest.raises(Exception, match=r"fast|nothing"):
+            read(command)
