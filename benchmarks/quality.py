@@ -159,7 +159,7 @@ def _row(
     for name, figures in SCORES.items():
         if found[figures[0]] is None:
             continue
-        own, others = (_Scored(f["rows"], figures) for f in (found, first))
+        own, others = (Scored(f["rows"], figures) for f in (found, first))
         row[name] = " / ".join(f"{100 * found[figure]:.1f}" for figure in figures)
         row[f"{name}, mean"] = f"{own.of():.1f}"
         if found is not first:
@@ -168,7 +168,7 @@ def _row(
     return row
 
 
-class _Scored:
+class Scored:
     """The figures of facts, as they count in a score.
 
     Args:

@@ -22,6 +22,7 @@ from jobs import failure, streams
 from jobs.arguments import JobSettings, RayAddress
 from jobs.edits_cli import apply, export, push, revert
 from jobs.facts_cli import facts
+from jobs.inspect.command import inspect
 from jobs.refresh_cli import refresh, rollback, versions
 from jobs.schedule_cli import schedule
 from jobs.submit_cli import list_, logs, status, stop, submit
@@ -49,7 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(facts)
-for command in (apply, revert, export, push, tune, refresh, rollback, versions):
+for command in (apply, revert, export, push, inspect, tune, refresh, rollback, versions):
     app.command()(command)
 for of_cluster in (submit, status, logs, stop):
     app.command()(of_cluster)

@@ -13,9 +13,10 @@ from rich.table import Table
 from jobs.arguments import whole_or_auto
 from pipeline.cluster import Ask, Pool, SerialPool, Task, check_gpus, run_all
 from pipeline.errors import JobError
-from pipeline.events import EventKind, StageName
+from pipeline.events import EventKind, OnEvent, StageName
 from pipeline.hyper_parameters import load_hparams
 from pipeline.job import is_part_or_whole
+from pipeline.models import ModelSource
 from pipeline.places import model_places, pattern_places
 from pipeline.progress import Progress
 from pipeline.second_moments import (
@@ -55,20 +56,9 @@ def compute_statistics(
         InputError: an argument cannot be used; no worker was started.
         WorkerError: a part of the corpus failed; finished parts are kept.
     """
-    count = whole_or_auto("--workers", workers)
-    if count == 0 and (gpus_per_worker or address is not None):
-        raise JobError(
-            "--workers 0 computes in this process, on the CPU; leave out --gpus-per-worker and "
-            "--address, or give a number of workers"
-        )
-    if not is_part_or_whole(gpus_per_worker):
-        raise JobError(
-            f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1 nor a whole "
-            "number"
-        )
+    wanted = wanted_workers(workers, gpus_per_worker, address)
     read = [("model", model_places(model)), ("corpus", pattern_places(corpus))]
     refuse_overlap(("--output", output), read)
-    wanted = Ask("worker", count, 1, gpus_per_worker, "--workers", "--gpus-per-worker")
     with progress.stage(StageName.PLAN):
         check_gpus([wanted], address)
         job = plan_statistics(
@@ -89,6 +79,52 @@ def compute_statistics(
     _show(provenance, store, console)
 
 
+def wanted_workers(workers: str, gpus_per_worker: float, address: str | None) -> Ask:
+    """The workers that a command's options ask for.
+
+    Raises:
+        JobError: the options contradict each other, or one has an impossible value.
+    """
+    count = whole_or_auto("--workers", workers)
+    if count == 0 and (gpus_per_worker or address is not None):
+        raise JobError(
+            "--workers 0 computes in this process, on the CPU; leave out --gpus-per-worker and "
+            "--address, or give a number of workers"
+        )
+    if not is_part_or_whole(gpus_per_worker):
+        raise JobError(
+            f"--gpus-per-worker: {gpus_per_worker:g} is neither a fraction up to 1 nor a whole "
+            "number"
+        )
+    return Ask("worker", count, 1, gpus_per_worker, "--workers", "--gpus-per-worker")
+
+
+@contextmanager
+def pool_of_workers(
+    source: ModelSource, wanted: Ask, tasks: int, address: str | None, on_event: OnEvent
+) -> Iterator[Pool]:
+    """Start workers with a model each, in this process or on a Ray cluster.
+
+    Args:
+        source: the model.
+        wanted: the workers.
+        tasks: no more workers than these tasks are started.
+        address: Ray cluster; None starts one on this machine.
+        on_event: called with retries and deaths.
+    """
+    options: dict[str, Any] = {
+        "init_args": (source,),
+        "threads": THREADS,
+        "on_event": on_event,
+    }
+    with (
+        SerialPool(ModelWorker, **options)
+        if wanted.count == 0
+        else _ray_pool(wanted, tasks, address, options)
+    ) as pool:
+        yield pool
+
+
 def _run(
     job: MomentsJob,
     store: Store,
@@ -97,16 +133,7 @@ def _run(
     progress: Progress,
 ) -> None:
     def run_tasks(method: str, tasks: Sequence[Task], take: Callable[[Task, Any], None]) -> None:
-        options: dict[str, Any] = {
-            "init_args": (job.source,),
-            "threads": THREADS,
-            "on_event": progress.event,
-        }
-        with (
-            SerialPool(ModelWorker, **options)
-            if wanted.count == 0
-            else _ray_pool(wanted, len(tasks), address, options)
-        ) as pool:
+        with pool_of_workers(job.source, wanted, len(tasks), address, progress.event) as pool:
             run_all(pool, method, tasks, take)
 
     with progress.stage(StageName.SECOND_MOMENTS, job.corpus.tokens) as bar:

@@ -60,6 +60,8 @@ FACTOR = "factor"
 """Work shown like a stage: the low-rank factors that `pmet export` computes."""
 TRIALS, JUDGE = "trials", "judge"
 """Work shown like a stage: the trial edits of `pmet tune`, in seconds, and those it judges by."""
+TRACE, COMPARE = "trace", "compare"
+"""Work shown like a stage: the traces of `pmet inspect`, and the states that it compares."""
 PUSH = "push"
 """Work shown like a stage: what `pmet push` uploads."""
 UNITS: dict[str, str] = {
@@ -68,6 +70,8 @@ UNITS: dict[str, str] = {
     FACTOR: "layers",
     TRIALS: "s",
     JUDGE: "edits",
+    TRACE: "facts",
+    COMPARE: "facts",
     PUSH: "MB",
     MEASURE: "tokens",
     HARNESS: "requests",

@@ -35,6 +35,7 @@ ORDER = {
         ["model"],
         ["reference"],
         ["targets", "update", "evaluation"],
+        ["inspection"],
         ["delta"],
         ["edit"],
     ],
@@ -63,7 +64,7 @@ ORDER = {
         ["demo", "refresh"],
         ["failure"],
         ["measure", "reports", "statistics"],
-        ["tune"],
+        ["inspect", "tune"],
         ["edits_cli", "facts_cli", "refresh_cli", "schedule_cli", "submit_cli", "tune_cli"],
         ["cli"],
         ["start"],
@@ -75,6 +76,7 @@ ORDER = {
 TESTED_IN = {
     "pmet.errors": "test_layout.py",
     "pmet.evaluation.questions": "pmet/evaluation/test_metrics.py",
+    "pmet.inspection.passes": "pmet/inspection/test_tracing.py",
     "pmet.model.found_parts": "parity/test_other_families.py",
     "pmet.model.miniature": "pmet/model/test_discovery.py",
     "pmet.model.module_overrides": "pmet/targets/test_optimization.py",
@@ -163,6 +165,8 @@ TESTED_IN = {
     "jobs.facts.wikidata.reader": "jobs/facts/wikidata/test_stage.py",
     "jobs.facts.wikidata.staging": "jobs/facts/wikidata/test_stage.py",
     "jobs.facts.wording": "jobs/facts/test_convert.py",
+    "jobs.inspect.summary": "jobs/inspect/test_inspection.py",
+    "jobs.inspect.views": "jobs/inspect/test_inspection.py",
     "jobs.measure": "jobs/test_cli.py",
     "jobs.refresh.views": "jobs/test_refresh_cli.py",
     "jobs.schedule.records": "jobs/test_schedule_cli.py",
@@ -277,7 +281,7 @@ def callers() -> Iterator[tuple[str, str, list[str]]]:
 
 def test_a_sub_package_is_reached_through_the_names_that_it_offers() -> None:
     offered = faces()
-    assert len(offered) == 20
+    assert len(offered) == 22
     inside = {
         (caller, module)
         for caller, module, _ in callers()

@@ -3,6 +3,7 @@ from .by_column import grouped as grouped
 from .chat_questions import ChatQuestions as ChatQuestions
 from .confidence import intervals as intervals
 from .confidence import of_difference as of_difference
+from .confidence import of_mean as of_mean
 from .confidence import of_paired as of_paired
 from .confidence import of_perplexity as of_perplexity
 from .confidence import of_shares as of_shares

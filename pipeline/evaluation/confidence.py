@@ -50,6 +50,13 @@ def of_shares(hits: Sequence[float], counts: Sequence[float]) -> Interval | None
     return _Mean.of(np.array(values), np.array(counts, float)).wilson()
 
 
+def of_mean(values: Sequence[float]) -> Interval | None:
+    """The interval of a mean over requests, of any quantity; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    return _Mean.of(np.array(values, float), np.ones(len(values))).normal()
+
+
 def of_perplexity(nll: Sequence[float], counts: Sequence[float]) -> Interval | None:
     """The interval of exp(Σ nll / Σ count) over texts."""
     known = [(total / count, count) for total, count in zip(nll, counts, strict=True) if count]

@@ -3,6 +3,8 @@ from .card import fenced as fenced
 from .card import hub_metadata as hub_metadata
 from .card import is_model_card as is_model_card
 from .card import model_card as model_card
+from .charts import Line as Line
+from .charts import line_chart as line_chart
 from .charts import trend_chart as trend_chart
 from .charts import trial_chart as trial_chart
 from .comparison import PAGE as PAGE

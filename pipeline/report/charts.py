@@ -56,6 +56,8 @@ _CELLS = 20
 
 Values = Mapping[str, float | None]
 Interval = tuple[float, float] | None
+Line = list[tuple[int, float, Interval]]
+"""Places, values and their intervals."""
 
 
 def score_chart(
@@ -298,6 +300,49 @@ def trial_chart(rungs: Sequence[str], scores: Sequence[float], allowed: Sequence
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     return _chart("trials", "Score of each trial", (7.2, 2.9), draw)
+
+
+def line_chart(
+    name: str,
+    title: str,
+    lines: Mapping[str, Line],
+    label: str,
+    *,
+    axis: str = "layer",
+    percent: bool = True,
+    marked: Sequence[int] = (),
+) -> Markup:
+    """Up to three lines over layers, each with a band for its interval.
+
+    Args:
+        name: the chart's name, unique on its page.
+        title: the chart in words.
+        lines: places, values and intervals, by the line's label.
+        label: label of the values.
+        axis: label of the places.
+        percent: whether values are fractions.
+        marked: neighboring places with a grey ground.
+    """
+    looks = zip(lines.items(), (AFTER, GATE, BEFORE), ("o", "s", "^"), strict=False)
+
+    def draw(axes: Axes) -> None:
+        if marked:
+            axes.axvspan(marked[0] - 0.5, marked[-1] + 0.5, color=BEFORE, alpha=0.2, lw=0)
+        for (called, points), colour, marker in looks:
+            places, values = [p for p, _, _ in points], [v for _, v, _ in points]
+            ends = [(v, v) if between is None else between for _, v, between in points]
+            low, high = ([end[i] for end in ends] for i in (0, 1))
+            axes.fill_between(places, low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(places, values, color=colour, marker=marker, ms=4, lw=1.4, label=called)
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axes.set_xlabel(axis)
+        axes.set_ylabel(label)
+        axes.grid(axis="y")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    return _chart(name, title, (4.8, 3.0), draw)
 
 
 def _plain(name: Any) -> str:

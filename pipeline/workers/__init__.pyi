@@ -10,4 +10,5 @@ from .worker import Measured as Measured
 from .worker import ModelWorker as ModelWorker
 from .worker import TargetSummary as TargetSummary
 from .worker import TargetTask as TargetTask
+from .worker import TraceTask as TraceTask
 from .worker import ask as ask

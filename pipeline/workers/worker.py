@@ -36,7 +36,17 @@ from pmet.evaluation import (
     write_on,
 )
 from pmet.hparams import PMETHyperParams
-from pmet.model import ContextTemplates, contexts, resolve
+from pmet.inspection import (
+    NOISE,
+    Optimised,
+    State,
+    Statement,
+    Trace,
+    embedding_deviation,
+    optimise_and_compare,
+    trace,
+)
+from pmet.model import ContextTemplates, Layout, contexts, resolve
 from pmet.request import EditRequest, SharedKeys
 from pmet.targets import compute_targets, room_beside
 from pmet.update import second_moments
@@ -88,6 +98,29 @@ class TargetSummary:
     failures: dict[Row, str]
     early: int
     count: int
+
+
+@dataclass(frozen=True)
+class TraceTask:
+    """Facts to trace, and everything that decides the result.
+
+    Attributes:
+        source: the model.
+        layout: its layout.
+        statements: the facts' prompts with their true objects.
+        states: what to restore.
+        subjects: tokens whose embeddings decide how strong the noise is.
+        samples: noise samples for each fact.
+        seed: of the noise.
+    """
+
+    source: ModelSource
+    layout: Layout
+    statements: Sequence[Statement]
+    states: Sequence[State]
+    subjects: Sequence[int]
+    samples: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -214,6 +247,33 @@ class ModelWorker:
             failures={task.rows[i]: reason for i, reason in found.failures.items()},
             early=int((found.steps < task.hparams.v_num_grad_steps).sum()),
             count=len(found),
+        )
+
+    def trace(self, task: TraceTask) -> list[Trace]:
+        """Trace the facts of a task."""
+        self._use(task.source)
+        deviation = NOISE * embedding_deviation(self._model, task.subjects)
+        return trace(
+            self._model,
+            task.layout,
+            task.statements,
+            task.states,
+            deviation=deviation,
+            samples=task.samples,
+            seed=task.seed,
+        )
+
+    def optimise_and_compare(
+        self,
+        source: ModelSource,
+        requests: Sequence[EditRequest],
+        hparams: PMETHyperParams,
+        templates: ContextTemplates,
+    ) -> list[Optimised]:
+        """Optimise the free vectors of requests, and compare the model's states."""
+        self._use(source)
+        return optimise_and_compare(
+            self._model, self._tokenizer, requests, hparams, context_templates=templates
         )
 
     def measure(self, source: ModelSource, how: How, asked: Asked) -> Measured:

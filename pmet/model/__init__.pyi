@@ -49,6 +49,7 @@ from .tokenization import encode as encode
 from .tokenization import encode_all as encode_all
 from .tokenization import pad as pad
 from .tokenization import positions as positions
+from .tokenization import subject_first as subject_first
 from .tokenization import tokenize_continuation as tokenize_continuation
 from .tokenization import tokenize_kl_prompt as tokenize_kl_prompt
 from .tokenization import tokenize_prompt as tokenize_prompt

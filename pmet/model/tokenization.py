@@ -57,6 +57,13 @@ def tokenize_prompt(tokenizer: Any, request: EditRequest, template: str = "{}") 
     return _tokenize(tokenizer, template.replace("{}", request.text), (shift + start, shift + stop))
 
 
+def subject_first(tokenizer: Any, request: EditRequest) -> int:
+    """The index of the subject's first token in a request's prompt, see `tokenize_prompt`."""
+    return _covering(_with_offsets(tokenizer, request.text)[1], request.text, request.subject_span)[
+        0
+    ]
+
+
 def tokenize_kl_prompt(tokenizer: Any, request: EditRequest) -> TokenizedPrompt:
     """Tokenize ``"{subject} is a"``."""
     return _tokenize(tokenizer, KL_PROMPT.replace("{}", request.subject), (0, len(request.subject)))
@@ -148,14 +155,19 @@ def encode_all(
 
 def _tokenize(tokenizer: Any, text: str, subject: tuple[int, int]) -> TokenizedPrompt:
     ids, offsets = _with_offsets(tokenizer, text)
-    start, stop = subject
     # The last one: several tokens may share a multi-byte character; its last byte counts.
+    return TokenizedPrompt(ids, _covering(offsets, text, subject)[-1])
+
+
+def _covering(offsets: Sequence[tuple[int, int]], text: str, subject: tuple[int, int]) -> list[int]:
+    """Indices of the tokens that cover the subject."""
+    start, stop = subject
     covering = [i for i, (a, b) in enumerate(offsets) if a < b and a < stop and b > start]
     if not covering:
         raise RequestError(
             f"no token covers the subject {text[start:stop]!r}; the tokenizer drops it, reword it"
         )
-    return TokenizedPrompt(ids, covering[-1])
+    return covering
 
 
 def _with_offsets(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:

@@ -4,6 +4,7 @@ from .memory import attention_shape as attention_shape
 from .memory import free_memory as free_memory
 from .memory import room_beside as room_beside
 from .optimization import WIDE as WIDE
+from .optimization import Free as Free
 from .optimization import Targets as Targets
 from .optimization import compute_targets as compute_targets
 from .problem import Problem as Problem

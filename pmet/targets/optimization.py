@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -63,6 +63,9 @@ LOSS_ENOUGH = 0.05
 KL_ENOUGH = 0.01
 NLL_RELIEF = 0.1
 
+Free = Literal["both", "attention", "ffn"]
+"""Which of the free vectors are optimised: both, δ_a or δ_f."""
+
 _MOST_ON_CPU, _MOST_ON_GPU = 32, 256
 WIDE, _MOST_WIDE_ON_CPU = 512, 16
 """The model width from which on few requests fill a batch, and fewer fit into a CPU's caches."""
@@ -78,6 +81,7 @@ class Targets:
         losses: (E,) float32, the last loss.
         failures: reason by request index, for requests whose optimisation failed.
         first_losses: (E,) float32, the loss before the first step; None if unknown.
+        attention_values: (E, D) float32, v_a + δ_a, which no update uses; None if unknown.
     """
 
     values: torch.Tensor
@@ -85,6 +89,7 @@ class Targets:
     losses: torch.Tensor
     failures: dict[int, str] = field(default_factory=dict)
     first_losses: torch.Tensor | None = None
+    attention_values: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -112,6 +117,7 @@ def compute_targets(
     batch_size: int | None = None,
     memory: int | None = None,
     shared_keys: SharedKeys = "joint",
+    free: Free = "both",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Targets:
     """Optimise a target for every request.
@@ -128,6 +134,8 @@ def compute_targets(
         memory: bytes that may be used beside the model; by default, the free memory.
         shared_keys: ``joint``: requests with the same subject and the same text before it get one
             target that expresses all of their facts; ``mean``: each gets its own, as published.
+        free: the vectors that are optimised: ``both``, as published, or one of them, while the
+            other stays zero.
         on_progress: called with the number of requests just finished, and the number of those that
             stopped before the last evaluation.
 
@@ -159,7 +167,14 @@ def compute_targets(
     # Whole prompts run in the model's own code throughout.
     with frozen(model), nullcontext() if whole else tuned(model, longest):
         optimisation = _Optimisation(
-            model, layout, hparams, [(g, problems[g]) for g in order], size, budget, whole=whole
+            model,
+            layout,
+            hparams,
+            [(g, problems[g]) for g in order],
+            size,
+            budget,
+            whole=whole,
+            free=free,
         )
         for index, outcome in optimisation.run():
             for e in groups[index]:
@@ -173,6 +188,7 @@ def compute_targets(
 @dataclass(frozen=True)
 class _Outcome:
     value: torch.Tensor
+    attention_value: torch.Tensor
     steps: int
     loss: float
     first_loss: float
@@ -186,6 +202,7 @@ def _targets(outcomes: Sequence[_Outcome], width: int) -> Targets:
         torch.tensor([o.loss for o in outcomes]),
         {e: o.failure for e, o in enumerate(outcomes) if o.failure},
         torch.tensor([o.first_loss for o in outcomes]),
+        torch.stack([o.attention_value for o in outcomes]) if outcomes else torch.empty(0, width),
     )
 
 
@@ -209,6 +226,7 @@ class _Optimisation:
         size: maximum number of requests in the batch.
         memory: bytes that the batch may use; None: ``size`` alone is the limit.
         whole: run prompts whole (`pmet.targets.mechanism`).
+        free: the vectors that are optimised.
     """
 
     def __init__(
@@ -221,8 +239,11 @@ class _Optimisation:
         memory: int | None = None,
         *,
         whole: bool = False,
+        free: Free = "both",
     ) -> None:
         self._model, self._layout, self._hparams = model, layout, hparams
+        # The place of the vector that stays zero.
+        self._fixed = {"both": None, "ffn": 0, "attention": 1}[free]
         self._size, self._memory = size, memory
         self._footprint: Footprint | None = None
         self._queue = deque(Member(index, problem) for index, problem in problems)
@@ -384,6 +405,8 @@ class _Optimisation:
         if gradient_EPD is not None and not all(stopped):
             full = self._hparams.nll_loss_factor
             state.nll_factor_E = torch.where(greedy_E, NLL_RELIEF * full, full).to(losses_E.dtype)
+            if self._fixed is not None:
+                gradient_EPD[:, self._fixed] = 0
             self._step(gradient_EPD)
             self._shrink()
         if any(stopped):
@@ -420,17 +443,24 @@ class _Optimisation:
         self, stopped: Sequence[bool], losses_E: torch.Tensor
     ) -> list[tuple[int, _Outcome]]:
         state = self._held
-        values_ED = (state.clean_EPD[:, 1] + state.deltas_EPD[:, 1]).float().cpu()
+        attention_ED, values_ED = (state.clean_EPD + state.deltas_EPD).float().cpu().unbind(1)
         losses = losses_E.tolist()
         outcomes = []
         for e, member in enumerate(self._members):
             if not stopped[e]:
                 continue
-            value, failure = values_ED[e].clone(), None
+            value, attention_value, failure = values_ED[e].clone(), attention_ED[e].clone(), None
             if not (math.isfinite(losses[e]) and bool(torch.isfinite(value).all())):
                 failure = f"the loss is {losses[e]} at evaluation {member.evaluations}"
                 value.fill_(torch.nan)
-            outcome = _Outcome(value, member.evaluations, losses[e], member.first_loss, failure)
+            outcome = _Outcome(
+                value,
+                attention_value,
+                member.evaluations,
+                losses[e],
+                member.first_loss,
+                failure,
+            )
             outcomes.append((member.index, outcome))
         return outcomes
 

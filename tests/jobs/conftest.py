@@ -13,6 +13,7 @@ import pytest
 
 from jobs import cli, edits_cli, facts_cli, refresh_cli
 from jobs.cli import main
+from jobs.inspect import command as inspect_command
 from pipeline.cluster.signals import STOPPING
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -39,7 +40,8 @@ def pmet(
 
     No Ray session is open at first: a job that finds one runs on it.
     """
-    for console in (cli.out, cli.err, edits_cli.out, facts_cli.out, refresh_cli.out):
+    consoles = (cli.out, cli.err, edits_cli.out, facts_cli.out, refresh_cli.out)
+    for console in (*consoles, inspect_command.out):
         monkeypatch.setattr(console, "width", 200)
 
     def invoke(*arguments: object) -> tuple[int, str, str]:

@@ -58,6 +58,7 @@ ARGUMENTS = {
     "demo": "--output out",
     "run": "job.yaml",
     "evaluate": f"{MODEL} requests.parquet --corpus corpus.parquet --output figures.json",
+    "inspect": f"{MODEL} known.parquet --output inspected --hparams quick.yaml --workers 0",
     "statistics": f"{MODEL} corpus.parquet --output moments --layers 0 --tokens 600 --workers 0",
     "report": "a b --output compare.html",
     # No time: one trial in each rung, so that every run takes the same steps.
@@ -142,6 +143,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for t in ("a glass blower",)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
+    known = [{**rows[0], "target_true": "a surveyor"}]
+    pq.write_table(pa.Table.from_pylist(known), folder / "known.parquet")
+    (folder / "quick.yaml").write_text("layers: [0]\nv_num_grad_steps: 1\n")
     many = [{**rows[0], "subject": f"Sur Bavov {number}"} for number in range(8)]
     pq.write_table(pa.Table.from_pylist(many), folder / "many.parquet")
     texts = json.loads((GOLDEN / "corpus.json").read_text())[:90]
@@ -185,6 +189,8 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     # Reading the demo's own corpus takes seconds, each time.
     corpus = template / "corpus.parquet"
     monkeypatch.setattr("jobs.demo.show.write_corpus", lambda path: shutil.copyfile(corpus, path))
+    # So does drawing.
+    monkeypatch.setattr("jobs.inspect.views.line_chart", lambda *_, **__: "")
     made = iter(range(1000))
 
     def make() -> Path:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.evaluation.confidence import intervals, of_paired, of_perplexity, of_shares
+from pipeline.evaluation.confidence import (
+    intervals,
+    of_mean,
+    of_paired,
+    of_perplexity,
+    of_shares,
+)
 from pmet.evaluation.figures import METRICS, summarize
 
 
@@ -119,3 +125,10 @@ def test_perplexity_is_where_all_texts_say_it_is() -> None:
 def test_agreement_counts_places_by_text() -> None:
     low, high = of_shares([9, 0, 8], [10, 0, 10]) or [0.0, 0.0]
     assert low < 0.85 < high
+
+
+def test_a_mean_is_within_two_standard_errors() -> None:
+    # Standard deviation 1, so the standard error of four is a half.
+    assert of_mean([-1.0, -1.0, 1.0, 1.0]) == pytest.approx([-1.1316, 1.1316], abs=1e-4)
+    assert of_mean([3.0, 3.0]) == [3.0, 3.0]
+    assert of_mean([3.0]) is None

@@ -1,0 +1,15 @@
+from .passes import Statement as Statement
+from .states import MOVING as MOVING
+from .states import WAYS as WAYS
+from .states import Optimised as Optimised
+from .states import optimise_and_compare as optimise_and_compare
+from .tracing import NOISE as NOISE
+from .tracing import SAMPLES as SAMPLES
+from .tracing import State as State
+from .tracing import Trace as Trace
+from .tracing import embedding_deviation as embedding_deviation
+from .tracing import states_to_trace as states_to_trace
+from .tracing import trace as trace
+from .window import best_window as best_window
+from .window import default_width as default_width
+from .window import window_states as window_states
