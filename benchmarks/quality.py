@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Problem, applied, console, show, study, study_arguments, timed
-from jobs.tune.trials import PROBABILITY, SAID
+from jobs.tune.trials import PROBABILITY, SAID, STRICT
 from pipeline.evaluation import of_difference
 from pipeline.second_moments import read_enough
 from pmet import PMETHyperParams, Targets, compute_edit, compute_targets
@@ -33,7 +33,7 @@ from pmet.update import longest, measure_tokens
 
 SCORES = {
     "probability": PROBABILITY,
-    "strict": ("efficacy_strict", "generalization_strict", "specificity_strict"),
+    "strict": STRICT,
     "said": SAID,
 }
 

@@ -86,7 +86,7 @@ def search(
     """Find the best setting that the time allows.
 
     Each rung tries the settings that the one before has kept, and variants of them. It ends when
-    another trial as long as its longest would go past its share of the time, which what earlier
+    another trial as long as its last would go past its share of the time, which what earlier
     rungs left over adds to; every rung makes one trial at least. Only the seconds that trials took
     count, so a search that is resumed decides as it would have without the interruption.
 
@@ -109,8 +109,8 @@ def search(
         for setting in settings:
             name = (_identity(setting), count)
             if name not in known:
-                longest = max((trial.seconds for trial in here), default=0.0)
-                if here and spent + longest > deadline:
+                # The first one also measures the base model.
+                if here and spent + here[-1].seconds > deadline:
                     break
                 score, seconds = run(rung.name, setting, count)
                 spent += seconds

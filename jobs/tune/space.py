@@ -57,11 +57,8 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
     """
 
     def of_layers(setting: PMETHyperParams) -> list[PMETHyperParams]:
-        clamps = dict.fromkeys((setting.clamp_norm_factor, _MIDDLING_CLAMP))
-        return [
-            changed(setting, layers=tuple(window), clamp_norm_factor=clamp, **_MIDDLING)
-            for window, clamp in product(layers, clamps)
-        ]
+        middling = changed(setting, clamp_norm_factor=_MIDDLING_CLAMP, **_MIDDLING)
+        return [changed(middling, layers=tuple(window)) for window in layers]
 
     def of_decay(setting: PMETHyperParams) -> list[PMETHyperParams]:
         return [changed(setting, v_weight_decay=decay) for decay in DECAYS]
@@ -82,13 +79,13 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
         ]
 
     return [
-        Rung("layers", 0.25, 3, 0.25, of_layers),
+        Rung("layers", 0.25, 3, 0.35, of_layers),
         # Before the clamp: a decay that keeps δ small makes the ball's radius count for nothing.
-        Rung("decay", 0.25, 3, 0.1, of_decay),
-        Rung("clamp", 0.5, 2, 0.2, of_size),
+        Rung("decay", 0.25, 3, 0.05, of_decay),
+        Rung("clamp", 0.5, 2, 0.15, of_size),
         Rung("rate", 0.5, 2, 0.1, of_step),
-        Rung("kl", 0.5, 2, 0.1, of_divergence),
-        Rung("update", 1.0, 1, 0.25, of_update),
+        Rung("kl", 0.5, 2, 0.05, of_divergence),
+        Rung("update", 1.0, 1, 0.3, of_update),
     ]
 
 

@@ -27,22 +27,28 @@ from pmet.hparams import PMETHyperParams
 
 TEMPLATES = "context_templates.json"
 PROBABILITY = SCORED
+STRICT = tuple(f"{name}_strict" for name in SCORED)
 SAID = ("efficacy_said", "generalization_said", "locality")
-FIGURES = (*PROBABILITY, *SAID, "perplexity")
+FIGURES = (*PROBABILITY, *STRICT, *SAID, "perplexity")
+_QUICK_TEXT = {"perplexity_texts": 32, "perplexity_tokens": 1024}
+"""Held-out text of a quick trial: enough to notice a model that was broken."""
 _HEAVY = ("model/", "delta/", "targets/")
 
 
 def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexity: float) -> Score:
     """The mean of two harmonic means: of the probability form, and of what the model says.
 
+    Where the model was not asked to say anything, the strict form stands for its words.
+
     Args:
         before: the base model's figures.
         after: the edited model's.
         most_perplexity: the largest relative rise of perplexity that is allowed.
     """
+    asked = any(after.get(name) is not None for name in SAID)
     means = [
         mean
-        for names in (PROBABILITY, SAID)
+        for names in (PROBABILITY, SAID if asked else STRICT)
         if (mean := harmonic_mean([after[n] for n in names if after.get(n) is not None]))
         is not None
     ]
@@ -102,9 +108,17 @@ class Trials:
         self._address, self._most = address, most_perplexity
 
     def run(
-        self, rung: str, setting: PMETHyperParams, places: Sequence[int]
+        self, rung: str, setting: PMETHyperParams, places: Sequence[int], *, quick: bool = False
     ) -> tuple[Score, float, list[dict[str, Any]]]:
-        """Edit some facts; returns the score, the seconds that it took, and each fact's figures."""
+        """Edit some facts; returns the score, the seconds that it took, and each fact's figures.
+
+        Args:
+            rung: what the trial is part of.
+            setting: the hyper-parameters.
+            places: of the requests.
+            quick: let the model say nothing, and measure little text; generation and text take
+                longer than the edit of a few facts. Returns no figures of single facts.
+        """
         values = written(setting)
         rows = [int(self._table.rows[place]) for place in places]
         folder = f"trials/{rung}-{digest_of([values, rows])[:16]}"
@@ -116,15 +130,17 @@ class Trials:
         self._store.write_bytes(f"{folder}/hparams.json", json_bytes(values))
         requests = self._table.table.take(pa.array(rows))
         self._store.write_table(f"{folder}/requests.parquet", requests)
-        score, results = self._result(folder, len(rows))
+        score, results = self._result(folder, len(rows), quick=quick)
         seconds = time.monotonic() - begun
         self._store.write_json(
             done, {"score": vars(score), "seconds": round(seconds, 3), "rows": results}
         )
         return score, seconds, results
 
-    def _result(self, folder: str, count: int) -> tuple[Score, list[dict[str, Any]]]:
-        job = self._trial_job(folder, count)
+    def _result(
+        self, folder: str, count: int, *, quick: bool
+    ) -> tuple[Score, list[dict[str, Any]]]:
+        job = self._trial_job(folder, count, quick=quick)
         try:
             result = run_job(job, address=self._address)
         except (NumericalError, NothingToEditError) as error:
@@ -132,13 +148,15 @@ class Trials:
         if not self._store.exists(TEMPLATES):
             self._store.write_bytes(TEMPLATES, result.folder.read_bytes(TEMPLATES))
         score = score_of(result.metrics["before"], result.metrics["after"], self._most)
-        columns = [f"after_{name}" for name in (*PROBABILITY, *SAID)]
-        rows = read_columns(result.folder, "results.parquet", columns).to_pylist()
+        rows = []
+        if not quick:
+            columns = [f"after_{name}" for name in (*PROBABILITY, *SAID)]
+            rows = read_columns(result.folder, "results.parquet", columns).to_pylist()
         heavy = [name for name in files_made(result.folder) if name.startswith(_HEAVY)]
         result.folder.delete_files(heavy)
         return score, rows
 
-    def _trial_job(self, folder: str, count: int) -> JobConfig:
+    def _trial_job(self, folder: str, count: int, *, quick: bool) -> JobConfig:
         job, join = self._job, self._store.join
         templates = join(TEMPLATES) if self._store.exists(TEMPLATES) else job.context_templates
         return job.model_copy(
@@ -158,8 +176,9 @@ class Trials:
                         "sample": None,
                         "last": None,
                         "fluency": False,
-                        "answers": count,
+                        "answers": 0 if quick else count,
                         "harness": HarnessConfig(),
+                        **(_QUICK_TEXT if quick else {}),
                     }
                 ),
                 "gates": GatesConfig(),

@@ -143,7 +143,8 @@ def _search(
 
         def run(rung: str, setting: PMETHyperParams, count: int) -> tuple[Score, float]:
             bar.note(f"{rung}, {count} facts")
-            score, seconds, _ = trials.run(rung, setting, trial[:count])
+            quick = count < len(trial)
+            score, seconds, _ = trials.run(rung, setting, trial[:count], quick=quick)
             bar.advance(round(seconds))
             return score, seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.tune.search import Found, Score, search
@@ -44,6 +44,7 @@ def found(surface: Surface, budget_s: float, seed: int = 0) -> Found:
     return search(START, ladder, surface, facts=40, budget_s=budget_s, seed=seed)
 
 
+@settings(max_examples=25)
 @given(st.fixed_dictionaries(WANTED), st.integers(0, 5))
 def test_with_time_enough_the_best_of_the_grid_is_found(
     wanted: dict[str, object], seed: int
@@ -55,6 +56,7 @@ def test_with_time_enough_the_best_of_the_grid_is_found(
     assert max(Counter(asked[1:] for asked in surface.asked).values()) == 1
 
 
+@settings(max_examples=25)
 @given(st.fixed_dictionaries(WANTED), st.floats(0, 60), st.floats(0.1, 10))
 def test_the_time_is_kept_but_for_a_trial_in_each_rung(
     wanted: dict[str, object], budget_s: float, seconds: float

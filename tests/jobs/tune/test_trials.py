@@ -49,6 +49,11 @@ PERFECT = dict.fromkeys(("efficacy", "generalization", "specificity"), 1.0)
 def test_a_score_is_the_mean_of_two_harmonic_means() -> None:
     after = PERFECT | {"efficacy_said": 0.5, "generalization_said": 0.5, "locality": 0.5}
     assert score_of({}, after, 0.05).value == pytest.approx(0.75)
+    # Without words, the strict form stands for them.
+    strict = PERFECT | {f"{name}_strict": 0.5 for name in PERFECT}
+    assert score_of({}, strict, 0.05).value == pytest.approx(0.75)
+    assert score_of({}, strict | after, 0.05).value == pytest.approx(0.75)
+    assert score_of({}, strict | PERFECT | {"efficacy_said": 0.0}, 0.05).value == 0.5
     # What was not measured does not count, and nothing measured is no success.
     assert score_of({}, PERFECT | {"efficacy_said": None}, 0.05).value == 1.0
     assert score_of({}, PERFECT | {"efficacy": 0.0}, 0.05).value == 0.0
