@@ -127,9 +127,10 @@ def search(
 
 
 def _settings(kept: Sequence[PMETHyperParams], rung: Rung, seed: int) -> list[PMETHyperParams]:
-    """The settings of a rung: those kept, then their variants, mixed."""
+    """The settings of a rung: those kept, then their variants, mixed unless they are ordered."""
     variants = [variant for setting in kept for variant in rung.vary(setting)]
-    random.Random(f"{seed} {rung.name}").shuffle(variants)
+    if not rung.ordered:
+        random.Random(f"{seed} {rung.name}").shuffle(variants)
     alike: dict[Any, PMETHyperParams] = {}
     for setting in (*kept, *variants):
         alike.setdefault(_identity(setting), setting)

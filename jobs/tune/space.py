@@ -39,6 +39,7 @@ class Rung:
         keep: how many settings go on to the next rung.
         budget: its share of the time.
         vary: the variants of a setting.
+        ordered: whether the first variants are the most promising; else they are mixed.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rung:
     keep: int
     budget: float
     vary: Callable[[PMETHyperParams], list[PMETHyperParams]]
+    ordered: bool = False
 
 
 def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
@@ -79,7 +81,7 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
         ]
 
     return [
-        Rung("layers", 0.25, 3, 0.35, of_layers),
+        Rung("layers", 0.25, 3, 0.35, of_layers, ordered=True),
         # Before the clamp: a decay that keeps δ small makes the ball's radius count for nothing.
         Rung("decay", 0.25, 3, 0.05, of_decay),
         Rung("clamp", 0.5, 2, 0.15, of_size),
@@ -105,7 +107,7 @@ def start_for(depth: int) -> PMETHyperParams:
 
 
 def windows(start: Sequence[int], depth: int, most: int) -> list[tuple[int, ...]]:
-    """Windows of neighboring layers, the start's own first.
+    """Windows of neighboring layers: the start's own, then those nearest to `start_for`'s.
 
     Args:
         start: the layers of the start.
@@ -117,8 +119,9 @@ def windows(start: Sequence[int], depth: int, most: int) -> list[tuple[int, ...]
     for length in dict.fromkeys((len(start), *LENGTHS)):
         step = max(1, length // 2)
         found += [tuple(range(i, i + length)) for i in range(0, last - length + 1, step)]
-    # Those nearest to the start's first, so that what is left out is far from it.
-    middle = sum(start) / len(start)
+    # What there is no time for, or no room, is then far from where most models learn.
+    usual = start_for(depth).layers
+    middle = sum(usual) / len(usual)
     found.sort(key=lambda window: abs(sum(window) / len(window) - middle))
     kept: list[tuple[int, ...]] = []
     for window in dict.fromkeys((tuple(start), *found)):

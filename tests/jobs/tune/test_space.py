@@ -46,6 +46,13 @@ def test_a_large_model_gets_windows_below_and_above_the_start() -> None:
     assert any(window[-1] > 8 for window in found)
 
 
+def test_after_a_start_that_is_far_off_come_the_layers_where_most_models_learn() -> None:
+    start, second, *others = windows((14, 15, 16, 17, 18), 30, 12)
+    assert start == (14, 15, 16, 17, 18)
+    assert 4 <= second[0] <= second[-1] <= 9
+    assert others
+
+
 def test_each_rung_varies_what_it_is_named_for() -> None:
     ladder = rungs(START, [(4, 5, 6, 7, 8), (2, 3, 4)])
     layers, decay, size, step, divergence, update = ladder
