@@ -75,6 +75,9 @@ def main() -> None:
         help="numbers of facts per subject, at most 4 about countries and 10 about people",
     )
     parser.add_argument("--people", action="store_true", help="facts about invented people")
+    parser.add_argument(
+        "--apart", action="store_true", help="state a person's facts after different texts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.requests and not options.people:
@@ -89,7 +92,7 @@ def main() -> None:
     flat = [template for group in given.templates for template in group]
     if options.people:
         others = [dataclasses.replace(request, case_id=BESIDE) for request in given.requests]
-        requests = people(sizes, options.seed) + others
+        requests = people(sizes, options.seed, apart=options.apart) + others
     else:
         requests = countries(sizes, options.seed) + beside(options.count)
     rows = []
@@ -162,14 +165,22 @@ def countries(sizes: list[int], seed: int) -> list[EditRequest]:
     return requests
 
 
-def people(sizes: list[int], seed: int) -> list[EditRequest]:
-    """Return facts about as many invented people as there are sizes; the case id is the size."""
+def people(sizes: list[int], seed: int, *, apart: bool = False) -> list[EditRequest]:
+    """Return facts about as many invented people as there are sizes; the case id is the size.
+
+    Args:
+        sizes: numbers of facts.
+        seed: decides which facts, objects and names.
+        apart: exchange prompts and paraphrases, so that different texts precede the subject.
+    """
     rng = random.Random(seed)
     names = [f"{first} {last}" for first in _FIRST for last in _LAST]
     requests = []
     for subject, size in zip(rng.sample(names, len(sizes)), sizes, strict=True):
         for prompt in rng.sample(list(PEOPLE), size):
             paraphrase, objects = PEOPLE[prompt]
+            if apart:
+                prompt, paraphrase = paraphrase, prompt
             new, true = rng.sample(objects, 2)
             requests.append(
                 EditRequest(

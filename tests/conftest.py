@@ -41,6 +41,7 @@ gc.set_threshold(50_000, 20, 100)
 LONGEST = (
     "e2e/test_two_hosts.py",
     "e2e/test_submit.py",
+    "test_docs.py",
     "parity/test_golden.py",
     "parity/test_families.py",
     "parity/test_other_families.py",
