@@ -22,6 +22,8 @@ SPREADS = ("sqrt", "linear")
 SOLVES = (1, 2)
 LENGTHS = (3, 5)
 """Numbers of layers to try, besides that of the start."""
+SHALLOW, LENGTHS_OF_SHALLOW = 12, (1, 2, 3)
+"""The same for models with fewer layers than that."""
 _MIDDLING: dict[str, Any] = {"mom2_update_share": 0.2, "spread": "linear", "solves": 1}
 """Options of the update that are far from none of the best ones, while others are sought."""
 _MIDDLING_CLAMP = 2.0
@@ -116,7 +118,8 @@ def windows(start: Sequence[int], depth: int, most: int) -> list[tuple[int, ...]
     """
     last = max(1, round(_LOWER * depth))
     found = [tuple(start)]
-    for length in dict.fromkeys((len(start), *LENGTHS)):
+    lengths = LENGTHS_OF_SHALLOW if depth < SHALLOW else LENGTHS
+    for length in dict.fromkeys((len(start), *lengths)):
         step = max(1, length // 2)
         found += [tuple(range(i, i + length)) for i in range(0, last - length + 1, step)]
     # What there is no time for, or no room, is then far from where most models learn.
