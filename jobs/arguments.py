@@ -16,6 +16,16 @@ RayAddress = Annotated[
     str | None,
     typer.Option(help="Ray cluster to run on, as host:port. Default: start one on this machine."),
 ]
+Workers = Annotated[
+    str,
+    typer.Option(
+        help="Number of processes, each with a model replica. auto: as many as the cluster has "
+        "room for; 0: this process, without Ray."
+    ),
+]
+GPUsPerWorker = Annotated[
+    float, typer.Option(min=0, help="GPUs per worker; 0: run on the CPU in float32.")
+]
 
 AUTO: Final = "auto"
 _MOST_DIGITS = 4000

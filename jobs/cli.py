@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from jobs import failure, streams
-from jobs.arguments import JobSettings, RayAddress
+from jobs.arguments import GPUsPerWorker, JobSettings, RayAddress, Workers
 from jobs.edits_cli import apply, export, push, revert
 from jobs.facts_cli import facts
 from jobs.inspect.command import inspect
@@ -277,16 +277,8 @@ def statistics(
     max_length: Annotated[
         int, typer.Option(min=1, help="Truncate each text to this many tokens.")
     ] = 1024,
-    workers: Annotated[
-        str,
-        typer.Option(
-            help="Number of processes, each with a model replica. auto: as many as the cluster "
-            "has room for; 0: this process, without Ray."
-        ),
-    ] = "auto",
-    gpus_per_worker: Annotated[
-        float, typer.Option(min=0, help="GPUs per worker; 0: run on the CPU in float32.")
-    ] = 0,
+    workers: Workers = "auto",
+    gpus_per_worker: GPUsPerWorker = 0,
     address: RayAddress = None,
 ) -> None:
     """Compute a model's second moments over a corpus, for reuse by any number of jobs."""

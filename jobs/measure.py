@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jobs.views import percent, plain, show_harness
 from pipeline.data import read_corpus, read_requests
-from pipeline.evaluation import ChatQuestions, How, figure_of, group_column, grouped
+from pipeline.evaluation import ChatQuestions, How, figure_of, group_column, grouped, rounded
 from pipeline.events import HARNESS, MEASURE
 from pipeline.harness import (
     HarnessTasks,
@@ -149,7 +149,7 @@ def _add_abilities(
 ) -> None:
     figures["harness"] = mean_of(scores)
     if interval := interval_of_mean(scores):
-        figures["intervals"]["harness"] = [round(end, 6) for end in interval]
+        figures["intervals"] |= rounded({"harness": interval})
     figures["harness_tasks"] = {
         "version": tasks.version,
         "limit": tasks.config.limit,

@@ -84,8 +84,12 @@ def _read(url: str, stream: BinaryIO) -> bytes:
         block = _block(stream)
     if isinstance(block, bytes):
         return block
-    reason = " ".join(str(block).split()).rstrip(".")
-    raise FactDumpError(f"{url} is damaged or incomplete ({reason}); download it again")
+    raise FactDumpError(f"{url} is damaged or incomplete ({reason_of(block)}); download it again")
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's text as a part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _block(stream: BinaryIO) -> bytes | Exception:

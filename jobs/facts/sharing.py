@@ -54,10 +54,9 @@ class Keys:
 
     def groups(self, rows: np.ndarray) -> list[np.ndarray]:
         """Those of the rows that share a key, in groups of two and more, the largest first."""
-        order = np.argsort(self._hashes[rows], kind="stable")
-        _, starts, counts = np.unique(
-            self._hashes[rows][order], return_index=True, return_counts=True
-        )
+        hashes = self._hashes[rows]
+        order = np.argsort(hashes, kind="stable")
+        _, starts, counts = np.unique(hashes[order], return_index=True, return_counts=True)
         largest = np.argsort(-counts, kind="stable")
         return [
             rows[order[starts[i] : starts[i] + counts[i]]] for i in largest[counts[largest] > 1]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jobs.arguments import RayAddress
+from jobs.arguments import GPUsPerWorker, RayAddress, Workers
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -33,16 +33,8 @@ def inspect(
         int, typer.Option("--facts", min=1, help="Number of facts, drawn with the seed.")
     ] = 100,
     samples: Annotated[int, typer.Option(min=1, help="Noise samples for each fact.")] = 5,
-    workers: Annotated[
-        str,
-        typer.Option(
-            help="Number of processes, each with a model replica. auto: as many as the cluster "
-            "has room for; 0: this process, without Ray."
-        ),
-    ] = "auto",
-    gpus_per_worker: Annotated[
-        float, typer.Option(min=0, help="GPUs per worker; 0: run on the CPU in float32.")
-    ] = 0,
+    workers: Workers = "auto",
+    gpus_per_worker: GPUsPerWorker = 0,
     address: RayAddress = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the noise, the choice of facts and the contexts.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.models import (
     open_skeleton,
 )
 from pipeline.places import hparams_places, model_places, pattern_places
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Stage
 from pipeline.run_folder import versions
 from pipeline.storage import Store, is_json_with, now_text, refuse_overlap
 from pipeline.workers import TraceTask
@@ -294,33 +294,22 @@ def _statement(tokenizer: Any, request: EditRequest, config: Any) -> Statement:
 
 def _traced(plan: _Plan, settings: Settings, pool: Pool, progress: Progress) -> list[Trace]:
     subjects = [token for fact in plan.facts for token in fact.statement.subject]
-    parts = list(_parts(plan.facts, TRACED))
-    found: dict[str, list[Trace]] = {}
+
+    def task(part: Sequence[Fact]) -> tuple[Any, ...]:
+        return (
+            TraceTask(
+                plan.source,
+                plan.layout,
+                [fact.statement for fact in part],
+                plan.states,
+                subjects,
+                settings.samples,
+                settings.seed,
+            ),
+        )
+
     with progress.stage(TRACE, len(plan.facts)) as bar:
-
-        def take(task: Task, traces: list[Trace]) -> None:
-            found[task.key] = traces
-            bar.advance(len(traces))
-
-        tasks = [
-            Task(
-                f"trace {number}",
-                (
-                    TraceTask(
-                        plan.source,
-                        plan.layout,
-                        [fact.statement for fact in part],
-                        plan.states,
-                        subjects,
-                        settings.samples,
-                        settings.seed,
-                    ),
-                ),
-            )
-            for number, part in enumerate(parts)
-        ]
-        run_all(pool, "trace", tasks, take)
-    return [trace for task in tasks for trace in found[task.key]]
+        return _in_parts(("trace", "trace"), pool, plan.facts, TRACED, task, bar)
 
 
 def _compared(
@@ -332,24 +321,45 @@ def _compared(
     progress: Progress,
 ) -> list[Optimised]:
     templates: list[Any] = []
-    found: dict[str, list[Optimised]] = {}
+
+    def task(part: Sequence[Fact]) -> tuple[Any, ...]:
+        return plan.source, [fact.request for fact in part], hparams, templates[0]
+
     with progress.stage(COMPARE, len(facts)) as bar:
         write = Task("context templates", (settings.seed,))
         run_all(pool, "write_templates", [write], lambda _task, value: templates.append(value))
+        return _in_parts(("comparison", "optimise_and_compare"), pool, facts, COMPARED, task, bar)
 
-        def take(task: Task, outcomes: list[Optimised]) -> None:
-            found[task.key] = outcomes
-            bar.advance(len(outcomes))
 
-        tasks = [
-            Task(
-                f"comparison {number}",
-                (plan.source, [fact.request for fact in part], hparams, templates[0]),
-            )
-            for number, part in enumerate(_parts(facts, COMPARED))
-        ]
-        run_all(pool, "optimise_and_compare", tasks, take)
-    return [outcome for task in tasks for outcome in found[task.key]]
+def _in_parts(
+    work: tuple[str, str],
+    pool: Pool,
+    facts: Sequence[Fact],
+    size: int,
+    task: Callable[[Sequence[Fact]], tuple[Any, ...]],
+    bar: Stage,
+) -> list[Any]:
+    """What the workers return for each fact, in order.
+
+    Args:
+        work: its name in messages, and the workers' method.
+        pool: the workers.
+        facts: the facts.
+        size: how many of them are in a task.
+        task: the arguments of a task.
+        bar: counts facts.
+    """
+    name, method = work
+    found: dict[str, list[Any]] = {}
+
+    def take(done: Task, results: list[Any]) -> None:
+        found[done.key] = results
+        bar.advance(len(results))
+
+    parts = [facts[start : start + size] for start in range(0, len(facts), size)]
+    tasks = [Task(f"{name} {number}", task(part)) for number, part in enumerate(parts)]
+    run_all(pool, method, tasks, take)
+    return [result for own in tasks for result in found[own.key]]
 
 
 def _record(model: str, plan: _Plan, settings: Settings, traces: Sequence[Trace]) -> dict[str, Any]:
@@ -366,11 +376,6 @@ def _record(model: str, plan: _Plan, settings: Settings, traces: Sequence[Trace]
         "rows": list(_rows(plan, traces)),
         "set_aside": [{"row": row, "reason": plan.aside[row]} for row in sorted(plan.aside)],
     }
-
-
-def _parts(facts: Sequence[Fact], size: int) -> Iterator[Sequence[Fact]]:
-    for start in range(0, len(facts), size):
-        yield facts[start : start + size]
 
 
 def _counts(plan: _Plan, traces: Sequence[Trace]) -> dict[str, int]:

@@ -28,7 +28,7 @@ from pipeline.progress import Progress, Stage
 from pipeline.run_folder import versions
 from pipeline.second_moments import check_moments
 from pipeline.storage import Store, digest_of, json_bytes, now_text, refuse_overlap
-from pipeline.workers import local_sizes
+from pipeline.workers import local_cpus
 from pmet.hparams import PMETHyperParams
 from pmet.update import longest
 
@@ -113,8 +113,7 @@ def _cluster(plan: Plan, settings: Settings) -> Iterator[None]:
     # Imported here: it imports Ray.
     from pipeline.cluster import ray_session
 
-    workers, ranks, threads = local_sizes(plan)
-    with ray_session(settings.address, num_cpus=workers * threads + ranks):
+    with ray_session(settings.address, num_cpus=local_cpus(plan)):
         yield
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from pipeline.errors import JobError
 from pipeline.harness.answering import Answer, Kind
-from pipeline.harness.names import TaskNames, is_path
+from pipeline.harness.names import TaskNames, is_path, reason_of
 
 VERSION = version("lm_eval")
 BUNDLED = Path(lm_eval.__file__).parent / "tasks"
@@ -37,7 +37,6 @@ BUNDLED = Path(lm_eval.__file__).parent / "tasks"
 KEY = "evaluate.harness"
 SEED = 1234
 """Seed of the examples in front of questions: the library's default."""
-_LONGEST_REASON = 300
 _T = TypeVar("_T")
 Ask = Callable[[Kind, list[tuple[Any, ...]]], list[Answer]]
 
@@ -260,7 +259,6 @@ def _loaded(manager: Any, spec: Any, name: str) -> list[Any]:
 
 
 def _unreadable(name: str, error: Exception) -> JobError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
     offline = [
         key
         for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
@@ -273,7 +271,7 @@ def _unreadable(name: str, error: Exception) -> JobError:
             "if its data set must be downloaded, this machine needs the network once; otherwise "
             "correct the task"
         )
-    return JobError(f"{KEY}: {name} cannot be read ({reason}); {cause}")
+    return JobError(f"{KEY}: {name} cannot be read ({reason_of(error)}); {cause}")
 
 
 def _check(task: Any, name: str) -> None:

@@ -21,6 +21,7 @@ _LISTED = re.compile(
     rb"^[ \t]*-[ \t]*(?:[\"']?(?:task|group)[\"']?:[ \t]*)?" + _WORD + rb"[ \t]*$", re.MULTILINE
 )
 _NEAR = 3
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class TaskNames:
     def near(self, name: str) -> list[str]:
         """Names that are similar to an unknown one, the nearest first."""
         return difflib.get_close_matches(name, sorted(self.defined), _NEAR, cutoff=0.7)
+
+
+def reason_of(error: Exception) -> str:
+    """An error of the library, of a task or of its data on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
 
 
 def is_path(name: str) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.errors import JobError
 from pipeline.harness.answering import Answer, Kind, Part, most_generated, parts_of
+from pipeline.harness.names import reason_of
 from pipeline.harness.scores import TaskScores
 from pipeline.job import HarnessConfig
 from pipeline.storage import digest_of
@@ -22,7 +23,6 @@ from pmet.errors import PMETError
 INSTALL = "pip install 'pmet-pipeline[harness]'"
 FORMAT = 1
 _LIKE_ACCURACY = 1e-9
-_LONGEST_REASON = 300
 # Where a task's data is, and where its file: its documents and requests count instead.
 _ELSEWHERE = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs", "task_alias")
 AskParts = Callable[[list[Part]], list[list[Answer]]]
@@ -138,8 +138,9 @@ class HarnessTasks:
 
 def _unusable(what: str, error: Exception) -> JobError:
     """The refusal of a task whose templates, functions or metrics fail."""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
-    return JobError(f"evaluate.harness: {what} ({reason}); correct the task, or remove it")
+    return JobError(
+        f"evaluate.harness: {what} ({reason_of(error)}); correct the task, or remove it"
+    )
 
 
 def _together(name: str, tasks: Sequence[str], scores: dict[str, TaskScores]) -> list[TaskScores]:

@@ -71,14 +71,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_section(value: Any) -> Any:
-    return {} if value is None else value
-
-
-def _as_harness(value: Any) -> Any:
-    return {"tasks": value} if isinstance(value, str | list) else _as_section(value)
-
-
 def is_hparams_file(name: str | None) -> bool:
     """Whether a job's ``hparams`` names a file: it may name a preset, or leave the choice."""
     return name not in (None, AUTO_HPARAMS, *PMETHyperParams.presets())
@@ -157,6 +149,16 @@ class Section(BaseModel):
     """A group of settings: immutable, and without any other keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def as_mapping(cls, value: Any) -> Any:
+        """What a file gives for the section, as a mapping of its keys; nothing sets none."""
+        return {} if value is None else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return cls.as_mapping(value)
 
 
 S = TypeVar("S", bound=Section)
@@ -268,6 +270,11 @@ class HarnessConfig(Section):
         description="Sequences read side by side; auto: 8 on a CPU, 32 on a GPU.",
     )
 
+    @classmethod
+    def as_mapping(cls, value: Any) -> Any:
+        """As for any section; tasks alone will do."""
+        return {"tasks": value} if isinstance(value, str | list) else super().as_mapping(value)
+
 
 class EvaluateConfig(Section):
     """How the model is measured before and after."""
@@ -315,7 +322,7 @@ class EvaluateConfig(Section):
         description="YAML file of questions by relation, each with {} for the subject, to put to a "
         "chat model; null: the bundled ones.",
     )
-    harness: Annotated[HarnessConfig, BeforeValidator(_as_harness)] = Field(
+    harness: HarnessConfig = Field(
         default=HarnessConfig(),
         description="Tasks of lm-evaluation-harness, a list or a section: general abilities, which "
         "an edit should not change.",
@@ -414,19 +421,17 @@ class EditSettings(Section):
         default=False,
         description="Skip facts that the model already answers as wanted.",
     )
-    targets: Annotated[TargetsConfig, BeforeValidator(_as_section)] = Field(
+    targets: TargetsConfig = Field(
         default=TargetsConfig(), description="How the targets are computed."
     )
-    update: Annotated[UpdateConfig, BeforeValidator(_as_section)] = Field(
-        default=UpdateConfig(), description="How the update is solved."
-    )
-    evaluate: Annotated[EvaluateConfig, BeforeValidator(_as_section)] = Field(
+    update: UpdateConfig = Field(default=UpdateConfig(), description="How the update is solved.")
+    evaluate: EvaluateConfig = Field(
         default=EvaluateConfig(), description="How the model is measured before and after."
     )
-    gates: Annotated[GatesConfig, BeforeValidator(_as_section)] = Field(
+    gates: GatesConfig = Field(
         default=GatesConfig(), description="Requirements for publishing the edited model."
     )
-    tracking: Annotated[TrackingConfig, BeforeValidator(_as_section)] = Field(
+    tracking: TrackingConfig = Field(
         default=TrackingConfig(), description="Where the run is tracked besides its folder."
     )
 
@@ -649,20 +654,20 @@ def _put(
         elif isinstance(value, dict):
             problems.append(f"{origin}: a mapping cannot be given here; override its keys")
         else:
-            _set(values, key, value)
+            _set(values, key, value, keys)
             origins[key] = origin
     return origins, problems
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
+def _set(values: dict[str, Any], key: str, value: Any, keys: _Keys) -> None:
     *sections, name = key.split(".")
     holder: Any = values
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         # A section that is not a mapping is a problem of the file, and is reported as such.
         if not isinstance(holder, dict):
             return
-        held = _as_section(holder.get(section))
-        holder[section] = _as_harness(held) if section == "harness" else held
+        kind = keys.sections[".".join(sections[:depth])]
+        holder[section] = kind.as_mapping(holder.get(section))
         holder = holder[section]
     if isinstance(holder, dict):
         holder[name] = value

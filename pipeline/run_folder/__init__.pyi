@@ -6,6 +6,7 @@ from .lease import Lease as Lease
 from .lease import last_holder as last_holder
 from .ownership import CARD as CARD
 from .ownership import MODEL as MODEL
+from .ownership import OF_EDITED as OF_EDITED
 from .ownership import PARTS as PARTS
 from .ownership import PUBLISHED as PUBLISHED
 from .ownership import STATUS as STATUS

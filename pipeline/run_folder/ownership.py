@@ -31,6 +31,8 @@ LEASE = "lease"
 PUBLISHING = "publishing"
 """Record of the files that publishing will write, created before it writes the first one."""
 PUBLISHED = "published"
+OF_EDITED = ("measured-after", "harness-after", "known-after")
+"""Records of what was measured on the edited model."""
 PARTS = "second_moments.parts"
 """Folder for the parts that second moments are merged from, next to them."""
 

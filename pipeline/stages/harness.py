@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.cluster import Task
+from pipeline.evaluation import rounded
 from pipeline.events import StageName
 from pipeline.harness import (
     Answer,
@@ -134,4 +135,4 @@ def add_harness(
     for when, scores in (("before", before), ("after", after)):
         metrics[when][FIGURE] = mean_of(scores)
         if interval := interval_of_mean(scores):
-            metrics["intervals"][when][FIGURE] = [round(end, 6) for end in interval]
+            metrics["intervals"][when] |= rounded({FIGURE: interval})

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.events import StageName
 from pipeline.models import Checkpoint, ModelSource, digest_of_files, model_on_node, publish
-from pipeline.run_folder import CARD, MODEL, PUBLISHED
+from pipeline.run_folder import CARD, MODEL, OF_EDITED, PUBLISHED
 from pipeline.stages.context import Context
 from pipeline.zero import LayerReport
 from pmet.delta import checked, saved_delta
@@ -34,7 +34,7 @@ def publish_model(run: Context, reports: list[LayerReport]) -> None:
         with run.store.local_copy(report.file) as path:
             return checked(name, base, saved_delta(path, report.parameter, expert))
 
-    run.folder.forget("measured-after", "harness-after", "known-after")
+    run.folder.forget(*OF_EDITED)
     digests: dict[str, str] = {}
     base = plan.checkpoint
     if not base.folder.is_dir():

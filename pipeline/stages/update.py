@@ -12,7 +12,7 @@ from pipeline.events import EventKind, StageName
 from pipeline.failures import MEMORY_OF_RANKS, remedy
 from pipeline.plan import Plan
 from pipeline.progress import Stage
-from pipeline.run_folder import PUBLISHED
+from pipeline.run_folder import OF_EDITED, PUBLISHED
 from pipeline.stages.context import Context, FoundTargets
 from pipeline.stages.second_moments import moments_url
 from pipeline.zero import LayerReport, UpdateJob, UpdateRank, UpdateShard
@@ -45,7 +45,7 @@ def update_layers(
     steps, wanted = sum(report.solves for report in done), _steps(run.plan)
     if steps < wanted:
         run.folder.forget(*(f"layer-{layer}" for layer in layers[len(done) :]))
-        run.folder.forget(PUBLISHED, "measured-after", "harness-after", "known-after")
+        run.folder.forget(PUBLISHED, *OF_EDITED)
         with run.stage(StageName.UPDATE, wanted) as (bar, detail):
             bar.skip(steps)
             detail |= {"ranks": run.executor.ranks, "reused": steps}

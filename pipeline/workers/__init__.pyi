@@ -2,6 +2,7 @@ from .executor import Executor as Executor
 from .ray_executor import RayExecutor as RayExecutor
 from .serial_executor import SerialExecutor as SerialExecutor
 from .sizes import WORTH_A_GPU as WORTH_A_GPU
+from .sizes import local_cpus as local_cpus
 from .sizes import local_sizes as local_sizes
 from .sizes import stored_bytes as stored_bytes
 from .sizes import worth as worth

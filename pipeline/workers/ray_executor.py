@@ -23,7 +23,7 @@ from pipeline.cluster import (
 from pipeline.events import EventKind, OnEvent
 from pipeline.plan import Plan
 from pipeline.workers.executor import Executor
-from pipeline.workers.sizes import WORTH_A_GPU, local_sizes, worth
+from pipeline.workers.sizes import WORTH_A_GPU, local_cpus, local_sizes, worth
 from pipeline.workers.worker import ModelWorker
 
 
@@ -154,11 +154,9 @@ class RayExecutor(Executor):
         if self._size is None:
             targets, update = self._plan.job.targets, self._plan.job.update
             workers, ranks, _ = local_sizes(self._plan)
-            # Logical CPUs of a cluster started here: enough for everything requested, so that a
-            # small machine runs the same as a large one, and ranks need not wait for workers.
             session = ray_session(
                 self._address,
-                num_cpus=workers * self.threads + ranks,
+                num_cpus=local_cpus(self._plan),
                 say=partial(self._on_event, EventKind.NOTE),
             )
             own = self._stack.enter_context(session)

@@ -28,6 +28,14 @@ def local_sizes(plan: Plan) -> tuple[int, int, int]:
     return workers, ranks, threads
 
 
+def local_cpus(plan: Plan) -> int:
+    """Logical CPUs of a cluster started here: enough for all that a run asks for, so that a small
+    machine runs the same as a large one, and ranks need not wait for workers.
+    """
+    workers, ranks, threads = local_sizes(plan)
+    return workers * threads + ranks
+
+
 def worth(plan: Plan, each: int) -> int:
     """The number of ranks that a model justifies at ``each`` bytes of stored weights per rank.
 

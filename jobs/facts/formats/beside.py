@@ -9,7 +9,7 @@ list of such lists; the first one is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs.facts.formats.record import Record, first_text, texts
@@ -33,7 +33,11 @@ def neighborhood(record: Record, truth: str | None) -> list[str]:
 def portability(record: Record) -> dict[str, list[str]]:
     """Return the prompts and answers of ``portability``, if any, as fields of a request."""
     asked = _asked(record, "portability", "portability_prompt", "portability_ground_truth")
-    pairs = [pair for prompts, answers in asked for pair in _pairs(prompts, answers)]
+    return following([pair for prompts, answers in asked for pair in _pairs(prompts, answers)])
+
+
+def following(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return prompts with their answers, which follow from an edit, as fields of a request."""
     if not pairs:
         return {}
     prompts, answers = zip(*pairs, strict=True)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jobs.facts.formats.beside import following
 from jobs.facts.formats.record import (
     Format,
     Record,
@@ -69,6 +70,11 @@ def edit(record: Record, row: int) -> RecordedEdit:
     staying = [
         prompt for prompt, answers in _tests(record, _STAYING) if truth in texts(list(answers))
     ]
+    asked = [
+        (prompt, answer)
+        for prompt, answers in _tests(record, _FOLLOWING)
+        if (answer := first_text(answers)) is not None
+    ]
     request = {
         "prompt": found.prompt,
         "subject": found.subject,
@@ -77,15 +83,8 @@ def edit(record: Record, row: int) -> RecordedEdit:
         "case_id": case_id(record, row),
         "paraphrase_prompts": [],
         "neighborhood_prompts": staying if truth is not None else [],
+        **following(asked),
     }
-    asked = [
-        (prompt, answer)
-        for prompt, answers in _tests(record, _FOLLOWING)
-        if (answer := first_text(answers)) is not None
-    ]
-    if asked:
-        request["portability_prompts"] = [prompt for prompt, _ in asked]
-        request["portability_targets"] = [answer for _, answer in asked]
     ids = {f"{name}": fact.get(name) for name in ("subject_id", "relation", "target_id")}
     return RecordedEdit(request, ids | without(record, "edit", "case_id"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from jobs.facts.formats.beside import following
 from jobs.facts.formats.record import (
     Format,
     Record,
@@ -35,7 +36,6 @@ def edit(record: Record, row: int) -> RecordedEdit:
     """Return the edit that a record asks for."""
     subject = text(record, "subject")
     target = text(record, "ans" if "ans" in record else "alt")
-    asked = list(_portability(record, target))
     request = {
         "prompt": with_place(text(record, "update" if "update" in record else "src"), subject),
         "subject": subject,
@@ -43,10 +43,8 @@ def edit(record: Record, row: int) -> RecordedEdit:
         "case_id": case_id(record, row),
         "paraphrase_prompts": texts(record.get("rephrase")),
         "neighborhood_prompts": [],
+        **following(list(_portability(record, target))),
     }
-    if asked:
-        request["portability_prompts"] = [prompt for prompt, _ in asked]
-        request["portability_targets"] = [answer for _, answer in asked]
     return RecordedEdit(request, without(record, *_USED))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.facts.lines import reason_of
 from pipeline.errors import FactDumpError
 from pipeline.storage import Store, opened
 
@@ -62,8 +63,9 @@ def _stream(url: str) -> Iterator[pa.RecordBatch]:
     except FileNotFoundError:
         raise FactDumpError(f"{url} is missing; save the data set again") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise FactDumpError(f"{url} cannot be read ({reason}); save the data set again") from None
+        raise FactDumpError(
+            f"{url} cannot be read ({reason_of(error)}); save the data set again"
+        ) from None
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

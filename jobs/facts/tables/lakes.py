@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pyarrow as pa
 
+from jobs.facts.lines import reason_of
 from pipeline.errors import FactDumpError
 from pipeline.storage import Store
 
@@ -74,7 +75,5 @@ def _library(name: str, source: str, what: str) -> ModuleType:
 
 
 def _unreadable(source: str, error: Exception) -> FactDumpError:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return FactDumpError(
-        f"{source} cannot be read as a table ({reason[:300]}); repair or export it"
-    )
+    reason = reason_of(error)[:300]
+    return FactDumpError(f"{source} cannot be read as a table ({reason}); repair or export it")
