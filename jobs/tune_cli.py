@@ -42,17 +42,19 @@ def tune(
         str, typer.Option(help="Folder for the search, empty or new: a path or a URL.")
     ],
     budget: Annotated[
-        str, typer.Option(help="Time for the trials, such as 90s, 20m or 2h.")
+        str, typer.Option(help="Time for the search, such as 90s, 20m or 2h.")
     ] = "20m",
     trial_facts: Annotated[
         int | None,
-        typer.Option(min=1, help="Facts to try settings on. Default: half of them, at most 200."),
+        typer.Option(
+            min=1,
+            help="Facts to try settings on. Default: as many as there is time for, at most half of "
+            "them and 200.",
+        ),
     ] = None,
     judged_facts: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Other facts to judge the result on. Default: half of them, at most 200."
-        ),
+        typer.Option(min=1, help="Other facts to judge the result on. Default: the same."),
     ] = None,
     most_perplexity: Annotated[
         float,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -72,7 +73,7 @@ _SHOWN_VALUE = 60
 
 if TYPE_CHECKING:
     from pipeline.harness import TaskScores
-    from pipeline.workers import Executor
+    from pipeline.workers import Executor, KeptWorkers
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def run_job(
     fresh: bool = False,
     address: str | None = None,
     beside: Sequence[str] = (),
+    kept: KeptWorkers | None = None,
 ) -> RunResult:
     """Edit a model as a job specifies, and publish, measure and report the result.
 
@@ -106,6 +108,7 @@ def run_job(
         fresh: start over if the run folder holds earlier work.
         address: Ray cluster to run on; None starts one on this machine.
         beside: names in the run folder that the caller wrote for this run, and that it may read.
+        kept: workers on Ray that earlier runs have left there, and that later ones will find.
 
     Raises:
         InputError: the job cannot be run as it is; no worker has been started.
@@ -116,7 +119,7 @@ def run_job(
     progress = progress or Progress()
     with progress.stage(StageName.PLAN):
         plan = plan_run(job, address=address, beside=beside)
-    return run_plan(plan, progress=progress, fresh=fresh, address=address)
+    return run_plan(plan, progress=progress, fresh=fresh, address=address, kept=kept)
 
 
 def plan_run(job: JobConfig, *, address: str | None = None, beside: Sequence[str] = ()) -> Plan:
@@ -163,6 +166,7 @@ def run_plan(
     progress: Progress | None = None,
     fresh: bool = False,
     address: str | None = None,
+    kept: KeptWorkers | None = None,
 ) -> RunResult:
     """Run a job from its plan; arguments and errors as for ``run_job``."""
     job, progress = plan.job, MeteredProgress(progress or Progress())
@@ -179,7 +183,11 @@ def run_plan(
             _begin(folder, plan, fresh=fresh)
             progress.begin(folder.store.url, folder.status["attempt"], folder.status["submission"])
             folder.store.write_bytes(JOB, dump_job(job).encode())
-            return _run_in(folder, lease, plan, progress, address)
+            warnings = [*plan.warnings, *crowding(job, address)]
+            if not lease.exclusive:
+                warnings.insert(0, f"{folder.store.url}: {NOT_EXCLUSIVE}")
+            executor = partial(_executor, plan, address, kept)
+            return _run_in(folder, plan, progress, executor, warnings)
         except BaseException as error:
             _end_early(folder, error)
             raise
@@ -214,12 +222,14 @@ def _said(value: Any) -> str:
 
 
 def _run_in(
-    folder: RunFolder, lease: Lease, plan: Plan, progress: Progress, address: str | None
+    folder: RunFolder,
+    plan: Plan,
+    progress: Progress,
+    executor_for: Callable[[OnEvent], Executor],
+    warnings: Sequence[str],
 ) -> RunResult:
     on_event = channel(folder, progress)
-    if not lease.exclusive:
-        on_event(EventKind.WARNING, f"{folder.store.url}: {NOT_EXCLUSIVE}")
-    for text in (*plan.warnings, *crowding(plan.job, address)):
+    for text in warnings:
         on_event(EventKind.WARNING, text)
     if sentence := ignored_sentence(plan.hparams):
         on_event(EventKind.WARNING, f"{plan.job.hparams}: {sentence}")
@@ -228,7 +238,7 @@ def _run_in(
     tracking = Tracking(trackers_of(plan.job), on_event)
     tracking.begin(plan.job, folder.status["digest"])
     try:
-        with _executor(plan, address, on_event) as executor:
+        with executor_for(on_event) as executor:
             try:
                 result = _run_stages(Context(plan, folder, executor, progress))
             except BaseException as error:
@@ -244,13 +254,15 @@ def _run_in(
     return result
 
 
-def _executor(plan: Plan, address: str | None, on_event: OnEvent) -> Executor:
+def _executor(
+    plan: Plan, address: str | None, kept: KeptWorkers | None, on_event: OnEvent
+) -> Executor:
     if plan.job.in_this_process:
         return SerialExecutor(plan, on_event)
     # Imported here: it imports Ray.
     from pipeline.workers import RayExecutor
 
-    return RayExecutor(plan, address, on_event)
+    return RayExecutor(plan, address, on_event, kept)
 
 
 def _tell_end(tracking: Tracking, folder: RunFolder, result: RunResult) -> None:

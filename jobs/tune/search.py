@@ -6,10 +6,14 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from jobs.tune.space import Rung, changed
 from pmet.hparams import PMETHyperParams
+
+SMALLEST = 8
+"""Facts of a trial, unless there are fewer: on less than these, scores are mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def search(
     facts: int,
     budget_s: float,
     seed: int,
+    judged: int = 0,
 ) -> Found:
     """Find the best setting that the time allows.
 
@@ -90,27 +95,32 @@ def search(
     rungs left over adds to; every rung makes one trial at least. Only the seconds that trials took
     count, so a search that is resumed decides as it would have without the interruption.
 
+    Time is set aside for judging two settings on facts of their own: as much for each fact as the
+    slowest trial took for one of its own, and half of all the time at most.
+
     Args:
         start: the setting to start from; it is tried in the first rung.
         rungs: the steps.
         run: tries a setting on a number of facts; returns its score and the seconds it took.
         facts: number of trial facts.
-        budget_s: seconds for all rungs.
+        budget_s: seconds for all rungs and for judging.
         seed: decides in which order variants are tried.
+        judged: number of facts that the result is judged on.
     """
-    spent = deadline = 0.0
+    spent = share = 0.0
     kept, trials, left_out = [start], list[Trial](), dict[str, int]()
     known: dict[tuple[str, int], Trial] = {}
     for rung in rungs:
-        deadline += rung.budget * budget_s
-        count = max(1, round(rung.part * facts))
+        share += rung.budget
+        count = min(facts, max(SMALLEST, round(rung.part * facts)))
         here: list[Trial] = []
         settings = _settings(kept, rung, seed)
         for setting in settings:
             name = (_identity(setting), count)
             if name not in known:
                 # The first one also measures the base model.
-                if here and spent + here[-1].seconds > deadline:
+                time = budget_s - _set_aside(trials, judged, budget_s)
+                if here and spent + here[-1].seconds > share * time:
                     break
                 score, seconds = run(rung.name, setting, count)
                 spent += seconds
@@ -126,9 +136,17 @@ def search(
     return Found(kept[0], trials, left_out)
 
 
+def _set_aside(trials: Sequence[Trial], judged: int, budget_s: float) -> float:
+    """Seconds to keep for judging two settings, going by the slowest trial."""
+    each = max((trial.seconds / trial.facts for trial in trials), default=0.0)
+    return min(2 * judged * each, budget_s / 2)
+
+
 def _settings(kept: Sequence[PMETHyperParams], rung: Rung, seed: int) -> list[PMETHyperParams]:
     """The settings of a rung: those kept, then their variants, mixed unless they are ordered."""
-    variants = [variant for setting in kept for variant in rung.vary(setting)]
+    # In turn: if there is no time for all, each of those kept has had its most promising ones.
+    turns = zip_longest(*(rung.vary(setting) for setting in kept))
+    variants = [variant for turn in turns for variant in turn if variant is not None]
     if not rung.ordered:
         random.Random(f"{seed} {rung.name}").shuffle(variants)
     alike: dict[Any, PMETHyperParams] = {}

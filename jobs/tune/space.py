@@ -6,6 +6,7 @@ any model, any layers and any number of facts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -77,10 +78,11 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
         return [changed(setting, kl_factor=factor) for factor in KL_FACTORS]
 
     def of_update(setting: PMETHyperParams) -> list[PMETHyperParams]:
-        return [
+        variants = [
             changed(setting, mom2_update_share=share, spread=spread, solves=solves)
             for share, spread, solves in product(SHARES, SPREADS, SOLVES)
         ]
+        return sorted(variants, key=lambda variant: _distance(setting, variant))
 
     return [
         Rung("layers", 0.25, 3, 0.35, of_layers, ordered=True),
@@ -89,8 +91,16 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
         Rung("clamp", 0.5, 2, 0.15, of_size),
         Rung("rate", 0.5, 2, 0.1, of_step),
         Rung("kl", 0.5, 2, 0.05, of_divergence),
-        Rung("update", 1.0, 1, 0.3, of_update),
+        Rung("update", 1.0, 1, 0.3, of_update, ordered=True),
     ]
+
+
+def _distance(one: PMETHyperParams, other: PMETHyperParams) -> tuple[int, float]:
+    """In how many options of the update two settings differ, and how far their shares are apart."""
+    share, others = one.mom2_update_share, other.mom2_update_share
+    apart = abs(math.log(share / others)) if share and others else 0.0
+    differing = (one.spread != other.spread) + (one.solves != other.solves) + (apart > 0)
+    return differing, apart
 
 
 def start_for(depth: int) -> PMETHyperParams:

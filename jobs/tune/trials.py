@@ -21,6 +21,7 @@ from pipeline.job import GatesConfig, HarnessConfig, JobConfig, TrackingConfig
 from pipeline.run import run_job
 from pipeline.run_folder import files_made, read_columns
 from pipeline.storage import Store, digest_of, json_bytes
+from pipeline.workers import KeptWorkers
 from pmet.errors import NumericalError
 from pmet.evaluation import SCORED, harmonic_mean
 from pmet.hparams import PMETHyperParams
@@ -30,27 +31,30 @@ PROBABILITY = SCORED
 STRICT = tuple(f"{name}_strict" for name in SCORED)
 SAID = ("efficacy_said", "generalization_said", "locality")
 FIGURES = (*PROBABILITY, *STRICT, *SAID, "perplexity")
-_QUICK_TEXT = {"perplexity_texts": 32, "perplexity_tokens": 1024}
-"""Held-out text of a quick trial: enough to notice a model that was broken."""
+_TEXT, _QUICK_TEXT = 2048, 1024
+"""Tokens of held-out text of a trial, and of a quick one: enough to notice a broken model."""
+_SAID_BEFORE = 0.2
+"""Strict specificity of a base model below which it tells nothing about an edit."""
 _HEAVY = ("model/", "delta/", "targets/")
 
 
 def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexity: float) -> Score:
     """The mean of two harmonic means: of the probability form, and of what the model says.
 
-    Where the model was not asked to say anything, the strict form stands for its words.
+    Where the model was not asked to say anything, the strict form stands for its words, and the
+    share of its strict specificity that is left for its locality. A pretrained model seldom says
+    the true object of a neighbor in the first place; then specificity in the probability form does.
 
     Args:
         before: the base model's figures.
         after: the edited model's.
         most_perplexity: the largest relative rise of perplexity that is allowed.
     """
-    asked = any(after.get(name) is not None for name in SAID)
+    measured = ([after.get(name) for name in PROBABILITY], _words(before, after))
     means = [
         mean
-        for names in (PROBABILITY, SAID if asked else STRICT)
-        if (mean := harmonic_mean([after[n] for n in names if after.get(n) is not None]))
-        is not None
+        for figures in measured
+        if (mean := harmonic_mean([figure for figure in figures if figure is not None])) is not None
     ]
     base, now = before.get("perplexity"), after.get("perplexity")
     rise = 0.0 if base is None or now is None else now / base - 1
@@ -58,6 +62,22 @@ def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexit
     return Score(
         value, max(0.0, rise - most_perplexity), {name: after.get(name) for name in FIGURES}
     )
+
+
+def _words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[float | None]:
+    """Efficacy, generalization and locality in the model's own words, or in their place."""
+    said = [after.get(name) for name in SAID]
+    if any(figure is not None for figure in said):
+        return said
+    learned, reached, kept = (after.get(name) for name in STRICT)
+    if learned is None:
+        return []
+    base = before.get("specificity_strict")
+    if base is None or base < _SAID_BEFORE:
+        kept = after.get("specificity")
+    elif kept is not None:
+        kept = min(1.0, kept / base)
+    return [learned, reached, kept]
 
 
 def split(table: RequestTable, judged: int, seed: int) -> tuple[list[int], list[int]]:
@@ -92,6 +112,7 @@ class Trials:
         table: the requests.
         address: Ray cluster to run on.
         most_perplexity: as for `score_of`.
+        kept: the workers that trials share, where they run on Ray.
     """
 
     def __init__(
@@ -103,9 +124,10 @@ class Trials:
         *,
         address: str | None,
         most_perplexity: float,
+        kept: KeptWorkers,
     ) -> None:
         self._job, self._store, self._moments, self._table = job, store, second_moments, table
-        self._address, self._most = address, most_perplexity
+        self._address, self._most, self._kept = address, most_perplexity, kept
 
     def run(
         self, rung: str, setting: PMETHyperParams, places: Sequence[int], *, quick: bool = False
@@ -142,7 +164,7 @@ class Trials:
     ) -> tuple[Score, list[dict[str, Any]]]:
         job = self._trial_job(folder, count, quick=quick)
         try:
-            result = run_job(job, address=self._address)
+            result = run_job(job, address=self._address, kept=self._kept)
         except (NumericalError, NothingToEditError) as error:
             return Score(0.0, failure=str(error)), []
         if not self._store.exists(TEMPLATES):
@@ -178,7 +200,9 @@ class Trials:
                         "fluency": False,
                         "answers": 0 if quick else count,
                         "harness": HarnessConfig(),
-                        **(_QUICK_TEXT if quick else {}),
+                        "perplexity_tokens": min(
+                            _QUICK_TEXT if quick else _TEXT, job.evaluate.perplexity_tokens
+                        ),
                     }
                 ),
                 "gates": GatesConfig(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from jobs.statistics import compute_statistics
-from jobs.tune.search import Found, Score, Trial, search
+from jobs.tune.search import SMALLEST, Found, Score, Trial, search
 from jobs.tune.space import rungs, start_for, windows, written
 from jobs.tune.trials import PROBABILITY, SAID, Trials, score_of, split
 from jobs.tune.views import hparams_text, write_page
@@ -28,13 +29,16 @@ from pipeline.progress import Progress, Stage
 from pipeline.run_folder import versions
 from pipeline.second_moments import check_moments
 from pipeline.storage import Store, digest_of, json_bytes, now_text, refuse_overlap
-from pipeline.workers import local_cpus
+from pipeline.workers import KeptWorkers, local_cpus
 from pmet.hparams import PMETHyperParams
 from pmet.update import longest
 
-PAGE = "tune.html"
+PAGE, COLLECTING = "tune.html", "second_moments_s"
 FEWEST = 4
 """Facts that a search needs on either side, at least."""
+_WORTH = 10
+"""How many trials with all facts should fit into the time. Most of a search's have fewer facts, and
+the first trial takes longer than others: workers start, and the base model is measured."""
 MOST_LAYERS = 12
 """Layers whose second moments are collected, at most: each takes as much memory as its C."""
 
@@ -45,9 +49,10 @@ class Settings:
 
     Attributes:
         output: its folder, a path or URL.
-        budget_s: seconds for the trials.
-        trial: facts to try settings on; None: half, at most 200.
-        judged: facts to judge the result on; None: half, at most 200.
+        budget_s: seconds for all of it: second moments, trials, and judging the result.
+        trial: facts to try settings on; None: as many as there is time for, half of the requests
+            and 200 at most.
+        judged: facts to judge the result on; None: the same.
         most_perplexity: the largest relative rise of perplexity that is allowed.
         address: Ray cluster to run on; None: as the job says.
     """
@@ -100,21 +105,22 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
         "seed": str(job.seed),
     }
     _take(store, about)
-    with _cluster(plan, settings):
-        return _search(job, settings, store, plan, about, (trial, judged), progress)
+    with _workers(plan, settings) as kept:
+        return _search(job, settings, store, plan, about, (trial, judged), progress, kept)
 
 
 @contextlib.contextmanager
-def _cluster(plan: Plan, settings: Settings) -> Iterator[None]:
-    """One cluster for all trials: to start or join one takes seconds."""
+def _workers(plan: Plan, settings: Settings) -> Iterator[KeptWorkers]:
+    """One cluster and the same workers for all trials: to start them takes seconds each time."""
+    kept = KeptWorkers()
     if plan.job.in_this_process:
-        yield
+        yield kept
         return
     # Imported here: it imports Ray.
     from pipeline.cluster import ray_session
 
-    with ray_session(settings.address, num_cpus=local_cpus(plan)):
-        yield
+    with ray_session(settings.address, num_cpus=local_cpus(plan)), kept:
+        yield kept
 
 
 def _search(
@@ -125,10 +131,11 @@ def _search(
     about: Mapping[str, str],
     places: tuple[Sequence[int], Sequence[int]],
     progress: Progress,
+    kept: KeptWorkers,
 ) -> Tuned:
     start, (trial, judged) = plan.hparams, places
     candidates = _layers(job, plan)
-    moments = _second_moments(job, plan, store, candidates, settings, progress)
+    moments, collecting_s = _second_moments(job, plan, store, candidates, settings, progress)
     trials = Trials(
         job,
         store,
@@ -136,9 +143,16 @@ def _search(
         plan.table,
         address=settings.address,
         most_perplexity=settings.most_perplexity,
+        kept=kept,
     )
 
-    with progress.stage(TRIALS, round(settings.budget_s)) as bar:
+    budget_s = max(0.0, settings.budget_s - collecting_s)
+    with progress.stage(TRIALS, round(budget_s)) as bar:
+        fitting = _fitting(trials, start, trial, budget_s)
+        if settings.trial is None:
+            trial = trial[:fitting]
+        if settings.judged is None:
+            judged = judged[:fitting]
 
         def run(rung: str, setting: PMETHyperParams, count: int) -> tuple[Score, float]:
             bar.note(f"{rung}, {count} facts")
@@ -152,16 +166,25 @@ def _search(
             rungs(start, candidates),
             run,
             facts=len(trial),
-            budget_s=settings.budget_s,
+            budget_s=budget_s,
             seed=job.seed,
+            judged=len(judged),
         )
     with progress.stage(JUDGE, 2) as bar:
         judgement = _judged(trials, start, found.best, judged, bar)
     record = _record(job, plan, about, settings, found, judgement, len(trial), len(judged))
+    record[COLLECTING] = collecting_s
     store.write_json(TUNING, record)
     store.write_bytes(PAGE, write_page(record).encode(errors="backslashreplace"))
     store.write_bytes(TUNED, hparams_text(written(found.best), record).encode())
     return Tuned(store, record)
+
+
+def _fitting(trials: Trials, start: PMETHyperParams, places: Sequence[int], budget_s: float) -> int:
+    """The number of facts that leaves time for enough trials, going by a small first one."""
+    few = places[:SMALLEST]
+    _, seconds, _ = trials.run("layers", start, few, quick=True)
+    return max(SMALLEST, int(budget_s / (_WORTH * seconds / len(few))))
 
 
 def _plan(job: JobConfig, store: Store) -> Plan:
@@ -240,13 +263,20 @@ def _second_moments(
     candidates: Sequence[Sequence[int]],
     settings: Settings,
     progress: Progress,
-) -> str:
-    """The location of second moments of all candidate layers, collected in one pass."""
+) -> tuple[str, float]:
+    """Second moments of all candidate layers, collected in one pass.
+
+    Returns:
+        Their location, and the seconds that it took to collect them, in the first search of a
+        folder that is resumed.
+    """
     layers = sorted(set().union(*candidates))
     if job.second_moments and check_moments(
         job.second_moments, plan.layout, tuple(layers), plan.digests["model"]
     ):
-        return job.second_moments
+        return job.second_moments, 0.0
+    running = store.read_json(TUNING)
+    begun = time.monotonic()
     assert job.corpus is not None, "without a corpus, only the start's layers are tried"
     compute_statistics(
         job.model,
@@ -262,7 +292,10 @@ def _second_moments(
         progress=progress,
         console=Console(quiet=True),
     )
-    return store.join("second_moments")
+    if COLLECTING not in running:
+        running[COLLECTING] = round(time.monotonic() - begun, 3)
+        store.write_json(TUNING, running)
+    return store.join("second_moments"), running[COLLECTING]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ class Pool(ABC):
             raise
         return queue.given_up()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended its workers, and runs nothing any more."""
+        return self._closed
+
     @abstractmethod
     def _work_off(
         self, queue: TaskQueue, method: str, on_result: OnResult, workers: int | None

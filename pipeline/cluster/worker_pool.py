@@ -98,6 +98,10 @@ class WorkerPool(Pool):
         self._seats = [_Seat(index) for index in range(count)]
         self._grown, self._next_look = grown, time.monotonic() + _LOOK_S
 
+    def serve(self, on_event: OnEvent, grown: Callable[[], int] | None) -> None:
+        """Report to someone else from now on, and ask there whether the cluster has grown."""
+        self._on_event, self._grown = on_event, grown
+
     @property
     def absent(self) -> int:
         """The number of workers not started yet or still starting."""

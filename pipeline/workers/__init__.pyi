@@ -1,4 +1,5 @@
 from .executor import Executor as Executor
+from .kept_workers import KeptWorkers as KeptWorkers
 from .ray_executor import RayExecutor as RayExecutor
 from .serial_executor import SerialExecutor as SerialExecutor
 from .sizes import WORTH_A_GPU as WORTH_A_GPU

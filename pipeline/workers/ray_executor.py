@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,7 +23,9 @@ from pipeline.cluster import (
 )
 from pipeline.events import EventKind, OnEvent
 from pipeline.plan import Plan
-from pipeline.workers.executor import Executor
+from pipeline.workers.executor import Executor, Ranks
+from pipeline.workers.kept_workers import KeptWorkers
+from pipeline.workers.serial_executor import SerialRank
 from pipeline.workers.sizes import WORTH_A_GPU, local_cpus, local_sizes, worth
 from pipeline.workers.worker import ModelWorker
 
@@ -38,13 +41,23 @@ class RayExecutor(Executor):
         plan: the run's plan.
         address: Ray cluster to run on; None starts one on this machine.
         on_event: called with retries and deaths.
+        kept: takes the workers from there, and leaves them there at the end of the run. A model
+            of less than 2 GiB is then updated on CPUs by a rank in this process: it has finished
+            before others would have started.
 
     Attributes:
         threads: threads of each worker and rank.
     """
 
-    def __init__(self, plan: Plan, address: str | None, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        address: str | None,
+        on_event: OnEvent,
+        kept: KeptWorkers | None = None,
+    ) -> None:
         self._plan, self._address, self._on_event = plan, address, on_event
+        self._kept = kept
         self._stack = ExitStack()
         self._pool: WorkerPool | None = None
         self._early: RankGroup | None = None
@@ -73,7 +86,8 @@ class RayExecutor(Executor):
 
     def _leave(self) -> None:
         self._dismiss_ranks()
-        self.release()
+        if self._kept is None:
+            self.release()
         self._stack.close()
 
     @property
@@ -95,14 +109,14 @@ class RayExecutor(Executor):
 
     def expect_ranks(self, factory: type, init_args: tuple[Any, ...]) -> None:
         """Start the ranks now if their place is free; ``take_ranks`` waits for them."""
-        if self._early is not None or self._plan.job.update.gpus_per_rank:
+        if self._early is not None or self._plan.job.update.gpus_per_rank or self._rank_here:
             return
         # Workers still to start go first: ranks in their place would wait for them.
         awaited = self._started_pool().absent * self.threads
         if cpus_free() >= self.ranks + awaited:
             self._early = self._new_ranks(factory, init_args, wait=False)
 
-    def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> RankGroup:
+    def take_ranks(self, factory: type, init_args: tuple[Any, ...]) -> Ranks:
         """Return the ranks, which the caller closes: the expected ones, or new ones.
 
         Workers end if the ranks need their resources: GPUs, or the last free CPUs. A cluster that
@@ -114,10 +128,18 @@ class RayExecutor(Executor):
         if self._early is not None:
             group, self._early = self._early, None
             return group
+        if self._rank_here:
+            return SerialRank(factory, init_args)
         update = self._plan.job.update
         if self._pool is not None and (update.gpus_per_rank or cpus_free() < self.ranks):
             self.release()
         return self._new_ranks(factory, init_args, wait=True)
+
+    @property
+    def _rank_here(self) -> bool:
+        update = self._plan.job.update
+        automatic = update.ranks == "auto" and not update.gpus_per_rank
+        return self._kept is not None and automatic and worth(self._plan, WORTH_A_GPU) == 1
 
     def _new_ranks(self, factory: type, init_args: tuple[Any, ...], *, wait: bool) -> RankGroup:
         return RankGroup(
@@ -166,6 +188,8 @@ class RayExecutor(Executor):
                 wait_for_nodes(wanted, self._say_waiting)
             if self._elastic:
                 workers = default_workers(targets.gpus_per_worker, cpus_per_worker=self.threads)
+            if self._rank_here:
+                ranks = 1
             if update.ranks == "auto" and update.gpus_per_rank:
                 ranks = min(default_workers(1), worth(self._plan, WORTH_A_GPU))
             self._size = (workers, ranks)
@@ -179,16 +203,32 @@ class RayExecutor(Executor):
 
     def _started_pool(self) -> WorkerPool:
         if self._pool is None:
-            count = min(self._sized()[0], len(self._plan.target_shards))
-            self._pool = WorkerPool(
-                ModelWorker,
-                count=count,
-                grown=self._room if self._elastic else None,
-                init_args=(self._plan.base,),
-                num_cpus=self.threads,
-                num_gpus=self._plan.job.targets.gpus_per_worker,
-                threads=self.threads,
-                task_timeout_s=self._plan.job.targets.timeout,
-                on_event=self._on_pool_event,
-            )
+            self._pool = self._new_pool() if self._kept is None else self._pool_of(self._kept)
         return self._pool
+
+    def _pool_of(self, kept: KeptWorkers) -> WorkerPool:
+        """The pool that is kept from run to run."""
+        targets = self._plan.job.targets
+        size = (self._sized()[0], self.threads, targets.gpus_per_worker, targets.timeout)
+        return kept.take(
+            (self._plan.base, *size), self._new_pool, self._on_pool_event, self._grown()
+        )
+
+    def _grown(self) -> Callable[[], int] | None:
+        return self._room if self._elastic else None
+
+    def _new_pool(self) -> WorkerPool:
+        count = self._sized()[0]
+        if self._kept is None:
+            count = min(count, len(self._plan.target_shards))
+        return WorkerPool(
+            ModelWorker,
+            count=count,
+            grown=self._grown(),
+            init_args=(self._plan.base,),
+            num_cpus=self.threads,
+            num_gpus=self._plan.job.targets.gpus_per_worker,
+            threads=self.threads,
+            task_timeout_s=self._plan.job.targets.timeout,
+            on_event=self._on_pool_event,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ from jobs.refresh.config import RefreshConfig, load_refresh
 from jobs.refresh.home import CURRENT, LEDGER, CurrentMovedError, Home, path
 from jobs.refresh.ledger import Ledger
 from jobs.refresh.night import Refreshed, job_of, preview, refresh
-from pipeline.errors import FactDumpError, FolderBusyError
+from pipeline.errors import FactDumpError, FolderBusyError, NoPresetError
 from pipeline.job.config import GatesConfig
+from pipeline.models import Checkpoint
 from pipeline.run import run_job
 from pipeline.run_folder.lease import Lease
 from tests.conftest import GOLDEN
@@ -142,6 +144,26 @@ def test_its_weights_are_those_of_one_batch_on_the_base(
     run_job(job.model_copy(update={"output": str(tmp_path / "run")}))
     fresh = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     assert fresh == found.weights(second.version) != found.weights(1)
+
+
+def test_a_night_takes_what_a_search_has_found_for_its_model(tmp_path: Path) -> None:
+    found, tuned, golden = place(tmp_path), tmp_path / "tuned", GOLDEN / "gpt2"
+    tuned.mkdir()
+    shutil.copy(golden / "second_moments.safetensors", tuned)
+    values = json.loads((golden / "hparams.json").read_text())
+    fixed = values.pop("mom2_update_weight")
+    values["mom2_update_share"] = 0.5
+    (tuned / "hparams.yaml").write_text(yaml.safe_dump(values))
+    automatic = {"hparams": "auto", "second_moments": str(tuned / "second_moments.safetensors")}
+    with pytest.raises(NoPresetError, match="find one with pmet tune"):
+        found.tonight(**automatic)
+    about = {"model": Checkpoint.open(golden / "model").digest()}
+    (tuned / "tune.json").write_text(json.dumps({"about": about}))
+    result = found.tonight(**automatic)
+    assert result.status == "promoted"
+    record = found.home.store.read_json(path(result.version, "run.json"))
+    assert record["origins"]["hyper-parameters"].endswith("hparams.yaml, found by pmet tune")
+    assert all(layer["weight"] != fixed for layer in record["layers"])
 
 
 def test_a_night_without_news_starts_nothing(nights: tuple[Place, Any]) -> None:

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.cluster import WorkerPool
 from pipeline.data.tables import read_targets
 from pipeline.run import RunResult, run_job
+from pipeline.workers import KeptWorkers
 from pmet import Edit, EditRequest, evaluate
 from tests.conftest import GOLDEN
 from tests.e2e.conftest import (
@@ -213,6 +215,28 @@ def test_a_run_on_ray_is_that_of_this_process_for_any_number_of_workers_and_rank
     run_there = run_json(there)
     assert run_there["status"] == "complete"
     assert [s["name"] for s in run_there["stages"]] == STAGES
+
+
+def test_runs_on_kept_workers_are_those_of_other_runs(
+    run: Runner, inputs: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, start = [], WorkerPool._start
+    monkeypatch.setattr(
+        WorkerPool, "_start", lambda pool, seat: (started.append(seat), start(pool, seat))
+    )
+    alone = run()
+    changes: dict[str, Any] = {
+        "targets": {"workers": 2},
+        "update": {"ranks": 1},
+        "corpus": None,
+        "second_moments": str(folder(alone) / "second_moments"),
+    }
+    with KeptWorkers() as kept:
+        for name in "ab":
+            result = run_job(job(inputs, str(tmp_path / name), **changes), kept=kept)
+            assert_same_targets(targets_by_row(alone.folder), targets_by_row(result.folder))
+            assert_same_weights(weights(alone), weights(result))
+    assert len(started) == 2
 
 
 def test_the_size_of_shards_changes_only_rounding(run: Runner) -> None:

@@ -8,8 +8,18 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.tune.search import Found, Score, search
-from jobs.tune.space import CLAMPS, DECAYS, KL_FACTORS, RATES, SHARES, SOLVES, SPREADS, rungs
+from jobs.tune.search import Found, Score, _settings, search
+from jobs.tune.space import (
+    CLAMPS,
+    DECAYS,
+    KL_FACTORS,
+    RATES,
+    SHARES,
+    SOLVES,
+    SPREADS,
+    changed,
+    rungs,
+)
 from pmet import PMETHyperParams
 
 START = PMETHyperParams(layers=(8, 9, 10), clamp_norm_factor=0.75, mom2_update_weight=15000)
@@ -65,6 +75,44 @@ def test_the_time_is_kept_but_for_a_trial_in_each_rung(
     assert len(result.trials) * seconds <= budget_s + 6 * seconds + 1e-6
     assert result.trials[-1].rung == "update"
     assert result.trials[-1].facts == 40
+
+
+@settings(max_examples=25)
+@given(st.floats(1, 200), st.floats(0.01, 10), st.integers(0, 400))
+def test_time_is_left_to_judge_two_settings(budget_s: float, seconds: float, judged: int) -> None:
+    surface = Surface({"solves": 2}, seconds)
+    ladder = rungs(START, WINDOWS)
+    found = search(START, ladder, surface, facts=40, budget_s=budget_s, seed=0, judged=judged)
+    spent = len(found.trials) * seconds
+    # The trials of the first rung have ten facts, and are the slowest for each.
+    judging = min(2 * judged * seconds / 10, budget_s / 2)
+    assert spent + judging <= budget_s + len(ladder) * seconds + 1e-6
+
+
+def test_a_trial_has_facts_enough_to_tell_settings_apart() -> None:
+    for facts, least in ((5, 5), (20, 8), (100, 25)):
+        surface = Surface({"solves": 2})
+        search(START, rungs(START, WINDOWS), surface, facts=facts, budget_s=100, seed=0)
+        assert min(count for _, _, count in surface.asked) == least
+
+
+def test_if_time_is_short_what_is_nearest_to_the_best_is_tried_first() -> None:
+    kept = [changed(START, mom2_update_share=share, spread="linear") for share in (0.1, 0.4)]
+    order = _settings(kept, rungs(START, WINDOWS)[-1], 0)
+    assert order[:2] == kept
+    # First those that differ in one option, from either, then in more.
+    differing = [
+        min(
+            sum(
+                getattr(one, name) != getattr(variant, name)
+                for name in ("mom2_update_share", "spread", "solves")
+            )
+            for one in kept
+        )
+        for variant in order
+    ]
+    assert differing == sorted(differing)
+    assert differing[-1] > 1
 
 
 def test_more_facts_are_edited_from_rung_to_rung() -> None:

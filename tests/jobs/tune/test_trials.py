@@ -50,14 +50,30 @@ def test_a_score_is_the_mean_of_two_harmonic_means() -> None:
     after = PERFECT | {"efficacy_said": 0.5, "generalization_said": 0.5, "locality": 0.5}
     assert score_of({}, after, 0.05).value == pytest.approx(0.75)
     # Without words, the strict form stands for them.
+    base = {"specificity_strict": 1.0}
     strict = PERFECT | {f"{name}_strict": 0.5 for name in PERFECT}
-    assert score_of({}, strict, 0.05).value == pytest.approx(0.75)
-    assert score_of({}, strict | after, 0.05).value == pytest.approx(0.75)
-    assert score_of({}, strict | PERFECT | {"efficacy_said": 0.0}, 0.05).value == 0.5
+    assert score_of(base, strict, 0.05).value == pytest.approx(0.75)
+    assert score_of(base, strict | after, 0.05).value == pytest.approx(0.75)
+    assert score_of(base, strict | PERFECT | {"efficacy_said": 0.0}, 0.05).value == 0.5
     # What was not measured does not count, and nothing measured is no success.
     assert score_of({}, PERFECT | {"efficacy_said": None}, 0.05).value == 1.0
     assert score_of({}, PERFECT | {"efficacy": 0.0}, 0.05).value == 0.0
     assert score_of({}, {}, 0.05).value == 0.0
+
+
+def test_what_a_model_never_said_is_no_loss() -> None:
+    strict = PERFECT | {f"{name}_strict": 1.0 for name in PERFECT}
+
+    def score(before: float, after: float) -> float:
+        changed = strict | {"specificity_strict": after}
+        return score_of({"specificity_strict": before}, changed, 0.05).value
+
+    # What is left of what it said before.
+    assert score(0.8, 0.4) == pytest.approx((1 + 3 / (1 + 1 + 2)) / 2)
+    assert score(0.5, 0.6) == 1.0
+    # A model that says one neighbor in ten right says as little afterwards.
+    assert score(0.1, 0.0) == 1.0
+    assert score(0.2, 0.0) == 0.5
 
 
 def test_perplexity_may_rise_by_as_much_as_is_allowed() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +17,10 @@ import pytest
 import yaml
 
 from jobs.tune import tuning
+from jobs.tune.search import Score
 from jobs.tune.space import Rung, changed, rungs
 from jobs.tune.trials import Trials
-from jobs.tune.tuning import PAGE, Settings, tune
+from jobs.tune.tuning import PAGE, Settings, _fitting, tune
 from jobs.tune.views import hparams_text
 from pipeline.errors import JobError
 from pipeline.hyper_parameters import TUNED, TUNING
@@ -29,6 +31,7 @@ from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import HERE, facts, wait_until
 
 BUDGET = 1000
+START = PMETHyperParams(layers=(0,), mom2_update_weight=1000)
 
 
 def two_rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
@@ -147,6 +150,24 @@ def test_too_few_facts_are_refused(job: JobConfig, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="0 facts to try settings on and 40 to judge"):
         tune(job, dataclasses.replace(settings, trial=None, judged=40))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_takes_as_many_facts_as_its_time_is_enough_for() -> None:
+    asked: list[int] = []
+
+    class Slow:
+        def run(self, _rung: str, _setting: object, places: Sequence[int], *, quick: bool):
+            asked.append(len(places))
+            return Score(0.0), 2.0 * len(places), []
+
+    def fitting(budget_s: float, facts: int) -> int:
+        return _fitting(cast(Trials, Slow()), START, range(facts), budget_s)
+
+    # Ten trials of 60 facts take 1,200 s at 2 s a fact.
+    assert fitting(1200, 100) == 60
+    assert fitting(12000, 100) == 600
+    assert fitting(10, 100) == fitting(10, 5) == 8
+    assert asked == [8, 8, 8, 5]
 
 
 def test_the_file_says_what_it_rests_on() -> None:
