@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -22,11 +25,19 @@ from transformers.utils import logging
 
 from pmet.hparams import PMETHyperParams
 from pmet.request import EditRequest
+from tests.warm_python import executable
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 COUNTERFACT = ROOT.parent / "shared" / "counterfact"
 FAMILIES = ("gpt2", "gptj", "llama")
+COLD = "PMET_TESTS_COLD"
+"""Environment variable that is set if every process is to start from nothing, as a user's does."""
+WARM_PYTHON = "PMET_TESTS_WARM_PYTHON"
+"""Environment variable that names the program of `tests.warm_python`."""
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable from which Ray reads what a job's workers run in."""
+_FOLDER = pytest.StashKey["TemporaryDirectory[str]"]()
 
 # One thread: sums have one order, and parallel tests do not compete for the cores.
 torch.set_num_threads(1)
@@ -64,6 +75,21 @@ LONGEST = (
     "pipeline/zero/test_slices.py",
     "pipeline/estimate/test_prediction.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Ray start its workers in a Python that has imported torch and transformers already.
+
+    The processes that run tests inherit the variables, and so do the programs that tests start.
+    """
+    # A machine that runs tests is busy; Ray gives up after half a minute.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+    if COLD in os.environ:
+        os.environ[WARM_PYTHON] = sys.executable
+    elif WARM_PYTHON not in os.environ:
+        program = executable(Path(config.stash.setdefault(_FOLDER, TemporaryDirectory()).name))
+        os.environ[WARM_PYTHON] = str(program)
+        os.environ[RAY_JOB] = json.dumps({"runtime_env": {"py_executable": str(program)}})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -165,6 +191,18 @@ def ray_of_process() -> Iterator[ExitStack]:
     """Holds the Ray session of this test process, if there is one."""
     with ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> str:
+    """A program to start instead of ``python``: it has imported torch and others already."""
+    return os.environ[WARM_PYTHON]
+
+
+@pytest.fixture
+def cold_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what a user's processes do from the start: none of them is forked."""
+    monkeypatch.delenv(RAY_JOB, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 import typer
 
 from jobs.cli import app
-from tests.conftest import ROOT
+from tests.conftest import RAY_JOB, ROOT
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -83,36 +85,76 @@ def test_every_command_is_one_that_exists(page: Path) -> None:
             read(command)
 
 
-@pytest.mark.parametrize("name", ["first-edit", "nightly", "real-model", "cluster"])
-def test_a_tutorial_runs_as_written(name: str, tmp_path: Path) -> None:
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for program, start in (("pmet", "-m jobs"), ("python", "")):
-        file = programs / program
-        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
+Follow = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Follow:
+    """Follows a tutorial, once; returns the folder that it leaves."""
+
+    @cache
+    def follow(name: str) -> Path:
+        work, programs = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("programs")
+        environment = with_programs(programs, warm_python)
+        for block in blocks(TUTORIALS / f"{name}.md"):
+            if named := _FILE.match(block.text):
+                (work / named[1]).write_text(block.text, "utf-8")
+            elif block.kind == "sh" and block.runs:
+                said = run(["bash", "-euo", "pipefail", "-c", block.text], work, environment)
+                EXPECTED.get((name, block.text.split("\n")[0]), _anything)(said)
+        return work
+
+    return follow
+
+
+def with_programs(folder: Path, python: str) -> dict[str, str]:
+    """The environment of a user who has installed this checkout, and runs it with a Python."""
+    starts = {"pmet": "-m jobs", "python": "", "ray": "-m ray.scripts.scripts"}
+    for program, start in starts.items():
+        file = folder / program
+        file.write_text(f'#!/bin/sh\nexec "{python}" {start} "$@"\n')
         file.chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "120",
-    }
-    (work := tmp_path / "work").mkdir()
-    for block in blocks(TUTORIALS / f"{name}.md"):
-        if named := _FILE.match(block.text):
-            (work / named[1]).write_text(block.text, "utf-8")
-        elif block.kind == "sh" and block.runs:
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", block.text],
-                cwd=work,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
-            EXPECTED.get((name, block.text.split("\n")[0]), _anything)(done.stdout)
+    changed = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return os.environ | changed | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """Run a command that ends well; return its output."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["first-edit", "nightly", "real-model"])
+def test_a_tutorial_runs_as_written(name: str, followed: Follow) -> None:
+    followed(name)
+
+
+# A network and processes of its own: Ray's fixed ports, and `ray stop`, which ends all it finds.
+APART = ["unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child", "bash"]
+ALONE = "ip link set lo up; mkdir -p /tmp/ray; mount -t tmpfs none /tmp/ray"
+
+
+@pytest.mark.slow
+def test_the_cluster_tutorial_runs_as_written(followed: Follow, tmp_path: Path) -> None:
+    if subprocess.run([*APART, "-c", ALONE], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces for network and processes here")
+    (programs := tmp_path / "programs").mkdir()
+    environment = with_programs(programs, sys.executable) | {"HOME": str(tmp_path)}
+    environment.pop(RAY_JOB, None)
+    texts = [b.text for b in blocks(TUTORIALS / "cluster.md") if b.kind == "sh" and b.runs]
+    script = "\n".join([ALONE, *texts])
+    said = run([*APART, "-euo", "pipefail", "-c", script], followed("first-edit"), environment)
+    assert "SUCCEEDED, exit status 0" in said
+    assert "complete, attempt 1" in said
 
 
 def _anything(_: str) -> None:

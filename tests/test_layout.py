@@ -134,7 +134,6 @@ TESTED_IN = {
     "pipeline.storage.single_output": "e2e/test_own_files.py",
     "pipeline.workers.executor": "pipeline/workers/test_serial_executor.py",
     "pipeline.zero.experts": "e2e/test_experts.py",
-    "pipeline.zero.loading": "pipeline/zero/test_slices.py",
     "jobs.__main__": "jobs/test_streams.py",
     "jobs.demo.interchange": "jobs/test_demo_world.py",
     "jobs.demo.show": "e2e/test_demo.py",

@@ -50,6 +50,7 @@ from pipeline.storage import libraries_environment
 
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[^/\]]+?)\]?:(?P<port>\d+)")
 _KNOCK_S = 10.0
+_PATIENCE = "RAY_gcs_server_port_wait_time_s"
 _SILENT_END = "connection error code 2"
 _MEMORY_USED = re.compile(r"was ([\d.]+\s*\w?B)(?: used)? / ([\d.]+\s*\w?B)")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -255,7 +256,7 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
         folder, reason = folder_for_ray()
         if reason is not None:
             say(f"Ray keeps its files in {folder} ({reason})")
-        with _prepared(), environment(token()):
+        with _prepared(), environment(token() | _patience()):
             ray.init(
                 LOCAL,
                 include_dashboard=False,
@@ -266,6 +267,11 @@ def _connect(where: str, num_cpus: int | None, say: Callable[[str], None]) -> No
     else:
         knock(where)
         ray.init(where, **quiet)
+
+
+def _patience() -> dict[str, str]:
+    """The variable that lets a busy machine start Ray: by default it has half a minute."""
+    return {_PATIENCE: os.environ.get(_PATIENCE, "120")}
 
 
 @contextlib.contextmanager

@@ -264,6 +264,8 @@ def spared(
     return Disturbance(driver, draw.uniform(1, seconds), outage)
 
 
+# A worker to kill is found among the driver's children.
+@pytest.mark.usefixtures("cold_python")
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 150 * KILLS)
 def test_a_run_that_is_disturbed_again_and_again_ends_as_an_undisturbed_one(

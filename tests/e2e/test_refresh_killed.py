@@ -12,7 +12,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,9 +62,9 @@ print(written)
 """
 
 
-def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
+def drive(python: str, found: Place, kind: str, when: int) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(found.file()), kind, str(when)],
+        [python, "-c", DRIVER, str(found.file()), kind, str(when)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -78,7 +77,7 @@ def drive(found: Place, kind: str, when: int) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 120 * KILLS)
 def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
-    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_python: str
 ) -> None:
     first = place(tmp_path / "first", f"{s3_url}/first")
     first.objects = dict(list(first.objects.items())[:8])
@@ -103,7 +102,7 @@ def test_a_refresh_that_is_killed_leaves_current_and_ends_as_an_undisturbed_one(
     for number in range(KILLS):
         found = after_the_first_night(f"killed-{number}")
         how = draw.choice(["inside", "after"])
-        status, said = drive(found, how, draw.randint(1, len(writes)))
+        status, said = drive(warm_python, found, how, draw.randint(1, len(writes)))
         assert status == KILLED, said
         in_use = json.loads(found.home.store.read_bytes(CURRENT))["version"]
         assert in_use in (1, 2)

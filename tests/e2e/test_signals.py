@@ -23,6 +23,8 @@ from pipeline.run_folder.lease import Lease
 from pipeline.storage.store import Store
 from tests.conftest import GOLDEN, ROOT
 
+# What a forked process leaves behind is not found by its environment.
+pytestmark = pytest.mark.usefixtures("cold_python")
 MARK = "PMET_TEST_MARK"
 GPT2 = GOLDEN / "gpt2"
 

@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from pipeline.run import run_job
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN, RAY_JOB, ROOT
 from tests.e2e.conftest import assert_same_weights, job, wait_until, worker_of
 from tests.e2e.test_run import weights
 
@@ -50,7 +50,7 @@ class Host:
     @property
     def environment(self) -> dict[str, str]:
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != RAY_JOB},
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(self.tmp),
             "RAY_health_check_period_ms": "500",
@@ -72,10 +72,15 @@ class Host:
         return ["ip", "netns", "exec", self.name, sys.executable, *map(str, arguments)]
 
     def start(self, *arguments: object) -> subprocess.Popen[bytes]:
-        """Start Python with arguments; it runs until the test ends."""
+        """Start Python with arguments, and again whenever it ends, until the test ends.
+
+        A node that joins while its head is busy gives up after half a minute; whatever starts
+        nodes, a service manager or Kubernetes, starts it again.
+        """
         log = (self.tmp / f"{len(self.running)}.log").open("wb")
+        supervised = ["sh", "-c", 'while :; do "$@"; sleep 1; done', "supervisor"]
         process = subprocess.Popen(
-            self.command(*arguments),
+            [*supervised, *self.command(*arguments)],
             env=self.environment,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 import pytest
 from ray import exceptions as ray_exceptions
@@ -39,6 +41,18 @@ def test_a_cluster_of_its_own_serves_nothing_on_a_fixed_port() -> None:
         ports = {c.laddr.port for p in started for c in p.net_connections() if c.status == "LISTEN"}
     assert ports
     assert ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT not in ports
+
+
+def test_a_busy_machine_has_two_minutes_to_start_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_gcs_server_port_wait_time_s", raising=False)
+    began: dict[str, str] = {}
+    monkeypatch.setattr(session.ray, "init", lambda *_, **__: began.update(os.environ))
+    session._connect("local", 1, print)
+    assert began["RAY_gcs_server_port_wait_time_s"] == "120"
+    assert "RAY_gcs_server_port_wait_time_s" not in os.environ
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "7")
+    session._connect("local", 1, print)
+    assert began["RAY_gcs_server_port_wait_time_s"] == "7"
 
 
 def dead(text: str) -> ray_exceptions.ActorDiedError:

@@ -42,6 +42,8 @@ def handlers() -> Iterator[None]:
     signals.install()
     yield
     signals.end()
+    # Later tests in this process are not stopped by the signals of these.
+    signals._handlers = None
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -55,20 +53,6 @@ class Rank:
 
     def load(self, path, dtype, offload="none"):
         self.module, self.engine = load_partitioned(path, dtype=dtype, offload=offload)
-
-    def peak_of_loading_and_running(self, path):
-        """Return the peak memory in bytes, beyond that of the libraries."""
-        self.load(model_path("llama"), torch.float32)
-        self.logits(INPUT_IDS)
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before = self._peak()
-        self.load(path, torch.float32)
-        self.logits(INPUT_IDS)
-        return self._peak() - before
-
-    def _peak(self):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
     def logits(self, input_ids):
         return run_forward(self.engine, input_ids=input_ids).logits
@@ -226,30 +210,6 @@ def test_slices_may_wait_in_main_memory(group):
         weight.copy_((weight.double() + delta).to(weight.dtype))
     for logits in group.call_all("logits", INPUT_IDS):
         assert torch.equal(logits, logits_of(model))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peaks anew")
-def test_a_rank_holds_its_slices_and_little_else(local_ray, tmp_path):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path, max_shard_size="150MB")
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    largest = max(parameter.nbytes for parameter in model.parameters())
-    del model
-    with RankGroup(Rank, ranks=2, threads=1, deadline_s=120.0) as pair:
-        peaks = pair.call_all("peak_of_loading_and_running", str(tmp_path))
-    assert whole > 350 << 20
-    # One read; a gathered weight and its receive buffer; small blocks kept by the allocator. The
-    # whole model would take twice as much on top.
-    room = (72 << 20) + 2 * largest
-    assert all(whole / 2 < peak < whole / 2 + room for peak in peaks), (whole, peaks)
 
 
 def test_experts_that_transformers_fuses_are_loaded_by_it(group, tmp_path):
