@@ -69,7 +69,7 @@ class Found:
     Attributes:
         best: the setting that won the last rung.
         trials: all trials, in their order. A setting that a rung has kept is not tried again if
-            the next one edits as many facts.
+            the next one edits as many facts, unless that is the last.
         left_out: for each rung, how many settings there was no time for.
     """
 
@@ -101,7 +101,8 @@ def search(
     Args:
         start: the setting to start from; it is tried in the first rung.
         rungs: the steps.
-        run: tries a setting on a number of facts; returns its score and the seconds it took.
+        run: tries a setting on a number of facts, given the rung's name; returns its score and the
+            seconds it took. Scores of the last rung are not compared with those of others.
         facts: number of trial facts.
         budget_s: seconds for all rungs and for judging.
         seed: decides in which order variants are tried.
@@ -109,18 +110,18 @@ def search(
     """
     spent = share = 0.0
     kept, trials, left_out = [start], list[Trial](), dict[str, int]()
-    known: dict[tuple[str, int], Trial] = {}
+    known: dict[tuple[str, int, bool], Trial] = {}
     for rung in rungs:
         share += rung.budget
         count = min(facts, max(SMALLEST, round(rung.part * facts)))
         here: list[Trial] = []
         settings = _settings(kept, rung, seed)
         for setting in settings:
-            name = (_identity(setting), count)
+            name = (_identity(setting), count, rung is rungs[-1])
             if name not in known:
                 # The first one also measures the base model.
-                time = budget_s - _set_aside(trials, judged, budget_s)
-                if here and spent + here[-1].seconds > share * time:
+                searching_s = budget_s - _set_aside(trials, judged, budget_s)
+                if here and spent + here[-1].seconds > share * searching_s:
                     break
                 score, seconds = run(rung.name, setting, count)
                 spent += seconds

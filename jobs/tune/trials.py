@@ -143,7 +143,7 @@ class Trials:
         """
         values = written(setting)
         rows = [int(self._table.rows[place]) for place in places]
-        folder = f"trials/{rung}-{digest_of([values, rows])[:16]}"
+        folder = f"trials/{rung}-{digest_of([values, rows, quick])[:16]}"
         done = f"{folder}/trial.json"
         if self._store.exists(done):
             kept = self._store.read_json(done)

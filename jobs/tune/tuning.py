@@ -148,22 +148,22 @@ def _search(
 
     budget_s = max(0.0, settings.budget_s - collecting_s)
     with progress.stage(TRIALS, round(budget_s)) as bar:
-        fitting = _fitting(trials, start, trial, budget_s)
-        if settings.trial is None:
-            trial = trial[:fitting]
-        if settings.judged is None:
-            judged = judged[:fitting]
+        ladder = rungs(start, candidates)
+        if settings.trial is None or settings.judged is None:
+            fitting = _fitting(trials, start, trial, budget_s)
+            trial = trial[:fitting] if settings.trial is None else trial
+            judged = judged[:fitting] if settings.judged is None else judged
 
         def run(rung: str, setting: PMETHyperParams, count: int) -> tuple[Score, float]:
             bar.note(f"{rung}, {count} facts")
-            quick = count < len(trial)
+            quick = rung != ladder[-1].name
             score, seconds, _ = trials.run(rung, setting, trial[:count], quick=quick)
             bar.advance(round(seconds))
             return score, seconds
 
         found = search(
             start,
-            rungs(start, candidates),
+            ladder,
             run,
             facts=len(trial),
             budget_s=budget_s,

@@ -96,6 +96,14 @@ def test_a_trial_has_facts_enough_to_tell_settings_apart() -> None:
         assert min(count for _, _, count in surface.asked) == least
 
 
+def test_the_last_rung_asks_again_even_where_all_rungs_edit_the_same_facts() -> None:
+    surface = Surface({"solves": 2})
+    search(START, rungs(START, WINDOWS), surface, facts=5, budget_s=1000, seed=0)
+    tried = [(setting, facts) for rung, setting, facts in surface.asked if rung == "update"]
+    before = [(setting, facts) for rung, setting, facts in surface.asked if rung != "update"]
+    assert set(tried) & set(before)
+
+
 def test_if_time_is_short_what_is_nearest_to_the_best_is_tried_first() -> None:
     kept = [changed(START, mom2_update_share=share, spread="linear") for share in (0.1, 0.4)]
     order = _settings(kept, rungs(START, WINDOWS)[-1], 0)
