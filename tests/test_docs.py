@@ -21,6 +21,7 @@ import pytest
 import typer
 
 from jobs.cli import app
+from pipeline.job import load_job
 from tests.conftest import RAY_JOB, ROOT
 
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -83,6 +84,14 @@ def test_every_command_is_one_that_exists(page: Path) -> None:
                 # A line of usage, such as pmet apply RUN|DELTA MODEL [--force].
                 continue
             read(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_job_file_is_one_that_is_read(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page):
+        if block.kind == "yaml" and block.text.startswith("# job.yaml"):
+            (tmp_path / "job.yaml").write_text(block.text, "utf-8")
+            load_job(tmp_path / "job.yaml")
 
 
 Follow = Callable[[str], Path]
