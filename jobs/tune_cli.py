@@ -63,6 +63,10 @@ def tune(
             help="Rise of perplexity that costs nothing, as a fraction; beyond, a point per cent.",
         ),
     ] = 0.05,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Count answers in chat as well, and try contexts in chat."),
+    ] = False,
     settings: JobSettings = None,
     address: RayAddress = None,
 ) -> None:
@@ -75,7 +79,7 @@ def tune(
 
     seconds = _seconds(budget)
     config = _job(job, facts, settings or [])
-    wanted = Settings(output, seconds, trial_facts, judged_facts, most_perplexity, address)
+    wanted = Settings(output, seconds, trial_facts, judged_facts, most_perplexity, address, chat)
     tuned = search(config, wanted, progress=RichProgress(err))
     show_tuned(tuned.record, tuned.store.join(TUNED), out)
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from jobs.tune.space import Rung, changed
-from pmet.hparams import PMETHyperParams
+from jobs.tune.space import Rung, Setting, changed
 
 SMALLEST = 8
 """Facts of a trial, unless there are fewer: on less than these, scores are mostly chance."""
@@ -56,7 +55,7 @@ class Trial:
     """
 
     rung: str
-    setting: PMETHyperParams
+    setting: Setting
     facts: int
     score: Score
     seconds: float
@@ -69,19 +68,19 @@ class Found:
     Attributes:
         best: the setting that won the last rung.
         trials: all trials, in their order. A setting that a rung has kept is not tried again if
-            the next one edits as many facts, unless that is the last.
+            the next one edits as many facts and asks the model as much.
         left_out: for each rung, how many settings there was no time for.
     """
 
-    best: PMETHyperParams
+    best: Setting
     trials: list[Trial]
     left_out: dict[str, int]
 
 
 def search(
-    start: PMETHyperParams,
+    start: Setting,
     rungs: Sequence[Rung],
-    run: Callable[[str, PMETHyperParams, int], tuple[Score, float]],
+    run: Callable[[Rung, Setting, int], tuple[Score, float]],
     *,
     facts: int,
     budget_s: float,
@@ -101,8 +100,7 @@ def search(
     Args:
         start: the setting to start from; it is tried in the first rung.
         rungs: the steps.
-        run: tries a setting on a number of facts, given the rung's name; returns its score and the
-            seconds it took. Scores of the last rung are not compared with those of others.
+        run: tries a setting on a number of facts; returns its score and the seconds it took.
         facts: number of trial facts.
         budget_s: seconds for all rungs and for judging.
         seed: decides in which order variants are tried.
@@ -117,13 +115,13 @@ def search(
         here: list[Trial] = []
         settings = _settings(kept, rung, seed)
         for setting in settings:
-            name = (_identity(setting), count, rung is rungs[-1])
+            name = (_identity(setting), count, rung.said)
             if name not in known:
                 # The first one also measures the base model.
                 searching_s = budget_s - _set_aside(trials, judged, budget_s)
                 if here and spent + here[-1].seconds > share * searching_s:
                     break
-                score, seconds = run(rung.name, setting, count)
+                score, seconds = run(rung, setting, count)
                 spent += seconds
                 known[name] = Trial(rung.name, setting, count, score, seconds)
                 trials.append(known[name])
@@ -143,20 +141,20 @@ def _set_aside(trials: Sequence[Trial], judged: int, budget_s: float) -> float:
     return min(2 * judged * each, budget_s / 2)
 
 
-def _settings(kept: Sequence[PMETHyperParams], rung: Rung, seed: int) -> list[PMETHyperParams]:
+def _settings(kept: Sequence[Setting], rung: Rung, seed: int) -> list[Setting]:
     """The settings of a rung: those kept, then their variants, mixed unless they are ordered."""
     # In turn: if there is no time for all, each of those kept has had its most promising ones.
     turns = zip_longest(*(rung.vary(setting) for setting in kept))
     variants = [variant for turn in turns for variant in turn if variant is not None]
     if not rung.ordered:
         random.Random(f"{seed} {rung.name}").shuffle(variants)
-    alike: dict[Any, PMETHyperParams] = {}
+    alike: dict[Any, Setting] = {}
     for setting in (*kept, *variants):
         alike.setdefault(_identity(setting), setting)
     return list(alike.values())
 
 
-def _identity(setting: PMETHyperParams) -> str:
+def _identity(setting: Setting) -> str:
     """What settings that edit alike share: λ as a number counts for nothing beside a share."""
     if setting.mom2_update_share is not None:
         setting = changed(setting, mom2_update_weight=1.0)

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 from pmet.hparams import PMETHyperParams
+from pmet.model import Contexts
 
 DECAYS = (0.0, 0.5)
 CLAMPS = (0.75, 1.5, 2.0, 3.0, 4.0)
@@ -32,6 +33,17 @@ _LOWER = 2 / 3
 """The part of the layers, from the lowest one on, in which facts are sought."""
 
 
+class Setting(PMETHyperParams):
+    """Hyper-parameters, and the contexts of a job that targets are optimised in."""
+
+    contexts: Contexts = "completion"
+
+    @classmethod
+    def of(cls, hparams: PMETHyperParams, contexts: Contexts) -> Setting:
+        """Add contexts to hyper-parameters, which are valid already."""
+        return cls.model_construct(**dict(hparams), contexts=contexts)
+
+
 @dataclass(frozen=True)
 class Rung:
     """A step of the search.
@@ -43,47 +55,53 @@ class Rung:
         budget: its share of the time.
         vary: the variants of a setting.
         ordered: whether the first variants are the most promising; else they are mixed.
+        said: whether the model is asked to say something, which takes longer.
     """
 
     name: str
     part: float
     keep: int
     budget: float
-    vary: Callable[[PMETHyperParams], list[PMETHyperParams]]
+    vary: Callable[[Setting], list[Setting]]
     ordered: bool = False
+    said: bool = False
 
 
-def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
+def rungs(layers: Sequence[Sequence[int]], *, chat: bool = False) -> list[Rung]:
     """The rungs of a search.
 
     Args:
-        start: the setting that it starts from.
         layers: the windows of layers to try.
+        chat: whether to try contexts in chat.
     """
 
-    def of_layers(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def of_layers(setting: Setting) -> list[Setting]:
         middling = changed(setting, clamp_norm_factor=_MIDDLING_CLAMP, **_MIDDLING)
         return [changed(middling, layers=tuple(window)) for window in layers]
 
-    def of_decay(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def of_decay(setting: Setting) -> list[Setting]:
         return [changed(setting, v_weight_decay=decay) for decay in DECAYS]
 
-    def of_size(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def of_size(setting: Setting) -> list[Setting]:
         return [changed(setting, clamp_norm_factor=clamp) for clamp in CLAMPS]
 
-    def of_step(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def of_step(setting: Setting) -> list[Setting]:
         return [changed(setting, v_lr=rate) for rate in RATES]
 
-    def of_divergence(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def of_divergence(setting: Setting) -> list[Setting]:
         return [changed(setting, kl_factor=factor) for factor in KL_FACTORS]
 
-    def of_update(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def of_update(setting: Setting) -> list[Setting]:
         variants = [
             changed(setting, mom2_update_share=share, spread=spread, solves=solves)
             for share, spread, solves in product(SHARES, SPREADS, SOLVES)
         ]
         return sorted(variants, key=lambda variant: _distance(setting, variant))
 
+    def of_contexts(setting: Setting) -> list[Setting]:
+        return [changed(setting, contexts=kind) for kind in get_args(Contexts)]
+
+    in_chat = [Rung("contexts", 0.5, 2, 0.1, of_contexts, said=True)] if chat else []
     return [
         Rung("layers", 0.25, 3, 0.35, of_layers, ordered=True),
         # Before the clamp: a decay that keeps δ small makes the ball's radius count for nothing.
@@ -91,11 +109,12 @@ def rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]
         Rung("clamp", 0.5, 2, 0.15, of_size),
         Rung("rate", 0.5, 2, 0.1, of_step),
         Rung("kl", 0.5, 2, 0.05, of_divergence),
-        Rung("update", 1.0, 1, 0.3, of_update, ordered=True),
+        *in_chat,
+        Rung("update", 1.0, 1, 0.2 if chat else 0.3, of_update, ordered=True, said=True),
     ]
 
 
-def _distance(one: PMETHyperParams, other: PMETHyperParams) -> tuple[int, float]:
+def _distance(one: Setting, other: Setting) -> tuple[int, float]:
     """In how many options of the update two settings differ, and how far their shares are apart."""
     share, others = one.mom2_update_share, other.mom2_update_share
     apart = abs(math.log(share / others)) if share and others else 0.0
@@ -143,18 +162,18 @@ def windows(start: Sequence[int], depth: int, most: int) -> list[tuple[int, ...]
     return kept
 
 
-def changed(setting: PMETHyperParams, **values: Any) -> PMETHyperParams:
+def changed(setting: Setting, **values: Any) -> Setting:
     """The setting with other values."""
     return setting.model_copy(update=values)
 
 
 def written(setting: PMETHyperParams) -> dict[str, Any]:
-    """A setting as the contents of a file of hyper-parameters."""
+    """A setting as the contents of a file of hyper-parameters; contexts are the job's."""
     return dict(_written(setting))
 
 
 def _written(setting: PMETHyperParams) -> Iterator[tuple[str, Any]]:
-    for name, value in setting.model_dump(mode="json").items():
+    for name, value in setting.model_dump(mode="json", exclude={"contexts"}).items():
         instead = name == "mom2_update_weight" and setting.mom2_update_share is not None
         if value is not None and not instead:
             yield name, value

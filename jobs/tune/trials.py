@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.tune.search import Score
-from jobs.tune.space import written
+from jobs.tune.space import Setting, written
 from pipeline.data import RequestTable
 from pipeline.errors import NothingToEditError
 from pipeline.job import GatesConfig, HarnessConfig, JobConfig, TrackingConfig
@@ -24,13 +24,14 @@ from pipeline.storage import Store, digest_of, json_bytes
 from pipeline.workers import KeptWorkers
 from pmet.errors import NumericalError
 from pmet.evaluation import SCORED, harmonic_mean
-from pmet.hparams import PMETHyperParams
+from pmet.model import Contexts
 
 TEMPLATES = "context_templates.json"
 PROBABILITY = SCORED
 STRICT = tuple(f"{name}_strict" for name in SCORED)
 SAID = ("efficacy_said", "generalization_said", "locality")
-FIGURES = (*PROBABILITY, *STRICT, *SAID, "perplexity")
+CHAT = "chat_said"
+FIGURES = (*PROBABILITY, *STRICT, *SAID, CHAT, "perplexity")
 _TEXT, _QUICK_TEXT = 2048, 1024
 """Tokens of held-out text of a trial, and of a quick one: enough to notice a broken model."""
 _SAID_BEFORE = 0.2
@@ -38,7 +39,13 @@ _SAID_BEFORE = 0.2
 _HEAVY = ("model/", "delta/", "targets/")
 
 
-def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexity: float) -> Score:
+def score_of(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    most_perplexity: float,
+    *,
+    chat: bool = False,
+) -> Score:
     """The mean of two harmonic means: of the probability form, and of what the model says.
 
     Where the model was not asked to say anything, the strict form stands for its words, and the
@@ -49,8 +56,9 @@ def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexit
         before: the base model's figures.
         after: the edited model's.
         most_perplexity: the largest relative rise of perplexity that is allowed.
+        chat: whether answers in chat count among the model's words.
     """
-    measured = ([after.get(name) for name in PROBABILITY], _words(before, after))
+    measured = ([after.get(name) for name in PROBABILITY], _words(before, after, chat=chat))
     means = [
         mean
         for figures in measured
@@ -64,9 +72,11 @@ def score_of(before: Mapping[str, Any], after: Mapping[str, Any], most_perplexit
     )
 
 
-def _words(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[float | None]:
+def _words(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, chat: bool
+) -> list[float | None]:
     """Efficacy, generalization and locality in the model's own words, or in their place."""
-    said = [after.get(name) for name in SAID]
+    said = [after.get(name) for name in ((*SAID, CHAT) if chat else SAID)]
     if any(figure is not None for figure in said):
         return said
     learned, reached, kept = (after.get(name) for name in STRICT)
@@ -113,6 +123,7 @@ class Trials:
         address: Ray cluster to run on.
         most_perplexity: as for `score_of`.
         kept: the workers that trials share, where they run on Ray.
+        chat: as for `score_of`.
     """
 
     def __init__(
@@ -125,25 +136,27 @@ class Trials:
         address: str | None,
         most_perplexity: float,
         kept: KeptWorkers,
+        chat: bool = False,
     ) -> None:
         self._job, self._store, self._moments, self._table = job, store, second_moments, table
         self._address, self._most, self._kept = address, most_perplexity, kept
+        self._chat = chat
 
     def run(
-        self, rung: str, setting: PMETHyperParams, places: Sequence[int], *, quick: bool = False
+        self, rung: str, setting: Setting, places: Sequence[int], *, quick: bool = False
     ) -> tuple[Score, float, list[dict[str, Any]]]:
         """Edit some facts; returns the score, the seconds that it took, and each fact's figures.
 
         Args:
             rung: what the trial is part of.
-            setting: the hyper-parameters.
+            setting: hyper-parameters and contexts.
             places: of the requests.
             quick: let the model say nothing, and measure little text; generation and text take
                 longer than the edit of a few facts. Returns no figures of single facts.
         """
         values = written(setting)
         rows = [int(self._table.rows[place]) for place in places]
-        folder = f"trials/{rung}-{digest_of([values, rows, quick])[:16]}"
+        folder = f"trials/{rung}-{digest_of([values, setting.contexts, rows, quick])[:16]}"
         done = f"{folder}/trial.json"
         if self._store.exists(done):
             kept = self._store.read_json(done)
@@ -152,7 +165,7 @@ class Trials:
         self._store.write_bytes(f"{folder}/hparams.json", json_bytes(values))
         requests = self._table.table.take(pa.array(rows))
         self._store.write_table(f"{folder}/requests.parquet", requests)
-        score, results = self._result(folder, len(rows), quick=quick)
+        score, results = self._result(folder, setting.contexts, len(rows), quick=quick)
         seconds = time.monotonic() - begun
         self._store.write_json(
             done, {"score": vars(score), "seconds": round(seconds, 3), "rows": results}
@@ -160,27 +173,29 @@ class Trials:
         return score, seconds, results
 
     def _result(
-        self, folder: str, count: int, *, quick: bool
+        self, folder: str, contexts: Contexts, count: int, *, quick: bool
     ) -> tuple[Score, list[dict[str, Any]]]:
-        job = self._trial_job(folder, count, quick=quick)
+        job = self._trial_job(folder, contexts, count, quick=quick)
         try:
             result = run_job(job, address=self._address, kept=self._kept)
         except (NumericalError, NothingToEditError) as error:
             return Score(0.0, failure=str(error)), []
-        if not self._store.exists(TEMPLATES):
-            self._store.write_bytes(TEMPLATES, result.folder.read_bytes(TEMPLATES))
-        score = score_of(result.metrics["before"], result.metrics["after"], self._most)
+        if not self._store.exists(templates := _templates_of(contexts)):
+            self._store.write_bytes(templates, result.folder.read_bytes(TEMPLATES))
+        before, after = result.metrics["before"], result.metrics["after"]
+        score = score_of(before, after, self._most, chat=self._chat)
         rows = []
         if not quick:
-            columns = [f"after_{name}" for name in (*PROBABILITY, *SAID)]
+            columns = [f"after_{name}" for name in (*PROBABILITY, *SAID, CHAT)]
             rows = read_columns(result.folder, "results.parquet", columns).to_pylist()
         heavy = [name for name in files_made(result.folder) if name.startswith(_HEAVY)]
         result.folder.delete_files(heavy)
         return score, rows
 
-    def _trial_job(self, folder: str, count: int, *, quick: bool) -> JobConfig:
+    def _trial_job(self, folder: str, contexts: Contexts, count: int, *, quick: bool) -> JobConfig:
         job, join = self._job, self._store.join
-        templates = join(TEMPLATES) if self._store.exists(TEMPLATES) else job.context_templates
+        kept = _templates_of(contexts)
+        templates = join(kept) if self._store.exists(kept) else job.context_templates
         return job.model_copy(
             update={
                 "requests": (join(f"{folder}/requests.parquet"),),
@@ -188,6 +203,7 @@ class Trials:
                 "hparams": join(f"{folder}/hparams.json"),
                 "second_moments": self._moments,
                 "context_templates": templates,
+                "contexts": contexts,
                 "skip_known": False,
                 "targets": job.targets.model_copy(
                     update={"store": job.targets.store or join("targets")}
@@ -209,3 +225,8 @@ class Trials:
                 "tracking": TrackingConfig(),
             }
         )
+
+
+def _templates_of(contexts: Contexts) -> str:
+    """The file that keeps the context templates of all trials with these contexts."""
+    return f"context_templates_{contexts}.json"

@@ -15,14 +15,15 @@ from rich.console import Console
 
 from jobs.statistics import compute_statistics
 from jobs.tune.search import SMALLEST, Found, Score, Trial, search
-from jobs.tune.space import rungs, start_for, windows, written
-from jobs.tune.trials import PROBABILITY, SAID, Trials, score_of, split
+from jobs.tune.space import Rung, Setting, rungs, start_for, windows, written
+from jobs.tune.trials import CHAT, PROBABILITY, SAID, Trials, score_of, split
 from jobs.tune.views import hparams_text, write_page
 from pipeline.errors import JobError, NoPresetError
 from pipeline.evaluation import of_difference
 from pipeline.events import JUDGE, TRIALS, StageName
 from pipeline.hyper_parameters import TUNED, TUNING
 from pipeline.job import JobConfig
+from pipeline.models import open_fast_tokenizer
 from pipeline.places import hparams_places, model_places, pattern_places
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress, Stage
@@ -30,7 +31,7 @@ from pipeline.run_folder import versions
 from pipeline.second_moments import check_moments
 from pipeline.storage import Store, digest_of, json_bytes, now_text, refuse_overlap
 from pipeline.workers import KeptWorkers, local_cpus
-from pmet.hparams import PMETHyperParams
+from pmet.model import has_chat_template
 from pmet.update import longest
 
 PAGE, COLLECTING = "tune.html", "second_moments_s"
@@ -55,6 +56,7 @@ class Settings:
         judged: facts to judge the result on; None: the same.
         most_perplexity: the largest relative rise of perplexity that is allowed.
         address: Ray cluster to run on; None: as the job says.
+        chat: count answers in chat among the model's words, and try contexts in chat.
     """
 
     output: str
@@ -63,6 +65,7 @@ class Settings:
     judged: int | None = None
     most_perplexity: float = 0.05
     address: str | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,14 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
     refuse_overlap(("--output", settings.output), read)
     with progress.stage(StageName.PLAN):
         plan = _plan(job, store)
+    if settings.chat and not has_chat_template(open_fast_tokenizer(plan.checkpoint.folder)):
+        raise JobError(f"--chat: {job.model} has no chat template; leave the option out")
     trial, judged = _facts(plan, settings)
-    start = plan.hparams
+    start = Setting.of(plan.hparams, job.contexts)
     about = {
         "model": plan.digests["model"],
-        "start": digest_of(written(start)),
+        "start": digest_of([written(start), start.contexts]),
+        "chat": str(settings.chat),
         "trial facts": digest_of([plan.table.rows[i] for i in trial]),
         "judged facts": digest_of([plan.table.rows[i] for i in judged]),
         "requests": plan.digests["requests"],
@@ -133,7 +139,7 @@ def _search(
     progress: Progress,
     kept: KeptWorkers,
 ) -> Tuned:
-    start, (trial, judged) = plan.hparams, places
+    start, (trial, judged) = Setting.of(plan.hparams, job.contexts), places
     candidates = _layers(job, plan)
     moments, collecting_s = _second_moments(job, plan, store, candidates, settings, progress)
     trials = Trials(
@@ -144,26 +150,26 @@ def _search(
         address=settings.address,
         most_perplexity=settings.most_perplexity,
         kept=kept,
+        chat=settings.chat,
     )
 
     budget_s = max(0.0, settings.budget_s - collecting_s)
     with progress.stage(TRIALS, round(budget_s)) as bar:
-        ladder = rungs(start, candidates)
         if settings.trial is None or settings.judged is None:
             fitting = _fitting(trials, start, trial, budget_s)
             trial = trial[:fitting] if settings.trial is None else trial
             judged = judged[:fitting] if settings.judged is None else judged
 
-        def run(rung: str, setting: PMETHyperParams, count: int) -> tuple[Score, float]:
-            bar.note(f"{rung}, {count} facts")
-            quick = rung != ladder[-1].name
-            score, seconds, _ = trials.run(rung, setting, trial[:count], quick=quick)
+        def run(rung: Rung, setting: Setting, count: int) -> tuple[Score, float]:
+            bar.note(f"{rung.name}, {count} facts")
+            places = trial[:count]
+            score, seconds, _ = trials.run(rung.name, setting, places, quick=not rung.said)
             bar.advance(round(seconds))
             return score, seconds
 
         found = search(
             start,
-            ladder,
+            rungs(candidates, chat=settings.chat),
             run,
             facts=len(trial),
             budget_s=budget_s,
@@ -171,7 +177,7 @@ def _search(
             judged=len(judged),
         )
     with progress.stage(JUDGE, 2) as bar:
-        judgement = _judged(trials, start, found.best, judged, bar)
+        judgement = _judged(trials, start, found.best, judged, bar, chat=settings.chat)
     record = _record(job, plan, about, settings, found, judgement, len(trial), len(judged))
     record[COLLECTING] = collecting_s
     store.write_json(TUNING, record)
@@ -180,7 +186,7 @@ def _search(
     return Tuned(store, record)
 
 
-def _fitting(trials: Trials, start: PMETHyperParams, places: Sequence[int], budget_s: float) -> int:
+def _fitting(trials: Trials, start: Setting, places: Sequence[int], budget_s: float) -> int:
     """The number of facts that leaves time for enough trials, going by a small first one."""
     few = places[:SMALLEST]
     _, seconds, _ = trials.run("layers", start, few, quick=True)
@@ -307,20 +313,22 @@ class _Judgement:
 
 def _judged(
     trials: Trials,
-    start: PMETHyperParams,
-    best: PMETHyperParams,
+    start: Setting,
+    best: Setting,
     places: Sequence[int],
     bar: Stage,
+    *,
+    chat: bool,
 ) -> _Judgement:
     own, _, rows = trials.run("judged", best, places)
     bar.advance()
     first, _, others = trials.run("judged", start, places)
     bar.advance()
-    return _Judgement(first, own, difference(rows, others))
+    return _Judgement(first, own, difference(rows, others, chat=chat))
 
 
 def difference(
-    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], *, chat: bool = False
 ) -> tuple[float, float]:
     """The 95 % interval of the distance of two settings' scores on the same facts.
 
@@ -329,22 +337,23 @@ def difference(
     Args:
         rows: each fact's figures with one setting.
         others: with the other; empty if it came to no result.
+        chat: as for `score_of`.
     """
     if not rows or not others:
         return 0.0, 0.0
 
     def score(table: Sequence[Mapping[str, Any]]) -> Callable[[np.ndarray], float]:
-        return lambda drawn: _mean_score([table[i] for i in drawn])
+        return lambda drawn: _mean_score([table[i] for i in drawn], chat=chat)
 
     return of_difference(len(rows), score(rows), score(others))
 
 
-def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
+def _mean_score(rows: Sequence[Mapping[str, Any]], *, chat: bool) -> float:
     figures: dict[str, float | None] = {}
-    for name in (*PROBABILITY, *SAID):
+    for name in (*PROBABILITY, *SAID, CHAT):
         values = [row[f"after_{name}"] for row in rows if row.get(f"after_{name}") is not None]
         figures[name] = sum(values) / len(values) if values else None
-    return score_of({}, figures, 0.0).value
+    return score_of({}, figures, 0.0, chat=chat).value
 
 
 def _record(
@@ -367,8 +376,8 @@ def _record(
         "budget_s": settings.budget_s,
         "seconds": round(sum(one.seconds for one in found.trials), 1),
         "left_out": found.left_out,
-        "start": written(plan.hparams),
-        "best": written(found.best),
+        "start": _described(Setting.of(plan.hparams, job.contexts)),
+        "best": _described(found.best),
         "judged": {
             "start": _score(judgement.start),
             "best": _score(judgement.best),
@@ -381,6 +390,10 @@ def _record(
     }
 
 
+def _described(setting: Setting) -> dict[str, Any]:
+    return {**written(setting), "contexts": setting.contexts}
+
+
 def _score(score: Score) -> dict[str, Any]:
     return asdict(score) | {"allowed": score.allowed}
 
@@ -388,7 +401,7 @@ def _score(score: Score) -> dict[str, Any]:
 def _shown(trial: Trial) -> dict[str, Any]:
     return {
         "rung": trial.rung,
-        "setting": written(trial.setting),
+        "setting": _described(trial.setting),
         "facts": trial.facts,
         "score": _score(trial.score),
         "seconds": round(trial.seconds, 1),

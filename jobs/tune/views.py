@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.tune.trials import PROBABILITY, SAID
+from jobs.tune.trials import CHAT, PROBABILITY, SAID
 from pipeline.evaluation import figure_of, show
 from pipeline.job import dump_yaml
 from pipeline.report import page, trial_chart
@@ -23,8 +23,10 @@ VARIED = {
     "mom2_update_share": "share",
     "spread": "spread",
     "solves": "solves",
+    "contexts": "contexts",
 }
 """What a search varies, with short names for the heads of a table."""
+_FIGURES = (*PROBABILITY, *SAID, CHAT, "perplexity")
 
 
 def hparams_text(values: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -38,6 +40,8 @@ def hparams_text(values: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         f"{judged['start']['value']:.3f}",
         f"(95 % interval of the difference: {low:+.3f} to {high:+.3f}).",
     ]
+    if record["best"]["contexts"] != "completion":
+        lines.append(f"For jobs with contexts: {record['best']['contexts']}")
     return "".join(f"# {line}\n" for line in lines) + dump_yaml(dict(values))
 
 
@@ -50,7 +54,7 @@ def show_tuned(record: Mapping[str, Any], where: str, console: Console) -> None:
         if start is not None or best is not None:
             table.add_row(name, value(start), value(best))
     table.add_section()
-    for name in (*PROBABILITY, *SAID, "perplexity"):
+    for name in _FIGURES:
         figures = (judged[side]["figures"].get(name) for side in ("start", "best"))
         table.add_row(figure_of(name).label, *(show(figure, name) for figure in figures))
     scores = [f"{100 * judged[side]['value']:.1f} %" for side in ("start", "best")]
@@ -81,7 +85,7 @@ def write_page(record: Mapping[str, Any]) -> str:
             [trial["score"]["value"] for trial in trials],
             [trial["score"]["allowed"] for trial in trials],
         ),
-        figures=(*PROBABILITY, *SAID, "perplexity"),
+        figures=_FIGURES,
         values={
             side: {name: value(record[side].get(name)) for name in VARIED}
             for side in ("start", "best")

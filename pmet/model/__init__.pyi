@@ -13,6 +13,7 @@ from .architecture import resolve as resolve
 from .contexts import Contexts as Contexts
 from .contexts import ContextTemplates as ContextTemplates
 from .contexts import check as check
+from .contexts import has_chat_template as has_chat_template
 from .contexts import parse as parse
 from .devices import chosen as chosen
 from .devices import home as home

@@ -17,12 +17,13 @@ from jobs.tune.space import (
     SHARES,
     SOLVES,
     SPREADS,
+    Rung,
+    Setting,
     changed,
     rungs,
 )
-from pmet import PMETHyperParams
 
-START = PMETHyperParams(layers=(8, 9, 10), clamp_norm_factor=0.75, mom2_update_weight=15000)
+START = Setting(layers=(8, 9, 10), clamp_norm_factor=0.75, mom2_update_weight=15000)
 WINDOWS = [(8, 9, 10), (2, 3, 4), (4, 5, 6)]
 WANTED = {
     "layers": st.sampled_from(WINDOWS),
@@ -43,14 +44,14 @@ class Surface:
         self.wanted, self.seconds = wanted, seconds
         self.asked: list[tuple[str, str, int]] = []
 
-    def __call__(self, rung: str, setting: PMETHyperParams, facts: int) -> tuple[Score, float]:
-        self.asked.append((rung, setting.model_dump_json(), facts))
+    def __call__(self, rung: Rung, setting: Setting, facts: int) -> tuple[Score, float]:
+        self.asked.append((rung.name, setting.model_dump_json(), facts))
         right = sum(getattr(setting, name) == value for name, value in self.wanted.items())
         return Score(right / len(self.wanted)), self.seconds
 
 
 def found(surface: Surface, budget_s: float, seed: int = 0) -> Found:
-    ladder = rungs(START, WINDOWS)
+    ladder = rungs(WINDOWS)
     return search(START, ladder, surface, facts=40, budget_s=budget_s, seed=seed)
 
 
@@ -81,7 +82,7 @@ def test_the_time_is_kept_but_for_a_trial_in_each_rung(
 @given(st.floats(1, 200), st.floats(0.01, 10), st.integers(0, 400))
 def test_time_is_left_to_judge_two_settings(budget_s: float, seconds: float, judged: int) -> None:
     surface = Surface({"solves": 2}, seconds)
-    ladder = rungs(START, WINDOWS)
+    ladder = rungs(WINDOWS)
     found = search(START, ladder, surface, facts=40, budget_s=budget_s, seed=0, judged=judged)
     spent = len(found.trials) * seconds
     # The trials of the first rung have ten facts, and are the slowest for each.
@@ -92,13 +93,13 @@ def test_time_is_left_to_judge_two_settings(budget_s: float, seconds: float, jud
 def test_a_trial_has_facts_enough_to_tell_settings_apart() -> None:
     for facts, least in ((5, 5), (20, 8), (100, 25)):
         surface = Surface({"solves": 2})
-        search(START, rungs(START, WINDOWS), surface, facts=facts, budget_s=100, seed=0)
+        search(START, rungs(WINDOWS), surface, facts=facts, budget_s=100, seed=0)
         assert min(count for _, _, count in surface.asked) == least
 
 
 def test_the_last_rung_asks_again_even_where_all_rungs_edit_the_same_facts() -> None:
     surface = Surface({"solves": 2})
-    search(START, rungs(START, WINDOWS), surface, facts=5, budget_s=1000, seed=0)
+    search(START, rungs(WINDOWS), surface, facts=5, budget_s=1000, seed=0)
     tried = [(setting, facts) for rung, setting, facts in surface.asked if rung == "update"]
     before = [(setting, facts) for rung, setting, facts in surface.asked if rung != "update"]
     assert set(tried) & set(before)
@@ -106,7 +107,7 @@ def test_the_last_rung_asks_again_even_where_all_rungs_edit_the_same_facts() -> 
 
 def test_if_time_is_short_what_is_nearest_to_the_best_is_tried_first() -> None:
     kept = [changed(START, mom2_update_share=share, spread="linear") for share in (0.1, 0.4)]
-    order = _settings(kept, rungs(START, WINDOWS)[-1], 0)
+    order = _settings(kept, rungs(WINDOWS)[-1], 0)
     assert order[:2] == kept
     # First those that differ in one option, from either, then in more.
     differing = [
@@ -139,12 +140,12 @@ def test_the_same_seed_makes_the_same_search() -> None:
 
 
 def test_perplexity_beyond_what_is_allowed_costs_as_much_as_it_rises() -> None:
-    def run(_rung: str, setting: PMETHyperParams, _facts: int) -> tuple[Score, float]:
+    def run(_rung: Rung, setting: Setting, _facts: int) -> tuple[Score, float]:
         wide = setting.clamp_norm_factor > 1.5
         return Score(0.9 if wide else 0.3, excess=excess if wide else 0.0), 1.0
 
     def best() -> float:
-        ladder = rungs(START, WINDOWS)
+        ladder = rungs(WINDOWS)
         found = search(START, ladder, run, facts=40, budget_s=1000, seed=0)
         return found.best.clamp_norm_factor
 
@@ -155,10 +156,10 @@ def test_perplexity_beyond_what_is_allowed_costs_as_much_as_it_rises() -> None:
 
 
 def test_a_trial_without_a_result_never_wins() -> None:
-    def run(_rung: str, setting: PMETHyperParams, _facts: int) -> tuple[Score, float]:
+    def run(_rung: Rung, setting: Setting, _facts: int) -> tuple[Score, float]:
         failed = setting.clamp_norm_factor > 1.5
         return Score(0.0, failure="it is not finite" if failed else None), 1.0
 
-    found = search(START, rungs(START, WINDOWS), run, facts=40, budget_s=1000, seed=0)
+    found = search(START, rungs(WINDOWS), run, facts=40, budget_s=1000, seed=0)
     assert found.best.clamp_norm_factor <= 1.5
     assert any(trial.score.failure and not trial.score.allowed for trial in found.trials)

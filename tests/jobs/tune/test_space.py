@@ -11,6 +11,7 @@ from jobs.tune.space import (
     DECAYS,
     KL_FACTORS,
     RATES,
+    Setting,
     rungs,
     start_for,
     windows,
@@ -18,7 +19,7 @@ from jobs.tune.space import (
 )
 from pmet import PMETHyperParams
 
-START = PMETHyperParams(layers=(4, 5, 6, 7, 8), mom2_update_weight=6000)
+START = Setting(layers=(4, 5, 6, 7, 8), mom2_update_weight=6000)
 
 
 @given(
@@ -54,7 +55,7 @@ def test_after_a_start_that_is_far_off_come_the_layers_where_most_models_learn()
 
 
 def test_each_rung_varies_what_it_is_named_for() -> None:
-    ladder = rungs(START, [(4, 5, 6, 7, 8), (2, 3, 4)])
+    ladder = rungs([(4, 5, 6, 7, 8), (2, 3, 4)])
     layers, decay, size, step, divergence, update = ladder
     assert {v.layers for v in layers.vary(START)} == {(4, 5, 6, 7, 8), (2, 3, 4)}
     assert [v.v_weight_decay for v in decay.vary(START)] == list(DECAYS)
@@ -69,8 +70,18 @@ def test_each_rung_varies_what_it_is_named_for() -> None:
     assert sum(rung.budget for rung in ladder) == pytest.approx(1.0)
 
 
+def test_contexts_in_chat_are_tried_where_they_are_asked_for() -> None:
+    ladder = rungs([START.layers], chat=True)
+    assert sum(rung.budget for rung in ladder) == pytest.approx(1.0)
+    assert [rung.name for rung in ladder if rung.said] == ["contexts", "update"]
+    contexts = ladder[-2]
+    assert {v.contexts for v in contexts.vary(START)} == {"completion", "chat", "both"}
+    assert "contexts" not in written(contexts.vary(START)[0])
+    assert "contexts" not in [rung.name for rung in rungs([START.layers])]
+
+
 def test_a_setting_is_written_as_a_file_that_is_read_back() -> None:
-    for setting in (START, *rungs(START, [START.layers])[-1].vary(START)):
+    for setting in (START, *rungs([START.layers])[-1].vary(START)):
         values = written(setting)
         again = PMETHyperParams.from_dict(values)
         assert written(again) == values

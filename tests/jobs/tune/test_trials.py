@@ -61,6 +61,13 @@ def test_a_score_is_the_mean_of_two_harmonic_means() -> None:
     assert score_of({}, {}, 0.05).value == 0.0
 
 
+def test_answers_in_chat_count_where_they_are_asked_for() -> None:
+    said = dict.fromkeys(("efficacy_said", "generalization_said", "locality"), 1.0)
+    after = PERFECT | said | {"chat_said": 0.0}
+    assert score_of({}, after, 0.05).value == 1.0
+    assert score_of({}, after, 0.05, chat=True).value == 0.5
+
+
 def test_what_a_model_never_said_is_no_loss() -> None:
     strict = PERFECT | {f"{name}_strict": 1.0 for name in PERFECT}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from jobs.tune import tuning
 from jobs.tune.search import Score
-from jobs.tune.space import Rung, changed, rungs
+from jobs.tune.space import Rung, Setting, changed, rungs
 from jobs.tune.trials import Trials
 from jobs.tune.tuning import PAGE, Settings, _fitting, tune
 from jobs.tune.views import hparams_text
@@ -31,17 +33,17 @@ from tests.conftest import GOLDEN, ROOT
 from tests.e2e.conftest import HERE, facts, wait_until
 
 BUDGET = 1000
-START = PMETHyperParams(layers=(0,), mom2_update_weight=1000)
+START = Setting(layers=(0,), mom2_update_weight=1000)
 
 
-def two_rungs(start: PMETHyperParams, layers: Sequence[Sequence[int]]) -> list[Rung]:
+def two_rungs(layers: Sequence[Sequence[int]], *, chat: bool) -> list[Rung]:
     """A search that ends by itself, however fast the machine is."""
-    first, _, size, *_ = rungs(start, layers)
+    first, _, size, *_ = rungs(layers)
 
-    def vary(setting: PMETHyperParams) -> list[PMETHyperParams]:
+    def vary(setting: Setting) -> list[Setting]:
         return [changed(setting, clamp_norm_factor=clamp) for clamp in (1.5, 4.0)]
 
-    return [first, dataclasses.replace(size, vary=vary)]
+    return [first, dataclasses.replace(size, vary=vary, said=True)]
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,42 @@ def test_too_few_facts_are_refused(job: JobConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_chat_needs_a_chat_template(job: JobConfig, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"--chat: .* has no chat template; leave the option out"):
+        tune(job, Settings(str(tmp_path / "out"), BUDGET, chat=True))
+
+
+def only_contexts(layers: Sequence[Sequence[int]], *, chat: bool) -> list[Rung]:
+    return [dataclasses.replace(rungs(layers, chat=chat)[-2], part=1.0)]
+
+
+@pytest.mark.slow
+def test_contexts_in_chat_are_found_where_the_model_is_asked_in_chat(
+    job: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(job.model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}They say: {{ m.content }} Answer:{% endfor %}"
+    tokenizer.save_pretrained(model)
+    learns = {"model": str(model), "hparams": str(GOLDEN / "gpt2" / "hparams.json")}
+    monkeypatch.setattr(tuning, "rungs", only_contexts)
+    settings = Settings(str(tmp_path / "out"), BUDGET, trial=8, judged=8, chat=True)
+    record = tune(job.model_copy(update=learns), settings).record
+    scores = {t["setting"]["contexts"]: t["score"] for t in record["trials"]}
+    assert scores.keys() == {"completion", "chat", "both"}
+    assert all(score["figures"]["chat_said"] is not None for score in scores.values())
+    # What targets were optimised in made a difference.
+    assert len({json.dumps(score["figures"]) for score in scores.values()}) > 1
+    found = record["best"]["contexts"]
+    assert scores[found]["value"] == max(score["value"] for score in scores.values())
+    text = (tmp_path / "out" / TUNED).read_text()
+    assert (f"contexts: {found}" in text) == (found != "completion")
+    assert "contexts" not in yaml.safe_load(text)
+    kept = {file.name for file in (tmp_path / "out").glob("context_templates_*.json")}
+    assert kept == {f"context_templates_{kind}.json" for kind in scores}
+
+
 def test_a_search_takes_as_many_facts_as_its_time_is_enough_for() -> None:
     asked: list[int] = []
 
@@ -180,8 +218,10 @@ def test_the_file_says_what_it_rests_on() -> None:
             "best": {"value": 0.5},
             "interval": [0.1, 0.4],
         },
+        "best": {"contexts": "both"},
     }
     text = hparams_text({"layers": [1, 2], "v_lr": 0.5}, record)
     assert yaml.safe_load(text) == {"layers": [1, 2], "v_lr": 0.5}
     assert "tried on 30 facts, for 61 s" in text
     assert "On 40 other facts it scores 0.500, and the start 0.250" in text
+    assert "# For jobs with contexts: both\n" in text
