@@ -23,7 +23,7 @@ from jobs.submit.server import JobServer
 from pipeline.job.config import load_job
 from pipeline.run import run_job
 from pipeline.storage.store import Store
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN, RAY_JOB, ROOT
 from tests.e2e.conftest import (
     assert_same_targets,
     assert_same_weights,
@@ -46,9 +46,12 @@ def cluster() -> Iterator[Cluster]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        # Ray waits half a minute before it considers a machine lost.
+        # Ray waits half a minute before it considers a machine lost. One with little processor time
+        # is silent for a few seconds.
         patch.setenv("RAY_health_check_period_ms", "500")
-        patch.setenv("RAY_health_check_failure_threshold", "3")
+        patch.setenv("RAY_health_check_failure_threshold", "12")
+        # A worker that computes is found among the children of its node.
+        patch.delenv(RAY_JOB, raising=False)
         # Nodes use this checkout, whatever else is installed.
         patch.setenv("PYTHONPATH", str(ROOT))
         head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
