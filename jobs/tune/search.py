@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from statistics import median
 from typing import Any
 
 from jobs.tune.space import Rung, Setting, changed
@@ -95,7 +96,7 @@ def search(
     count, so a search that is resumed decides as it would have without the interruption.
 
     Time is set aside for judging two settings on facts of their own: as much for each fact as the
-    slowest trial took for one of its own, and half of all the time at most.
+    median trial took for one of its own, and half of all the time at most.
 
     Args:
         start: the setting to start from; it is tried in the first rung.
@@ -136,8 +137,9 @@ def search(
 
 
 def _set_aside(trials: Sequence[Trial], judged: int, budget_s: float) -> float:
-    """Seconds to keep for judging two settings, going by the slowest trial."""
-    each = max((trial.seconds / trial.facts for trial in trials), default=0.0)
+    """Seconds to keep for judging two settings, going by the trials so far."""
+    # Not the slowest: the first one starts the workers and measures the base model.
+    each = median(trial.seconds / trial.facts for trial in trials) if trials else 0.0
     return min(2 * judged * each, budget_s / 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from statistics import median
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,8 +86,8 @@ def test_time_is_left_to_judge_two_settings(budget_s: float, seconds: float, jud
     ladder = rungs(WINDOWS)
     found = search(START, ladder, surface, facts=40, budget_s=budget_s, seed=0, judged=judged)
     spent = len(found.trials) * seconds
-    # The trials of the first rung have ten facts, and are the slowest for each.
-    judging = min(2 * judged * seconds / 10, budget_s / 2)
+    each = median(trial.seconds / trial.facts for trial in found.trials)
+    judging = min(2 * judged * each, budget_s / 2)
     assert spent + judging <= budget_s + len(ladder) * seconds + 1e-6
 
 
