@@ -95,7 +95,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if COLD in os.environ:
         os.environ[WARM_PYTHON] = sys.executable
     elif WARM_PYTHON not in os.environ:
-        program = executable(Path(config.stash.setdefault(_FOLDER, TemporaryDirectory()).name))
+        # Kept, and with it the folder, until the end of all tests.
+        config.stash[_FOLDER] = folder = TemporaryDirectory()
+        program = executable(Path(folder.name))
         os.environ[WARM_PYTHON] = str(program)
         os.environ[RAY_JOB] = json.dumps({"runtime_env": {"py_executable": str(program)}})
 

@@ -6,8 +6,8 @@ whole suite. A *server* imports them once, and forks for each process that is as
 environment, folder and streams. It is sent the signals that the client is sent, and the client ends
 as it does. But it is no child of the client, and the system shows the server's environment.
 
-python warm_python.py SOCKET ARGUMENT…    the client, in place of ``python ARGUMENT…``
-python warm_python.py --serve SOCKET PID    the server, until the process PID has ended
+python warm_python.py SOCKET PID ARGUMENT…    the client, in place of ``python ARGUMENT…``
+python warm_python.py --serve SOCKET PID      the server, until the process PID has ended
 
 Only the standard library is imported by the client, which starts in a hundredth of a second.
 """
@@ -140,7 +140,10 @@ class _Server:
         os.rename(f"{place}.new", place)
 
     def run(self) -> None:
-        while _alive(self._owner):
+        # Imported here: the client does without.
+        import psutil
+
+        while psutil.pid_exists(self._owner):
             with contextlib.suppress(TimeoutError):
                 connection, _ = self._listening.accept()
                 self._fork(connection)
@@ -238,14 +241,6 @@ def _run(first: str, rest: list[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     return status
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def main() -> None:

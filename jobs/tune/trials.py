@@ -31,6 +31,8 @@ PROBABILITY = SCORED
 STRICT = tuple(f"{name}_strict" for name in SCORED)
 SAID = ("efficacy_said", "generalization_said", "locality")
 CHAT = "chat_said"
+JUDGED = (*PROBABILITY, *SAID, CHAT)
+"""The figures of each fact that two settings are compared by."""
 FIGURES = (*PROBABILITY, *STRICT, *SAID, CHAT, "perplexity")
 _TEXT, _QUICK_TEXT = 2048, 1024
 """Tokens of held-out text of a trial, and of a quick one: enough to notice a broken model."""
@@ -186,7 +188,7 @@ class Trials:
         score = score_of(before, after, self._most, chat=self._chat)
         rows = []
         if not quick:
-            columns = [f"after_{name}" for name in (*PROBABILITY, *SAID, CHAT)]
+            columns = [f"after_{name}" for name in JUDGED]
             rows = read_columns(result.folder, "results.parquet", columns).to_pylist()
         heavy = [name for name in files_made(result.folder) if name.startswith(_HEAVY)]
         result.folder.delete_files(heavy)

@@ -16,7 +16,7 @@ from rich.console import Console
 from jobs.statistics import compute_statistics
 from jobs.tune.search import SMALLEST, Found, Score, Trial, search
 from jobs.tune.space import Rung, Setting, rungs, start_for, windows, written
-from jobs.tune.trials import CHAT, PROBABILITY, SAID, Trials, score_of, split
+from jobs.tune.trials import JUDGED, Trials, score_of, split
 from jobs.tune.views import hparams_text, write_page
 from pipeline.errors import JobError, NoPresetError
 from pipeline.evaluation import of_difference
@@ -100,7 +100,7 @@ def tune(job: JobConfig, settings: Settings, *, progress: Progress | None = None
     if settings.chat and not has_chat_template(open_fast_tokenizer(plan.checkpoint.folder)):
         raise JobError(f"--chat: {job.model} has no chat template; leave the option out")
     trial, judged = _facts(plan, settings)
-    start = Setting.of(plan.hparams, job.contexts)
+    start = _start_of(plan)
     about = {
         "model": plan.digests["model"],
         "start": digest_of([written(start), start.contexts]),
@@ -139,7 +139,7 @@ def _search(
     progress: Progress,
     kept: KeptWorkers,
 ) -> Tuned:
-    start, (trial, judged) = Setting.of(plan.hparams, job.contexts), places
+    start, (trial, judged) = _start_of(plan), places
     candidates = _layers(job, plan)
     moments, collecting_s = _second_moments(job, plan, store, candidates, settings, progress)
     trials = Trials(
@@ -208,6 +208,10 @@ def _plan(job: JobConfig, store: Store) -> Plan:
     origin = f"a start for a model of {depth} layers: no published values fit it"
     plan.origins["hyper-parameters"] = origin
     return plan
+
+
+def _start_of(plan: Plan) -> Setting:
+    return Setting.of(plan.hparams, plan.job.contexts)
 
 
 def _facts(plan: Plan, settings: Settings) -> tuple[list[int], list[int]]:
@@ -350,7 +354,7 @@ def difference(
 
 def _mean_score(rows: Sequence[Mapping[str, Any]], *, chat: bool) -> float:
     figures: dict[str, float | None] = {}
-    for name in (*PROBABILITY, *SAID, CHAT):
+    for name in JUDGED:
         values = [row[f"after_{name}"] for row in rows if row.get(f"after_{name}") is not None]
         figures[name] = sum(values) / len(values) if values else None
     return score_of({}, figures, 0.0, chat=chat).value
@@ -376,7 +380,7 @@ def _record(
         "budget_s": settings.budget_s,
         "seconds": round(sum(one.seconds for one in found.trials), 1),
         "left_out": found.left_out,
-        "start": _described(Setting.of(plan.hparams, job.contexts)),
+        "start": _described(_start_of(plan)),
         "best": _described(found.best),
         "judged": {
             "start": _score(judgement.start),

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.tune.trials import CHAT, PROBABILITY, SAID
+from jobs.tune.trials import JUDGED
 from pipeline.evaluation import figure_of, show
 from pipeline.job import dump_yaml
 from pipeline.report import page, trial_chart
@@ -26,7 +26,7 @@ VARIED = {
     "contexts": "contexts",
 }
 """What a search varies, with short names for the heads of a table."""
-_FIGURES = (*PROBABILITY, *SAID, CHAT, "perplexity")
+_FIGURES = (*JUDGED, "perplexity")
 
 
 def hparams_text(values: Mapping[str, Any], record: Mapping[str, Any]) -> str:
