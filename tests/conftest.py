@@ -74,7 +74,6 @@ LONGEST = (
     "e2e/test_resume.py",
     "e2e/test_experts.py",
     "pipeline/second_moments/test_collection.py",
-    "e2e/test_demo.py",
     "e2e/test_refresh_killed.py",
     "e2e/test_multimodal.py",
     "e2e/test_odd_numbers.py",

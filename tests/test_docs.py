@@ -1,4 +1,4 @@
-"""The documentation: tutorials run as written, and every command in it is one that exists.
+"""The documentation: README and tutorials run as written; every command in it is one that exists.
 
 In a page, a Python or YAML block that begins with a file's name is that file, and a shell block is
 run after the blocks before it. ``<!-- not run … -->`` above a shell block says why it is only read.
@@ -6,6 +6,7 @@ run after the blocks before it. ``<!-- not run … -->`` above a shell block say
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -17,19 +18,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import typer
+from transformers import AutoModelForCausalLM
 
 from jobs.cli import app
 from pipeline.job import load_job
 from tests.conftest import RAY_JOB, ROOT
 
+README = ROOT / "README.md"
 TUTORIALS = ROOT / "docs" / "tutorials"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 _BLOCK = re.compile(
     r"(?:^<!-- not run(?P<why>[^>]*)-->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
 _FILE = re.compile(r"# (\w[\w.-]*\.(?:py|yaml))\n")
+PROSE = " ".join(README.read_text("utf-8").split())
 _PLACEHOLDER = re.compile(r"\[[^]]*\]|…|\.\.\.")
 
 
@@ -94,18 +99,23 @@ def test_every_job_file_is_one_that_is_read(page: Path, tmp_path: Path) -> None:
             load_job(tmp_path / "job.yaml")
 
 
-Follow = Callable[[str], Path]
+Follow = Callable[[Path], Path]
 
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Follow:
-    """Follows a tutorial, once; returns the folder that it leaves."""
+    """Follows a page, once; returns the folder that it leaves."""
 
     @cache
-    def follow(name: str) -> Path:
+    def follow(page: Path) -> Path:
+        name = page.stem
         work, programs = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("programs")
         environment = with_programs(programs, warm_python)
-        for block in blocks(TUTORIALS / f"{name}.md"):
+        if page == README:
+            # A reader is in a clone of the project.
+            (work / "jobs").mkdir()
+            (work / "jobs" / "demo").symlink_to(ROOT / "jobs" / "demo")
+        for block in blocks(page):
             if named := _FILE.match(block.text):
                 (work / named[1]).write_text(block.text, "utf-8")
             elif block.kind == "sh" and block.runs:
@@ -117,11 +127,15 @@ def followed(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Foll
 
 
 def with_programs(folder: Path, python: str) -> dict[str, str]:
-    """The environment of a user who has installed this checkout, and runs it with a Python."""
+    """The environment of a user who has installed this checkout, and runs it with a Python.
+
+    It is installed, so ``pip`` does nothing; and ``pytest`` is what runs these tests.
+    """
     starts = {"pmet": "-m jobs", "python": "", "ray": "-m ray.scripts.scripts"}
-    for program, start in starts.items():
+    commands = {program: f'exec "{python}" {start} "$@"' for program, start in starts.items()}
+    for program, text in (commands | {"pip": "true", "pytest": "true"}).items():
         file = folder / program
-        file.write_text(f'#!/bin/sh\nexec "{python}" {start} "$@"\n')
+        file.write_text(f"#!/bin/sh\n{text}\n")
         file.chmod(0o755)
     changed = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return os.environ | changed | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -144,7 +158,30 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("name", ["first-edit", "nightly", "real-model"])
 def test_a_tutorial_runs_as_written(name: str, followed: Follow) -> None:
-    followed(name)
+    followed(TUTORIALS / f"{name}.md")
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_written(followed: Follow) -> None:
+    folder = followed(README)
+    metrics = json.loads((folder / "demo-run" / "metrics.json").read_text("utf-8"))
+    assert metrics["counts"] == {"requested": 200, "rejected": 0, "edited": 200}
+    assert metrics["before"]["efficacy"] == metrics["before"]["efficacy_said"] == 0
+    after = metrics["after"]
+    assert after["efficacy"] >= 0.95
+    assert after["generalization"] >= 0.85
+    assert after["specificity"] >= 0.90
+    shown = re.search(
+        r"says ([\d.]+) % .*? and ([\d.]+) % .*? and ([\d.]+) % of their neigh", PROSE
+    )
+    assert shown is not None
+    figures = (after[name] for name in ("efficacy_said", "generalization_said", "locality"))
+    for said, figure in zip(shown.groups(), figures, strict=True):
+        # Two of 200 facts: rounding differs among processors.
+        assert float(said) == pytest.approx(100 * figure, abs=1)
+    assert pq.read_table(folder / "demo-run" / "results.parquet").num_rows == 200
+    for run_folder in ("demo-run", "runs/tonight"):
+        AutoModelForCausalLM.from_pretrained(folder / run_folder / "model")
 
 
 # A network and processes of its own: Ray's fixed ports, and `ray stop`, which ends all it finds.
@@ -161,7 +198,11 @@ def test_the_cluster_tutorial_runs_as_written(followed: Follow, tmp_path: Path) 
     environment.pop(RAY_JOB, None)
     texts = [b.text for b in blocks(TUTORIALS / "cluster.md") if b.kind == "sh" and b.runs]
     script = "\n".join([ALONE, *texts])
-    said = run([*APART, "-euo", "pipefail", "-c", script], followed("first-edit"), environment)
+    said = run(
+        [*APART, "-euo", "pipefail", "-c", script],
+        followed(TUTORIALS / "first-edit.md"),
+        environment,
+    )
     assert "SUCCEEDED, exit status 0" in said
     assert "complete, attempt 1" in said
 
@@ -177,7 +218,16 @@ def _asked(said: str) -> None:
         assert wanted in answer, said
 
 
-EXPECTED = {("first-edit", "python ask.py"): _asked}
+def _shown(said: str) -> None:
+    """The demo shows the model's answers, the figures and the report."""
+    for part in ("What the model says", "before", "after", "efficacy", "report.html"):
+        assert part in said
+
+
+EXPECTED = {
+    ("first-edit", "python ask.py"): _asked,
+    ("README", "pip install -e . && pmet demo"): _shown,
+}
 
 
 def test_a_command_that_does_not_exist_is_noticed() -> None:

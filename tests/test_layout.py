@@ -136,7 +136,7 @@ TESTED_IN = {
     "pipeline.zero.experts": "e2e/test_experts.py",
     "jobs.__main__": "jobs/test_streams.py",
     "jobs.demo.interchange": "jobs/test_demo_world.py",
-    "jobs.demo.show": "e2e/test_demo.py",
+    "jobs.demo.show": "test_docs.py",
     "jobs.demo.train": "jobs/test_demo_world.py",
     "jobs.demo.world": "jobs/test_demo_world.py",
     "jobs.facts.dump.problems": "jobs/facts/dump/test_rows.py",
