@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pmet.evaluation import caches
 from pmet.evaluation.continuations import logits_at
+from pmet.evaluation.prefix_trees import reads_trees
 from pmet.evaluation.prompts import Prompts, Tokens
 from pmet.model import (
     SAME,
@@ -42,6 +44,7 @@ _BATCH, _WRITTEN_BATCH = 128, 64
 Choose = Callable[[torch.Tensor, Sequence[int], int], torch.Tensor]
 Done = Callable[[int, Sequence[int]], bool]
 End = Callable[[str], int | None]
+Grow = Callable[[nn.Module, Sequence[Tokens], int, Choose, Done], list[list[int]]]
 _MOST_ACTIVE = 0.75
 """Share of active rows below which the others are removed from a batch; removing copies it."""
 
@@ -193,7 +196,7 @@ def _grown(
     limit = context_length(model.config) or math.inf
     fits = [i for i in range(len(ids)) if 0 < room(len(ids[i])) <= limit - len(ids[i])]
     order = sorted(fits, key=lambda i: len(ids[i]))
-    grow = _new_tokens if holds(model, _pads_in_front) else _new_tokens_from_whole_passes
+    grow = _way(model, max((len(row) for row in ids), default=0))
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         own = [ids[i] for i in part]
@@ -273,40 +276,65 @@ class _Growth:
 def _new_tokens(
     model: nn.Module, ids: Sequence[Tokens], count: int, choose: Choose, done: Done
 ) -> list[list[int]]:
-    """At most ``count`` new tokens of each row."""
+    """At most ``count`` new tokens of each row; padding in front is computed as well."""
+    return _with_cache(_read_padded, model, ids, count, choose, done)
+
+
+def _new_tokens_from_trees(
+    model: nn.Module, ids: Sequence[Tokens], count: int, choose: Choose, done: Done
+) -> list[list[int]]:
+    """Do the same as `_new_tokens`, for a model that reads trees, without computing padding."""
+    return _with_cache(caches.read, model, ids, count, choose, done)
+
+
+def _with_cache(
+    read: Callable[[nn.Module, Sequence[Tokens], int], tuple[Any, torch.Tensor]],
+    model: nn.Module,
+    ids: Sequence[Tokens],
+    count: int,
+    choose: Choose,
+    done: Done,
+) -> list[list[int]]:
     device = next(model.parameters()).device
-    step_BT, mask_BT = pad(ids, device, left=True)
+    _, mask_BT = pad(ids, device, left=True)
     growth = _Growth(len(ids), choose, done)
-    cache, held = None, cache_name(model)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    with (
-        frozen(model),
-        tuned_if_short(model, mask_BT.shape[1] + count),
-        changed_input(head, lambda hidden: hidden[:, -1:]),
-    ):
+    with frozen(model), tuned_if_short(model, mask_BT.shape[1] + count):
+        cache, logits_BV = read(model, ids, count)
         for number in range(count):
-            places = (
-                {"position_ids": positions(mask_BT)[:, -step_BT.shape[1] :]}
-                if takes_positions(model)
-                else {}
-            )
-            output = model(
-                input_ids=step_BT,
-                attention_mask=mask_BT,
-                use_cache=True,
-                **{held: cache},
-                **places,
-            )
-            cache = getattr(output, held)
-            step_BT = growth.take(output.logits[:, -1], number)[:, None]
-            if growth.complete:
+            step_B1 = growth.take(logits_BV, number)[:, None]
+            if growth.complete or number == count - 1:
                 break
             if _loses_rows(cache) and (kept := growth.kept()) is not None:
-                kept_B = torch.tensor(kept, device=device)
+                # On the CPU: layers may be on several devices.
+                kept_B = torch.tensor(kept)
                 cache.batch_select_indices(kept_B)
-                step_BT, mask_BT = step_BT[kept_B], mask_BT[kept_B]
+                step_B1, mask_BT = step_B1[kept_B], mask_BT[kept_B]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+            cache, logits_BV = _step(model, step_B1, mask_BT, cache)
     return growth.new
+
+
+def _read_padded(model: nn.Module, ids: Sequence[Tokens], _room: int) -> tuple[Any, torch.Tensor]:
+    """Read texts with padding in front; return the cache and the next token's logits, (B, V)."""
+    ids_BT, mask_BT = pad(ids, next(model.parameters()).device, left=True)
+    return _step(model, ids_BT, mask_BT, None)
+
+
+def _step(
+    model: nn.Module, new_BS: torch.Tensor, mask_BT: torch.Tensor, cache: Any
+) -> tuple[Any, torch.Tensor]:
+    """Read the last S of T tokens of each row; return the cache and the next token's logits."""
+    held, head = cache_name(model), model.get_output_embeddings()  # type: ignore[operator]
+    places = (
+        {"position_ids": positions(mask_BT)[:, -new_BS.shape[1] :]}
+        if takes_positions(model)
+        else {}
+    )
+    with changed_input(head, lambda hidden: hidden[:, -1:]):
+        output = model(
+            input_ids=new_BS, attention_mask=mask_BT, use_cache=True, **{held: cache}, **places
+        )
+    return getattr(output, held), output.logits[:, -1]
 
 
 def _loses_rows(cache: Any) -> bool:
@@ -336,8 +364,26 @@ def _new_tokens_from_whole_passes(
 _ROWS, _LASTING = ((3, 5, 8, 2), (6,), (2, 7, 1)), (0, 2)
 
 
+def _way(model: nn.Module, longest: int) -> Grow:
+    """The fastest way to continue texts of at most so many tokens that suits a model."""
+    # A mask of every pair of a long text's tokens takes more than its padding.
+    trees = longest <= caches.LONGEST and reads_trees(model, longest)
+    if trees and holds(model, _continues_trees):
+        return _new_tokens_from_trees
+    return _new_tokens if holds(model, _pads_in_front) else _new_tokens_from_whole_passes
+
+
 def _pads_in_front(model: nn.Module) -> bool:
     """Whether a model computes the same behind padding, token by token, and without a row."""
+    return _grows_the_same(model, _new_tokens)
+
+
+def _continues_trees(model: nn.Module) -> bool:
+    """Whether a model computes the same if its texts were read as trees."""
+    return _grows_the_same(model, _new_tokens_from_trees)
+
+
+def _grows_the_same(model: nn.Module, way: Grow) -> bool:
     seen: list[torch.Tensor] = []
 
     def noted(logits_BV: torch.Tensor, rows: Sequence[int], _step: int) -> torch.Tensor:
@@ -347,7 +393,7 @@ def _pads_in_front(model: nn.Module) -> bool:
     def done(row: int, ids: Sequence[int]) -> bool:
         return row not in _LASTING and len(ids) == 2
 
-    for grow in (_new_tokens_from_whole_passes, _new_tokens):
+    for grow in (_new_tokens_from_whole_passes, way):
         grow(model, _ROWS, 4, noted, done)
     whole, behind = torch.stack(seen[:4]), torch.stack(seen[4:])
     return farthest_apart([behind], [whole]) <= SAME

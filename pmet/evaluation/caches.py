@@ -1,0 +1,127 @@
+"""The keys and values of texts that a model will continue, for all of them in one cache.
+
+Generation needs rows that end in the same column, so short texts have padding in front. A model
+that computes the padding as well spends most of its time on it if the lengths differ: a question in
+chat is several times as long as a sentence to complete. So texts are read as trees
+(`pmet.evaluation.prefix_trees`), whose common beginnings occur once, and the keys and values of
+each text are then copied to the end of its row. Columns in front of it are masked, and arbitrary.
+Behind it there is room for what the model will say, so that no step copies the cache to extend it.
+
+That requires a model that reads trees, and a cache that is nothing but keys and values of tokens.
+
+Shape letters: B texts, T tokens of the longest, V vocabulary, P packs, N tokens of a pack, H heads,
+d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.cache_utils import DynamicLayer
+
+from pmet.evaluation.prefix_trees import MOST, Pack, inputs, packed
+from pmet.evaluation.prompts import Tokens
+from pmet.model import batches_by_tokens, cache_name, changed_input
+
+_HELD = ("keys", "values")
+LONGEST = 2048
+"""Maximum tokens of a text, and padded tokens of one forward pass."""
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with room for further tokens.
+
+    Args:
+        keys_BHTd: the keys.
+        values_BHTd: the values.
+        room: how many more tokens of each row there can be.
+    """
+
+    def __init__(self, keys_BHTd: torch.Tensor, values_BHTd: torch.Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys_BHTd, values_BHTd)
+        self._whole = [functional.pad(x, (0, 0, 0, room)) for x in (keys_BHTd, values_BHTd)]
+        self._show(keys_BHTd.shape[2])
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (whole[:, :, :length] for whole in self._whole)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values behind the others, in place; return all of them."""
+        start = self.keys.shape[2]
+        self._show(start + key_states.shape[2])
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        self._whole = [whole[indices] for whole in self._whole]
+        self._show(self.keys.shape[2])
+
+
+def read(model: nn.Module, ids: Sequence[Tokens], room: int) -> tuple[Any, torch.Tensor]:
+    """Read texts, which may repeat.
+
+    Args:
+        model: a causal language model that reads trees.
+        ids: the tokens of each text.
+        room: how many tokens will be added to each.
+
+    Returns:
+        The cache, each text at the end of its row of T columns; and the logits of the next token of
+        each text, (B, V).
+
+    Raises:
+        NotImplementedError: the model keeps more than keys and values, or only some of them.
+    """
+    row = {text: number for number, text in enumerate(dict.fromkeys(ids))}
+    columns = max(map(len, row))
+    parts = [
+        _read(model, batch, row, columns)
+        for batch in batches_by_tokens(packed(row, MOST), LONGEST, lambda pack: len(pack.ids))
+    ]
+    # Where each text is, after the rows of all passes.
+    place = {number: i for i, number in enumerate(n for numbers, *_ in parts for n in numbers)}
+    logits_BV = torch.cat([logits for _, logits, _ in parts])
+    # On the CPU, from where an index suits tensors on any device: layers may be on several.
+    order_B = torch.tensor([place[row[text]] for text in ids])
+    caches = [part for *_, part in parts]
+    cache = caches[-1]
+    for number in range(len(cache.layers)):
+        layers = [part.layers[number] for part in caches]
+        keys, values = (torch.cat([getattr(x, name) for x in layers]) for name in _HELD)
+        cache.layers[number] = _Roomy(keys[order_B], values[order_B], room)
+    return cache, logits_BV[order_B]
+
+
+def _read(
+    model: nn.Module, batch: Sequence[Pack], row: dict[Tokens, int], columns: int
+) -> tuple[list[int], torch.Tensor, Any]:
+    """Read packs: the numbers of their texts, the logits, and a cache with a row for each text."""
+    held, head = cache_name(model), model.get_output_embeddings()  # type: ignore[operator]
+    found = [(i, text, path) for i, pack in enumerate(batch) for text, path in pack.sequences]
+    packs_B = torch.tensor([i for i, *_ in found])
+    last_B = torch.tensor([path[-1] for *_, path in found])
+    with changed_input(head, lambda hidden: hidden[packs_B, last_B][None]):
+        output = model(**inputs(model, batch, trees=True), use_cache=True)
+    cache = getattr(output, held)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise NotImplementedError(f"{type(cache).__name__} with other layers than DynamicLayer")
+    paths_BT = torch.tensor([(0,) * (columns - len(path)) + path for *_, path in found])
+    for layer in cache.layers:
+        for name in _HELD:
+            setattr(layer, name, _of_texts(getattr(layer, name), packs_B, paths_BT))
+    return [row[text] for _, text, _ in found], output.logits[0], cache
+
+
+def _of_texts(
+    held_PHNd: torch.Tensor, packs_B: torch.Tensor, paths_BT: torch.Tensor
+) -> torch.Tensor:
+    """The keys or values of texts in packs, (B, H, T, d)."""
+    return held_PHNd.transpose(1, 2)[packs_B[:, None], paths_BT].transpose(1, 2)
