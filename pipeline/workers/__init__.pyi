@@ -6,6 +6,7 @@ from .sizes import WORTH_A_GPU as WORTH_A_GPU
 from .sizes import local_cpus as local_cpus
 from .sizes import local_sizes as local_sizes
 from .sizes import stored_bytes as stored_bytes
+from .sizes import updated_soon as updated_soon
 from .sizes import worth as worth
 from .worker import Asked as Asked
 from .worker import Measured as Measured

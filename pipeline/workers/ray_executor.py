@@ -26,7 +26,7 @@ from pipeline.plan import Plan
 from pipeline.workers.executor import Executor, Ranks
 from pipeline.workers.kept_workers import KeptWorkers
 from pipeline.workers.serial_executor import SerialRank
-from pipeline.workers.sizes import WORTH_A_GPU, local_cpus, local_sizes, worth
+from pipeline.workers.sizes import WORTH_A_GPU, local_cpus, local_sizes, updated_soon, worth
 from pipeline.workers.worker import ModelWorker
 
 
@@ -35,15 +35,14 @@ class RayExecutor(Executor):
 
     Ray and the pool are started when first needed: a run that finds all its work done starts
     nothing. The pool is released when others need its GPUs. Ranks take a while to start: if they
-    have CPUs of their own, they do so while the workers finish their last shards.
+    have CPUs of their own, they do so while the workers finish their last shards. A small update
+    on this machine's CPUs is done by a rank in this process.
 
     Args:
         plan: the run's plan.
         address: Ray cluster to run on; None starts one on this machine.
         on_event: called with retries and deaths.
-        kept: takes the workers from there, and leaves them there at the end of the run. A model
-            of less than 2 GiB is then updated on CPUs by a rank in this process: it has finished
-            before others would have started.
+        kept: takes the workers from there, and leaves them there at the end of the run.
 
     Attributes:
         threads: threads of each worker and rank.
@@ -129,7 +128,7 @@ class RayExecutor(Executor):
             group, self._early = self._early, None
             return group
         if self._rank_here:
-            return SerialRank(factory, init_args)
+            return SerialRank(factory, init_args, self.threads)
         update = self._plan.job.update
         if self._pool is not None and (update.gpus_per_rank or cpus_free() < self.ranks):
             self.release()
@@ -137,9 +136,10 @@ class RayExecutor(Executor):
 
     @property
     def _rank_here(self) -> bool:
-        update = self._plan.job.update
-        automatic = update.ranks == "auto" and not update.gpus_per_rank
-        return self._kept is not None and automatic and worth(self._plan, WORTH_A_GPU) == 1
+        """Whether the model is updated by a rank in this process."""
+        # On a cluster, this process may be on the smallest machine.
+        here = self._address is None or self._kept is not None
+        return here and updated_soon(self._plan)
 
     def _new_ranks(self, factory: type, init_args: tuple[Any, ...], *, wait: bool) -> RankGroup:
         return RankGroup(

@@ -90,14 +90,22 @@ class SerialRank:
     Args:
         factory: class of the object that the rank holds; called as ``factory(None, *init_args)``.
         init_args: further arguments of the factory.
+        threads: threads that torch computes with until the rank is closed; None: as many as before.
 
     Raises:
         InputError, NumericalError: raised by the factory.
         WorkerError: the factory failed otherwise.
     """
 
-    def __init__(self, factory: type, init_args: tuple[Any, ...]) -> None:
-        self._held: Any = self._run("start", lambda: factory(None, *init_args))
+    def __init__(
+        self, factory: type, init_args: tuple[Any, ...], threads: int | None = None
+    ) -> None:
+        self._threads_before = limit_threads(threads)
+        try:
+            self._held: Any = self._run("start", lambda: factory(None, *init_args))
+        except BaseException:
+            limit_threads(self._threads_before)
+            raise
 
     def call_all(self, method: str, *args: Any) -> list[Any]:
         """Call a method of the rank; see `call_each`."""
@@ -114,8 +122,10 @@ class SerialRank:
         return [self._run(method, lambda: getattr(self._held, method)(*args))]
 
     def close(self) -> None:
-        """Release the rank and its model."""
+        """Release the rank and its model; a second call does nothing."""
         self._held = None
+        limit_threads(self._threads_before)
+        self._threads_before = None
 
     def __enter__(self) -> Self:
         return self

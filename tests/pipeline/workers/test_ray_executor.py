@@ -161,6 +161,28 @@ def test_a_lost_worker_gets_the_place_of_ranks_that_only_wait(site: Site) -> Non
     assert site.take() is site.made[1]
 
 
+@pytest.mark.parametrize(
+    ("address", "facts", "here"),
+    [(None, 100, True), (None, 100_000, False), ("auto", 100, False)],
+)
+def test_a_small_update_on_this_machine_is_done_by_this_process(
+    address: str | None, facts: int, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(monkeypatch)
+    monkeypatch.setattr(module, "SerialRank", lambda *given: ("here", *given))
+    plan: Any = SimpleNamespace(
+        job=SimpleNamespace(targets=TargetsConfig(workers=2), update=UpdateConfig()),
+        target_shards=[1],
+        base="base",
+        checkpoint=SimpleNamespace(tensors={"a": SimpleNamespace(size=100 << 20)}),
+        table=SimpleNamespace(requests=range(facts)),
+    )
+    site.executor = RayExecutor(plan, address, lambda kind, text, **_: None)
+    site.expect()
+    assert len(site.made) == (0 if here else 1)
+    assert (site.take() == ("here", Ranks, JOB, 1)) is here
+
+
 def test_unused_ranks_end_with_the_executor(site: Site) -> None:
     with site.executor:
         site.expect()

@@ -106,3 +106,14 @@ def test_errors_of_a_rank_are_those_of_a_group() -> None:
         assert found.value.cause_text == "disk"
     with pytest.raises(WorkerError, match="the update failed in start: AssertionError"):
         SerialRank(Rank, (1,))
+
+
+def test_a_rank_among_other_processes_computes_with_as_many_threads_as_they_have() -> None:
+    before = torch.get_num_threads()
+    own = before + 1
+    with SerialRank(Rank, (0,), own):
+        assert torch.get_num_threads() == own
+    assert torch.get_num_threads() == before
+    with pytest.raises(WorkerError):
+        SerialRank(Rank, (1,), own)
+    assert torch.get_num_threads() == before
