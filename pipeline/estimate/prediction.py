@@ -23,15 +23,15 @@ from pipeline.plan import Plan
 from pipeline.second_moments import check_moments
 from pipeline.stages import (
     BLOCK,
-    TEXTS_TOGETHER,
     answering,
     held_out_of,
     moments_job,
     parts_of,
+    parts_of_texts,
     sampled,
     work_of_texts,
 )
-from pipeline.workers import WORTH_A_GPU, Asked, local_sizes, stored_bytes, worth
+from pipeline.workers import WORTH_A_GPU, Asked, local_sizes, stored_bytes, updated_soon, worth
 from pmet.request import EditRequest
 from pmet.update import cheaper_form
 
@@ -128,6 +128,8 @@ def _sizes(plan: Plan) -> tuple[int, int, int]:
         workers = max(1, fit_gpus(targets.gpus_per_worker, gpus))
     if update.ranks == "auto" and update.gpus_per_rank:
         ranks = min(gpus, worth(plan, WORTH_A_GPU))
+    elif updated_soon(plan):
+        ranks = 1
     return min(workers, len(plan.target_shards)), ranks, threads
 
 
@@ -246,9 +248,7 @@ def _stages(
     count = len(plan.table.requests)
     prompts = [len(part.prompts) for part in work.asked]
     measure = _in_turn(prompts, workers) * rates.measured * crowd
-    texts = len(work.texts)
-    pieces = [min(TEXTS_TOGETHER, texts - start) for start in range(0, texts, TEXTS_TOGETHER)]
-    measure += _in_turn(pieces, workers) * rates.text * crowd
+    measure += _in_turn(list(map(len, parts_of_texts(work.texts))), workers) * rates.text * crowd
     known = count * rates.known / workers * crowd
     starts = _COMMAND_STARTS + _RAY_STARTS + crowd
     start = (1.0 if plan.job.in_this_process else starts) * rates.ready
@@ -263,7 +263,7 @@ def _stages(
     passes = plan.hparams.solves * len(plan.hparams.layers)
     keys = count * passes * rates.key / ranks * rank_crowd
     ready = _RANKS_START * (rates.ready + rates.ranks) * rank_crowd
-    if plan.job.in_this_process:
+    if plan.job.in_this_process or updated_soon(plan):
         ready = rates.ready
     elif not plan.job.update.gpus_per_rank:
         # If they need no worker's GPU, they start while the last shards are computed.

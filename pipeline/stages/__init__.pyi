@@ -1,7 +1,7 @@
 from .asking import BLOCK as BLOCK
-from .asking import TEXTS_TOGETHER as TEXTS_TOGETHER
 from .asking import Answers as Answers
 from .asking import parts_of as parts_of
+from .asking import parts_of_texts as parts_of_texts
 from .context import Context as Context
 from .context import FoundTargets as FoundTargets
 from .context import channel as channel

@@ -17,7 +17,7 @@ from pipeline.data import Place, Row
 from pipeline.evaluation import How
 from pipeline.models import ModelSource
 from pipeline.stages.context import Context
-from pipeline.stages.measurement_work import MeasurementMeter, work_of_part
+from pipeline.stages.measurement_work import MeasurementMeter, tokens_read, work_of_part
 from pipeline.workers import Asked, Measured
 from pmet.evaluation import (
     Answered,
@@ -44,7 +44,7 @@ _FEW_PARTS, _LEAST_WORK = 4, 2048
 BLOCK = 8192
 """Requests in memory at a time."""
 TEXTS_TOGETHER = 32
-_UNRELATED_PARTS = 2  # a step of generation takes nearly as long with few rows as with many
+"""Held-out texts sent to a worker together, at most."""
 
 _Item = TypeVar("_Item")
 _Numbered = tuple[int, EditRequest]
@@ -61,6 +61,8 @@ class Asking:
         how: how it is measured.
         meter: counts the work.
         base: the base model's rows, whose answers the model may give as well; none without one.
+        unrelated: the base model's answers to unrelated prompts, which the model may give as well;
+            None: it is not asked them.
     """
 
     run: Context
@@ -69,6 +71,8 @@ class Asking:
     how: How
     meter: MeasurementMeter
     base: Mapping[Row, Mapping[str, Any]] = field(default_factory=dict)
+    unrelated: Mapping[str, Said | None] | None = None
+    _kept: dict[str, Said | None] = field(default_factory=dict, init=False)
 
     def requests(
         self,
@@ -77,6 +81,9 @@ class Asking:
         answered: frozenset[Place],
     ) -> Iterator[tuple[Place, dict[str, Any]]]:
         """Yield the place of each request, with its figures and the model's answers.
+
+        Unrelated prompts are asked with the first of them: a step of generation takes nearly as
+        long with few rows as with many.
 
         Args:
             places: the places of the requests.
@@ -88,11 +95,13 @@ class Asking:
             requests = [request_at(place) for place in block]
             in_own_words = [r for p, r in zip(block, requests, strict=True) if p in answered]
             rows = [self.base.get(self.run.plan.table.rows[place], {}) for place in block]
+            also = () if self.unrelated is None or start else unrelated_prompts()
             parts = parts_of(
                 requests,
                 writing=self.how.writing_seed is not None,
                 answering=in_own_words,
-                drafts=drafts_of(requests, rows),
+                also=also,
+                drafts=drafts_of(requests, rows) | _drafts(self.unrelated),
             )
             answers = Answers(parts)
             tasks = [
@@ -103,44 +112,40 @@ class Asking:
             taking = _Taking(answers, numbers, len(block), self.meter)
             self.meter.block(len(block), sum(map(work_of_part, answers.parts)))
             self.run.executor.map("measure", tasks, taking)
+            self._kept.update((prompt, answers.kept[prompt]) for prompt in also)
             yield from zip(block, answers.rows(requests, in_own_words), strict=True)
 
-    def unrelated(self, base: Mapping[str, Said | None]) -> dict[str, Said | None]:
-        """The model's answers to unrelated prompts, of which ``base`` has the base model's."""
-        drafts = {text: said for text, said in base.items() if said is not None}
-        parts = [
-            Asked([], questions=Questions(kept=kept), drafts=_of(kept, drafts))
-            for kept in _cut(list(unrelated_prompts()), _UNRELATED_PARTS)
-        ]
-        found = Answered()
+    def answers_to_unrelated(self) -> dict[str, Said | None]:
+        """The model's answers to unrelated prompts; asks them now if no request was asked."""
+        if self.unrelated is not None and not self._kept:
+            whole = Questions(kept=unrelated_prompts())
+            part = Asked([], questions=whole, drafts=_drafts(self.unrelated))
+            task = Task(f"unrelated {self.name}", (self.source, self.how, part))
 
-        def take(_task: Task, measured: Measured) -> None:
-            found.add(measured.answered)
+            def take(_task: Task, measured: Measured) -> None:
+                self._kept.update(measured.answered.kept)
 
-        tasks = [
-            Task(f"unrelated {self.name} {i}", (self.source, self.how, part))
-            for i, part in enumerate(parts)
-        ]
-        self.run.executor.map("measure", tasks, take)
+            self.run.executor.map("measure", [task], take)
         # In the order of the prompts, whichever came first.
-        return {text: found.kept[text] for text in unrelated_prompts()}
+        return {text: self._kept[text] for text in unrelated_prompts() if text in self._kept}
 
     def texts(self, sample: Sequence[str]) -> list[TextScore]:
         """The model's scores of held-out texts."""
-        parts = {
-            f"texts {self.name} {i}": sample[i : i + TEXTS_TOGETHER]
-            for i in range(0, len(sample), TEXTS_TOGETHER)
-        }
-        found: dict[str, list[TextScore]] = {}
+        parts = {f"texts {self.name} {i}": part for i, part in enumerate(parts_of_texts(sample))}
+        found: dict[int, TextScore] = {}
 
         def take(task: Task, scores: list[TextScore]) -> None:
-            found[task.key] = scores
-            self.meter.scored(parts[task.key])
+            numbers = parts[task.key]
+            found.update(zip(numbers, scores, strict=True))
+            self.meter.scored([sample[number] for number in numbers])
 
-        tasks = [Task(key, (self.source, texts)) for key, texts in parts.items()]
+        tasks = [
+            Task(key, (self.source, [sample[number] for number in numbers]))
+            for key, numbers in parts.items()
+        ]
         if tasks:
             self.run.executor.map("score_texts", tasks, take)
-        return [score for key in parts for score in found[key]]
+        return [found[number] for number in range(len(sample))]
 
 
 class _Taking:
@@ -182,6 +187,11 @@ class Answers:
         self._written: dict[str, str] = {}
         self._answered = Answered()
 
+    @property
+    def kept(self) -> Mapping[str, Said | None]:
+        """The answers to prompts that an edit should leave alone."""
+        return self._answered.kept
+
     def take(self, number: int, measured: Measured) -> None:
         """Add the answers to a part."""
         part = self.parts[number]
@@ -217,6 +227,7 @@ def parts_of(
     *,
     writing: bool = False,
     answering: Iterable[EditRequest] = (),
+    also: Iterable[str] = (),
     drafts: Mapping[str, Said] | None = None,
 ) -> list[Asked]:
     """Split the questions of requests into parts of similar size; shared questions occur once.
@@ -228,6 +239,7 @@ def parts_of(
         requests: the requests.
         writing: whether to generate text.
         answering: requests to answer in the model's own words.
+        also: further prompts that an edit should leave alone, to answer as well.
         drafts: answers that the model may give, by prompt.
     """
     pairs: dict[str, dict[Continuation, None]] = defaultdict(dict)
@@ -237,7 +249,7 @@ def parts_of(
     prompts = [list(pairs[prompt]) for prompt in sorted(pairs)]
     written = sorted({text for r in requests for text in beginnings(r)}) if writing else []
     asked = questions_of(answering)
-    own = [sorted(texts) for texts in (asked.stated, asked.chat, asked.kept)]
+    own = [sorted(texts) for texts in (asked.stated, asked.chat, {*asked.kept, *also})]
     whole = Asked(prompts, written, Questions(*own))
     number = 1
     work = work_of_part(whole)
@@ -254,6 +266,22 @@ def parts_of(
         Asked(prompts, written, Questions(stated, chat, kept), _of(kept, drafts or {}))
         for prompts, written, stated, chat, kept in cut
     ]
+
+
+def parts_of_texts(texts: Sequence[str]) -> list[list[int]]:
+    """Split texts into parts of similar work: the numbers of the texts in each.
+
+    A part less than others have, with texts of any length, would leave a worker idle.
+    """
+    number = min(_FEW_PARTS, len(texts))
+    while number * TEXTS_TOGETHER < len(texts):
+        number *= 2
+    longest_first = sorted(range(len(texts)), key=lambda i: tokens_read(texts[i]), reverse=True)
+    return [longest_first[i::number] for i in range(number)]
+
+
+def _drafts(answers: Mapping[str, Said | None] | None) -> dict[str, Said]:
+    return {text: said for text, said in (answers or {}).items() if said is not None}
 
 
 def _of(texts: Iterable[str], drafts: Mapping[str, Said]) -> dict[str, Said]:

@@ -136,12 +136,14 @@ def measure(
         if kept is not None:
             detail["stored"] = len(rows)
         meter = MeasurementMeter(bar, len(todo), held if whole is None else [])
-        ask = Asking(run, name, source, how, meter, {} if base is None else base.rows)
+        rows_before, unrelated = (base.rows, base.unrelated) if base else ({}, {})
+        also = unrelated if whole is None and answered else None
+        ask = Asking(run, name, source, how, meter, rows_before, also)
         for place, figures in ask.requests(todo, chosen.__getitem__, answered):
             rows[rows_at[place]] = figures
         if whole is None:
             whole = {
-                "unrelated": ask.unrelated(base.unrelated if base else {}) if answered else {},
+                "unrelated": ask.answers_to_unrelated(),
                 "texts": [asdict(text) for text in ask.texts(held)],
             }
     if kept is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.stages.asking import LARGEST_PART, parts_of
+from pipeline.stages.asking import LARGEST_PART, TEXTS_TOGETHER, parts_of, parts_of_texts
 from pmet.evaluation.generation import Said
 from pmet.request import EditRequest
 
@@ -54,6 +54,25 @@ def test_answers_are_split_evenly_and_drafts_go_with_their_prompts() -> None:
     assert max(sizes) - min(sizes) <= 1
     stated = [text for part in parts for text in part.questions.stated]
     assert sorted(stated) == sorted(request.text for request in requests[:300])
+    also = [f"Sea {i} is" for i in range(40)]
+    more = parts_of(requests, answering=requests[:300], also=also, drafts={also[3]: draft})
+    kept = [text for part in more for text in part.questions.kept]
+    assert sorted(kept) == sorted([*also, *(f"Land {i} is in" for i in range(300))])
+    assert [part.drafts for part in more if part.drafts] == [{also[3]: draft}]
     for part in parts:
         assert part.drafts == {text: draft for text in part.questions.kept if text in drafts}
     assert sum(len(part.drafts) for part in parts) == 150
+
+
+def test_workers_share_texts_of_any_length_evenly() -> None:
+    texts = ["word " * n for n in range(1, 52)]
+    parts = parts_of_texts(texts)
+    assert len(parts) == 4
+    assert sorted(number for part in parts for number in part) == list(range(51))
+    lengths = [sum(len(texts[number]) for number in part) for part in parts]
+    assert max(lengths) < 1.4 * min(lengths)
+    assert parts_of_texts(["word"]) == [[0]]
+    assert parts_of_texts([]) == []
+    many = parts_of_texts(["word"] * 300)
+    assert max(map(len, many)) <= TEXTS_TOGETHER
+    assert len(many) == 16

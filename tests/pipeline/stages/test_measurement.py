@@ -30,7 +30,7 @@ from pipeline.workers.worker import Asked, Measured
 from pmet.evaluation.continuations import Scored
 from pmet.evaluation.generation import Said
 from pmet.evaluation.metrics import TextScore
-from pmet.evaluation.said import Answered
+from pmet.evaluation.said import Answered, unrelated_prompts
 from tests.conftest import GOLDEN
 
 GPT2 = GOLDEN / "gpt2"
@@ -49,9 +49,9 @@ class FakeExecutor:
             take(task, getattr(self, method)(*task.args))
 
     def measure(self, _source: ModelSource, how: How, asked: Asked) -> Measured:
-        if not asked.prompts:
-            self.asked["unrelated"] += len(asked.questions.kept)
         own = asked.questions
+        if unrelated := set(unrelated_prompts()).intersection(own.kept):
+            self.asked["unrelated"] += len(unrelated)
         # Every request has a prompt of its own.
         self.asked["requests"] += len(own.stated)
         self.hows.add(how)
@@ -177,6 +177,11 @@ def test_what_the_base_says_is_kept_for_other_runs(plan: Plan, tmp_path: Path) -
     assert first.rows.items() <= every.rows.items()
     _, executor = measured(asking(kept, fluency=False))
     assert executor.asked == {"requests": 40}
+    # All requests are stored, but not the texts and what is asked along with them.
+    other, executor = measured(asking(kept, perplexity_texts=10))
+    assert +executor.asked == {"texts": 10, "unrelated": 32}
+    assert other.unrelated == every.unrelated
+    assert set(every.unrelated) == set(unrelated_prompts())
 
 
 def test_many_requests_are_measured_a_block_at_a_time(
