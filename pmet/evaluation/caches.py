@@ -61,7 +61,7 @@ class _Roomy(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows."""
-        self._whole = [whole[indices] for whole in self._whole]
+        self._whole = [_taken(whole, indices) for whole in self._whole]
         self._show(self.keys.shape[2])
 
 
@@ -89,15 +89,32 @@ def read(model: nn.Module, ids: Sequence[Tokens], room: int) -> tuple[Any, torch
     # Where each text is, after the rows of all passes.
     place = {number: i for i, number in enumerate(n for numbers, *_ in parts for n in numbers)}
     logits_BV = torch.cat([logits for _, logits, _ in parts])
-    # On the CPU, from where an index suits tensors on any device: layers may be on several.
     order_B = torch.tensor([place[row[text]] for text in ids])
     caches = [part for *_, part in parts]
     cache = caches[-1]
     for number in range(len(cache.layers)):
         layers = [part.layers[number] for part in caches]
         keys, values = (torch.cat([getattr(x, name) for x in layers]) for name in _HELD)
-        cache.layers[number] = _Roomy(keys[order_B], values[order_B], room)
-    return cache, logits_BV[order_B]
+        cache.layers[number] = _Roomy(_taken(keys, order_B), _taken(values, order_B), room)
+    return cache, _taken(logits_BV, order_B)
+
+
+def loses_rows(cache: Any) -> bool:
+    """Whether rows can be removed from a cache; states of recurrent layers have no way to."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
+
+
+def keep_rows(cache: Any, rows: torch.Tensor) -> None:
+    """Remove the other rows from a cache that loses rows, whose layers may be on several devices.
+
+    Args:
+        cache: the cache.
+        rows: the numbers of the rows to keep.
+    """
+    for layer in cache.layers:
+        if layer.get_seq_length():
+            layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def _read(
@@ -108,7 +125,7 @@ def _read(
     found = [(i, text, path) for i, pack in enumerate(batch) for text, path in pack.sequences]
     packs_B = torch.tensor([i for i, *_ in found])
     last_B = torch.tensor([path[-1] for *_, path in found])
-    with changed_input(head, lambda hidden: hidden[packs_B, last_B][None]):
+    with changed_input(head, lambda hidden: _taken(hidden, packs_B, last_B)[None]):
         output = model(**inputs(model, batch, trees=True), use_cache=True)
     cache = getattr(output, held)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
@@ -124,4 +141,9 @@ def _of_texts(
     held_PHNd: torch.Tensor, packs_B: torch.Tensor, paths_BT: torch.Tensor
 ) -> torch.Tensor:
     """The keys or values of texts in packs, (B, H, T, d)."""
-    return held_PHNd.transpose(1, 2)[packs_B[:, None], paths_BT].transpose(1, 2)
+    return _taken(held_PHNd.transpose(1, 2), packs_B[:, None], paths_BT).transpose(1, 2)
+
+
+def _taken(tensor: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
+    """The tensor at indices, which are moved to its device: layers may be on several."""
+    return tensor[tuple(index.to(tensor.device) for index in indices)]

@@ -304,10 +304,9 @@ def _with_cache(
             step_B1 = growth.take(logits_BV, number)[:, None]
             if growth.complete or number == count - 1:
                 break
-            if _loses_rows(cache) and (kept := growth.kept()) is not None:
-                # On the CPU: layers may be on several devices.
-                kept_B = torch.tensor(kept)
-                cache.batch_select_indices(kept_B)
+            if caches.loses_rows(cache) and (kept := growth.kept()) is not None:
+                kept_B = torch.tensor(kept, device=device)
+                caches.keep_rows(cache, kept_B)
                 step_B1, mask_BT = step_B1[kept_B], mask_BT[kept_B]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
             cache, logits_BV = _step(model, step_B1, mask_BT, cache)
@@ -335,12 +334,6 @@ def _step(
             input_ids=new_BS, attention_mask=mask_BT, use_cache=True, **{held: cache}, **places
         )
     return getattr(output, held), output.logits[:, -1]
-
-
-def _loses_rows(cache: Any) -> bool:
-    """Whether rows can be removed from a cache; states of recurrent layers have no way to."""
-    layers = getattr(cache, "layers", ())
-    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 def _new_tokens_from_whole_passes(

@@ -93,12 +93,15 @@ def test_what_has_been_changed_since_is_brought_again():
 def test_texts_are_written_and_read_and_moments_summed_as_on_one(golden: Golden):
     model, tokenizer, hparams = golden.model, golden.tokenizer, golden.hparams
     texts = [request.text for request in golden.requests[:3]]
+    ends = [lambda _: 0, lambda _: 0, lambda _: None]
 
     def of(model: nn.Module) -> tuple[Any, ...]:
         return (
             # Context templates are written by the same generation, at length.
             contexts.generate(model, tokenizer, seed=3) if golden.family == "gpt2" else None,
             generation.write_on(model, Prompts(tokenizer), texts, seed=1, tokens=12),
+            # Two of the rows leave the batch after a token.
+            generation.say(model, tokenizer, Prompts(tokenizer).tokens(texts), tokens=9, ends=ends),
             metrics.score_texts(model, tokenizer, texts),
             second_moments.measure(model, tokenizer, texts, hparams).sums,
         )
@@ -106,13 +109,13 @@ def test_texts_are_written_and_read_and_moments_summed_as_on_one(golden: Golden)
     expected = of(model)
     with simulated.devices(2) as devices:
         found = of(share_out(deepcopy(model), devices))
-        assert {sums.device for sums in found[3].values()} <= set(devices)
-        moments = {layer: sums.cpu() for layer, sums in found[3].items()}
-    assert found[:2] == expected[:2]
-    for mine, reference in zip(found[2], expected[2], strict=True):
+        assert {sums.device for sums in found[4].values()} <= set(devices)
+        moments = {layer: sums.cpu() for layer, sums in found[4].items()}
+    assert found[:3] == expected[:3]
+    for mine, reference in zip(found[3], expected[3], strict=True):
         assert mine.greedy == reference.greedy
         assert mine.nll == pytest.approx(reference.nll, rel=1e-6)
-    for layer, sums in expected[3].items():
+    for layer, sums in expected[4].items():
         torch.testing.assert_close(moments[layer], sums, rtol=1e-6, atol=1e-6)
 
 
