@@ -37,7 +37,7 @@ class ContextTemplateError(InputError):
 
 
 class ArchitectureError(InputError):
-    """The model's layers, projections, norm or head cannot be found."""
+    """The model's layers, projections, norm, head or cache are of no kind that is known."""
 
 
 class EditFileError(InputError):

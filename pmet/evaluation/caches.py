@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
+from pmet.errors import ArchitectureError
 from pmet.evaluation.prefix_trees import MOST, Pack, inputs, packed
 from pmet.evaluation.prompts import Tokens
 from pmet.model import batches_by_tokens, cache_name, changed_input
@@ -78,18 +79,17 @@ def read(model: nn.Module, ids: Sequence[Tokens], room: int) -> tuple[Any, torch
         each text, (B, V).
 
     Raises:
-        NotImplementedError: the model keeps more than keys and values, or only some of them.
+        ArchitectureError: the model keeps more than keys and values, or only some of them.
     """
-    row = {text: number for number, text in enumerate(dict.fromkeys(ids))}
-    columns = max(map(len, row))
+    columns = max(map(len, ids))
+    packs = packed(set(ids), MOST)
     parts = [
-        _read(model, batch, row, columns)
-        for batch in batches_by_tokens(packed(row, MOST), LONGEST, lambda pack: len(pack.ids))
+        _read(model, batch, columns)
+        for batch in batches_by_tokens(packs, LONGEST, lambda pack: len(pack.ids))
     ]
-    # Where each text is, after the rows of all passes.
-    place = {number: i for i, number in enumerate(n for numbers, *_ in parts for n in numbers)}
+    row = {text: i for i, text in enumerate(text for texts, *_ in parts for text in texts)}
+    order_B = torch.tensor([row[text] for text in ids])
     logits_BV = torch.cat([logits for _, logits, _ in parts])
-    order_B = torch.tensor([place[row[text]] for text in ids])
     caches = [part for *_, part in parts]
     cache = caches[-1]
     for number in range(len(cache.layers)):
@@ -118,9 +118,9 @@ def keep_rows(cache: Any, rows: torch.Tensor) -> None:
 
 
 def _read(
-    model: nn.Module, batch: Sequence[Pack], row: dict[Tokens, int], columns: int
-) -> tuple[list[int], torch.Tensor, Any]:
-    """Read packs: the numbers of their texts, the logits, and a cache with a row for each text."""
+    model: nn.Module, batch: Sequence[Pack], columns: int
+) -> tuple[list[Tokens], torch.Tensor, Any]:
+    """Read packs: their texts, the logits, and a cache with a row for each text."""
     held, head = cache_name(model), model.get_output_embeddings()  # type: ignore[operator]
     found = [(i, text, path) for i, pack in enumerate(batch) for text, path in pack.sequences]
     packs_B = torch.tensor([i for i, *_ in found])
@@ -129,12 +129,12 @@ def _read(
         output = model(**inputs(model, batch, trees=True), use_cache=True)
     cache = getattr(output, held)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise NotImplementedError(f"{type(cache).__name__} with other layers than DynamicLayer")
+        raise ArchitectureError(f"{type(cache).__name__} with other layers than DynamicLayer")
     paths_BT = torch.tensor([(0,) * (columns - len(path)) + path for *_, path in found])
     for layer in cache.layers:
         for name in _HELD:
             setattr(layer, name, _of_texts(getattr(layer, name), packs_B, paths_BT))
-    return [row[text] for _, text, _ in found], output.logits[0], cache
+    return [text for _, text, _ in found], output.logits[0], cache
 
 
 def _of_texts(

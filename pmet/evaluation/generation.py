@@ -196,7 +196,7 @@ def _grown(
     limit = context_length(model.config) or math.inf
     fits = [i for i in range(len(ids)) if 0 < room(len(ids[i])) <= limit - len(ids[i])]
     order = sorted(fits, key=lambda i: len(ids[i]))
-    grow = _way(model, max((len(row) for row in ids), default=0))
+    grow = _way(model, len(ids[order[-1]]) if order else 0)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         own = [ids[i] for i in part]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmet.errors import ArchitectureError
 from pmet.evaluation import caches
 from pmet.evaluation.generation import say
 from pmet.model import cache_name
@@ -108,5 +109,5 @@ def test_another_kind_of_cache_is_refused(golden: Golden, monkeypatch: pytest.Mo
         """Keeps the last tokens only, as some layers do."""
 
     monkeypatch.setattr(caches, "DynamicLayer", Window)
-    with pytest.raises(NotImplementedError, match="other layers"):
+    with pytest.raises(ArchitectureError, match="other layers"):
         caches.read(golden.model, TEXTS, 2)
